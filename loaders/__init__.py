@@ -1,0 +1,1 @@
+"""Loaders that turn data into rows of one schema."""

@@ -1,0 +1,24 @@
+"""SegCompass as the Hub serves it: torch, transformers and numpy, nothing else."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+from .configuration_segcompass import SegCompassConfig, SparseAutoencoderConfig
+from .modeling_segcompass import SegCompassModel, SegCompassOutput
+from .modeling_sparse_autoencoder import SparseAutoencoder
+from .processing_segcompass import SegCompassProcessor
+
+AutoConfig.register(SegCompassConfig.model_type, SegCompassConfig)
+AutoConfig.register(SparseAutoencoderConfig.model_type, SparseAutoencoderConfig)
+AutoModel.register(SegCompassConfig, SegCompassModel)
+AutoModel.register(SparseAutoencoderConfig, SparseAutoencoder)
+AutoModelForImageTextToText.register(SegCompassConfig, SegCompassModel)
+AutoProcessor.register(SegCompassConfig, SegCompassProcessor)
+
+__all__ = [
+    "SegCompassConfig",
+    "SegCompassModel",
+    "SegCompassOutput",
+    "SegCompassProcessor",
+    "SparseAutoencoder",
+    "SparseAutoencoderConfig",
+]

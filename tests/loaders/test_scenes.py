@@ -1,0 +1,408 @@
+"""Scenes: drawing bounds, disjoint splits, questions solved again from instruction and scan alone, rows."""
+
+import re
+from collections import Counter
+from functools import cache
+
+import datasets
+import numpy as np
+import pytest
+from pycocotools import mask as coco_mask
+from torch.utils.data import DataLoader
+
+from loaders import scenes
+from loaders.scenes import COLOURS, KINDS, SHAPES, SIZES, ask, draw_scene, load_scenes, scene_question
+
+NUM_CHECKED = 500
+RANK = {"small": 0, "medium": 1, "large": 2}
+
+
+@cache
+def drawn(split: str) -> list:
+    return [scene_question(split, 11, index) for index in range(NUM_CHECKED)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def own_cache(tmp_path_factory):
+    patch = pytest.MonkeyPatch()
+    patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+    yield
+    patch.undo()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A second solver. It reads only the instruction and the scan; board places stand for pixels.
+# ---------------------------------------------------------------------------------------------------------------------
+
+SINGULAR = {"boxes": "box"} | {shape + "s": shape for shape in SHAPES if shape != "box"}
+
+MEANINGS = {
+    "drink": "mug",
+    "handle": "mug",
+    "kick": "ball",
+    "game": "ball",
+    "finger": "ring",
+    "pack": "box",
+    "four corners": "box",
+    "road works": "cone",
+    "three corners": "cone",
+    "love": "heart",
+    "five points": "star",
+    "night sky": "star moon",
+    "space": "star moon",
+    "roll": "ball ring",
+    "hold water": "mug",
+    "to put things": "box mug",
+}
+
+
+def described(words: list[str]) -> set[str]:
+    """The attribute words of a description; "thing", "all" and the like say nothing."""
+    words = [SINGULAR.get(word, word) for word in words]
+    return {word for word in words if word in SHAPES or word in COLOURS or word in SIZES}
+
+
+def matching(scan: list[list[str]], text: str) -> list[int]:
+    wanted = described(text.split())
+    assert wanted, text
+    return [i for i, words in enumerate(scan) if wanted <= set(words)]
+
+
+def solve_attribute(scan, text):
+    return matching(scan, text)
+
+
+def solve_relation(scan, text):
+    axis, less = {"left": (0, True), "right": (0, False), "above": (1, True), "higher": (1, True)}.get(
+        next((w for w in text.split() if w in ("left", "right", "above", "higher")), None), (1, False)
+    )
+    anchors = matching(scan, text)
+    if not anchors:
+        return []
+    (anchor,) = anchors
+    position = [(i, int(words[3][1])) for i, words in enumerate(scan)]
+    if axis == 1:
+        assert all(position[i][1] != position[anchor][1] for i in range(len(scan)) if i != anchor)
+    here = position[anchor][axis]
+    return [i for i, p in enumerate(position) if (p[axis] < here if less else p[axis] > here)]
+
+
+def solve_extreme(scan, text):
+    count = 2 if "two" in text.split() else 1
+    word = re.search(r"leftmost|rightmost|highest|lowest|smallest|largest|biggest", text).group()
+    pool = matching(scan, text) if described(text.split()) else list(range(len(scan)))
+    if not pool:
+        return []
+    keys = {
+        "leftmost": lambda i: i,
+        "rightmost": lambda i: -i,
+        "highest": lambda i: int(scan[i][3][1]),
+        "lowest": lambda i: -int(scan[i][3][1]),
+        "smallest": lambda i: RANK[scan[i][0]],
+        "largest": lambda i: -RANK[scan[i][0]],
+        "biggest": lambda i: -RANK[scan[i][0]],
+    }
+    ranked = sorted(pool, key=keys[word])
+    assert len(ranked) > count and keys[word](ranked[count - 1]) < keys[word](ranked[count])
+    return sorted(ranked[:count])
+
+
+def solve_comparison(scan, text):
+    question, reference = re.fullmatch(r"(.*) (?:as|than) the (.*)", text).groups()
+    anchors = matching(scan, reference)
+    if not anchors:
+        return []
+    (anchor,) = anchors
+    others = [i for i in range(len(scan)) if i != anchor]
+    rank = RANK[scan[anchor][0]]
+    if "same" in question:
+        column = ("size", "colour", "shape").index(question.split()[-1])
+        return [i for i in others if scan[i][column] == scan[anchor][column]]
+    if question.endswith("smaller"):
+        return [i for i in others if RANK[scan[i][0]] < rank]
+    return [i for i in others if RANK[scan[i][0]] > rank]
+
+
+def solve_knowledge(scan, text):
+    (meaning,) = [shapes for key, shapes in MEANINGS.items() if key in text]
+    return [i for i, words in enumerate(scan) if words[2] in meaning.split()]
+
+
+def solve_counting(scan, text):
+    if "appears exactly" in text:
+        (column,) = [i for i, name in enumerate(("size", "colour", "shape")) if name in text.split()]
+        count = {"once": 1, "twice": 2}[text.split()[-1]]
+        occurrences = Counter(words[column] for words in scan)
+        return [i for i, words in enumerate(scan) if occurrences[words[column]] == count]
+    excluded = matching(scan, text)
+    return [i for i in range(len(scan)) if i not in excluded]
+
+
+SOLVERS = {
+    "attribute": solve_attribute,
+    "relation": solve_relation,
+    "extreme": solve_extreme,
+    "comparison": solve_comparison,
+    "knowledge": solve_knowledge,
+    "counting": solve_counting,
+}
+
+
+@pytest.mark.parametrize("split", scenes.SPLITS)
+def test_second_solver_finds_the_same_targets_from_instruction_and_scan(split):
+    for scene, question in drawn(split):
+        scan_text, _, answer = question.reasoning.split(". ")
+        scan = [words.split() for words in scan_text.split(", ")]
+        targets = SOLVERS[question.kind](scan, question.instruction)
+        assert targets == question.targets, (question, targets)
+        named = ", ".join(" ".join(scan[target][1:]) for target in targets) or "none"
+        assert answer == f"answer: {named}."
+
+
+def test_every_kind_can_be_asked_of_every_scene_and_reaches_every_outcome():
+    rng = np.random.default_rng(0)
+    seen = Counter()
+    for scene, _ in drawn("train")[:80]:
+        for kind in KINDS:
+            question = ask(rng, scene, kind)
+            assert question.kind == kind
+            seen[kind, min(len(question.targets), 2)] += 1
+    assert all(seen[kind, outcome] > 0 for kind in KINDS for outcome in range(3))
+
+
+def test_position_questions_keep_a_pixel_margin():
+    for scene, question in drawn("train"):
+        centres = np.array([thing.centre for thing in scene.objects])
+        if question.kind == "relation" and ". no " not in question.reasoning:
+            place = re.search(r"\. (?:left of|right of|above|below) \w+ \w+ (\w\d)\.", question.reasoning).group(1)
+            axis = 0 if " of " in question.reasoning else 1
+            anchors = [i for i, thing in enumerate(scene.objects) if thing.place == place]
+            gaps = [
+                min(abs(centres[i, axis] - centres[j, axis]) for j in range(len(centres)) if j != i) for i in anchors
+            ]
+            assert max(gaps) >= 10
+        word = re.search(r"(left|right)most|highest|lowest", question.instruction)
+        if question.kind == "extreme" and word and question.targets:
+            axis, sign = (0 if "most" in word.group() else 1), (1 if word.group() in ("leftmost", "highest") else -1)
+            wanted = described(question.instruction.split())
+            pool = [i for i, o in enumerate(scene.objects) if wanted <= {o.colour, o.shape, o.size}]
+            chosen = max(sign * centres[i, axis] for i in question.targets)
+            assert min(sign * centres[i, axis] for i in pool if i not in question.targets) - chosen >= 10
+
+
+def test_trace_scans_all_objects_from_left_to_right_with_their_places():
+    for scene, question in drawn("test"):
+        scan = question.reasoning.split(". ")[0].split(", ")
+        assert scan == [f"{o.size} {o.colour} {o.shape} {o.place}" for o in scene.objects]
+        columns = [o.centre[0] for o in scene.objects]
+        assert columns == sorted(columns)
+        assert len({o.place for o in scene.objects}) == len(scene.objects)
+
+
+def test_questions_use_few_lower_case_words():
+    words, traces = set(), set()
+    for split in scenes.SPLITS:
+        for _, question in drawn(split):
+            assert re.fullmatch(r"[a-z]+( [a-z]+)*", question.instruction)
+            words |= set(question.instruction.split())
+            traces |= set(re.findall(r"[a-z]+\b", re.sub(r"[A-H][1-8]", "", question.reasoning)))
+            assert len(question.instruction.split()) <= 14
+            assert len(question.reasoning.split()) <= 40
+    assert len(words | traces) <= 150
+
+
+def test_shares_of_kinds_and_outcomes():
+    kinds, outcomes = Counter(), Counter()
+    questions = [question for split in scenes.SPLITS for _, question in drawn(split)]
+    for question in questions:
+        kinds[question.kind] += 1
+        outcomes[min(len(question.targets), 2)] += 1
+    total = len(questions)
+    # Four standard deviations of a share of 1500 draws are at most 0.052.
+    assert set(kinds) == set(KINDS)
+    assert all(abs(kinds[kind] / total - 1 / 6) < 0.045 for kind in KINDS)
+    assert abs(outcomes[1] / total - 0.60) < 0.06
+    assert abs(outcomes[2] / total - 0.22) < 0.06
+    assert abs(outcomes[0] / total - 0.18) < 0.06
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drawing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_held_out_pairs():
+    assert len(scenes.TEST_PAIRS) == 6
+    assert len(scenes.VAL_PAIRS) == 4
+    assert not scenes.TEST_PAIRS & scenes.VAL_PAIRS
+    for pairs in (scenes.TEST_PAIRS, scenes.VAL_PAIRS):
+        assert len({colour for colour, _ in pairs}) == len({shape for _, shape in pairs}) == len(pairs)
+        assert all(colour in COLOURS and shape in SHAPES for colour, shape in pairs)
+
+
+def test_splits_differ_by_their_held_out_pairs():
+    for split in scenes.SPLITS:
+        for scene, _ in drawn(split):
+            pairs = {(thing.colour, thing.shape) for thing in scene.objects}
+            assert bool(pairs & scenes.VAL_PAIRS) == (split == "val")
+            assert bool(pairs & scenes.TEST_PAIRS) == (split == "test")
+
+
+def test_train_questions_never_name_a_held_out_pair():
+    named = [f"{colour} {shape}" for colour, shape in scenes.TEST_PAIRS | scenes.VAL_PAIRS]
+    for _, question in drawn("train"):
+        assert not any(pair in question.instruction + question.reasoning for pair in named)
+
+
+def test_every_train_pair_is_drawn():
+    pairs = {(thing.colour, thing.shape) for scene, _ in drawn("train") for thing in scene.objects}
+    assert len(pairs) == len(COLOURS) * len(SHAPES) - 10
+
+
+@pytest.mark.parametrize("size", [128, 96])
+def test_masks_are_disjoint_centred_and_inside_the_image(size):
+    rng = np.random.default_rng(5)
+    counts = Counter()
+    for _ in range(150):
+        scene = draw_scene(rng, "train", size)
+        assert scene.image.shape == (size, size, 3) and scene.image.dtype == np.uint8
+        assert scene.masks.shape == (len(scene.objects), size, size) and scene.masks.dtype == bool
+        assert scene.masks.sum(0).max() == 1
+        counts[len(scene.objects)] += 1
+        centres = []
+        for thing, mask in zip(scene.objects, scene.masks, strict=True):
+            rows, columns = np.nonzero(mask)
+            centre = (columns.mean() + 0.5, rows.mean() + 0.5)
+            assert centre == pytest.approx(thing.centre)
+            assert thing.place == "ABCDEFGH"[int(centre[0] * 8 // size)] + "12345678"[int(centre[1] * 8 // size)]
+            centres.append(centre)
+        for axis in (0, 1):
+            assert np.diff(np.sort(np.array(centres)[:, axis])).min() >= 7 * size / 128
+    assert set(counts) == {2, 3, 4}
+
+
+def test_objects_keep_their_visible_share_and_their_size(monkeypatch):
+    """The area of each object is measured again with the object alone in the image."""
+    kept = []
+    arrange = scenes._arrange
+
+    def recording_arrange(rng, sprites, size):
+        arranged = arrange(rng, sprites, size)
+        if arranged is not None:
+            kept.append((sprites, *arranged))
+        return arranged
+
+    monkeypatch.setattr(scenes, "_arrange", recording_arrange)
+    rng = np.random.default_rng(6)
+    occluded = 0
+    for _ in range(200):
+        draw_scene(rng, "train")
+        sprites, windows, masks, _ = kept.pop()
+        for sprite, (_, _, distance), mask in zip(sprites, windows, masks, strict=True):
+            whole = distance <= 0
+            assert mask.sum() >= 0.6 * whole.sum()
+            occluded += mask.sum() < whole.sum()
+            rows, columns = np.nonzero(whole)
+            extent = max(np.ptp(rows), np.ptp(columns)) + 1
+            low, high = SIZES[sprite.size]
+            # Tilt and the star's points move the longer side by at most a tenth; the edge by one pixel.
+            assert 0.88 * low - 1 <= extent <= 1.12 * high + 1
+    assert occluded > 20
+
+
+def test_object_pixels_show_the_named_colour():
+    for scene, _ in drawn("train")[:150]:
+        for thing, mask in zip(scene.objects, scene.masks, strict=True):
+            colour = np.median(scene.image[mask].astype(float), axis=0)
+            if thing.colour == "white":
+                assert np.ptp(colour) < 45
+                continue
+            hue = colour / colour.max()
+            distances = {}
+            for name, rgb in COLOURS.items():
+                distances[name] = np.abs(hue - np.array(rgb) / max(rgb)).sum()
+            assert min(distances, key=distances.get) == thing.colour
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_row_depends_on_split_seed_and_index_only():
+    short, long = load_scenes("val", seed=3, num_samples=6), load_scenes("val", seed=3, num_samples=9)
+    for first, second in zip(short, long):
+        assert np.array_equal(np.asarray(first.pop("image")), np.asarray(second.pop("image")))
+        assert first == second
+    other = load_scenes("val", seed=4, num_samples=6)
+    assert [row["reasoning"] for row in other] != [row["reasoning"] for row in short]
+    assert load_scenes("val", seed=3, num_samples=6)._fingerprint == short._fingerprint
+
+
+def test_rows_hold_the_scene_and_the_masks_of_its_targets():
+    rows = load_scenes("test", seed=2, num_samples=40)
+    assert set(rows.column_names) == {
+        "image", "image_id", "sample_id", "dataset", "split", "instruction", "reasoning", "masks", "ignore", "height",
+        "width", "kind",
+    }  # fmt: skip
+    assert len(set(rows["sample_id"])) == len(set(rows["image_id"])) == 40
+    seen = Counter()
+    for index, row in enumerate(rows):
+        scene, question = scene_question("test", 2, index)
+        assert np.array_equal(np.asarray(row["image"]), scene.image)
+        assert row["image"].mode == "RGB"
+        assert (row["height"], row["width"]) == scene.image.shape[:2] == (128, 128)
+        assert (row["dataset"], row["split"], row["ignore"]) == ("scenes", "test", None)
+        assert (row["instruction"], row["reasoning"], row["kind"]) == (
+            question.instruction,
+            question.reasoning,
+            question.kind,
+        )
+        assert len(row["masks"]) == len(question.targets)
+        for rle, target in zip(row["masks"], question.targets, strict=True):
+            assert rle["size"] == [128, 128] and isinstance(rle["counts"], str)
+            assert np.array_equal(coco_mask.decode(rle).astype(bool), scene.masks[target])
+        seen[min(len(row["masks"]), 2)] += 1
+    assert len(seen) == 3
+
+
+def test_streamed_rows_equal_stored_rows():
+    stored = load_scenes("train", seed=1, num_samples=20)
+    streamed = load_scenes("train", seed=1, num_samples=20, streaming=True)
+    for first, second in zip(stored, streamed, strict=True):
+        assert np.array_equal(np.asarray(first.pop("image")), np.asarray(second.pop("image")))
+        assert first == second
+
+
+def test_dataloader_workers_stream_disjoint_rows():
+    streamed = load_scenes("train", num_samples=50, streaming=True)
+    assert streamed.num_shards == scenes.NUM_SHARDS
+    loader = DataLoader(streamed, batch_size=None, num_workers=2)
+    ids = [row["image_id"] for row in loader]
+    assert sorted(ids) == sorted(f"scenes-train-0-{index}" for index in range(50))
+
+
+def test_fewer_rows_than_shards_are_streamed_once():
+    assert len(list(load_scenes("train", num_samples=3, streaming=True))) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"split": "dev"}, "split='dev'.*train, val, test"),
+        ({"num_samples": 0}, "num_samples=0 is below 1"),
+        ({"seed": -1}, "seed=-1 is negative"),
+        ({"size": 32}, "size=32 is below 64"),
+    ],
+)
+def test_wrong_arguments_name_value_and_limit(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        load_scenes(**arguments)
+
+
+def test_unknown_kind_and_split_are_refused():
+    rng = np.random.default_rng(0)
+    with pytest.raises(ValueError, match="split='all'"):
+        draw_scene(rng, "all")
+    with pytest.raises(ValueError, match="kind='colour'.*attribute"):
+        ask(rng, draw_scene(rng, "train"), "colour")

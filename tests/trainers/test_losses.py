@@ -1,0 +1,193 @@
+import math
+
+import pytest
+import torch
+
+from trainers.losses import segmentation_loss
+
+
+def random_batch(seed=0, counts=(2, 1, 0), slots=3, grid=4, factor=4):
+    generator = torch.Generator().manual_seed(seed)
+    size, batch = grid * factor, len(counts)
+    return {
+        "pred_masks": torch.randn(batch, slots, size, size, generator=generator, requires_grad=True),
+        "heatmaps": torch.randn(batch, slots, grid, grid, generator=generator, requires_grad=True),
+        "pred_logits": torch.randn(batch, slots, generator=generator, requires_grad=True),
+        "slot_mask": torch.ones(batch, slots, dtype=torch.bool),
+        "targets": [torch.rand(count, size, size, generator=generator).round() for count in counts],
+        "valid": torch.tensor([[size, size]] * batch),
+    }
+
+
+def gradients(batch):
+    total, parts = segmentation_loss(**batch)
+    return total, parts, torch.autograd.grad(total, [batch[k] for k in ("pred_masks", "heatmaps", "pred_logits")])
+
+
+def test_terms_by_hand():
+    # One slot, one target, a 1x2 grid whose cells cover 2x2 mask cells; the second cell is half covered.
+    target = torch.tensor([[[1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 0.0]]])
+    heatmaps = torch.tensor([[[[math.log(3.0), 0.0]]]])  # probabilities 0.75 and 0.5
+    pred_masks = torch.zeros(1, 1, 2, 4)  # 0.5 everywhere
+    total, parts = segmentation_loss(
+        pred_masks, heatmaps, torch.tensor([[math.log(3.0)]]), torch.ones(1, 1, dtype=torch.bool), [target], [(2, 4)]
+    )
+    heat = (-math.log(0.75) - math.log(0.5)) / 2  # goals 1 and 0.5
+    dice = 1 - (2 * 3.0 + 1) / (4.0 + 6.0 + 1)
+    confidence = -math.log(0.75)
+    assert parts["heatmap_bce"].item() == pytest.approx(heat, rel=1e-6)
+    assert parts["mask_dice"].item() == pytest.approx(dice, rel=1e-6)
+    assert parts["conf_bce"].item() == pytest.approx(confidence, rel=1e-6)
+    assert parts["matched_iou"].item() == pytest.approx(3 / (4 + 6 - 3), rel=1e-6)
+    assert parts["slots_found"].item() == 1
+    assert total.item() == pytest.approx(1.0 * (heat + 0.6 * dice) + 0.2 * confidence, rel=1e-6)
+    assert set(parts) == {"heatmap_bce", "mask_dice", "conf_bce", "matched_iou", "slots_found"}
+    assert not any(part.requires_grad for part in parts.values())
+
+
+def test_optional_terms_by_hand():
+    target = torch.tensor([[[1.0, 0.0]]])
+    logits = torch.tensor([[[[math.log(3.0), 0.0]]]])
+    arguments = (logits, logits, torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool), [target], [(1, 2)])
+    base, _ = segmentation_loss(*arguments)
+    total, parts = segmentation_loss(*arguments, focal=2.0, heatmap_dice=3.0)
+    focal = (0.25 * 0.25**2 * -math.log(0.75) + 0.75 * 0.5**2 * -math.log(0.5)) / 2
+    dice = 1 - (2 * 0.75 + 1) / (1.25 + 1 + 1)
+    assert parts["mask_focal"].item() == pytest.approx(focal, rel=1e-6)
+    assert parts["heatmap_dice"].item() == pytest.approx(dice, rel=1e-6)
+    assert total.item() == pytest.approx(base.item() + 2 * focal + 3 * dice, rel=1e-6)
+
+
+def test_a_sample_without_target_changes_only_the_confidence_term():
+    batch = random_batch(counts=(2, 1))
+    more = random_batch(counts=(2, 1, 0))
+    for key in ("pred_masks", "heatmaps", "pred_logits"):
+        more[key].data[:2] = batch[key].data
+    more["targets"][:2] = batch["targets"]
+    _, parts = segmentation_loss(**batch)
+    _, more_parts, grads = gradients(more)
+    for name in ("heatmap_bce", "mask_dice", "matched_iou"):
+        torch.testing.assert_close(parts[name], more_parts[name])
+    assert grads[0][2].abs().max() == 0 and grads[1][2].abs().max() == 0
+    assert (grads[2][2] > 0).all()  # descent lowers the confidence of each of its slots
+
+
+def test_samples_weigh_the_same_whatever_their_number_of_targets():
+    batch = random_batch(counts=(3, 1))
+    alone = [segmentation_loss(**{k: v[i : i + 1] for k, v in batch.items()})[1]["mask_dice"].item() for i in range(2)]
+    assert segmentation_loss(**batch)[1]["mask_dice"].item() == pytest.approx(sum(alone) / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_no_pair_at_all_leaves_finite_gradients_on_every_input(found):
+    batch = random_batch(counts=(0, 0) if found else (2, 1))
+    batch["slot_mask"] &= found
+    total, parts, grads = gradients(batch)
+    assert torch.isfinite(total)
+    assert parts["heatmap_bce"] == parts["mask_dice"] == 0
+    assert parts["matched_iou"].isnan()
+    assert all(torch.isfinite(grad).all() for grad in grads)
+    assert grads[0].abs().max() == grads[1].abs().max() == 0
+    assert bool(grads[2].abs().max() > 0) == found
+    if not found:
+        assert total == 0
+
+
+def test_slots_without_their_token_enter_no_term():
+    batch = random_batch(counts=(3, 1))
+    batch["slot_mask"][:, 1] = False
+    total, parts, grads = gradients(batch)
+    for key in ("pred_masks", "heatmaps", "pred_logits"):
+        batch[key].data[:, 1] = torch.nan
+    nan_total, _, nan_grads = gradients(batch)
+    assert torch.equal(total, nan_total)
+    assert parts["slots_found"] == 2
+    for grad, nan_grad in zip(grads, nan_grads, strict=True):
+        assert grad[:, 1].abs().max() == 0
+        assert torch.equal(grad, nan_grad)
+
+
+def test_padding_never_matters():
+    batch = random_batch(counts=(2, 2))
+    batch["valid"] = torch.tensor([[16, 7], [9, 16]])  # extents that cut grid cells
+    total, _, grads = gradients(batch)
+    for sample, (height, width) in enumerate(batch["valid"].tolist()):
+        for key, value in (("pred_masks", torch.nan), ("targets", 1.0)):
+            outside = torch.ones(16, 16, dtype=torch.bool)
+            outside[:height, :width] = False
+            batch[key][sample].data[:, outside] = value
+        outside = torch.ones(4, 4, dtype=torch.bool)
+        outside[: math.ceil(height / 4), : math.ceil(width / 4)] = False
+        batch["heatmaps"].data[sample][:, outside] = torch.inf
+    other_total, _, other_grads = gradients(batch)
+    assert torch.equal(total, other_total)
+    for grad, other in zip(grads, other_grads, strict=True):
+        assert torch.isfinite(other).all()
+        assert torch.equal(grad, other)
+    assert grads[0][0, :, :, 7:].abs().max() == 0 and grads[1][0, :, :, 2:].abs().max() == 0
+
+
+def test_a_target_that_fills_the_unpadded_part_of_a_cell_is_a_full_heatmap_target():
+    heatmaps = torch.full((1, 1, 1, 1), 20.0)
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    target = torch.zeros(1, 4, 4)
+    target[:, :3, :2] = 1.0
+    _, parts = segmentation_loss(torch.zeros(1, 1, 4, 4), heatmaps, torch.zeros(1, 1), mask, [target], [(3, 2)])
+    assert parts["heatmap_bce"].item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_gradient_agrees_with_finite_differences():
+    batch = random_batch(counts=(1, 1), slots=1, grid=2)
+    total, _, grads = gradients(batch)
+    for key, grad in zip(("pred_masks", "heatmaps", "pred_logits"), grads, strict=True):
+        direction = torch.randn(grad.shape, generator=torch.Generator().manual_seed(1))
+        step = 1e-2
+        ends = []
+        for sign in (1, -1):
+            moved = dict(batch, **{key: batch[key].detach() + sign * step * direction})
+            ends.append(segmentation_loss(**moved)[0].item())
+        # float32 losses of size 1 over a step of 0.02: rounding leaves about 1e-5
+        assert (ends[0] - ends[1]) / (2 * step) == pytest.approx((grad * direction).sum().item(), abs=1e-4)
+
+
+def test_descent_separates_two_targets_into_two_slots():
+    batch = random_batch(counts=(2,), slots=3)
+    batch["targets"] = [torch.zeros(2, 16, 16)]
+    batch["targets"][0][0, :8, :8] = 1.0
+    batch["targets"][0][1, 8:, 8:] = 1.0
+    leaves = [batch[key] for key in ("pred_masks", "heatmaps", "pred_logits")]
+    optimizer = torch.optim.Adam(leaves, lr=0.2)
+    for _ in range(150):
+        optimizer.zero_grad()
+        total, parts = segmentation_loss(**batch)
+        total.backward()
+        optimizer.step()
+    assert parts["matched_iou"] > 0.95
+    assert (batch["pred_logits"].sigmoid() > 0.5).sum() == 2
+
+
+def test_values_are_the_same_under_autocast():
+    batch = random_batch()
+    plain, _ = segmentation_loss(**batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast, _ = segmentation_loss(**batch)
+    assert cast.dtype == torch.float32
+    assert torch.equal(plain, cast)
+
+
+def test_bfloat16_predictions_and_bool_targets_are_taken():
+    batch = random_batch()
+    for key in ("pred_masks", "heatmaps", "pred_logits"):
+        batch[key] = batch[key].detach().bfloat16().requires_grad_()
+    batch["targets"] = [target.bool() for target in batch["targets"]]
+    total, _, grads = gradients(batch)
+    assert total.dtype == torch.float32
+    assert all(torch.isfinite(grad).all() for grad in grads)
+
+
+def test_errors_name_what_is_wrong():
+    batch = random_batch()
+    with pytest.raises(ValueError, match=r"targets\[1\] must be \(G, 16, 16\)"):
+        segmentation_loss(**dict(batch, targets=[batch["targets"][0], torch.zeros(1, 4, 4), batch["targets"][2]]))
+    with pytest.raises(ValueError, match="whole multiple"):
+        segmentation_loss(**dict(batch, heatmaps=torch.zeros(3, 3, 5, 5)))

@@ -1,0 +1,64 @@
+"""Ground-truth masks as the model sees them: soft coverage of a square grid laid over SAM's padded frame.
+
+Knows nothing about models or trainers; rows carry masks as COCO RLE, and a collator or a rollout turns them into
+targets here. No mask is ever resampled twice: coverage is computed from the original pixels.
+"""
+
+import numpy as np
+import torch
+from pycocotools import mask as coco_mask
+
+
+def reshaped_size(height: int, width: int, image_size: int) -> tuple[int, int]:
+    """(H, W) of an image inside SAM's frame: the longest side becomes `image_size`, rounded to whole pixels."""
+    scale = image_size / max(height, width)
+    return int(height * scale + 0.5), int(width * scale + 0.5)
+
+
+def valid_extent(reshaped_sizes: torch.Tensor, image_size: int, grid_size: int) -> torch.Tensor:
+    """The unpadded part of a `grid_size` grid, in cells: long (B, 2) sizes inside SAM's frame -> long (B, 2)."""
+    return (reshaped_sizes * grid_size + image_size - 1) // image_size
+
+
+def mask_targets(masks: list[dict], height: int, width: int, image_size: int, grid_size: int) -> torch.Tensor:
+    """Coverage of each cell of SAM's padded square frame by each mask.
+
+    The frame is the image scaled so that its longest side is `image_size`, padded at the right and the bottom. A
+    cell's value is the exact fraction of it the mask covers, so area is conserved and the padding is 0.
+
+    Args:
+        masks: G compressed RLE dicts `{"size": [height, width], "counts": str or bytes}`, one an instance.
+        height, width: size of the image (and of every mask) in pixels.
+        image_size: side S of SAM's frame in pixels.
+        grid_size: side s of the grid, `4 * config.key_grid` for the model's `pred_masks`.
+
+    Returns:
+        (G, s, s) float32 in [0, 1]; (0, s, s) when there is no target.
+
+    Raises:
+        ValueError: a mask's size is not `[height, width]`.
+    """
+    targets = torch.zeros(len(masks), grid_size, grid_size)
+    frame_height, frame_width = reshaped_size(height, width, image_size)
+    cell = image_size / grid_size
+    cell_height, cell_width = cell * height / frame_height, cell * width / frame_width  # in source pixels
+    for index, mask in enumerate(masks):
+        if list(mask["size"]) != [height, width]:
+            raise ValueError(
+                f"mask {index} is {list(mask['size'])}, but its image is [{height}, {width}]; "
+                "store masks at the image's own size (height, width)."
+            )
+        pixels = coco_mask.decode(mask).T  # (W, H), contiguous: RLE runs down the columns
+        covered = _cell_sums(_cell_sums(pixels, cell_height, grid_size).T, cell_width, grid_size)
+        targets[index] = torch.from_numpy(covered / (cell_height * cell_width))
+    return targets.clamp_(0.0, 1.0)
+
+
+def _cell_sums(values, cell, grid_size):
+    """Integrate the rows of (N, length) unit-wide steps over cells of width `cell`: (N, grid_size), 0 past the end."""
+    length = values.shape[1]
+    edges = np.minimum(np.arange(grid_size + 1) * cell, length)
+    whole = np.minimum(edges.astype(np.int64), length - 1)
+    steps = values[:, whole]
+    running = np.cumsum(values, axis=1, dtype=np.int32 if values.dtype == np.uint8 else np.float64)
+    return np.diff(running[:, whole] - steps + (edges - whole) * steps, axis=1)
