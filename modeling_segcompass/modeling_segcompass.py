@@ -24,7 +24,7 @@ from transformers.utils import ModelOutput
 from .configuration_segcompass import SegCompassConfig, SparseAutoencoderConfig
 from .mask_decoder import MaskDecoder
 from .modeling_sparse_autoencoder import SparseAutoencoder
-from .query_codebook import IMAGE, INSTRUCTION, RESPONSE, QueryCodebook, where_features
+from .query_codebook import IMAGE, INSTRUCTION, RESPONSE, Concepts, QueryCodebook, where_features
 from .slot_mapper import SlotMapper
 
 QUERY_SOURCES = ("both", "tokens", "concepts")
@@ -209,13 +209,16 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         e = last_hidden[rows, positions].masked_fill(~slot_mask[..., None], 0)
 
         # E_sae, C, r_k: concepts of image, instruction and reasoning
-        concepts = self.query_codebook(
-            self.sae,
-            z,
-            self._concept_tokens(input_ids, attention_mask),
-            self._where(input_ids, attention_mask, response_mask, positions, slot_mask, image_grid_thw),
-            self._scale_vector(concept_scale, z),
-        )
+        if query_source == "tokens":
+            concepts = Concepts(e.new_zeros(*e.shape[:2], self.config.d_c))
+        else:
+            concepts = self.query_codebook(
+                self.sae,
+                z,
+                self._concept_tokens(input_ids, attention_mask),
+                self._where(input_ids, attention_mask, response_mask, positions, slot_mask, image_grid_thw),
+                self._scale_vector(concept_scale, z),
+            )
 
         # Q, K, S, (H_k, c_k)
         keys = image_embeddings.to(e.dtype).expand(batch, -1, -1, -1)
@@ -520,6 +523,25 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             **config,
         )
         return cls(config, mllm=mllm, sam=sam, sae=sae)
+
+    def load_sae(self, sae):
+        """Put a trained SAE (model, folder or Hub id) in place of this model's.
+
+        Raises:
+            ValueError: it has another width than this model's MLLM, or reads another layer than the model was built for.
+        """
+        if isinstance(sae, str):
+            sae = SparseAutoencoder.from_pretrained(sae)
+        for name in ("d_in", "d_sae", "layer"):
+            ours, theirs = getattr(self.config.sae_config, name), getattr(sae.config, name)
+            if ours != theirs:
+                raise ValueError(
+                    f"the SAE has {name}={theirs}, this model was built for {ours}; train one for it, or build a model "
+                    "around this SAE with from_backbones."
+                )
+        self.sae = sae.to(self.device)
+        self.config.sae_config = sae.config
+        self.freeze_encoders()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):

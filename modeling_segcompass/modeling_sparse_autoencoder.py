@@ -62,7 +62,7 @@ class SparseAutoencoder(PreTrainedModel):
         if isinstance(module, SparseAutoencoder):
             init.normal_(module.W_dec)
             init.copy_(module.W_dec, nn.functional.normalize(module.W_dec, dim=1))
-            init.copy_(module.W_enc, module.W_dec.T * float(__import__("os").environ.get("C","1")))
+            init.copy_(module.W_enc, module.W_dec.T)
             init.zeros_(module.b_enc)
             init.zeros_(module.b_dec)
             init.ones_(module.usual_strength)
@@ -159,7 +159,7 @@ class SparseAutoencoder(PreTrainedModel):
         mse = (z - z_hat).square().sum(-1).mean()
         l1 = (h @ self.W_dec.norm(dim=1)).mean()
         loss = mse if self.config.activation == "topk" else mse + self.config.l1_coefficient * l1
-        l0 = torch.count_nonzero(h) / h[..., 0].numel()
+        l0 = h.detach().sign().sum(-1, dtype=torch.float32).mean()  # count_nonzero is three times slower on a CPU
         return SparseAutoencoderOutput(loss=loss, reconstruction=z_hat, feature_acts=h, mse=mse, l1=l1, l0=l0)
 
     def _checked(self, z):

@@ -94,7 +94,7 @@ class SegCompassProcessor(ProcessorMixin):
 
     # -- inputs ------------------------------------------------------------------------------------------------------
 
-    def __call__(self, images=None, text=None, response=None, return_tensors="pt", **kwargs):
+    def __call__(self, images=None, text=None, response=None, sam=True, return_tensors="pt", **kwargs):
         """Make model inputs.
 
         Args:
@@ -102,6 +102,7 @@ class SegCompassProcessor(ProcessorMixin):
             text: one instruction or a list of as many. A text that already holds the image token is a finished prompt
                 (as `apply_chat_template` makes): then this is the MLLM's own processor and SAM's inputs are left out.
             response: optional responses (without the end token) to append; adds `labels` and `response_mask`.
+            sam: False leaves out SAM's inputs (for language alone, or with cached image embeddings).
 
         Returns:
             BatchFeature: input_ids, attention_mask (B, T) long, prompts padded left, responses right; pixel_values
@@ -132,7 +133,8 @@ class SegCompassProcessor(ProcessorMixin):
                 f"a prompt has {longest} tokens, the limit is {self.max_prompt_length}; shorten the instruction or "
                 "raise processor.max_prompt_length."
             )
-        inputs.update(self.sam_inputs(images))
+        if sam:
+            inputs.update(self.sam_inputs(images))
         if response is not None:
             self._append_responses(inputs, [response] if isinstance(response, str) else list(response))
         return BatchFeature(dict(inputs), tensor_type=return_tensors)

@@ -23,13 +23,13 @@ class Concepts(NamedTuple):
 
     representations: torch.Tensor
     """r_k, float (B, K_s, d_c)."""
-    indices: torch.Tensor
+    indices: torch.Tensor | None = None
     """j in S(z): long (B, M), features of the SAE, strongest relative to their usual strength first."""
-    values: torch.Tensor
+    values: torch.Tensor | None = None
     """h_j: float (B, M), each concept's strength, the maximum over tokens; 0 marks padding."""
-    weights: torch.Tensor
+    weights: torch.Tensor | None = None
     """slot -> concept: float (B, K_s, M); each slot's weights sum to 1 (all 0 when no concept is active)."""
-    activations: torch.Tensor
+    activations: torch.Tensor | None = None
     """concept -> token: float (B, T, M), h_j at each token."""
 
 

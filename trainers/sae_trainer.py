@@ -156,6 +156,8 @@ class SparseAutoencoderTrainer(Trainer):
         self._frame = self._measure_activations()
         if self.model.b_enc.any() or self.model.b_dec.any():
             self._enter_frame()
+        else:
+            self._scale_encoder()
         try:
             output = super().train(*args, **kwargs)
         finally:
@@ -217,6 +219,17 @@ class SparseAutoencoderTrainer(Trainer):
         return mean.float(), scale.float()
 
     @torch.no_grad()
+    def _scale_encoder(self):
+        """Scale an untrained encoder so that the first batch is reconstructed with the least error.
+
+        The transposed decoder alone overshoots: hundreds of random atoms answer every token.
+        """
+        mean, scale = self._frame
+        z = (next(iter(self.train_dataset)).to(self.args.device) - mean) / scale
+        z_hat = self.model(z).reconstruction
+        self.model.W_enc.mul_(broadcast((z * z_hat).sum() / z_hat.square().sum()))
+
+    @torch.no_grad()
     def _enter_frame(self):
         mean, scale = self._frame
         self.model.b_enc.add_(mean @ self.model.W_enc).div_(scale)
@@ -259,7 +272,7 @@ class SparseAutoencoderTrainer(Trainer):
     @torch.no_grad()
     def _follow(self, z, outputs):
         residual = z - outputs.reconstruction
-        fired = torch.count_nonzero(outputs.feature_acts, dim=0)
+        fired = outputs.feature_acts.sign().sum(0, dtype=torch.float32)
         tokens = torch.tensor(len(z), device=z.device)
         statistics = {
             "variance": len(z) * z.var(0, correction=0).sum(),

@@ -1,0 +1,84 @@
+"""The cold start: supervised training of reasoning and masks together, one forward, one backward.
+
+A plain transformers Trainer whose loss is the language loss on the reference trace plus Eq. 6's segmentation terms.
+With `lambda_s = lambda_c = 0` it trains the language alone and leaves out every mask computation.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import Trainer, TrainingArguments
+
+from .collator import SegCompassCollator
+from .losses import segmentation_loss
+from .policy import freeze
+from .targets import valid_extent
+
+
+@dataclass
+class SegCompassSFTConfig(TrainingArguments):
+    """Training arguments plus the segmentation objective's."""
+
+    lambda_s: float = field(default=1.0, metadata={"help": "weight of the segmentation loss (Eq. 6)"})
+    lambda_c: float = field(default=0.2, metadata={"help": "weight of the confidence loss (Eq. 6)"})
+    lambda_d: float = field(default=0.6, metadata={"help": "weight of the dice loss inside the segmentation loss"})
+    query_source: str = field(
+        default="both", metadata={"help": "'both', or 'tokens' while there is no trained SAE yet: queries from e_k alone"}
+    )
+    token_dropout: float = field(
+        default=0.0, metadata={"help": "share of samples whose queries are built from concepts alone"}
+    )
+    train_below_sae_layer: bool = field(
+        default=False, metadata={"help": "train decoder blocks up to the SAE's layer; a trained SAE then drifts"}
+    )
+    train_encoders: bool = field(
+        default=False, metadata={"help": "train the vision tower and SAM's encoder (backbones made from nothing)"}
+    )
+    remove_unused_columns: bool = field(default=False, metadata={"help": "the collator needs every column"})
+
+
+class SegCompassSFTTrainer(Trainer):
+    """Trains a SegCompassModel on rows with reasoning and masks."""
+
+    def __init__(self, model, args, processing_class, **kwargs):
+        if processing_class.num_slots != model.config.num_slots:
+            raise ValueError(
+                f"the processor asks for {processing_class.num_slots} concentration tokens, the model has "
+                f"{model.config.num_slots} slots; build both with the same num_slots."
+            )
+        model.config.token_dropout = args.token_dropout
+        freeze(model, below_sae_layer=not args.train_below_sae_layer, encoders=not args.train_encoders)
+        self.with_masks = args.lambda_s > 0 or args.lambda_c > 0
+        collator = SegCompassCollator(processing_class, 4 * model.config.key_grid if self.with_masks else None)
+        super().__init__(model=model, args=args, processing_class=processing_class, data_collator=collator, **kwargs)
+        self.model_accepts_loss_kwargs = False
+        self._parts = {}
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Language loss + λ_s·(BCE + λ_D·dice) + λ_c·confidence BCE; the parts are logged."""
+        targets = inputs.pop("mask_targets", None)
+        outputs = model(**inputs, query_source=self.args.query_source)
+        loss, parts = outputs.loss, {}
+        if self.with_masks:
+            image_size = self.processing_class.sam_image_processor.size["longest_edge"]
+            segmentation, parts = segmentation_loss(
+                outputs.pred_masks,
+                outputs.heatmaps,
+                outputs.pred_logits,
+                outputs.slot_mask,
+                targets,
+                valid_extent(inputs["reshaped_input_sizes"], image_size, outputs.pred_masks.shape[-1]),
+                lambda_s=self.args.lambda_s,
+                lambda_c=self.args.lambda_c,
+                lambda_d=self.args.lambda_d,
+            )
+            loss = loss + segmentation
+        for name, value in {"language": outputs.loss, **parts}.items():
+            self._parts.setdefault(name, []).append(value.detach().float())
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs, *args, **kwargs):
+        if "loss" in logs and self._parts:
+            logs |= {name: round(torch.stack(values).nanmean().item(), 4) for name, values in self._parts.items()}
+            self._parts = {}
+        super().log(logs, *args, **kwargs)
