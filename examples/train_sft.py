@@ -28,7 +28,7 @@ class ScriptArguments:
     model_config: dict | str | None = field(default=None, metadata={"help": "fields of SegCompassConfig"})
     dataset: str = field(default="scenes", metadata={"help": "'scenes' or a folder written by save_to_disk"})
     split: str = "train"
-    data_seed: int = 0
+    dataset_seed: int = 0
     num_samples: int = 100_000
 
 
@@ -52,7 +52,7 @@ def main():
     model, processor = build(arguments)
     if arguments.model and arguments.sae:
         model.load_sae(arguments.sae)
-    rows = load_rows(arguments.dataset, arguments.split, arguments.data_seed, arguments.num_samples, streaming=True)
+    rows = load_rows(arguments.dataset, arguments.split, arguments.dataset_seed, arguments.num_samples, streaming=True)
     trainer = SegCompassSFTTrainer(model, training, processor, train_dataset=rows)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(training.output_dir))
     trainer.save_model()

@@ -94,7 +94,7 @@ class SegCompassProcessor(ProcessorMixin):
 
     # -- inputs ------------------------------------------------------------------------------------------------------
 
-    def __call__(self, images=None, text=None, response=None, sam=True, return_tensors="pt", **kwargs):
+    def __call__(self, images=None, text=None, response=None, sam=True, return_tensors=None, **kwargs):
         """Make model inputs.
 
         Args:
@@ -137,11 +137,19 @@ class SegCompassProcessor(ProcessorMixin):
             inputs.update(self.sam_inputs(images))
         if response is not None:
             self._append_responses(inputs, [response] if isinstance(response, str) else list(response))
-        return BatchFeature(dict(inputs), tensor_type=return_tensors)
+        return BatchFeature(dict(inputs), tensor_type=return_tensors or "pt")
 
     def sam_inputs(self, images):
         """SAM's part of the inputs: sam_pixel_values (B, 3, S, S), original_sizes, reshaped_input_sizes (B, 2)."""
-        sam = self.sam_image_processor(self._check_images(images), return_tensors="pt")
+        images = self._check_images(images)
+        side = self.sam_image_processor.size["longest_edge"]
+        for number, image in enumerate(images):
+            if max(image.size) > 2 * side * min(image.size):
+                raise ValueError(
+                    f"image {number} is {image.size[0]} x {image.size[1]} pixels; the limit is a ratio of {2 * side} "
+                    f"(its longest side becomes {side} pixels, and nothing would be left of the other): crop it."
+                )
+        sam = self.sam_image_processor(images, return_tensors="pt")
         return {
             "sam_pixel_values": sam["pixel_values"],
             "original_sizes": torch.as_tensor(sam["original_sizes"]),

@@ -28,8 +28,8 @@ def check_adapters(model: nn.Module) -> None:
     reached = [name for name in ("sam", "sae") if name in learning]
     if reached:
         raise ValueError(
-            f"the PEFT config makes parts of {', '.join(reached)} trainable, but SAM's encoder and the SAE stay frozen; "
-            r"restrict target_modules to the MLLM, for example r'.*mllm\.model\.language_model\..*\.(q|v)_proj'."
+            f"the PEFT config trains parts of {', '.join(reached)}, but SAM's encoder and the SAE stay frozen; "
+            r"restrict target_modules to the MLLM, e.g. r'.*mllm\.model\.language_model\..*\.(q|v)_proj'."
         )
 
 

@@ -45,7 +45,9 @@ class SparseAutoencoderTrainerConfig(TrainingArguments):
     l1_warmup: float = field(default=0.05, metadata={"help": "Share of the steps over which α grows from 0."})
     dead_window: int = field(
         default=1_000_000,
-        metadata={"help": "A feature is dead when it was active on none of this many tokens; the dead are then revived."},
+        metadata={
+            "help": "A feature is dead when it was active on none of this many tokens; the dead are then revived."
+        },
     )
     revive_until: float = field(
         default=0.8, metadata={"help": "Share of the steps after which dead features are left alone."}
@@ -92,7 +94,9 @@ def evaluate_sae(sae: SparseAutoencoder, activations: Iterable[torch.Tensor]) ->
         residual = z - output.reconstruction
         moments += torch.stack([x.sum(0) for x in (z, z.square(), residual, residual.square())])
     if not tokens:
-        raise ValueError("there are 0 activations to evaluate on; give an iterable of (N, d_in) tensors, N of at least 1.")
+        raise ValueError(
+            "there are 0 activations to evaluate on; give an iterable of (N, d_in) tensors, N of at least 1."
+        )
     mean, square, residual_mean, residual_square = moments / tokens
     unexplained = (residual_square - residual_mean.square()).sum() / (square - mean.square()).sum()
     l0 = counts.sum().item() / tokens
@@ -125,9 +129,9 @@ class SparseAutoencoderTrainer(Trainer):
     """Trains a `SparseAutoencoder` on batches of hidden states.
 
     Decoder rows have norm 1 after every step, their norm moving into the encoder. Features dead for `dead_window`
-    tokens are revived: they restart in the direction of what the last batch reconstructs worst. Logs explained variance (as
-    `evaluate_sae`, over the steps since the last log), L0 and the dead share; a revived feature counts as alive until
-    another window has passed.
+    tokens are revived: they restart in the direction of what the last batch reconstructs worst. Logs explained
+    variance (as `evaluate_sae`, but of each batch, over the steps since the last log), L0 and the dead share; a revived
+    feature counts as alive until another window has passed.
 
     Args:
         model: the autoencoder; one whose biases are zero is taken for untrained and starts at the activations' mean.
@@ -164,6 +168,7 @@ class SparseAutoencoderTrainer(Trainer):
             self._leave_frame()
             self._frame = None
         measure_usual_strength(self.model, take_tokens(self.train_dataset, self.args.strength_tokens))
+        self.model.usual_strength.copy_(broadcast(self.model.usual_strength))
         return output
 
     def get_train_dataloader(self):
@@ -177,7 +182,9 @@ class SparseAutoencoderTrainer(Trainer):
         loss = outputs.mse
         if self.model.config.activation == "relu":
             warmup = self.args.l1_warmup * self.state.max_steps
-            loss = loss + self.args.l1_coefficient * min(1.0, (self.state.global_step + 1) / max(warmup, 1)) * outputs.l1
+            loss = (
+                loss + self.args.l1_coefficient * min(1.0, (self.state.global_step + 1) / max(warmup, 1)) * outputs.l1
+            )
         self._follow(z, outputs)
         loss = loss / self.model.config.d_in  # the variance: the loss is the unexplained share plus the penalty
         return (loss, outputs) if return_outputs else loss
@@ -213,8 +220,8 @@ class SparseAutoencoderTrainer(Trainer):
         scale = (square - mean.square()).mean().sqrt()
         if not scale > 0:
             raise ValueError(
-                f"the activations' standard deviation is {scale.item()} over {int(tokens)} tokens; it must be positive: "
-                "give a train_dataset with activations that vary."
+                f"the activations' standard deviation is {scale.item()} over {int(tokens)} tokens; it must be "
+                "positive: give a train_dataset with activations that vary."
             )
         return mean.float(), scale.float()
 
@@ -240,7 +247,8 @@ class SparseAutoencoderTrainer(Trainer):
         mean, scale = self._frame
         self.model.b_enc.mul_(scale).sub_(mean @ self.model.W_enc)
         self.model.b_dec.mul_(scale).add_(mean)
-        self.model.config.l1_coefficient = self.args.l1_coefficient * scale.item()
+        if self.model.config.activation == "relu":
+            self.model.config.l1_coefficient = self.args.l1_coefficient * scale.item()
 
     @contextmanager
     def _raw_weights(self):

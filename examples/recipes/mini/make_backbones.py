@@ -80,43 +80,50 @@ def make_processor(tokenizer):
         num_slots=NUM_SLOTS,
         max_prompt_length=160,
         patch_size=PATCH,
+        vision_feature_select_strategy="full",
+        num_additional_image_tokens=0,
     )
 
 
 def make_mllm(processor):
-    """An untrained LLaVA of transformers' own classes (CLIP tower, Llama), about 3.9 million parameters."""
+    """An untrained LLaVA of transformers' own classes (LLaVA, Llama, a Swin tower), about 4 million parameters.
+
+    A Swin tower because, from nothing and on few images, fine patches that merge learn far faster than CLIP's coarse
+    ones (docs/experiments.md); LLaVA takes either.
+    """
     tokenizer = processor.tokenizer
-    mllm = LlavaForConditionalGeneration(
-        LlavaConfig(
-            vision_config=dict(
-                model_type="clip_vision_model",
-                hidden_size=WIDTH,
-                intermediate_size=2 * WIDTH,
-                num_hidden_layers=3,
-                num_attention_heads=6,
-                image_size=IMAGE_SIZE,
-                patch_size=PATCH,
-                projection_dim=WIDTH,
-            ),
-            text_config=dict(
-                model_type="llama",
-                hidden_size=WIDTH,
-                intermediate_size=480,
-                num_hidden_layers=6,
-                num_attention_heads=6,
-                vocab_size=len(tokenizer),
-                max_position_embeddings=512,
-                tie_word_embeddings=True,
-                pad_token_id=tokenizer.pad_token_id,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-            ),
+    config = LlavaConfig(
+        vision_config=dict(
+            model_type="swin",
+            image_size=IMAGE_SIZE,
+            patch_size=PATCH // 2,
+            embed_dim=WIDTH // 2,
+            depths=[2, 3],
+            num_heads=[3, 6],
+            window_size=8,
+            mlp_ratio=2.0,
+            drop_path_rate=0.0,
+            use_absolute_embeddings=True,
+        ),
+        text_config=dict(
+            model_type="llama",
+            hidden_size=WIDTH,
+            intermediate_size=448,
+            num_hidden_layers=6,
+            num_attention_heads=6,
+            vocab_size=len(tokenizer),
+            max_position_embeddings=512,
             tie_word_embeddings=True,
-            image_token_index=processor.image_token_id,
-            vision_feature_layer=-1,
-            vision_feature_select_strategy="default",
-        )
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        ),
+        tie_word_embeddings=True,
+        image_token_index=processor.image_token_id,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
     )
+    mllm = LlavaForConditionalGeneration(config)
     mllm.generation_config.eos_token_id = tokenizer.eos_token_id
     mllm.generation_config.pad_token_id = tokenizer.pad_token_id
     return mllm
@@ -169,18 +176,18 @@ def patch_labels(scene, cells):
 
 
 class LabelledScenes(IterableDataset):
-    """Endless training scenes with the labels of their patches."""
+    """Endless batches of training scenes (as one image processor prepares them) with the labels of their patches."""
 
-    def __init__(self, cells):
-        self.cells = cells
+    def __init__(self, image_processor, cells, batch_size):
+        self.image_processor, self.cells, self.batch_size = image_processor, cells, batch_size
 
     def __iter__(self):
         rng = np.random.default_rng(7)
-        mean, std = (np.array(v, np.float32) * 255 for v in (MEAN, STD))
         while True:
-            scene = draw_scene(rng, "train")
-            pixels = ((scene.image - mean) / std).astype(np.float32).transpose(2, 0, 1)
-            yield pixels, *patch_labels(scene, self.cells)
+            scenes = [draw_scene(rng, "train") for _ in range(self.batch_size)]
+            inputs = self.image_processor([scene.image for scene in scenes], return_tensors="pt")
+            attributes, fine = zip(*(patch_labels(scene, self.cells) for scene in scenes), strict=True)
+            yield dict(inputs), torch.from_numpy(np.stack(attributes)), torch.from_numpy(np.stack(fine))
 
 
 CLASSES = (len(SHAPES) + 1, len(COLOURS) + 1, len(SIZES) + 1, 9, 9)
@@ -199,19 +206,19 @@ def patch_loss(logits, attributes, fine):
     return loss, right.all(0)[seen].float().mean().item()
 
 
-def teach(parts, features, width, cells, minutes, batch_size=64, lr=1.5e-3):
-    """Train `parts` for some minutes so that a linear head on `features(pixels)` (B, cells², width) sees the labels."""
-    parts = nn.ModuleList([*parts, nn.Linear(width, sum(CLASSES) + 16)]).train()
+def teach(tower, features, width, scenes, minutes, lr=1.5e-3):
+    """Train `tower` for some minutes so that a linear head on `features(inputs)` (B, cells², width) sees the labels."""
+    parts = nn.ModuleList([tower, nn.Linear(width, sum(CLASSES) + 16)]).train()
     optimizer = torch.optim.AdamW(parts.parameters(), lr=lr, weight_decay=0.02)
-    loader = iter(DataLoader(LabelledScenes(cells), batch_size=batch_size, num_workers=1))
+    loader = iter(DataLoader(scenes, batch_size=None, num_workers=1))
     bar, start, step = tqdm(total=round(minutes * 60), unit="s"), time.time(), 0
     while (spent := time.time() - start) < minutes * 60:
         rate = min(1.0, (step + 1) / 200) * (0.02 + 0.98 * (1 + np.cos(np.pi * spent / (minutes * 60))) / 2)
         for group in optimizer.param_groups:
             group["lr"] = lr * rate
-        pixels, attributes, fine = next(loader)
+        inputs, attributes, fine = next(loader)
         with torch.autocast("cpu", torch.bfloat16):
-            logits = parts[-1](features(pixels))
+            logits = parts[1](features(inputs))
         loss, right = patch_loss(logits, attributes.flatten(1, 2), fine.flatten(1, 2))
         loss.backward()
         nn.utils.clip_grad_norm_(parts.parameters(), 1.0)
@@ -220,7 +227,7 @@ def teach(parts, features, width, cells, minutes, batch_size=64, lr=1.5e-3):
         step += 1
         bar.update(round(time.time() - start) - bar.n)
         if step % 20 == 0:
-            bar.set_postfix_str(f"{step * batch_size} images, loss {loss.item():.2f}, patches all right {right:.2f}")
+            bar.set_postfix_str(f"{step * scenes.batch_size} images, loss {loss.item():.2f}, patches all right {right:.2f}")
     bar.close()
 
 
@@ -231,17 +238,26 @@ def main():
     parser.add_argument("--minutes", type=float, default=10)
     args = parser.parse_args()
     torch.manual_seed(0)
+    processor = make_processor(make_tokenizer())
     if args.backbone == "mllm":
-        processor = make_processor(make_tokenizer())
         model = make_mllm(processor)
+        scenes = LabelledScenes(processor.image_processor, IMAGE_SIZE // PATCH, batch_size=64)
+
         tower, projector = model.model.vision_tower, model.model.multi_modal_projector
-        features = lambda pixels: projector(tower(pixels).last_hidden_state[:, 1:])  # noqa: E731
-        teach([tower, projector], features, WIDTH, IMAGE_SIZE // PATCH, args.minutes)
+
+        def features(inputs):
+            return torch.stack(model.model.get_image_features(inputs["pixel_values"]).pooler_output)
+
+        teach(nn.ModuleList([tower, projector]), features, WIDTH, scenes, args.minutes)
         processor.save_pretrained(args.output)
     else:
         model = make_sam()
-        features = lambda pixels: model(pixels).last_hidden_state.flatten(2).mT  # noqa: E731
-        teach([model], features, SAM_WIDTH, IMAGE_SIZE // SAM_PATCH, args.minutes)
+        scenes = LabelledScenes(processor.sam_image_processor, IMAGE_SIZE // SAM_PATCH, batch_size=64)
+
+        def features(inputs):
+            return model(inputs["pixel_values"]).last_hidden_state.flatten(2).mT
+
+        teach(model, features, SAM_WIDTH, scenes, args.minutes)
     print(f"{args.backbone}: {sum(p.numel() for p in model.parameters()):,} parameters")
     model.save_pretrained(args.output)
 

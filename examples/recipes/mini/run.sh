@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# The whole story of the embedded model, in order: backbones, reasoning, SAE, masks, joint GRPO, evaluation.
+# Two CPU cores, about two hours and a half. Repeat the command after an interruption: finished stages are skipped and an unfinished
+# training goes on from its last checkpoint. Everything lies under runs/mini.
+set -euo pipefail
+cd "$(dirname "$0")/../../.."
+recipe=examples/recipes/mini
+done_or() { [ -f "runs/mini/$1" ] || "${@:2}"; }
+
+done_or mllm/model.safetensors python $recipe/make_backbones.py mllm --output runs/mini/mllm --minutes 11
+done_or sam/model.safetensors python $recipe/make_backbones.py sam --output runs/mini/sam --minutes 25
+done_or reason/model.safetensors python examples/train_sft.py --config $recipe/reason.yaml
+done_or sae/quality.json python examples/train_sae.py --config $recipe/sae.yaml
+done_or masks/model.safetensors python examples/train_sft.py --config $recipe/masks.yaml
+done_or grpo/model.safetensors python examples/train_grpo.py --config $recipe/grpo.yaml
+for stage in masks grpo; do
+    python examples/evaluate.py --model runs/mini/$stage --dataset scenes --split test --seed 100 --num-samples 1000 \
+        --output runs/mini/evaluation-$stage
+done
+python $recipe/save_checkpoint.py --model runs/mini/grpo --output runs/mini/checkpoint

@@ -1,0 +1,45 @@
+"""Joint training: GRPO on the reasoning and supervised losses on the masks, one backward pass (Eq. 6).
+
+    python examples/train_grpo.py --config examples/recipes/mini/grpo.yaml
+    accelerate launch examples/train_grpo.py --config RECIPE.yaml
+
+An interrupted run goes on from its last checkpoint when the command is repeated.
+"""
+
+from dataclasses import dataclass, field
+
+from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig, TrlParser, get_peft_config
+
+from loaders import load_rows
+from modeling_segcompass import SegCompassModel, SegCompassProcessor
+from trainers import SegCompassGRPOConfig, SegCompassGRPOTrainer
+
+
+@dataclass
+class ScriptArguments:
+    """What to train, on what."""
+
+    model: str = field(metadata={"help": "SegCompass folder or Hub id, after cold start and with a trained SAE"})
+    dataset: str = field(default="scenes", metadata={"help": "'scenes' or a folder written by save_to_disk"})
+    split: str = "train"
+    dataset_seed: int = 0
+    num_samples: int = 10_000
+
+
+def main():
+    parser = TrlParser((ScriptArguments, SegCompassGRPOConfig, ModelConfig))
+    arguments, training, adapters = parser.parse_args_and_config()
+    trainer = SegCompassGRPOTrainer(
+        SegCompassModel.from_pretrained(arguments.model, dtype="float32"),
+        args=training,
+        train_dataset=load_rows(arguments.dataset, arguments.split, arguments.dataset_seed, arguments.num_samples),
+        processing_class=SegCompassProcessor.from_pretrained(arguments.model),
+        peft_config=get_peft_config(adapters),
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(training.output_dir))
+    trainer.save_model()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from modeling_segcompass.configuration_segcompass import SparseAutoencoderConfig
+from modeling_segcompass.modeling_sparse_autoencoder import SparseAutoencoder
+
+D_IN, D_SAE = 16, 96
+
+
+def build_sae(dtype=torch.float32, **kwargs):
+    torch.manual_seed(0)
+    sae = SparseAutoencoder(SparseAutoencoderConfig(d_in=D_IN, d_sae=D_SAE, layer=2, **kwargs)).to(dtype)
+    with torch.no_grad():
+        for parameter in (sae.b_enc, sae.b_dec):
+            parameter.normal_(std=0.3)
+        sae.W_dec.mul_(torch.linspace(0.5, 2, D_SAE)[:, None])
+        sae.usual_strength.uniform_(1, 3)
+    return sae
+
+
+@pytest.fixture
+def z():
+    return torch.randn(23, D_IN, generator=torch.Generator().manual_seed(1))
+
+
+def test_fresh_atoms_have_norm_one_and_the_encoder_is_their_transpose():
+    sae = SparseAutoencoder(SparseAutoencoderConfig(d_in=D_IN, d_sae=D_SAE))
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(D_SAE))
+    assert torch.equal(sae.W_enc, sae.W_dec.T)
+    assert not sae.b_enc.any() and not sae.b_dec.any()
+    assert torch.equal(sae.usual_strength, torch.ones(D_SAE))
+
+
+def test_forward_gives_eq_7_with_the_penalty_weighted_by_decoder_norms(z):
+    sae = build_sae(l1_coefficient=0.7)
+    output = sae(z)
+    h = torch.clamp(z @ sae.W_enc + sae.b_enc, min=0)
+    z_hat = h @ sae.W_dec + sae.b_dec
+    mse = ((z - z_hat) ** 2).sum() / len(z)
+    l1 = sum(h[:, j].sum() * sae.W_dec[j].norm() for j in range(D_SAE)) / len(z)
+    torch.testing.assert_close(output.feature_acts, h)
+    torch.testing.assert_close(output.reconstruction, z_hat)
+    torch.testing.assert_close(output.mse, mse)
+    torch.testing.assert_close(output.l1, l1)
+    torch.testing.assert_close(output.loss, mse + 0.7 * l1)
+    assert output.l0.item() == pytest.approx((h != 0).sum().item() / len(z))
+
+
+def test_penalty_is_not_gamed_by_moving_norm_from_activations_to_atoms(z):
+    sae = build_sae()
+    before = sae(z)
+    with torch.no_grad():
+        sae.W_enc.div_(10)
+        sae.b_enc.div_(10)
+        sae.W_dec.mul_(10)
+    after = sae(z)
+    torch.testing.assert_close(after.l1, before.l1)
+    torch.testing.assert_close(after.loss, before.loss)
+
+
+def test_topk_keeps_the_k_largest_and_has_no_penalty(z):
+    sae = build_sae(activation="topk", k=5, l1_coefficient=0.7)
+    dense = torch.relu(z @ sae.W_enc + sae.b_enc)
+    output = sae(z)
+    assert (output.feature_acts != 0).sum(1).max() <= 5
+    torch.testing.assert_close(output.feature_acts.topk(5).values, dense.topk(5).values)
+    torch.testing.assert_close(output.feature_acts, dense * (output.feature_acts != 0))
+    assert torch.equal(output.loss, output.mse)
+    assert output.l0.item() == 5
+
+
+@pytest.mark.parametrize("shape", [(3, 4, D_IN), (D_IN,)])
+def test_encode_and_decode_take_any_leading_dimensions(shape):
+    sae = build_sae(activation="topk", k=5)
+    z = torch.randn(shape)
+    h = sae.encode(z)
+    assert h.shape == (*shape[:-1], D_SAE)
+    assert sae.decode(h).shape == shape
+
+
+def test_half_precision_hidden_states_are_computed_in_the_weights_dtype(z):
+    sae = build_sae()
+    assert sae.encode(z.bfloat16()).dtype == torch.float32
+    torch.testing.assert_close(sae.encode(z.bfloat16()), sae.encode(z.bfloat16().float()))
+
+
+def test_selected_features_equal_the_dense_path_in_value_and_gradient():
+    sae = build_sae(torch.float64)
+    z = torch.randn(11, D_IN, dtype=torch.float64, requires_grad=True)
+    indices = torch.tensor([7, 0, 95, 31])
+    upstream = torch.randn(11, 4, dtype=torch.float64)
+    inputs = (z, sae.W_enc, sae.b_enc)
+    selected, dense = sae.encode_selected(z, indices), sae.encode(z)[:, indices]
+    torch.testing.assert_close(selected, dense, rtol=1e-12, atol=1e-12)
+    for ours, reference in zip(
+        torch.autograd.grad(selected, inputs, upstream), torch.autograd.grad(dense, inputs, upstream), strict=True
+    ):
+        torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", [{}, {"activation": "topk", "k": 5}])
+@pytest.mark.parametrize("max_active", [3, 9, D_SAE])
+def test_sparse_pairs_are_the_strongest_features_of_the_dense_code(z, options, max_active):
+    sae = build_sae(**options)
+    indices, values = sae.encode_sparse(z, max_active, chunk_size=10)
+    dense = sae.encode(z)
+    assert indices.shape == values.shape == (len(z), max_active) and indices.dtype == torch.long
+    torch.testing.assert_close(values, dense.topk(max_active).values)
+    assert (values.diff(dim=1) <= 0).all()
+    active = values > 0
+    torch.testing.assert_close(values[active], dense.gather(1, indices)[active])
+    assert not indices[~active].any()
+    if max_active == D_SAE:
+        torch.testing.assert_close(torch.zeros_like(dense).scatter_add(1, indices, values), dense)
+
+
+def test_sparse_pairs_carry_no_gradient(z):
+    assert not build_sae().encode_sparse(z.requires_grad_(), 4)[1].requires_grad
+
+
+def test_sparse_pairs_of_no_tokens_are_empty():
+    indices, values = build_sae().encode_sparse(torch.zeros(0, D_IN), 4)
+    assert indices.shape == values.shape == (0, 4)
+
+
+@pytest.mark.parametrize("max_active", [0, D_SAE + 1])
+def test_asking_for_more_features_than_there_are_is_refused(z, max_active):
+    with pytest.raises(ValueError, match=rf"max_active is {max_active}.*{D_SAE} features.*choose"):
+        build_sae().encode_sparse(z, max_active)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda sae, z: sae(z),
+        lambda sae, z: sae.encode(z),
+        lambda sae, z: sae.encode_selected(z, torch.tensor([0])),
+        lambda sae, z: sae.encode_sparse(z, 3),
+    ],
+)
+def test_hidden_states_of_another_width_are_refused(call):
+    with pytest.raises(ValueError, match="17 wide.*reads 16.*layer 2 of tiny/backbone"):
+        call(build_sae(backbone="tiny/backbone"), torch.zeros(2, 17))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"activation": "gelu"}, "activation is 'gelu'; choose one of"),
+        ({"activation": "topk", "k": 97}, "k is 97, but the SAE has 96 features"),
+        ({"k": 0}, "k is 0"),
+    ],
+)
+def test_impossible_configurations_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        SparseAutoencoderConfig(d_in=D_IN, d_sae=D_SAE, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"activation": "topk", "k": 5}])
+def test_saving_and_loading_is_exact(z, tmp_path, options):
+    sae = build_sae(backbone="tiny/backbone", **options)
+    sae.save_pretrained(tmp_path)
+    loads = [SparseAutoencoder.from_pretrained(tmp_path) for _ in range(2)]
+    for loaded in loads:
+        assert loaded.state_dict().keys() == sae.state_dict().keys() >= {"usual_strength"}
+        assert all(torch.equal(value, sae.state_dict()[name]) for name, value in loaded.state_dict().items())
+        assert torch.equal(loaded(z).loss, sae(z).loss)
+        assert (loaded.config.backbone, loaded.config.layer) == ("tiny/backbone", 2)
+        assert loaded.config.activation == sae.config.activation
+
+
+class OuterConfig(PreTrainedConfig):
+    model_type = "outer_of_sae"
+    sub_configs = {"sae_config": SparseAutoencoderConfig}
+
+    def __init__(self, sae_config=None, **kwargs):
+        self.sae_config = SparseAutoencoderConfig(**sae_config) if isinstance(sae_config, dict) else sae_config
+        super().__init__(**kwargs)
+
+
+class Outer(PreTrainedModel):
+    config_class = OuterConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.sae = SparseAutoencoder(config.sae_config)
+        self.head = nn.Linear(D_IN, 2)
+        self.post_init()
+
+
+def test_inside_another_model_it_initialises_itself():
+    sae = Outer(OuterConfig(sae_config=SparseAutoencoderConfig(d_in=D_IN, d_sae=D_SAE))).sae
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(D_SAE))
+    assert torch.equal(sae.W_enc, sae.W_dec.T)
+
+
+def test_inside_another_model_it_is_loaded_exactly(tmp_path):
+    torch.manual_seed(0)
+    outer = Outer(OuterConfig(sae_config=SparseAutoencoderConfig(d_in=D_IN, d_sae=D_SAE)))
+    outer.sae.load_state_dict(build_sae().state_dict())
+    outer.save_pretrained(tmp_path)
+    loaded = Outer.from_pretrained(tmp_path)
+    assert all(torch.equal(value, outer.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+def test_parts_missing_from_a_checkpoint_are_initialised_and_the_rest_kept(tmp_path):
+    sae = build_sae()
+    state = {name: value for name, value in sae.state_dict().items() if name != "usual_strength"}
+    sae.save_pretrained(tmp_path, state_dict=state)
+    loaded = SparseAutoencoder.from_pretrained(tmp_path)
+    assert torch.equal(loaded.W_dec, sae.W_dec) and torch.equal(loaded.W_enc, sae.W_enc)
+    assert torch.equal(loaded.usual_strength, torch.ones(D_SAE))

@@ -1,0 +1,34 @@
+"""Noise images, and a way to make a model with random weights write the response a test needs."""
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import LogitsProcessor
+
+IMAGE_SIZES = [(40, 40), (30, 44), (44, 28), (20, 64)]
+INSTRUCTIONS = ["the red box", "it", "whatever stands left of the ring", "a mug?"]
+
+
+def noise_image(height, width, seed=0):
+    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def noise_images():
+    return [noise_image(*size, seed) for seed, size in enumerate(IMAGE_SIZES)]
+
+
+class Script(LogitsProcessor):
+    """Makes generation write the given responses, each followed by the end token, whatever the model says."""
+
+    def __init__(self, tokenizer, responses):
+        end = [tokenizer.eos_token_id]
+        self.rows = [tokenizer(response, add_special_tokens=False).input_ids + end for response in responses]
+        self.prompt_length = None
+
+    def __call__(self, input_ids, scores):
+        if self.prompt_length is None:
+            self.prompt_length = input_ids.shape[1]
+        step = input_ids.shape[1] - self.prompt_length
+        forced = torch.tensor([row[min(step, len(row) - 1)] for row in self.rows])
+        return torch.full_like(scores, float("-inf")).scatter(1, forced[:, None], 0.0)
