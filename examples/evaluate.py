@@ -84,9 +84,7 @@ def evaluate(args, rows, names, path, done):
 
     Batches are cut at the same rows in every run, so that a resumed run pads, and so rounds, as an uninterrupted one.
     """
-    processor = SegCompassProcessor.from_pretrained(args.model)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = SegCompassModel.from_pretrained(args.model, dtype="float32").to(device).eval()
+    model, processor = load(args.model)
     with path.open("a") as file, tqdm(total=len(rows), initial=len(done), unit="sample", dynamic_ncols=True) as bar:
         for start in range(0, len(rows), args.batch_size):
             indices = range(start, min(start + args.batch_size, len(rows)))
@@ -99,6 +97,16 @@ def evaluate(args, rows, names, path, done):
                     bar.update()
             file.flush()
             bar.set_postfix(gIoU=f"{summarise(list(done.values()))['gIoU']:.3f}")
+
+
+def load(path):
+    """The model, on the GPU when there is one, and its processor. Raises SystemExit when they cannot be loaded."""
+    try:
+        processor = SegCompassProcessor.from_pretrained(path)
+        model = SegCompassModel.from_pretrained(path, dtype="float32")
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--model {path!r} is no folder or Hub id of a SegCompass model: {error}") from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
 
 
 def predict(args, model, processor, batch):

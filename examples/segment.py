@@ -54,14 +54,22 @@ def read_image(path):
         raise SystemExit(f"the image {path!r} cannot be read ({error}); give a picture file or a URL.") from error
 
 
+def load(path):
+    """The model, on the GPU when there is one, and its processor. Raises SystemExit when they cannot be loaded."""
+    try:
+        processor = SegCompassProcessor.from_pretrained(path)
+        model = SegCompassModel.from_pretrained(path, dtype="float32")
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"--model {path!r} is no folder or Hub id of a SegCompass model: {error}") from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
+
+
 def main(argv=None):
     args = parse(argv)
     image = read_image(args.image)
-    processor = SegCompassProcessor.from_pretrained(args.model)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = SegCompassModel.from_pretrained(args.model, dtype="float32").to(device)
+    model, processor = load(args.model)
     try:
-        inputs = processor(images=image, text=args.instruction).to(device)
+        inputs = processor(images=image, text=args.instruction).to(model.device)
     except ValueError as error:  # an empty or too long instruction
         raise SystemExit(str(error)) from error
     outputs = model.segment(**inputs)

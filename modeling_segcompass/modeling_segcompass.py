@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
-from torch import nn
 from transformers import (
     AutoModelForImageTextToText,
     GenerationMixin,
@@ -124,7 +123,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             init.normal_(module.codebook, std=std)
             init.normal_(module.slot_queries, std=std)
         elif isinstance(module, SlotMapper):
-            init.constant_(module.map_out.bias, -1.8)  # heatmaps start near "nothing here"
+            init.constant_(module.map_bias, -1.8)  # heatmaps start near "nothing here"
         elif isinstance(module, MaskDecoder):
             init.normal_(module.mask_token, std=std)
         elif isinstance(module, SamPositionalEmbedding):
@@ -204,9 +203,10 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         batch = len(input_ids)
         positions, slot_mask = self.find_slots(input_ids, response_mask)
 
-        # e_k: the concentration tokens' embeddings
+        # e_k: the concentration tokens' embeddings, in the segmentation modules' dtype (the MLLM's may be lower)
         rows = torch.arange(batch, device=input_ids.device)[:, None]
         e = last_hidden[rows, positions].masked_fill(~slot_mask[..., None], 0)
+        e = e.to(self.query_codebook.codebook.dtype)
 
         # E_sae, C, r_k: concepts of image, instruction and reasoning
         if query_source == "tokens":
@@ -481,24 +481,26 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
     # -- building, saving, loading -----------------------------------------------------------------------------------
 
     @classmethod
-    def from_backbones(cls, mllm, sam, sae=None, processor=None, **config):
+    def from_backbones(cls, mllm, sam, sae=None, processor=None, dtype="float32", **config):
         """Build a fresh model from an MLLM, a SAM vision encoder and, if there is one, a trained SAE.
 
         Args:
             mllm, sam, sae: model ids, folders, or loaded models. Without `sae` an untrained one is made.
             processor: a SegCompassProcessor; its new tokens get embedding rows (the mean of the others), and its
                 token ids enter the config.
+            dtype: of the parts loaded here. Training needs float32 master weights, under autocast if it is to be fast;
+                "auto" keeps each checkpoint's own.
             config: fields of SegCompassConfig; `sae_config` shapes a new SAE.
 
         Raises:
             ValueError: an SAE of another width, layer or backbone.
         """
         if isinstance(mllm, str):
-            mllm = AutoModelForImageTextToText.from_pretrained(mllm)
+            mllm = AutoModelForImageTextToText.from_pretrained(mllm, dtype=dtype)
         if isinstance(sam, str):
-            sam = SamVisionModel.from_pretrained(sam)
+            sam = SamVisionModel.from_pretrained(sam, dtype=dtype)
         if isinstance(sae, str):
-            sae = SparseAutoencoder.from_pretrained(sae)
+            sae = SparseAutoencoder.from_pretrained(sae, dtype=dtype)
         name = mllm.config._name_or_path or None
         if sae is not None:
             config["sae_config"] = sae.config
@@ -528,7 +530,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         """Put a trained SAE (model, folder or Hub id) in place of this model's.
 
         Raises:
-            ValueError: it has another width than this model's MLLM, or reads another layer than the model was built for.
+            ValueError: it has another width or layer than the model was built for.
         """
         if isinstance(sae, str):
             sae = SparseAutoencoder.from_pretrained(sae)

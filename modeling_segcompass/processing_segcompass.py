@@ -77,7 +77,7 @@ class SegCompassProcessor(ProcessorMixin):
     def prompt_text(self, instruction):
         """The text of the user turn for one instruction. Raises ValueError when it is empty or holds `<REF_POS>`."""
         if not isinstance(instruction, str) or not instruction.strip():
-            raise ValueError(f"the instruction is {instruction!r}; say what to segment, e.g. 'the mug nearest the sink'.")
+            raise ValueError(f"the instruction is {instruction!r}; say what to segment, like 'the mug by the sink'.")
         for token in (REF_TOKEN, self.image_token):
             if token in instruction:
                 raise ValueError(f"the instruction contains {token!r}, which is reserved; remove it.")

@@ -74,7 +74,8 @@ class EncoderBlock(nn.Module):
         qkv = self.qkv(self.attention_norm(x)).view(batch, length, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         scores = (q @ k.mT) * (width // self.heads) ** -0.5
-        attention = scores.float().masked_fill(~valid[:, None, None], float("-inf")).softmax(-1)
+        scores = scores.masked_fill(~valid[:, None, None], float("-inf"))
+        attention = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
         mixed = (attention.to(v.dtype) @ v).transpose(1, 2).reshape(batch, length, width)
         x = x + self.out(mixed)
         x = x + self.mlp_out(nn.functional.gelu(self.mlp_in(self.mlp_norm(x))))
@@ -126,7 +127,7 @@ class QueryCodebook(nn.Module):
             x, attention = block(x, valid)
         weights = attention[:, :slots, slots:]
         if self.reading == "token":
-            share = activations * codes.norm(dim=-1)[:, None]
+            share = (activations * codes.norm(dim=-1)[:, None]).to(weights.dtype)
             weights = weights @ (share / share.sum(-1, keepdim=True).clamp_min(1e-6))
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-12)
         return Concepts(self.norm(x[:, :slots]), indices, values, weights, activations)

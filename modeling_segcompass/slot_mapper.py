@@ -23,7 +23,8 @@ class SlotMapper(nn.Module):
         self.query = nn.Linear(d_pi, self.heads * self.head_dim)
         self.key = nn.Linear(d_k, self.heads * self.head_dim)
         self.map_in = nn.Conv2d(self.heads, 4 * self.heads, 3, padding=1)
-        self.map_out = nn.Conv2d(4 * self.heads, 1, 3, padding=1)
+        self.map_out = nn.Conv2d(4 * self.heads, 1, 3, padding=1, bias=False)
+        self.map_bias = nn.Parameter(torch.empty(1))
         self.conf_norm = nn.LayerNorm(3 * self.heads)
         self.conf_in = nn.Linear(3 * self.heads, 16 * self.heads)
         self.conf_out = nn.Linear(16 * self.heads, 1)
@@ -54,7 +55,8 @@ class SlotMapper(nn.Module):
         scores = (q @ k) * self.head_dim**-0.5  # S (B, N_h, K_s, h·w)
 
         s = scores.transpose(1, 2).reshape(batch * slots, self.heads, height, width)
-        heatmaps = self.map_out(nn.functional.silu(self.map_in(s))).view(batch, slots, height, width)
+        heatmaps = self.map_out(nn.functional.silu(self.map_in(s))) + self.map_bias
+        heatmaps = heatmaps.view(batch, slots, height, width)
 
         s = scores.float().transpose(1, 2)  # (B, K_s, N_h, h·w)
         inside = valid.flatten(1)[:, None, None]

@@ -1,9 +1,11 @@
-"""Noise images, and a way to make a model with random weights write the response a test needs."""
+"""Noise images, tiny models whose masks depend on their input, and a way to make a model write a given response."""
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers import LogitsProcessor
+
+from tests.tiny import tiny_segcompass
 
 IMAGE_SIZES = [(40, 40), (30, 44), (44, 28), (20, 64)]
 INSTRUCTIONS = ["the red box", "it", "whatever stands left of the ring", "a mug?"]
@@ -16,6 +18,17 @@ def noise_image(height, width, seed=0):
 
 def noise_images():
     return [noise_image(*size, seed) for seed, size in enumerate(IMAGE_SIZES)]
+
+
+def lively_segcompass(backbone, **config):
+    """A tiny model with large weights: at initialisation its masks differ by 1e-6 whatever the input, so all are equal."""
+    model, processor = tiny_segcompass(backbone, **config)
+    factors = {"mllm": 8, "mask_decoder": 25, "sae": 1}
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() > 1:
+                weight.mul_(factors.get(name.split(".")[0], 10))
+    return model, processor
 
 
 class Script(LogitsProcessor):

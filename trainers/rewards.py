@@ -64,7 +64,8 @@ def mask_scores(
         threshold: the confidence, a probability, from which a slot is kept.
 
     Returns:
-        B floats in [0, 1]: 1 where nothing is kept and there is no target, 0 where only one of the two is empty.
+        B floats in [0, 1]: 1 where nothing is kept and there is no target, 0 where only one of the two is empty. A
+        response without any concentration token scores 0 even without a target: it did not say "nothing".
 
     Raises:
         ValueError: batch sizes or frames differ, or a kept slot's mask is not finite.
@@ -79,12 +80,13 @@ def mask_scores(
     iou = soft_iou(pred_masks.float().sigmoid(), padded, valid)
     kept = outputs.slot_mask & (outputs.pred_logits.float().sigmoid() >= threshold)
     table = torch.cat([iou, kept.unsqueeze(-1).to(iou)], dim=-1).cpu().numpy()
+    answered = outputs.slot_mask.any(-1).tolist()
     scores = []
-    for row, target in zip(table, targets, strict=True):
+    for row, target, found in zip(table, targets, answered, strict=True):
         overlap, keep = row[:, : len(target)], row[:, -1] > 0
         larger = max(int(keep.sum()), len(target))
         total = float(overlap[hungarian(overlap, keep)].sum(dtype="float64"))
-        scores.append(min(total / larger, 1.0) if larger else 1.0)
+        scores.append(min(total / larger, 1.0) if larger else float(found))
     return scores
 
 

@@ -1,23 +1,10 @@
 """Tiny saved models for the scripts, and a way to make them write a given response."""
 
 import pytest
-import torch
 
 from modeling_segcompass import SegCompassModel
-from tests.tiny import BACKBONES, tiny_segcompass
-
-
-class ForceTokens:
-    """A logits processor that makes the model write the given ids after the prompt."""
-
-    def __init__(self, ids, prompt_length):
-        self.ids, self.prompt_length = ids, prompt_length
-
-    def __call__(self, input_ids, scores):
-        step = min(input_ids.shape[1] - self.prompt_length, len(self.ids) - 1)
-        scores = torch.full_like(scores, float("-inf"))
-        scores[:, self.ids[step]] = 0
-        return scores
+from tests.scripted import Script, lively_segcompass
+from tests.tiny import BACKBONES
 
 
 @pytest.fixture
@@ -25,14 +12,15 @@ def writes(monkeypatch):
     """Makes every model loaded from now on write this response: a tiny random one writes no sense by itself."""
 
     def force(response, processor):
-        ids = processor.tokenizer(response, add_special_tokens=False)["input_ids"] + [processor.tokenizer.eos_token_id]
         load = SegCompassModel.from_pretrained
 
         def load_and_force(*args, **kwargs):
             model = load(*args, **kwargs)
             generate = model.mllm.generate
-            model.mllm.generate = lambda input_ids, **kwargs: generate(
-                input_ids=input_ids, logits_processor=[ForceTokens(ids, input_ids.shape[1])], **kwargs
+            model.mllm.generate = lambda input_ids, **inputs: generate(
+                input_ids=input_ids,
+                logits_processor=[Script(processor.tokenizer, [response] * len(input_ids))],
+                **inputs,
             )
             return model
 
@@ -45,7 +33,7 @@ def writes(monkeypatch):
 def saved(request, tmp_path_factory):
     """A tiny model's folder and its processor."""
     folder = tmp_path_factory.mktemp(request.param)
-    model, processor = tiny_segcompass(request.param, num_slots=3)
+    model, processor = lively_segcompass(request.param, num_slots=3)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder, processor

@@ -54,10 +54,14 @@ def union(rles):
 
 def test_metrics_are_those_of_the_written_masks(run, saved, tmp_path, writes, capsys):
     writes(GOOD, saved[1])
-    metrics = run()
+    run("--threshold", "0", output="all")
+    scores = [slot["score"] for record in lines(tmp_path / "all" / "predictions.jsonl") for slot in record["slots"]]
+    metrics = run("--threshold", str(np.median(scores)))
     rows = load_scenes("test", seed=3, num_samples=N)
     records = lines(tmp_path / "run" / "predictions.jsonl")
     assert [record["sample_id"] for record in records] == list(rows["sample_id"])
+    kept = [slot["score"] for record in records for slot in record["slots"]]
+    assert 0 < len(kept) < len(scores) and min(kept) >= np.median(scores)
     ious, overlap, covered, rejected = [], 0, 0, []
     for row, record in zip(rows, records, strict=True):
         assert set(record) == KEYS and (record["text"], record["format"]) == (GOOD, 1.0)
@@ -68,6 +72,7 @@ def test_metrics_are_those_of_the_written_masks(run, saved, tmp_path, writes, ca
         overlap, covered = overlap + both, covered + either
         rejected += [] if wanted.any() else [not predicted.any()]
     assert metrics["gIoU"] == pytest.approx(np.mean(ious))
+    assert overlap > 0, "a test of masks that never touch says nothing"
     assert metrics["cIoU"] == pytest.approx(overlap / covered)
     assert metrics["N-acc"] == pytest.approx(np.mean(rejected))
     assert (metrics["n"], metrics["n_no_target"], metrics["n_format_fail"]) == (N, len(rejected), 0)
@@ -90,7 +95,8 @@ def test_response_without_concentration_tokens_fails_the_format_and_predicts_not
 
 def test_killed_and_resumed_run_equals_an_uninterrupted_one(script, run, saved, tmp_path, writes, monkeypatch):
     writes(GOOD, saved[1])
-    whole = run(output="whole")
+    options = ("--threshold", "0")  # keeps every slot, so that there are masks to compare
+    whole = run(*options, output="whole")
     predict = script.predict
 
     def killed(args, model, processor, batch):
@@ -100,21 +106,21 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(script, run, saved, 
 
     monkeypatch.setattr(script, "predict", killed)
     with pytest.raises(KeyboardInterrupt):
-        run(output="parts")
+        run(*options, output="parts")
     monkeypatch.setattr(script, "predict", predict)
     path = tmp_path / "parts" / "predictions.jsonl"
     assert len(lines(path)) == 8 and not (tmp_path / "parts" / "metrics.json").exists()
     torn = path.read_text()[:-40]  # the eighth line was being written
     path.write_text(torn)
 
-    assert without_seconds(run(output="parts")) == without_seconds(whole)
+    assert without_seconds(run(*options, output="parts")) == without_seconds(whole)
     written = lines(path)
     assert len(written) == N, "nothing is written twice"
     assert [{**record, "seconds": 0} for record in written] == [
         {**record, "seconds": 0} for record in lines(tmp_path / "whole" / "predictions.jsonl")
     ]
     monkeypatch.setattr(script, "predict", killed)  # a finished run needs no model
-    assert without_seconds(run(output="parts")) == without_seconds(whole)
+    assert without_seconds(run(*options, output="parts")) == without_seconds(whole)
 
 
 def test_predictions_of_another_run_are_refused_by_name(run, saved, writes):

@@ -88,6 +88,11 @@ def test_unreadable_image_is_named(saved, tmp_path):
             run(path, saved[0], tmp_path)
 
 
+def test_missing_model_is_named(photo, tmp_path):
+    with pytest.raises(SystemExit, match="nowhere' is no folder or Hub id of a SegCompass model"):
+        run(photo, tmp_path / "nowhere", tmp_path)
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [(["photo.png"], "no instruction"), (["photo.png", "a", "--threshold", "1.5"], "--threshold is 1.5")],

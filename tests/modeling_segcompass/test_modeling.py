@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modeling_segcompass import SegCompassModel, SparseAutoencoder, SparseAutoencoderConfig
-from tests.scripted import INSTRUCTIONS, Script, noise_image, noise_images
+from tests.scripted import INSTRUCTIONS, Script, lively_segcompass, noise_image, noise_images
 from tests.tiny import BACKBONES, tiny_mllm, tiny_processor, tiny_segcompass
 
 MASKS = ("pred_masks", "pred_logits", "heatmaps")
@@ -19,7 +19,7 @@ RESPONSES = [
 
 @pytest.fixture(scope="module", params=BACKBONES)
 def parts(request):
-    return tiny_segcompass(request.param)
+    return lively_segcompass(request.param)
 
 
 def segment(model, processor, images, texts, responses, **kwargs):
@@ -138,6 +138,7 @@ def test_masks_without_the_lm_head_are_the_same(parts):
 
 def assert_same(ours, theirs, row=slice(None)):
     """Masks of every slot that exists, and the concepts behind them. 1e-4: float32 summed over other paddings."""
+    assert ours.pred_masks.std(0).mean() > 0.01, "the samples' masks are alike, so this comparison means nothing"
     found = ours.slot_mask[row]
     assert torch.equal(found, theirs.slot_mask)
     for name in MASKS:
@@ -231,7 +232,7 @@ def test_concept_scaled_to_zero_is_removed_and_changes_the_mask(parts):
         unchanged = model(**inputs, concept_scale={index: 1.0})
     assert not after.concept_values[after.concept_indices == index].any()
     assert not after.concept_weights.mT[after.concept_indices == index].any()
-    assert (after.heatmaps[0] - before.heatmaps[0]).abs().max() > 1e-6
+    assert (after.heatmaps[0] - before.heatmaps[0]).abs().max() > 0.05
     assert torch.equal(unchanged.pred_masks, before.pred_masks)
     torch.testing.assert_close(before.concept_weights.sum(-1), torch.ones(4, 3), atol=1e-5, rtol=0)
 
@@ -259,7 +260,7 @@ def test_queries_can_be_built_from_one_source(parts, source):
     with torch.no_grad():
         alone, both = model(**inputs, query_source=source), model(**inputs)
     assert (alone.concept_indices is None) == (source == "tokens")
-    assert (alone.heatmaps - both.heatmaps).abs().max() > 1e-6
+    assert (alone.heatmaps - both.heatmaps).abs().max() > 0.5
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------
@@ -295,7 +296,7 @@ def test_unknown_query_source_is_refused(parts):
 
 def gradients_of_masks(backbone, source="both", **config):
     """Which named parameters the masks alone (no language loss) give a gradient other than zero."""
-    model, processor = tiny_segcompass(backbone, **config)
+    model, processor = lively_segcompass(backbone, **config)
     model.train()
     outputs = model(**processor(images=noise_images(), text=INSTRUCTIONS, response=RESPONSES), query_source=source)
     probe = torch.linspace(-1, 1, outputs.pred_masks.numel()).view_as(outputs.pred_masks)
@@ -332,6 +333,36 @@ def test_topk_sae_and_both_readings_train(reading):
     reached, _ = gradients_of_masks("llava", source="concepts", sae_config=sae, concept_reading=reading)
     assert reached["query_codebook.codebook"] and reached["query_codebook.where.weight"]
     assert reached["mllm.model.language_model.layers.0.mlp.down_proj.weight"]
+
+
+# -- precision ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_half_precision_mllm_works_with_full_precision_masks(backbone):
+    model, processor = lively_segcompass(backbone)
+    model.mllm.to(torch.bfloat16)
+    outputs = segment(model, processor, noise_images(), INSTRUCTIONS, RESPONSES)
+    assert outputs.pred_masks.dtype == torch.float32 and outputs.pred_masks.isfinite().all()
+
+
+@pytest.mark.parametrize("reading", ["feature", "token"])
+def test_whole_model_works_in_half_precision(reading):
+    model, processor = lively_segcompass("llava", concept_reading=reading)
+    inputs = processor(images=noise_images(), text=INSTRUCTIONS, response=RESPONSES)
+    with torch.no_grad():
+        outputs = model.to(torch.bfloat16)(**inputs)
+    assert outputs.pred_masks.dtype == torch.bfloat16 and outputs.pred_masks.isfinite().all()
+
+
+def test_backbones_are_loaded_with_float32_master_weights(tmp_path):
+    mllm, sam, processor = backbones()
+    mllm.to(torch.bfloat16).save_pretrained(tmp_path / "mllm")
+    sam.to(torch.float16).save_pretrained(tmp_path / "sam")
+    model = SegCompassModel.from_backbones(
+        str(tmp_path / "mllm"), str(tmp_path / "sam"), processor=processor, d_c=16, decoder_heads=4
+    )
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 # -- building and checkpoints ------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 
 import modeling_segcompass
 from modeling_segcompass import SegCompassConfig, SegCompassModel, SegCompassProcessor
-from tests.scripted import INSTRUCTIONS, noise_images
-from tests.tiny import BACKBONES, tiny_segcompass
+from tests.scripted import INSTRUCTIONS, lively_segcompass, noise_images
+from tests.tiny import BACKBONES
 
 PACKAGE = Path(modeling_segcompass.__file__).parent
 RESPONSES = ["<think>left of it</think><REF_POS><REF_POS><REF_POS>"] * 4
@@ -48,7 +48,7 @@ for folder in sys.argv[3:]:
 
 def save(folder, backbone):
     """A saved model and processor, with the images and the masks to be found again."""
-    model, processor = tiny_segcompass(backbone)
+    model, processor = lively_segcompass(backbone)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     for number, image in enumerate(noise_images()):

@@ -105,7 +105,8 @@ def test_a_slot_at_half_confidence_is_kept_and_one_without_its_token_is_not():
     assert mask_score(prediction, torch.zeros(1), ALL[:1], target, (1, 4)) == pytest.approx(1.0)
     assert mask_score(prediction, torch.full((1,), -1e-3), ALL[:1], target, (1, 4)) == 0.0
     assert mask_score(prediction, torch.ones(1), ~ALL[:1], target, (1, 4)) == 0.0
-    assert mask_score(prediction, torch.ones(1), ~ALL[:1], target[:0], (1, 4)) == 1.0
+    assert mask_score(prediction, torch.ones(1), ~ALL[:1], target[:0], (1, 4)) == 0.0  # no answer is not "nothing"
+    assert mask_score(prediction, -torch.ones(1), ALL[:1], target[:0], (1, 4)) == 1.0
 
 
 def test_batch_scores_are_the_samples_own_and_ignore_the_padding():

@@ -80,30 +80,33 @@ def make_processor(tokenizer):
         num_slots=NUM_SLOTS,
         max_prompt_length=160,
         patch_size=PATCH,
-        vision_feature_select_strategy="full",
-        num_additional_image_tokens=0,
     )
 
 
-def make_mllm(processor):
-    """An untrained LLaVA of transformers' own classes (LLaVA, Llama, a Swin tower), about 4 million parameters.
+def grid_waves(side, width):
+    """Sines and cosines of a side x side grid's coordinates: (side², width), the start of a position embedding.
 
-    A Swin tower because, from nothing and on few images, fine patches that merge learn far faster than CLIP's coarse
-    ones (docs/experiments.md); LLaVA takes either.
+    From small random embeddings the towers here did not learn where anything is (docs/experiments.md).
     """
+    y, x = torch.meshgrid(torch.arange(side) / side, torch.arange(side) / side, indexing="ij")
+    frequencies = torch.pi * 2.0 ** torch.linspace(0, 4, width // 4)
+    angles = [axis.flatten()[:, None] * frequencies for axis in (x, y)]
+    return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], -1)
+
+
+def make_mllm(processor):
+    """An untrained LLaVA of transformers' own classes (LLaVA, CLIP tower, Llama), about 4 million parameters."""
     tokenizer = processor.tokenizer
     config = LlavaConfig(
         vision_config=dict(
-            model_type="swin",
+            model_type="clip_vision_model",
+            hidden_size=WIDTH,
+            intermediate_size=2 * WIDTH,
+            num_hidden_layers=4,
+            num_attention_heads=6,
             image_size=IMAGE_SIZE,
-            patch_size=PATCH // 2,
-            embed_dim=WIDTH // 2,
-            depths=[2, 3],
-            num_heads=[3, 6],
-            window_size=8,
-            mlp_ratio=2.0,
-            drop_path_rate=0.0,
-            use_absolute_embeddings=True,
+            patch_size=PATCH,
+            projection_dim=WIDTH,
         ),
         text_config=dict(
             model_type="llama",
@@ -121,9 +124,12 @@ def make_mllm(processor):
         tie_word_embeddings=True,
         image_token_index=processor.image_token_id,
         vision_feature_layer=-1,
-        vision_feature_select_strategy="full",
+        vision_feature_select_strategy="default",
     )
     mllm = LlavaForConditionalGeneration(config)
+    with torch.no_grad():
+        embeddings = mllm.model.vision_tower.embeddings
+        embeddings.position_embedding.weight[1:] = 0.7 * grid_waves(IMAGE_SIZE // PATCH, WIDTH)
     mllm.generation_config.eos_token_id = tokenizer.eos_token_id
     mllm.generation_config.pad_token_id = tokenizer.pad_token_id
     return mllm
@@ -206,9 +212,10 @@ def patch_loss(logits, attributes, fine):
     return loss, right.all(0)[seen].float().mean().item()
 
 
-def teach(tower, features, width, scenes, minutes, lr=1.5e-3):
+def teach(tower, features, width, scenes, minutes, lr=1e-3):
     """Train `tower` for some minutes so that a linear head on `features(inputs)` (B, cells², width) sees the labels."""
-    parts = nn.ModuleList([tower, nn.Linear(width, sum(CLASSES) + 16)]).train()
+    head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(CLASSES) + 16))
+    parts = nn.ModuleList([tower, head]).train()
     optimizer = torch.optim.AdamW(parts.parameters(), lr=lr, weight_decay=0.02)
     loader = iter(DataLoader(scenes, batch_size=None, num_workers=1))
     bar, start, step = tqdm(total=round(minutes * 60), unit="s"), time.time(), 0
@@ -218,7 +225,7 @@ def teach(tower, features, width, scenes, minutes, lr=1.5e-3):
             group["lr"] = lr * rate
         inputs, attributes, fine = next(loader)
         with torch.autocast("cpu", torch.bfloat16):
-            logits = parts[1](features(inputs))
+            logits = head(features(inputs))
         loss, right = patch_loss(logits, attributes.flatten(1, 2), fine.flatten(1, 2))
         loss.backward()
         nn.utils.clip_grad_norm_(parts.parameters(), 1.0)
