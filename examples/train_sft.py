@@ -27,6 +27,7 @@ class ScriptArguments:
     sae: str | None = field(default=None, metadata={"help": "SAE to put in (own repo or folder)"})
     model_config: dict | str | None = field(default=None, metadata={"help": "fields of SegCompassConfig"})
     dataset: str = field(default="scenes", metadata={"help": "'scenes' or a folder written by save_to_disk"})
+    attn_implementation: str = field(default="sdpa", metadata={"help": "of the MLLM; 'eager' is faster on CPUs"})
     split: str = "train"
     dataset_seed: int = 0
     num_samples: int = 100_000
@@ -52,6 +53,7 @@ def main():
     model, processor = build(arguments)
     if arguments.model and arguments.sae:
         model.load_sae(arguments.sae)
+    model.set_attn_implementation(arguments.attn_implementation)
     rows = load_rows(arguments.dataset, arguments.split, arguments.dataset_seed, arguments.num_samples, streaming=True)
     trainer = SegCompassSFTTrainer(model, training, processor, train_dataset=rows)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(training.output_dir))

@@ -25,7 +25,7 @@ class MaskDecoder(nn.Module):
             num_attention_heads=config.decoder_heads,
             mlp_dim=config.decoder_mlp_dim,
         )
-        decoder._attn_implementation = "sdpa"
+        decoder._attn_implementation = "eager"  # two tokens against the keys: nothing to fuse
         self.mask_embed = SamMaskEmbedding(SamPromptEncoderConfig(hidden_size=width))
         self.mask_token = nn.Parameter(torch.empty(1, width))
         self.confidence = nn.Linear(1, width)
