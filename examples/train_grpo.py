@@ -22,7 +22,6 @@ class ScriptArguments:
 
     model: str = field(metadata={"help": "SegCompass folder or Hub id, after cold start and with a trained SAE"})
     dataset: str = field(default="scenes", metadata={"help": "'scenes' or a folder written by save_to_disk"})
-    attn_implementation: str = field(default="sdpa", metadata={"help": "of the MLLM; 'eager' is faster on CPUs"})
     split: str = "train"
     dataset_seed: int = 0
     num_samples: int = 10_000
@@ -30,15 +29,16 @@ class ScriptArguments:
 
 def main():
     parser = TrlParser((ScriptArguments, SegCompassGRPOConfig, ModelConfig))
-    arguments, training, adapters = parser.parse_args_and_config()
+    arguments, training, extra = parser.parse_args_and_config()
     model = SegCompassModel.from_pretrained(arguments.model, dtype="float32")
-    model.set_attn_implementation(arguments.attn_implementation)
+    if extra.attn_implementation:
+        model.set_attn_implementation(extra.attn_implementation)
     trainer = SegCompassGRPOTrainer(
         model,
         args=training,
         train_dataset=load_rows(arguments.dataset, arguments.split, arguments.dataset_seed, arguments.num_samples),
         processing_class=SegCompassProcessor.from_pretrained(arguments.model),
-        peft_config=get_peft_config(adapters),
+        peft_config=get_peft_config(extra),
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(training.output_dir))
     trainer.save_model()

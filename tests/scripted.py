@@ -21,7 +21,7 @@ def noise_images():
 
 
 def lively_segcompass(backbone, **config):
-    """A tiny model with large weights: at initialisation its masks differ by 1e-6 whatever the input, so all are equal."""
+    """A tiny model with large weights, and its processor. At initialisation all masks are equal to within 1e-6."""
     model, processor = tiny_segcompass(backbone, **config)
     factors = {"mllm": 8, "mask_decoder": 25, "sae": 1}
     with torch.no_grad():

@@ -206,6 +206,20 @@ def test_one_image_embedding_serves_many_questions(parts):
     torch.testing.assert_close(shared.pred_masks, expected.pred_masks, atol=1e-5, rtol=0)
 
 
+def test_padding_of_the_frame_does_not_reach_the_confidences(parts):
+    model, processor = parts
+    inputs = processor(images=noise_image(20, 64), text="it", response=RESPONSES[0])  # 10 x 32 of the 32 x 32 frame
+    embedding = model.get_image_embeddings(inputs.pop("sam_pixel_values")).detach()
+    changed = {}
+    for row in (2, 3):  # 10 pixels are 2.5 cells of the key grid: rows 0, 1 and 2
+        other = embedding.clone()
+        other[:, :, row:] = torch.randn(other[:, :, row:].shape, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            before, after = (model(**inputs, image_embeddings=keys).pred_logits for keys in (embedding, other))
+        changed[row] = bool((after - before).abs().max() > 1e-5)
+    assert changed == {2: True, 3: False}
+
+
 # -- concepts ----------------------------------------------------------------------------------------------------------
 
 
