@@ -7,6 +7,7 @@ An interrupted run goes on from its last checkpoint when the command is repeated
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, TrlParser, get_peft_config
@@ -40,6 +41,7 @@ def main():
         processing_class=SegCompassProcessor.from_pretrained(arguments.model),
         peft_config=get_peft_config(extra),
     )
+    Path(training.output_dir).mkdir(parents=True, exist_ok=True)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(training.output_dir))
     trainer.save_model()
 

@@ -8,6 +8,7 @@ An interrupted run goes on from its last checkpoint when the command is repeated
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
@@ -56,6 +57,7 @@ def main():
     model.set_attn_implementation(arguments.attn_implementation)
     rows = load_rows(arguments.dataset, arguments.split, arguments.dataset_seed, arguments.num_samples, streaming=True)
     trainer = SegCompassSFTTrainer(model, training, processor, train_dataset=rows)
+    Path(training.output_dir).mkdir(parents=True, exist_ok=True)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(training.output_dir))
     trainer.save_model()
 

@@ -1,13 +1,16 @@
 """Which parts of a SegCompass model learn."""
 
+import torch
+
 
 def freeze(model, below_sae_layer=True, encoders=True):
     """Set `requires_grad` for training; the SAE and the positional code stay frozen always.
 
     Args:
         model: a SegCompassModel.
-        below_sae_layer: freeze the decoder blocks 1 ... L whose output the SAE reads, so that it keeps fitting. The
-            embeddings, among them the concentration token's row, learn in any case.
+        below_sae_layer: freeze what the SAE's input is made of, so that the SAE keeps fitting: the projector, the
+            decoder blocks 1 ... L, and the embeddings but for the rows of `</think>` and the concentration token,
+            which learn in any case (the other rows of a tied embedding still see weight decay).
         encoders: freeze the MLLM's vision tower and SAM's encoder.
     """
     model.requires_grad_(True)
@@ -16,6 +19,13 @@ def freeze(model, below_sae_layer=True, encoders=True):
     core = model.mllm.model
     vision = core.vision_tower if hasattr(core, "vision_tower") else core.visual
     vision.requires_grad_(not encoders)
-    if below_sae_layer:
-        for block in core.language_model.layers[: model.config.sae_config.layer]:
-            block.requires_grad_(False)
+    if not below_sae_layer:
+        return
+    if hasattr(core, "multi_modal_projector"):
+        core.multi_modal_projector.requires_grad_(False)
+    for block in core.language_model.layers[: model.config.sae_config.layer]:
+        block.requires_grad_(False)
+    embeddings = model.get_input_embeddings().weight
+    learned = torch.zeros(len(embeddings), 1)
+    learned[[model.config.think_end_id, model.config.ref_token_id]] = 1
+    embeddings.register_hook(lambda gradient: gradient * learned.to(gradient))
