@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
+from torch import nn
 from transformers import (
     AutoModelForImageTextToText,
     GenerationMixin,
@@ -117,6 +118,12 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def _init_weights(self, module):
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+            # Not N(0, 0.02): through the slot mapper's many layers that leaves nothing of the signal at small widths.
+            init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+            return
         super()._init_weights(module)
         std = self.config.initializer_range
         if isinstance(module, QueryCodebook):

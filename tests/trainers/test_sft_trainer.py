@@ -1,0 +1,156 @@
+"""The cold start and the SAE on tiny real LLaVA and Qwen2.5-VL models, then save, load, segment."""
+
+import math
+
+import pytest
+import torch
+
+from loaders import load_scenes
+from modeling_segcompass import SegCompassModel, SegCompassProcessor, SparseAutoencoder
+from tests.tiny import BACKBONES, tiny_segcompass
+from trainers import (
+    SegCompassSFTConfig,
+    SegCompassSFTTrainer,
+    SparseAutoencoderTrainer,
+    SparseAutoencoderTrainerConfig,
+)
+from trainers.activations import ActivationDataset
+from trainers.collator import SegCompassCollator
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return list(load_scenes("train", seed=5, num_samples=8, size=64, streaming=True))
+
+
+def train(model, processor, rows, folder, **settings):
+    defaults = dict(
+        output_dir=str(folder),
+        max_steps=2,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    args = SegCompassSFTConfig(**{**defaults, **settings})
+    trainer = SegCompassSFTTrainer(model, args, processor, train_dataset=rows)
+    trainer.train()
+    return trainer
+
+
+def snapshot(model):
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def moved(model, before, prefix):
+    return any(
+        not torch.equal(value, before[name]) for name, value in model.named_parameters() if name.startswith(prefix)
+    )
+
+
+MODULES = ("query_codebook", "slot_mapper", "mask_decoder")
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_supervised_steps_move_what_learns_and_nothing_else_then_the_model_saves_loads_and_segments(
+    backbone, rows, tmp_path
+):
+    model, processor = tiny_segcompass(backbone)
+    before = snapshot(model)
+    trainer = train(model, processor, rows, tmp_path)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 2 and all(math.isfinite(float(loss)) for loss in losses)
+    layers = "mllm.model.language_model.layers"
+    for part in (*MODULES, f"{layers}.2", f"{layers}.3", "mllm.lm_head", "mllm.model.language_model.embed_tokens"):
+        assert moved(model, before, part), part
+    vision = "mllm.model.vision_tower" if backbone == "llava" else "mllm.model.visual"
+    for part in ("sae", "sam", "image_positions", vision, f"{layers}.0", f"{layers}.1"):
+        assert not moved(model, before, part), part
+
+    trainer.save_model()
+    loaded = SegCompassModel.from_pretrained(tmp_path)
+    reloaded = SegCompassProcessor.from_pretrained(tmp_path)
+    inputs = reloaded(images=rows[0]["image"], text=rows[0]["instruction"])
+    outputs, expected = loaded.segment(**inputs, max_new_tokens=5), model.eval().segment(**inputs, max_new_tokens=5)
+    assert torch.equal(outputs.sequences, expected.sequences)
+    assert torch.allclose(outputs.pred_masks, expected.pred_masks, atol=1e-5)
+
+
+def test_below_the_sae_only_the_concentration_tokens_rows_learn(rows, tmp_path):
+    model, processor = tiny_segcompass("llava")
+    before = snapshot(model)["mllm.model.language_model.embed_tokens.weight"]
+    train(model, processor, rows, tmp_path, weight_decay=0.0)
+    changed = (model.get_input_embeddings().weight != before).any(1).nonzero()[:, 0].tolist()
+    assert set(changed) <= {processor.ref_token_id, processor.think_end_id} and processor.ref_token_id in changed
+
+
+def test_everything_learns_when_the_recipe_says_so(rows, tmp_path):
+    model, processor = tiny_segcompass("llava")
+    before = snapshot(model)
+    train(model, processor, rows, tmp_path, train_below_sae_layer=True, train_encoders=True, query_source="both")
+    for part in ("mllm.model.vision_tower", "sam", "mllm.model.language_model.layers.0", *MODULES):
+        assert moved(model, before, part), part
+    assert not moved(model, before, "sae")
+
+
+def test_language_alone_makes_no_mask_computation(rows, tmp_path, monkeypatch):
+    model, processor = tiny_segcompass("llava")
+    before = snapshot(model)
+    monkeypatch.setattr(type(model), "decode_masks", lambda *args, **kwargs: pytest.fail("masks were decoded"))
+    train(model, processor, rows, tmp_path, lambda_s=0.0, lambda_c=0.0)
+    assert not any(moved(model, before, part) for part in MODULES)
+    assert moved(model, before, "mllm.model.language_model.layers.3")
+
+
+def test_supervised_loss_falls_on_a_few_samples(rows, tmp_path):
+    model, processor = tiny_segcompass("llava")
+    history = train(model, processor, rows, tmp_path, max_steps=25).state.log_history
+    losses = [float(entry["loss"]) for entry in history if "loss" in entry]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_token_dropout_hides_the_tokens_in_training_only():
+    model, processor = tiny_segcompass("llava", token_dropout=1.0)
+    row = next(iter(load_scenes("train", seed=5, num_samples=1, size=64, streaming=True)))
+    inputs = SegCompassCollator(processor, 4 * model.config.key_grid)([row])
+    inputs.pop("mask_targets")
+    hidden = model.train()(**inputs).heatmaps
+    with torch.no_grad():
+        assert torch.allclose(hidden, model(**inputs, query_source="concepts").heatmaps, atol=1e-6)
+        assert torch.allclose(model.eval()(**inputs).heatmaps, model.train()(**inputs).heatmaps, atol=1e-6)
+    assert not torch.allclose(hidden, model.eval()(**inputs).heatmaps, atol=1e-4)
+
+
+def test_rows_without_reasoning_and_another_number_of_slots_are_refused(rows, tmp_path):
+    model, processor = tiny_segcompass("llava")
+    with pytest.raises(ValueError, match="no reasoning"):
+        train(model, processor, [{**rows[0], "reasoning": None}] * 4, tmp_path)
+    processor.num_slots = 5
+    with pytest.raises(ValueError, match="5 concentration tokens"):
+        train(model, processor, rows, tmp_path)
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_sae_trains_on_the_models_own_states_and_goes_back_into_the_model(backbone, rows, tmp_path):
+    model, processor = tiny_segcompass(backbone)
+    collate = SegCompassCollator(processor)
+    batches = [collate(rows[start : start + 4]) for start in (0, 4)]
+    states = ActivationDataset(model, batches, model.config.sae_config.layer, batch_size=64, buffer_size=256)
+    sae = SparseAutoencoder(model.config.sae_config)
+    before = sae.W_dec.detach().clone()
+    args = SparseAutoencoderTrainerConfig(
+        str(tmp_path), max_steps=3, learning_rate=1e-2, report_to="none", use_cpu=True, disable_tqdm=True
+    )
+    trainer = SparseAutoencoderTrainer(sae, args, train_dataset=states)
+    assert math.isfinite(trainer.train().training_loss)
+    assert not torch.equal(sae.W_dec, before)
+    trainer.save_model()
+
+    model.load_sae(str(tmp_path))
+    assert torch.equal(model.sae.W_dec, sae.W_dec)
+    assert not any(parameter.requires_grad for parameter in model.sae.parameters())
+    batches[0].pop("labels")
+    images = processor.sam_inputs([row["image"] for row in rows[:4]])
+    assert model(**batches[0], **images).concept_weights.sum(-1).allclose(torch.ones(4, 3), atol=1e-5)
