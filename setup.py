@@ -14,7 +14,7 @@ setup(
     long_description_content_type="text/markdown",
     author="SegCompass developers",
     license="Apache-2.0",
-    python_requires=">=3.10",  # transformers 5.23 and TRL 1.16 themselves ask for 3.11
+    python_requires=">=3.11",  # as transformers 5.23 and TRL 1.16 do
     packages=[
         *find_packages(include=[pattern for folder in FOLDERS for pattern in (folder, f"{folder}.*")]),
         "loaders.reasoning_segmentation",  # a script folder for evaluate.load, so it has no __init__.py
@@ -39,8 +39,8 @@ setup(
     ],
     extras_require={
         "test": ["pytest>=9", "ruff", "tensorboard"],
-        "demo": ["gradio"],
-        "vllm": ["trl[vllm]"],
+        "demo": ["gradio>=6"],
+        "vllm": ["vllm>=0.27,<0.31"],  # TRL 1.16 stops at 0.31, and 0.31 wants an older transformers
         "sam": ["segment-anything", "torchvision"],
     },
 )

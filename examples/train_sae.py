@@ -44,7 +44,8 @@ def main():
     def activations(split, num_samples):
         rows = load_rows(arguments.dataset, split, arguments.dataset_seed, num_samples, streaming=True)
         workers = training.dataloader_num_workers
-        loader = DataLoader(rows, arguments.samples_per_batch, collate_fn=SegCompassCollator(processor), num_workers=workers)
+        collate = SegCompassCollator(processor)
+        loader = DataLoader(rows, arguments.samples_per_batch, collate_fn=collate, num_workers=workers)
         return ActivationDataset(model, loader, config.layer, arguments.tokens_per_batch)
 
     sae = SparseAutoencoder(config)

@@ -4,8 +4,8 @@ A scene is 2-4 flat objects on a plain or patterned ground, drawn from signed di
 of every object. A question about the scene asks for one object, several or none, and comes with a short reasoning
 trace that a tiny model can learn to write: a scan of all objects from left to right, one clause, the answer.
 
-Some (colour, shape) pairs occur in one split only (`TEST_PAIRS`, `VAL_PAIRS`), so the splits are disjoint by
-construction and the held-out splits ask for new combinations of known words.
+Some combinations of size, colour and shape occur in one split only (`TEST_LOOKS`, `VAL_LOOKS`), so the splits are
+disjoint by construction and the held-out splits ask for new combinations of known words.
 
 This module knows nothing about models or tokens.
 """
@@ -46,13 +46,31 @@ KINDS = ("attribute", "relation", "extreme", "comparison", "knowledge", "countin
 
 SPLITS = ("train", "val", "test")
 
-TEST_PAIRS = frozenset(
-    {("red", "moon"), ("green", "mug"), ("blue", "star"), ("yellow", "heart"), ("purple", "box"), ("white", "cone")}
+TEST_LOOKS = frozenset(
+    {
+        ("small", "red", "moon"),
+        ("large", "green", "mug"),
+        ("medium", "blue", "star"),
+        ("small", "yellow", "heart"),
+        ("large", "purple", "box"),
+        ("medium", "white", "cone"),
+        ("small", "blue", "ball"),
+        ("large", "red", "ring"),
+    }
 )
-"""(colour, shape) pairs that occur in test scenes only; no two share a shape or a colour."""
+"""(size, colour, shape) combinations that occur in test scenes only, one for each shape."""
 
-VAL_PAIRS = frozenset({("purple", "ring"), ("yellow", "ball"), ("green", "star"), ("blue", "cone")})
-"""(colour, shape) pairs that occur in val scenes only; no two share a shape or a colour."""
+VAL_LOOKS = frozenset(
+    {
+        ("medium", "purple", "ring"),
+        ("small", "green", "star"),
+        ("large", "yellow", "ball"),
+        ("medium", "blue", "cone"),
+        ("small", "white", "mug"),
+        ("large", "purple", "heart"),
+    }
+)
+"""(size, colour, shape) combinations that occur in val scenes only; no two share a shape."""
 
 MIN_VISIBLE = 0.6
 """Every object shows at least this share of its area."""
@@ -60,13 +78,13 @@ MIN_VISIBLE = 0.6
 NUM_SHARDS = 16
 """Shards of a streamed data set: the largest useful number of DataLoader workers."""
 
-_PAIRS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+_LOOKS = [(size, colour, shape) for size in SIZES for colour in COLOURS for shape in SHAPES]
 _ALLOWED = {
-    "train": [pair for pair in _PAIRS if pair not in TEST_PAIRS | VAL_PAIRS],
-    "val": [pair for pair in _PAIRS if pair not in TEST_PAIRS],
-    "test": [pair for pair in _PAIRS if pair not in VAL_PAIRS],
+    "train": [look for look in _LOOKS if look not in TEST_LOOKS | VAL_LOOKS],
+    "val": [look for look in _LOOKS if look not in TEST_LOOKS],
+    "test": [look for look in _LOOKS if look not in VAL_LOOKS],
 }
-_HELD_OUT = {"train": [], "val": sorted(VAL_PAIRS), "test": sorted(TEST_PAIRS)}
+_HELD_OUT = {"train": [], "val": sorted(VAL_LOOKS), "test": sorted(TEST_LOOKS)}
 _MIN_SIZE = 64
 # Pixels of a 128-pixel image: how far apart any two centres lie on each axis, and the margin of an asked decision.
 _CENTRE_GAP = 7.0
@@ -100,7 +118,7 @@ class Scene:
     masks: np.ndarray
     """(n, H, W) bool visible masks in the order of `objects`; pairwise disjoint."""
     split: str
-    """One of "train", "val", "test": which (colour, shape) pairs may occur and be named."""
+    """One of "train", "val", "test": which combinations of size, colour and shape may occur and be named."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +153,7 @@ def _polygon_distance(x: np.ndarray, y: np.ndarray, corners: np.ndarray) -> np.n
     """Signed distance to a polygon (even-odd rule), negative inside. corners: (n, 2)."""
     squared = np.full(x.shape, np.inf, dtype=np.float32)
     inside = np.zeros(x.shape, dtype=bool)
-    for (ax, ay), (bx, by) in zip(corners.tolist(), np.roll(corners, -1, axis=0).tolist()):
+    for (ax, ay), (bx, by) in zip(corners.tolist(), np.roll(corners, -1, axis=0).tolist(), strict=True):
         ex, ey = bx - ax, by - ay
         px, py = x - ax, y - ay
         along = np.clip((px * ex + py * ey) / (ex * ex + ey * ey), 0, 1)
@@ -238,24 +256,22 @@ class _Sprite:
         return rows, cols, _shape_distance(self.shape, local_x, local_y, self.radius)
 
 
-def _choose_pairs(rng: np.random.Generator, split: str, count: int) -> list[tuple[str, str]]:
-    """(colour, shape) pairs of a scene; often two share a colour or a shape, so that there is something to compare."""
+def _choose_looks(rng: np.random.Generator, split: str, count: int) -> list[tuple[str, str, str]]:
+    """(size, colour, shape) of each object of a scene; often two share a colour or a shape, to compare them."""
     allowed, held_out = _ALLOWED[split], _HELD_OUT[split]
-    pairs = [held_out[rng.integers(len(held_out))]] if held_out else []
-    while len(pairs) < count:
+    looks = [held_out[rng.integers(len(held_out))]] if held_out else []
+    while len(looks) < count:
         pool = allowed
-        if pairs and (draw := rng.random()) < 0.62:
-            colour, shape = pairs[rng.integers(len(pairs))]
-            pool = [pair for pair in allowed if (pair[0] == colour if draw < 0.31 else pair[1] == shape)]
-        pairs.append(pool[rng.integers(len(pool))])
-    rng.shuffle(pairs)
-    return [(str(colour), str(shape)) for colour, shape in pairs]
+        if looks and (draw := rng.random()) < 0.62:
+            _, colour, shape = looks[rng.integers(len(looks))]
+            pool = [look for look in allowed if (look[1] == colour if draw < 0.31 else look[2] == shape)]
+        looks.append(pool[rng.integers(len(pool))])
+    return [looks[index] for index in rng.permutation(count)]
 
 
 def _sprites(rng: np.random.Generator, split: str, size: int) -> list[_Sprite]:
     sprites = []
-    for colour, shape in _choose_pairs(rng, split, int(rng.choice([2, 3, 4], p=[0.3, 0.4, 0.3]))):
-        name = list(SIZES)[rng.integers(len(SIZES))]
+    for name, colour, shape in _choose_looks(rng, split, int(rng.choice([2, 3, 4], p=[0.3, 0.4, 0.3]))):
         radius = rng.uniform(*SIZES[name]) / 2 * size / 128
         tilt = math.radians(rng.uniform(-1, 1) * _TILT[shape])
         flip = int(rng.choice([-1, 1])) if shape in ("moon", "mug") else 1
@@ -282,7 +298,7 @@ def _arrange(rng: np.random.Generator, sprites: list[_Sprite], size: int):
         reach = 0.72 * (radii[first] + radii[second])[:, 0]
         if not _apart(centres, gap) or (np.hypot(*(centres[first] - centres[second]).T) < reach).any():
             continue
-        windows = [sprite.place((cx, cy), size) for sprite, (cx, cy) in zip(sprites, centres.tolist())]
+        windows = [sprite.place((cx, cy), size) for sprite, (cx, cy) in zip(sprites, centres.tolist(), strict=True)]
         masks = np.zeros((len(sprites), size, size), dtype=bool)
         areas = []
         for index, (rows, cols, distance) in enumerate(windows):
@@ -320,8 +336,8 @@ def draw_scene(rng: np.random.Generator, split: str, size: int = 128) -> Scene:
 
     Args:
         rng: source of all randomness; the scene is a pure function of its state, `split` and `size`.
-        split: "train", "val" or "test". Train scenes hold no pair of `VAL_PAIRS` or `TEST_PAIRS`; val (test) scenes
-            hold at least one of `VAL_PAIRS` (`TEST_PAIRS`) and none of the other.
+        split: "train", "val" or "test". Train scenes hold none of `VAL_LOOKS` or `TEST_LOOKS`; val (test) scenes
+            hold at least one of `VAL_LOOKS` (`TEST_LOOKS`) and none of the other.
         size: height and width in pixels, at least 64; objects and gaps scale with it.
 
     Returns:
@@ -338,7 +354,7 @@ def draw_scene(rng: np.random.Generator, split: str, size: int = 128) -> Scene:
         arranged = _arrange(rng, sprites, size)
     windows, masks, centroids = arranged
     canvas = _ground(rng, size)
-    for sprite, window in zip(sprites, windows):
+    for sprite, window in zip(sprites, windows, strict=True):
         _paint(rng, canvas, sprite, window)
     canvas += rng.uniform(0, 9) * rng.standard_normal(canvas.shape, dtype=np.float32)
     order = np.argsort(centroids[:, 0])
@@ -452,20 +468,19 @@ def _forms(templates: tuple[str, ...], wanted: dict[str, str]) -> list[str]:
 def _absent(rng: np.random.Generator, scene: Scene, names: tuple[str, ...], count: int) -> list[dict[str, str]]:
     """Up to `count` descriptions by the named attributes that fit no object; most share an attribute with one.
 
-    Only (colour, shape) pairs that the split can show are named: otherwise a name would give away its absence.
+    Only combinations that the split can show are named: otherwise a name would give away its absence.
     """
     allowed = _ALLOWED[scene.split]
     found = []
     for _ in range(3 * count):
-        colour, shape = allowed[rng.integers(len(allowed))]
-        wanted = {"size": list(SIZES)[rng.integers(len(SIZES))], "colour": colour, "shape": shape}
+        wanted = dict(zip(("size", "colour", "shape"), allowed[rng.integers(len(allowed))], strict=True))
         near = scene.objects[rng.integers(len(scene.objects))]
         if len(names) > 1 and rng.random() < 0.7:
             kept = names[rng.integers(len(names))]
             wanted[kept] = getattr(near, kept)
         wanted = {name: wanted[name] for name in names}
-        named_pair = (wanted.get("colour"), wanted.get("shape"))
-        if None not in named_pair and named_pair not in allowed:
+        named = tuple(wanted.get(name) for name in ("size", "colour", "shape"))
+        if None not in named and named not in allowed:
             continue
         if not _matching(scene.objects, wanted) and wanted not in found:
             found.append(wanted)
@@ -754,7 +769,7 @@ def load_scenes(
     Row i is a pure function of (split, seed, i, size), whatever `num_samples` and `streaming` are.
 
     Args:
-        split: "train", "val" or "test"; disjoint by their (colour, shape) pairs.
+        split: "train", "val" or "test"; disjoint by their combinations of size, colour and shape.
         seed: not negative; each seed gives other scenes.
         num_samples: number of rows, at least 1.
         size: height and width in pixels, at least 64.

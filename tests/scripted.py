@@ -21,13 +21,13 @@ def noise_images():
 
 
 def lively_segcompass(backbone, **config):
-    """A tiny model with large weights, and its processor. At initialisation all masks are equal to within 1e-6."""
+    """A tiny model with larger weights, and its processor. As initialised, its masks hardly depend on the input."""
     model, processor = tiny_segcompass(backbone, **config)
-    factors = {"mllm": 8, "mask_decoder": 25, "sae": 1}
+    factors = {"mllm": 8, "sam": 10, "mask_decoder": 1.3}
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() > 1:
-                weight.mul_(factors.get(name.split(".")[0], 10))
+                weight.mul_(factors.get(name.split(".")[0], 1))
     return model, processor
 
 

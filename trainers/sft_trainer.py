@@ -23,7 +23,7 @@ class SegCompassSFTConfig(TrainingArguments):
     lambda_c: float = field(default=0.2, metadata={"help": "weight of the confidence loss (Eq. 6)"})
     lambda_d: float = field(default=0.6, metadata={"help": "weight of the dice loss inside the segmentation loss"})
     query_source: str = field(
-        default="both", metadata={"help": "'both', or 'tokens' while there is no trained SAE yet: queries from e_k alone"}
+        default="both", metadata={"help": "'both', or 'tokens' while there is no trained SAE: queries from e_k alone"}
     )
     token_dropout: float = field(
         default=0.0, metadata={"help": "share of samples whose queries are built from concepts alone"}

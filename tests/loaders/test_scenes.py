@@ -150,7 +150,7 @@ SOLVERS = {
 
 @pytest.mark.parametrize("split", scenes.SPLITS)
 def test_second_solver_finds_the_same_targets_from_instruction_and_scan(split):
-    for scene, question in drawn(split):
+    for _, question in drawn(split):
         scan_text, _, answer = question.reasoning.split(". ")
         scan = [words.split() for words in scan_text.split(", ")]
         targets = SOLVERS[question.kind](scan, question.instruction)
@@ -231,32 +231,34 @@ def test_shares_of_kinds_and_outcomes():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_held_out_pairs():
-    assert len(scenes.TEST_PAIRS) == 6
-    assert len(scenes.VAL_PAIRS) == 4
-    assert not scenes.TEST_PAIRS & scenes.VAL_PAIRS
-    for pairs in (scenes.TEST_PAIRS, scenes.VAL_PAIRS):
-        assert len({colour for colour, _ in pairs}) == len({shape for _, shape in pairs}) == len(pairs)
-        assert all(colour in COLOURS and shape in SHAPES for colour, shape in pairs)
+def test_held_out_looks():
+    assert len(scenes.TEST_LOOKS) == 8 and len(scenes.VAL_LOOKS) == 6
+    assert not scenes.TEST_LOOKS & scenes.VAL_LOOKS
+    for looks in (scenes.TEST_LOOKS, scenes.VAL_LOOKS):
+        assert len({shape for _, _, shape in looks}) == len(looks)
+        assert all(size in SIZES and colour in COLOURS and shape in SHAPES for size, colour, shape in looks)
 
 
-def test_splits_differ_by_their_held_out_pairs():
+def looks_of(scene):
+    return {(thing.size, thing.colour, thing.shape) for thing in scene.objects}
+
+
+def test_splits_differ_by_their_held_out_looks():
     for split in scenes.SPLITS:
         for scene, _ in drawn(split):
-            pairs = {(thing.colour, thing.shape) for thing in scene.objects}
-            assert bool(pairs & scenes.VAL_PAIRS) == (split == "val")
-            assert bool(pairs & scenes.TEST_PAIRS) == (split == "test")
+            assert bool(looks_of(scene) & scenes.VAL_LOOKS) == (split == "val")
+            assert bool(looks_of(scene) & scenes.TEST_LOOKS) == (split == "test")
 
 
-def test_train_questions_never_name_a_held_out_pair():
-    named = [f"{colour} {shape}" for colour, shape in scenes.TEST_PAIRS | scenes.VAL_PAIRS]
+def test_train_questions_never_name_a_held_out_look():
+    named = [" ".join(look) for look in scenes.TEST_LOOKS | scenes.VAL_LOOKS]
     for _, question in drawn("train"):
-        assert not any(pair in question.instruction + question.reasoning for pair in named)
+        assert not any(look in question.instruction + question.reasoning for look in named)
 
 
-def test_every_train_pair_is_drawn():
-    pairs = {(thing.colour, thing.shape) for scene, _ in drawn("train") for thing in scene.objects}
-    assert len(pairs) == len(COLOURS) * len(SHAPES) - 10
+def test_every_train_look_is_drawn():
+    seen = set().union(*(looks_of(scene) for scene, _ in drawn("train")))
+    assert len(seen) == len(SIZES) * len(COLOURS) * len(SHAPES) - 14
 
 
 @pytest.mark.parametrize("size", [128, 96])
@@ -331,7 +333,7 @@ def test_object_pixels_show_the_named_colour():
 
 def test_row_depends_on_split_seed_and_index_only():
     short, long = load_scenes("val", seed=3, num_samples=6), load_scenes("val", seed=3, num_samples=9)
-    for first, second in zip(short, long):
+    for first, second in zip(short, long, strict=False):
         assert np.array_equal(np.asarray(first.pop("image")), np.asarray(second.pop("image")))
         assert first == second
     other = load_scenes("val", seed=4, num_samples=6)

@@ -110,6 +110,34 @@ def test_forward_is_one_pass(parts, passes):
     assert outputs.pred_logits.shape == outputs.slot_mask.shape == (4, 3)
 
 
+def test_states_are_those_of_the_concentration_tokens_and_of_the_saes_layer(parts):
+    model, processor = parts
+    inputs = processor(images=noise_images(), text=INSTRUCTIONS, response=RESPONSES)
+    read = {}
+    handles = [
+        model.slot_mapper.register_forward_pre_hook(lambda module, args: read.update(e=args[0])),
+        model.query_codebook.register_forward_pre_hook(lambda module, args: read.update(z=args[1])),
+    ]
+    with torch.no_grad():
+        model(**inputs)
+        language = {name: inputs[name] for name in inputs if name in ("image_grid_thw", "mm_token_type_ids")}
+        states = model.mllm(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            pixel_values=inputs["pixel_values"],
+            output_hidden_states=True,
+            **language,
+        ).hidden_states
+    for handle in handles:
+        handle.remove()
+    attended = inputs["attention_mask"].bool()
+    torch.testing.assert_close(read["z"][attended], states[2][attended], atol=0, rtol=0)  # the output of block 2
+    for row in range(4):
+        own = states[-1][row, inputs["input_ids"][row] == processor.ref_token_id]
+        torch.testing.assert_close(read["e"][row, : len(own)], own, atol=0, rtol=0)
+        assert not read["e"][row, len(own) :].any()
+
+
 def test_segment_runs_nothing_twice(parts, passes):
     model, processor = parts
     outputs = segment(model, processor, noise_images(), INSTRUCTIONS, RESPONSES)
@@ -138,7 +166,7 @@ def test_masks_without_the_lm_head_are_the_same(parts):
 
 def assert_same(ours, theirs, row=slice(None)):
     """Masks of every slot that exists, and the concepts behind them. 1e-4: float32 summed over other paddings."""
-    assert ours.pred_masks.std(0).mean() > 0.01, "the samples' masks are alike, so this comparison means nothing"
+    assert ours.pred_masks.std(0).mean() > 0.03, "the samples' masks are alike, so this comparison means nothing"
     found = ours.slot_mask[row]
     assert torch.equal(found, theirs.slot_mask)
     for name in MASKS:
@@ -246,7 +274,7 @@ def test_concept_scaled_to_zero_is_removed_and_changes_the_mask(parts):
         unchanged = model(**inputs, concept_scale={index: 1.0})
     assert not after.concept_values[after.concept_indices == index].any()
     assert not after.concept_weights.mT[after.concept_indices == index].any()
-    assert (after.heatmaps[0] - before.heatmaps[0]).abs().max() > 0.05
+    assert (after.heatmaps[0] - before.heatmaps[0]).abs().max() > 1e-3
     assert torch.equal(unchanged.pred_masks, before.pred_masks)
     torch.testing.assert_close(before.concept_weights.sum(-1), torch.ones(4, 3), atol=1e-5, rtol=0)
 
@@ -274,7 +302,7 @@ def test_queries_can_be_built_from_one_source(parts, source):
     with torch.no_grad():
         alone, both = model(**inputs, query_source=source), model(**inputs)
     assert (alone.concept_indices is None) == (source == "tokens")
-    assert (alone.heatmaps - both.heatmaps).abs().max() > 0.5
+    assert (alone.heatmaps - both.heatmaps).abs().max() > 0.1
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------------

@@ -234,7 +234,8 @@ def teach(tower, features, width, scenes, minutes, lr=1e-3):
         step += 1
         bar.update(round(time.time() - start) - bar.n)
         if step % 20 == 0:
-            bar.set_postfix_str(f"{step * scenes.batch_size} images, loss {loss.item():.2f}, patches all right {right:.2f}")
+            seen = step * scenes.batch_size
+            bar.set_postfix_str(f"{seen} images, loss {loss.item():.2f}, patches all right {right:.2f}")
     bar.close()
 
 
