@@ -81,7 +81,8 @@ def segmentation_loss(
         grid_targets = pooled / share.clamp_min(1.0 / factor**2)
 
         counts = [len(target) for target in targets]
-        pairs = match_slots(heatmaps, [t[:n] for t, n in zip(grid_targets, counts, strict=True)], slot_mask, grid_valid)
+        unpadded = [t[:n] for t, n in zip(grid_targets, counts, strict=True)]
+        pairs = match_slots(heatmaps, unpadded, slot_mask, grid_valid, pred_logits)
         pair_counts = [len(slots) for slots, _ in pairs]
         samples_with_pairs = max(sum(count > 0 for count in pair_counts), 1)
         # One transfer for the index of every pair: rows are sample, slot, target.

@@ -104,17 +104,29 @@ def hungarian(iou: np.ndarray, eligible: np.ndarray) -> tuple[np.ndarray, np.nda
     return slots[rows], columns
 
 
+CONFIDENCE_WEIGHT = 0.2
+
+
 @torch.no_grad()
 def match_slots(
-    heatmaps: Tensor, targets: Sequence[Tensor], slot_mask: Tensor, valid: Tensor | Sequence[Sequence[int]]
+    heatmaps: Tensor,
+    targets: Sequence[Tensor],
+    slot_mask: Tensor,
+    valid: Tensor | Sequence[Sequence[int]],
+    pred_logits: Tensor | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Match each sample's slots with its targets by the overlap of heatmap and target (paper section 3.3).
+
+    Slots without a target have no heatmap to learn, so they repeat another slot's; which of the equals is matched
+    would be chance, and their confidences could not be learned (docs/experiments.md). `pred_logits` settles it: the
+    surer slot is preferred, by `CONFIDENCE_WEIGHT` times its probability.
 
     Args:
         heatmaps: (B, K, h, w) logits.
         targets: B tensors (G_i, h, w) in [0, 1] on the same grid; G_i may be 0.
         slot_mask: (B, K) bool; a False slot is never matched.
         valid: (B, 2) integer extents (height, width) of the unpadded region in cells of the grid.
+        pred_logits: (B, K) confidence logits, to decide between slots of equal overlap; None leaves them out.
 
     Returns:
         B pairs (slot indices, target indices), int64 on the CPU, each (min(valid slots, G_i),), slots ascending.
@@ -129,6 +141,8 @@ def match_slots(
         )
     padded = pad_targets(targets, heatmaps.shape[-2:], heatmaps.device)
     iou = soft_iou(heatmaps.float().sigmoid(), padded, valid)
+    if pred_logits is not None:
+        iou = iou + CONFIDENCE_WEIGHT * pred_logits.float().sigmoid().unsqueeze(-1)
     table = torch.cat([iou, slot_mask.unsqueeze(-1).to(iou)], dim=-1).cpu().numpy()
     pairs = [hungarian(row[:, : len(target)], row[:, -1] > 0) for row, target in zip(table, targets, strict=True)]
     return [(torch.from_numpy(slots), torch.from_numpy(chosen)) for slots, chosen in pairs]
