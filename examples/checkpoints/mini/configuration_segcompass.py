@@ -1,0 +1,163 @@
+"""Configurations of SegCompass and of its sparse autoencoder. They build with no network and no weights."""
+
+from transformers import AutoConfig, PreTrainedConfig, SamVisionConfig
+from transformers.configuration_utils import SubConfigSpec
+
+CONCEPT_READINGS = ("feature", "token")
+SAE_ACTIVATIONS = ("relu", "topk")
+
+
+class SparseAutoencoderConfig(PreTrainedConfig):
+    """Shape and origin of a sparse autoencoder (section 3.2).
+
+    Attributes:
+        d_in: width of the hidden states it reads, d_π (4096 LLaVA-1.5-7B, 5120 13B, 3584 Qwen2.5-VL-7B).
+        d_sae: number of dictionary atoms (65,536 in the paper).
+        activation: "relu" keeps every positive feature and learns sparsity through Eq. 7's penalty; "topk" keeps the
+            `k` largest of them for each token and needs no penalty.
+        k: features a token keeps with "topk".
+        l1_coefficient: α of Eq. 7 ("relu" only); the penalty is weighted by the norm of each decoder row.
+        backbone: model id of the MLLM whose hidden states it was trained on, or None when untrained.
+        layer: L, counted so that the input is the output of the L-th decoder block, `hidden_states[L]`.
+    """
+
+    model_type = "segcompass_sae"
+
+    def __init__(
+        self,
+        d_in=4096,
+        d_sae=65536,
+        activation="relu",
+        k=64,
+        l1_coefficient=5.0,
+        backbone=None,
+        layer=16,
+        **kwargs,
+    ):
+        for name, value in (("d_in", d_in), ("d_sae", d_sae), ("k", k), ("layer", layer)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1.")
+        if activation not in SAE_ACTIVATIONS:
+            raise ValueError(f"activation is {activation!r}; choose one of {SAE_ACTIVATIONS}.")
+        if activation == "topk" and k > d_sae:
+            raise ValueError(f"k is {k}, but the SAE has {d_sae} features; choose k of at most d_sae.")
+        self.d_in = d_in
+        self.d_sae = d_sae
+        self.activation = activation
+        self.k = k
+        self.l1_coefficient = l1_coefficient
+        self.backbone = backbone
+        self.layer = layer
+        super().__init__(**kwargs)
+
+
+class SegCompassConfig(PreTrainedConfig):
+    """Everything needed to build a SegCompass model with no network.
+
+    Attributes:
+        mllm_config: configuration of the MLLM policy π_θ (`llava` or `qwen2_5_vl`).
+        sam_config: configuration of SAM's vision encoder F_enc (ViT-B/L/H, or a tiny one).
+        sae_config: configuration of the sparse autoencoder E_sae; its `layer` says which hidden states it reads.
+        num_slots: K_s, the number of concentration tokens and of slots.
+        d_c: width of the concept representations r_k.
+        num_concepts: M, how many concepts of a sample become concept tokens.
+        concept_reading: "feature" makes one token of each selected SAE feature (Eq. 4); "token" makes one token of
+            each MLLM token, the sum of its features' codes.
+        codebook_layers, codebook_heads: depth and heads of the query codebook's encoder blocks.
+        slot_heads, slot_head_dim: N_h and d_h of the slot mapper (Eq. 5).
+        decoder_layers, decoder_heads, decoder_mlp_dim: the two-way transformer of the mask decoder (Eq. 3).
+        ref_token_id, think_end_id: ids of the concentration token and of `</think>` in the MLLM's vocabulary; None
+            until a processor's tokens are known.
+        special_token_ids: ids whose hidden states never enter the concept path (BOS, separators, concentration tokens).
+        token_dropout: probability, in training, that a sample's queries are built without e_k, so that the concepts
+            must carry the mask.
+        max_response_length: tokens `segment` may write when the caller names no limit.
+    """
+
+    model_type = "segcompass"
+    sub_configs_defaults = {
+        "mllm_config": SubConfigSpec(AutoConfig, model_type="llava"),
+        "sam_config": SamVisionConfig,
+        "sae_config": SparseAutoencoderConfig,
+    }
+    auto_map = {}
+
+    def __init__(
+        self,
+        mllm_config=None,
+        sam_config=None,
+        sae_config=None,
+        num_slots=6,
+        d_c=512,
+        num_concepts=256,
+        concept_reading="feature",
+        codebook_layers=2,
+        codebook_heads=8,
+        slot_heads=4,
+        slot_head_dim=64,
+        decoder_layers=2,
+        decoder_heads=8,
+        decoder_mlp_dim=2048,
+        ref_token_id=None,
+        think_end_id=None,
+        special_token_ids=(),
+        token_dropout=0.0,
+        max_response_length=2000,
+        initializer_range=0.02,
+        **kwargs,
+    ):
+        self.mllm_config = mllm_config
+        self.sam_config = sam_config
+        self.sae_config = sae_config
+        if concept_reading not in CONCEPT_READINGS:
+            raise ValueError(f"concept_reading is {concept_reading!r}; choose one of {CONCEPT_READINGS}.")
+        if num_slots < 1:
+            raise ValueError(f"num_slots is {num_slots}; at least 1 slot is needed.")
+        if d_c % codebook_heads:
+            raise ValueError(f"d_c={d_c} is not divisible by codebook_heads={codebook_heads}.")
+        self.num_slots = num_slots
+        self.d_c = d_c
+        self.num_concepts = num_concepts
+        self.concept_reading = concept_reading
+        self.codebook_layers = codebook_layers
+        self.codebook_heads = codebook_heads
+        self.slot_heads = slot_heads
+        self.slot_head_dim = slot_head_dim
+        self.decoder_layers = decoder_layers
+        self.decoder_heads = decoder_heads
+        self.decoder_mlp_dim = decoder_mlp_dim
+        self.ref_token_id = ref_token_id
+        self.think_end_id = think_end_id
+        self.special_token_ids = list(special_token_ids)
+        self.token_dropout = token_dropout
+        self.max_response_length = max_response_length
+        self.initializer_range = initializer_range
+        super().__init__(**kwargs)
+        self.check_sae(self.sae_config)
+
+    def check_sae(self, sae_config):
+        """Refuse an SAE of another width, layer or backbone than this model's. Raises ValueError."""
+        text = self.mllm_config.get_text_config()
+        if sae_config.d_in != text.hidden_size:
+            raise ValueError(
+                f"the SAE reads hidden states of width {sae_config.d_in}, but the MLLM's are {text.hidden_size} wide; "
+                "train or load an SAE of this backbone."
+            )
+        if sae_config.layer > text.num_hidden_layers:
+            raise ValueError(
+                f"the SAE reads layer {sae_config.layer}, but the MLLM has {text.num_hidden_layers} decoder blocks; "
+                f"choose a layer from 1 to {text.num_hidden_layers}."
+            )
+
+    def get_text_config(self, *args, **kwargs):
+        return self.mllm_config.get_text_config(*args, **kwargs)
+
+    @property
+    def image_token_id(self):
+        return self.mllm_config.image_token_id
+
+    @property
+    def key_grid(self):
+        """Side of the (square) grid of image keys K: 64 for SAM at 1024 pixels."""
+        return self.sam_config.image_size // self.sam_config.patch_size
+

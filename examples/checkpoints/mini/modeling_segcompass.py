@@ -1,0 +1,583 @@
+"""SegCompass: an MLLM's reasoning becomes sparse concepts, concepts become heatmaps, heatmaps become masks (Figure 2).
+
+Read `SegCompassModel.decode_masks` with the paper in hand: e_k, E_sae, C, r_k, Q, K, S, (H_k, c_k), F_dec, in order.
+One MLLM pass gives the logits, the concentration tokens' states and the SAE's input; `segment` reads the same states
+out of generation itself, so nothing is run twice. Training losses beyond the language loss live with the trainers.
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForImageTextToText,
+    GenerationMixin,
+    PreTrainedModel,
+    SamVisionModel,
+)
+from transformers import initialization as init
+from transformers.models.sam.modeling_sam import SamPositionalEmbedding
+from transformers.utils import ModelOutput
+
+from .configuration_segcompass import SegCompassConfig, SparseAutoencoderConfig
+from .mask_decoder import MaskDecoder
+from .modeling_sparse_autoencoder import SparseAutoencoder
+from .query_codebook import IMAGE, INSTRUCTION, RESPONSE, Concepts, QueryCodebook, where_features
+from .slot_mapper import SlotMapper
+
+QUERY_SOURCES = ("both", "tokens", "concepts")
+AUTO_MAP = {
+    "AutoConfig": "configuration_segcompass.SegCompassConfig",
+    "AutoModel": "modeling_segcompass.SegCompassModel",
+    "AutoModelForImageTextToText": "modeling_segcompass.SegCompassModel",
+    "AutoProcessor": "processing_segcompass.SegCompassProcessor",
+}
+
+
+@dataclass
+class SegCompassOutput(ModelOutput):
+    """What a forward pass or `segment` returns. B samples, K = K_s slots, T tokens, M concepts, an h x w key grid."""
+
+    loss: torch.Tensor | None = None
+    """language loss, a scalar, when labels were given."""
+    loss_dict: dict | None = None
+    """the parts of `loss` by name, detached."""
+    logits: torch.Tensor | None = None
+    """float (B, T, vocabulary)."""
+    past_key_values: object | None = None
+    """the MLLM's key-value cache."""
+    hidden_states: tuple | None = None
+    """the MLLM's hidden states, when `output_hidden_states=True`."""
+    pred_masks: torch.Tensor | None = None
+    """float (B, K, 4h, 4w), mask logits on SAM's padded square frame."""
+    pred_logits: torch.Tensor | None = None
+    """float (B, K), confidence logits c_k."""
+    heatmaps: torch.Tensor | None = None
+    """float (B, K, h, w), heatmap logits H_k."""
+    slot_mask: torch.Tensor | None = None
+    """bool (B, K), True where the slot's concentration token was found in the response."""
+    concept_indices: torch.Tensor | None = None
+    """long (B, M), the SAE features that became concept tokens."""
+    concept_values: torch.Tensor | None = None
+    """float (B, M), their strengths h_j; 0 marks padding."""
+    concept_weights: torch.Tensor | None = None
+    """float (B, K, M), how much each concept weighs in each slot; a slot's weights sum to 1."""
+    concept_activations: torch.Tensor | None = None
+    """float (B, T, M), h_j at each token."""
+    sequences: torch.Tensor | None = None
+    """long (B, T), prompt and response, from `segment`."""
+    prompt_length: int | None = None
+    """number of prompt tokens (padding included) in `sequences`."""
+    reshaped_input_sizes: torch.Tensor | None = None
+    """long (B, 2), (H, W) of the image inside SAM's frame."""
+    log_probs: torch.Tensor | None = None
+    """float (B, T - 1), log-probabilities of the labels, with `fused_lm_head=True`."""
+    entropy: torch.Tensor | None = None
+    """float (B, T - 1), with `fused_lm_head=True`."""
+    aux_loss: torch.Tensor | None = None
+    """kept for trainers that ask for a router loss; always None."""
+
+
+class SegCompassModel(PreTrainedModel, GenerationMixin):
+    """The MLLM policy π_θ, SAM's encoder F_enc, the SAE and the segmentation modules between them."""
+
+    config_class = SegCompassConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    def __init__(self, config, mllm=None, sam=None, sae=None):
+        super().__init__(config)
+        self.mllm = AutoModelForImageTextToText.from_config(config.mllm_config) if mllm is None else mllm
+        self.sam = SamVisionModel._from_config(config.sam_config) if sam is None else sam
+        self.sae = SparseAutoencoder(config.sae_config) if sae is None else sae
+        self.query_codebook = QueryCodebook(config)
+        self.slot_mapper = SlotMapper(config)
+        self.image_positions = SamPositionalEmbedding(
+            SimpleNamespace(scale=1.0, num_pos_feats=config.sam_config.output_channels // 2)
+        )
+        self.mask_decoder = MaskDecoder(config)
+        self._states = None
+        language_model = self.mllm.model.language_model
+        language_model.layers[config.sae_config.layer - 1].register_forward_hook(self._keep_sae_input)
+        language_model.register_forward_hook(self._keep_last_hidden)
+        self._no_split_modules = sorted(set(self.mllm._no_split_modules or ()) | set(self.sam._no_split_modules or ()))
+        self.post_init()
+        self.generation_config = self.mllm.generation_config
+        self.freeze_encoders()
+
+    def freeze_encoders(self):
+        """The SAE, SAM's encoder and the positional code never learn (appendix A.1)."""
+        for module in (self.sae, self.sam, self.image_positions):
+            module.requires_grad_(False)
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+            # Not N(0, 0.02): through the slot mapper's many layers that leaves nothing of the signal at small widths.
+            init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+            return
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, QueryCodebook):
+            init.normal_(module.codebook, std=std)
+            init.normal_(module.slot_queries, std=std)
+        elif isinstance(module, SlotMapper):
+            init.constant_(module.map_bias, -1.8)  # heatmaps start near "nothing here"
+        elif isinstance(module, MaskDecoder):
+            init.normal_(module.mask_token, std=std)
+        elif isinstance(module, SamPositionalEmbedding):
+            init.normal_(module.positional_embedding, std=1.0)
+
+    # -- reading the MLLM's states ----------------------------------------------------------------------------------
+
+    def _keep_sae_input(self, module, inputs, output):
+        if self._states is not None:
+            self._states["z"].append(output[0] if isinstance(output, tuple) else output)
+
+    def _keep_last_hidden(self, module, inputs, output):
+        if self._states is not None:
+            self._states["last"].append(output.last_hidden_state)
+
+    @contextmanager
+    def _reading_states(self):
+        """While open, every MLLM pass leaves its layer-L and last hidden states in the yielded lists."""
+        self._states = {"z": [], "last": []}
+        try:
+            yield self._states
+        finally:
+            self._states = None
+
+    # -- the paper's path --------------------------------------------------------------------------------------------
+
+    def get_image_embeddings(self, sam_pixel_values):
+        """K = F_enc(x_img), to be shared by many questions: float (B, 3, S, S) -> (B, d_k, h, w)."""
+        return self.sam(sam_pixel_values.to(self.sam.dtype)).last_hidden_state
+
+    def find_slots(self, input_ids, response_mask):
+        """Locate the first K_s concentration tokens of the response, after `</think>`.
+
+        Args:
+            input_ids: long (B, T); response_mask: bool (B, T), True at response tokens.
+
+        Returns:
+            positions long (B, K_s) (0 where missing) and slot_mask bool (B, K_s).
+        """
+        if self.config.ref_token_id is None or self.config.think_end_id is None:
+            raise ValueError(
+                "config.ref_token_id and config.think_end_id are None, so concentration tokens cannot be found; build "
+                "the model with SegCompassModel.from_backbones(..., processor=processor) or set both ids."
+            )
+        thought = ((input_ids == self.config.think_end_id) & response_mask).cumsum(1) > 0
+        found = (input_ids == self.config.ref_token_id) & response_mask & thought
+        rank = found.cumsum(1) - 1
+        slots = torch.arange(self.config.num_slots, device=input_ids.device)
+        hit = found[:, None] & (rank[:, None] == slots[:, None])  # (B, K_s, T)
+        return hit.int().argmax(-1), hit.any(-1)
+
+    def decode_masks(
+        self,
+        input_ids,
+        attention_mask,
+        response_mask,
+        z,
+        last_hidden,
+        image_embeddings,
+        reshaped_input_sizes=None,
+        image_grid_thw=None,
+        concept_scale=None,
+        query_source="both",
+    ):
+        """From hidden states to masks: Eq. 2 to 5.
+
+        Args:
+            input_ids: long (B, T); attention_mask: (B, T), 0 at padding; response_mask: bool (B, T).
+            z: float (B, T, d_π) at the SAE's layer; last_hidden: float (B, T, d_π).
+            image_embeddings: float (B, d_k, h, w) or (1, d_k, h, w) when all questions share one image.
+            reshaped_input_sizes: long (B, 2), the image's (H, W) inside SAM's frame; None = the whole frame.
+            concept_scale: {feature index: factor on h_j}.
+            query_source: "both", or "tokens" / "concepts" to build the queries from e_k or r_k alone.
+        """
+        if query_source not in QUERY_SOURCES:
+            raise ValueError(f"query_source is {query_source!r}; choose one of {QUERY_SOURCES}.")
+        batch = len(input_ids)
+        positions, slot_mask = self.find_slots(input_ids, response_mask)
+
+        # e_k: the concentration tokens' embeddings, in the segmentation modules' dtype (the MLLM's may be lower)
+        rows = torch.arange(batch, device=input_ids.device)[:, None]
+        e = last_hidden[rows, positions].masked_fill(~slot_mask[..., None], 0)
+        e = e.to(self.query_codebook.codebook.dtype)
+
+        # E_sae, C, r_k: concepts of image, instruction and reasoning
+        if query_source == "tokens":
+            concepts = Concepts(e.new_zeros(*e.shape[:2], self.config.d_c))
+        else:
+            concepts = self.query_codebook(
+                self.sae,
+                z,
+                self._concept_tokens(input_ids, attention_mask),
+                self._where(input_ids, attention_mask, response_mask, positions, slot_mask, image_grid_thw),
+                self._scale_vector(concept_scale, z),
+            )
+
+        # Q, K, S, (H_k, c_k)
+        keys = image_embeddings.to(e.dtype).expand(batch, -1, -1, -1)
+        grid = keys.shape[-2:]
+        image_positions = self._image_positions(grid).to(e.dtype)
+        valid = self._valid_cells(reshaped_input_sizes, grid, batch, e.device)
+        keep_tokens, keep_concepts = self._kept_sources(query_source, batch, e)
+        heatmaps, confidences = self.slot_mapper(
+            e, concepts.representations, keys + image_positions, valid, keep_tokens, keep_concepts
+        )
+
+        # M̂ = F_dec(K, (H_k, c_k))
+        masks = self.mask_decoder(keys, image_positions, heatmaps, confidences, valid)
+        return SegCompassOutput(
+            pred_masks=masks,
+            pred_logits=confidences,
+            heatmaps=heatmaps,
+            slot_mask=slot_mask,
+            concept_indices=concepts.indices,
+            concept_values=concepts.values,
+            concept_weights=concepts.weights,
+            concept_activations=concepts.activations,
+            reshaped_input_sizes=reshaped_input_sizes,
+        )
+
+    def _concept_tokens(self, input_ids, attention_mask):
+        special = torch.tensor(self.config.special_token_ids, dtype=input_ids.dtype, device=input_ids.device)
+        return attention_mask.bool() & ~torch.isin(input_ids, special)
+
+    def _where(self, input_ids, attention_mask, response_mask, positions, slot_mask, image_grid_thw):
+        is_image = input_ids == self.config.image_token_id
+        types = torch.where(response_mask, RESPONSE, INSTRUCTION).masked_fill(is_image, IMAGE)
+        order = (is_image.cumsum(1) - 1).clamp_min(0)
+        count = is_image.sum(1, keepdim=True).clamp_min(1)
+        if image_grid_thw is not None:
+            merge = self.config.mllm_config.vision_config.spatial_merge_size
+            width = image_grid_thw[:, 2:3] // merge
+        else:
+            width = count.float().sqrt().round().long()
+        height = count // width
+        xy = torch.stack([(order % width + 0.5) / width, (order // width + 0.5) / height], -1)
+        steps = torch.arange(input_ids.shape[1], device=input_ids.device)
+        last = (attention_mask * steps).amax(1)
+        end = torch.where(slot_mask[:, 0], positions[:, 0], last)[:, None]
+        return where_features(types, xy, (end - steps).clamp_min(0).to(xy.dtype))
+
+    def _scale_vector(self, concept_scale, z):
+        if not concept_scale:
+            return None
+        d_sae = self.config.sae_config.d_sae
+        scale = z.new_ones(d_sae)
+        for index, factor in concept_scale.items():
+            if not 0 <= index < d_sae:
+                raise ValueError(f"concept {index} is out of range; this SAE has concepts 0 to {d_sae - 1}.")
+            if not 0 <= factor < float("inf"):
+                raise ValueError(f"the factor of concept {index} is {factor}; it must be finite and at least 0.")
+            scale[index] = factor
+        return scale
+
+    def _image_positions(self, grid):
+        y, x = (torch.arange(side, device=self.image_positions.positional_embedding.device) for side in grid)
+        y, x = torch.meshgrid((y + 0.5) / grid[0], (x + 0.5) / grid[1], indexing="ij")
+        return self.image_positions(torch.stack([x, y], -1)).permute(2, 0, 1)[None]
+
+    def _valid_cells(self, reshaped_input_sizes, grid, batch, device):
+        if reshaped_input_sizes is None:
+            return torch.ones(batch, *grid, dtype=torch.bool, device=device)
+        sides = torch.tensor(grid, device=device)
+        extent = (reshaped_input_sizes.to(device) * sides / self.config.sam_config.image_size).ceil()
+        rows, columns = (torch.arange(side, device=device) for side in grid)
+        return (rows < extent[:, :1])[:, :, None] & (columns < extent[:, 1:])[:, None]
+
+    def _kept_sources(self, query_source, batch, like):
+        if query_source != "both":
+            kept = like.new_full((batch,), 1.0)
+            return (kept, kept * 0) if query_source == "tokens" else (kept * 0, kept)
+        probability = self.config.token_dropout
+        if self.training and torch.is_grad_enabled() and probability > 0:
+            return (torch.rand(batch, device=like.device) >= probability).to(like.dtype), None
+        return None, None
+
+    # -- the transformers face ---------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        pixel_values=None,
+        sam_pixel_values=None,
+        image_embeddings=None,
+        original_sizes=None,
+        reshaped_input_sizes=None,
+        labels=None,
+        response_mask=None,
+        concept_scale=None,
+        query_source="both",
+        fused_lm_head=False,
+        skip_lm_head=False,
+        output_hidden_states=None,
+        return_dict=True,
+        **mllm_inputs,
+    ):
+        """One MLLM pass over prompt and response: language loss or log-probabilities, and masks.
+
+        Args:
+            input_ids, attention_mask: long (B, T).
+            pixel_values (and `image_grid_thw`, `mm_token_type_ids` for Qwen2.5-VL): the MLLM's image.
+            sam_pixel_values: float (B, 3, S, S), or image_embeddings: float (B, d_k, h, w) from
+                `get_image_embeddings`. With neither, only the language part runs.
+            original_sizes: accepted and ignored, so that a processor's output can be passed whole.
+            reshaped_input_sizes: long (B, 2), the image's (H, W) inside SAM's frame.
+            labels: long (B, T), -100 outside the response.
+            response_mask: bool (B, T), response positions; taken from labels when absent.
+            concept_scale, query_source: see `decode_masks`.
+            fused_lm_head: the MLLM carries TRL's fused head: return log_probs and entropy instead of logits.
+            skip_lm_head: run the backbone only; no logits, no language loss.
+
+        Raises:
+            ValueError: masks are asked for without labels or response_mask; bad intervention or query source.
+        """
+        wants_masks = sam_pixel_values is not None or image_embeddings is not None
+        if response_mask is None and labels is not None:
+            response_mask = labels != -100
+        if wants_masks and response_mask is None:
+            raise ValueError(
+                "masks need to know where the response is: pass labels or response_mask (the processor makes both "
+                "when given response=...), or call model.segment(...) to let the model write the response."
+            )
+        if attention_mask is None and input_ids is not None:
+            attention_mask = torch.ones_like(input_ids)
+        inputs = dict(input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, **mllm_inputs)
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        with self._reading_states() as states:
+            if skip_lm_head:
+                inputs["use_cache"] = False
+                inputs.pop("logits_to_keep", None)
+                policy = self.mllm.model(**inputs)
+            elif fused_lm_head:
+                policy = self.mllm(**inputs, labels=labels, fused_lm_head=True)
+            else:
+                policy = self.mllm(**inputs, labels=labels, output_hidden_states=output_hidden_states)
+        output = SegCompassOutput()
+        if wants_masks:
+            if image_embeddings is None:
+                image_embeddings = self.get_image_embeddings(sam_pixel_values)
+            output = self.decode_masks(
+                input_ids,
+                attention_mask,
+                response_mask,
+                states["z"][0],
+                states["last"][0],
+                image_embeddings,
+                reshaped_input_sizes,
+                mllm_inputs.get("image_grid_thw"),
+                concept_scale,
+                query_source,
+            )
+        for name in ("loss", "logits", "past_key_values", "log_probs", "entropy", "aux_loss"):
+            if getattr(policy, name, None) is not None:
+                output[name] = getattr(policy, name)
+        if output_hidden_states:
+            output.hidden_states = policy.hidden_states
+        if output.loss is not None:
+            output.loss_dict = {"language": output.loss.detach()}
+        return output if return_dict else output.to_tuple()
+
+    def generate(self, inputs=None, **kwargs):
+        """Write the response with the MLLM: ids long (B, T), like any transformers model."""
+        for name in ("sam_pixel_values", "image_embeddings", "original_sizes", "reshaped_input_sizes", "labels"):
+            kwargs.pop(name, None)
+        return self.mllm.generate(inputs, **kwargs)
+
+    @torch.no_grad()
+    def segment(
+        self,
+        input_ids,
+        attention_mask=None,
+        sam_pixel_values=None,
+        image_embeddings=None,
+        original_sizes=None,
+        reshaped_input_sizes=None,
+        concept_scale=None,
+        query_source="both",
+        do_sample=False,
+        **kwargs,
+    ):
+        """Reason about the image, then decode masks from the states that generation left behind.
+
+        Args:
+            input_ids, attention_mask, pixel_values, ...: a processor's output for images and instructions.
+            sam_pixel_values or image_embeddings, reshaped_input_sizes, concept_scale, query_source: see `forward`.
+            do_sample: greedy when False. Other keywords go to `generate` (`max_new_tokens`, `streamer`, ...).
+
+        Returns:
+            SegCompassOutput with `sequences` (B, T) and `prompt_length`. A response without concentration tokens has
+            an empty `slot_mask` and so no mask.
+
+        Raises:
+            ValueError: neither sam_pixel_values nor image_embeddings; beams or several sequences per prompt.
+        """
+        if sam_pixel_values is None and image_embeddings is None:
+            raise ValueError("segment needs the image: pass sam_pixel_values or image_embeddings.")
+        for name in ("num_beams", "num_return_sequences"):
+            if kwargs.get(name, 1) != 1:
+                raise ValueError(f"{name} is {kwargs[name]}; segment follows one sequence per prompt, use {name}=1.")
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if kwargs.get("max_new_tokens") is None and kwargs.get("max_length") is None:
+            kwargs["max_new_tokens"] = self.config.max_response_length
+        kwargs.pop("labels", None)
+        with self._reading_states() as states:
+            sequences = self.mllm.generate(
+                input_ids=input_ids, attention_mask=attention_mask, do_sample=do_sample, **kwargs
+            )
+        z, last_hidden = torch.cat(states["z"], 1), torch.cat(states["last"], 1)
+        read = sequences[:, : z.shape[1]]  # the last token was written, but never read back
+        prompt_length = input_ids.shape[1]
+        written = self._written(read[:, prompt_length:])
+        if image_embeddings is None:
+            image_embeddings = self.get_image_embeddings(sam_pixel_values)
+        output = self.decode_masks(
+            read,
+            torch.cat([attention_mask, written.to(attention_mask.dtype)], 1),
+            torch.cat([torch.zeros_like(attention_mask, dtype=torch.bool), written], 1),
+            z,
+            last_hidden,
+            image_embeddings,
+            reshaped_input_sizes,
+            kwargs.get("image_grid_thw"),
+            concept_scale,
+            query_source,
+        )
+        output.sequences = sequences
+        output.prompt_length = prompt_length
+        return output
+
+    def _written(self, response):
+        """True up to and including the end-of-sequence token: bool (B, T_response)."""
+        eos = self.generation_config.eos_token_id
+        if eos is None:
+            return torch.ones_like(response, dtype=torch.bool)
+        ended = torch.isin(response, torch.as_tensor(eos, device=response.device).flatten())
+        return (ended.cumsum(1) - ended.int()) == 0
+
+    def get_input_embeddings(self):
+        return self.mllm.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.mllm.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        return self.mllm.get_output_embeddings()
+
+    def set_output_embeddings(self, value):
+        self.mllm.set_output_embeddings(value)
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        return self.mllm.resize_token_embeddings(*args, **kwargs)
+
+    # -- building, saving, loading -----------------------------------------------------------------------------------
+
+    @classmethod
+    def from_backbones(cls, mllm, sam, sae=None, processor=None, dtype="float32", **config):
+        """Build a fresh model from an MLLM, a SAM vision encoder and, if there is one, a trained SAE.
+
+        Args:
+            mllm, sam, sae: model ids, folders, or loaded models. Without `sae` an untrained one is made.
+            processor: a SegCompassProcessor; its new tokens get embedding rows (the mean of the others), and its
+                token ids enter the config.
+            dtype: of the parts loaded here. Training needs float32 master weights, under autocast if it is to be fast;
+                "auto" keeps each checkpoint's own.
+            config: fields of SegCompassConfig; `sae_config` shapes a new SAE.
+
+        Raises:
+            ValueError: an SAE of another width, layer or backbone.
+        """
+        if isinstance(mllm, str):
+            mllm = AutoModelForImageTextToText.from_pretrained(mllm, dtype=dtype)
+        if isinstance(sam, str):
+            sam = SamVisionModel.from_pretrained(sam, dtype=dtype)
+        if isinstance(sae, str):
+            sae = SparseAutoencoder.from_pretrained(sae, dtype=dtype)
+        name = mllm.config._name_or_path or None
+        if sae is not None:
+            config["sae_config"] = sae.config
+            if sae.config.backbone and name and sae.config.backbone != name:
+                raise ValueError(
+                    f"the SAE was trained on {sae.config.backbone!r}, but the MLLM is {name!r}; load an SAE of this "
+                    "backbone, or set sae.config.backbone=None to overrule."
+                )
+        elif "sae_config" not in config:
+            text = mllm.config.get_text_config()
+            config["sae_config"] = SparseAutoencoderConfig(
+                d_in=text.hidden_size, layer=max(1, text.num_hidden_layers // 2), backbone=name
+            )
+        if processor is not None:
+            config = {**processor.model_tokens(), "num_slots": processor.num_slots, **config}
+            if len(processor.tokenizer) > mllm.get_input_embeddings().num_embeddings:
+                mllm.resize_token_embeddings(len(processor.tokenizer), mean_resizing=True)
+        config = SegCompassConfig(
+            mllm_config=mllm.config,
+            sam_config=sam.config,
+            attn_implementation=mllm.config._attn_implementation,
+            **config,
+        )
+        return cls(config, mllm=mllm, sam=sam, sae=sae)
+
+    def load_sae(self, sae):
+        """Put a trained SAE (model, folder or Hub id) in place of this model's.
+
+        Raises:
+            ValueError: it has another width or layer than the model was built for.
+        """
+        if isinstance(sae, str):
+            sae = SparseAutoencoder.from_pretrained(sae)
+        for name in ("d_in", "d_sae", "layer"):
+            ours, theirs = getattr(self.config.sae_config, name), getattr(sae.config, name)
+            if ours != theirs:
+                raise ValueError(
+                    f"the SAE has {name}={theirs}, this model was built for {ours}; train one for it, or build a model "
+                    "around this SAE with from_backbones."
+                )
+        self.sae = sae.to(self.device)
+        self.config.sae_config = sae.config
+        self.freeze_encoders()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+        """Load a saved model; unlike transformers' default, missing or unexpected weights are an error.
+
+        Raises:
+            ValueError: the checkpoint lacks weights of this model or holds others.
+        """
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        wrong = {name: sorted(map(str, info[name])) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+        if any(wrong.values()):
+            told = "; ".join(f"{name}: {len(keys)} ({', '.join(keys[:3])} ...)" for name, keys in wrong.items() if keys)
+            raise ValueError(
+                f"{pretrained_model_name_or_path} does not match this model ({told}); nothing was loaded. Use the "
+                "folder that save_pretrained wrote, with its own config.json."
+            )
+        model.freeze_encoders()
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As transformers', with our own key names (resuming a Trainer needs them) and the code beside the weights."""
+        kwargs["save_original_format"] = False
+        self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+
+SegCompassConfig.register_for_auto_class()
+SegCompassModel.register_for_auto_class("AutoModel")

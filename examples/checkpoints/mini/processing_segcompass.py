@@ -1,0 +1,284 @@
+"""From images and instructions to model inputs, and from model outputs to masks at the image's own size.
+
+One processor for both backbones: it expands image tokens as LLaVA-1.5 or Qwen2.5-VL expect, without their video part,
+so it works without torchvision. It knows nothing about weights.
+"""
+
+import torch
+from transformers import BatchFeature, ProcessorMixin
+from transformers.image_utils import load_image
+
+REF_TOKEN, THINK, THINK_END = "<REF_POS>", "<think>", "</think>"
+
+PROMPT = (
+    "Find '{instruction}' in the image. First reason inside think tags: name the objects that could be meant, compare "
+    "them, and decide which ones match. Then emit the reference position token exactly {num_slots} times, with nothing "
+    "between and nothing after; the masks are decoded from these."
+)
+
+
+class SegCompassProcessor(ProcessorMixin):
+    """Wraps the MLLM's image processor, its tokenizer and SAM's image processor.
+
+    Args:
+        image_processor: the MLLM's (CLIP for LLaVA-1.5, Qwen2-VL's for Qwen2.5-VL).
+        tokenizer: the MLLM's; `<think>`, `</think>` and `<REF_POS>` are added as ordinary tokens when absent.
+        sam_image_processor: SAM's (longest side to S, padded right and bottom to a square).
+        prompt_template: text with `{instruction}` and optionally `{num_slots}`; it must not contain `<REF_POS>`.
+        num_slots: K_s, how many concentration tokens a response ends with.
+        max_prompt_length: longest prompt in tokens, image tokens included.
+        patch_size, vision_feature_select_strategy, num_additional_image_tokens: as in LlavaProcessor; unused for Qwen.
+    """
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        sam_image_processor=None,
+        chat_template=None,
+        prompt_template=PROMPT,
+        num_slots=6,
+        max_prompt_length=1400,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        **kwargs,
+    ):
+        if REF_TOKEN in prompt_template:
+            raise ValueError(
+                f"prompt_template contains {REF_TOKEN!r}; describe the token in words, only a response may contain it."
+            )
+        self.prompt_template = prompt_template
+        self.num_slots = num_slots
+        self.max_prompt_length = max_prompt_length
+        self.patch_size = patch_size
+        self.vision_feature_select_strategy = vision_feature_select_strategy
+        self.num_additional_image_tokens = num_additional_image_tokens
+        self.merges_patches = hasattr(image_processor, "merge_size")  # Qwen2.5-VL
+        self.return_mm_token_type_ids = self.merges_patches
+        tokenizer.add_tokens([token for token in (THINK, THINK_END, REF_TOKEN) if token not in tokenizer.get_vocab()])
+        self.image_token = "<|image_pad|>" if self.merges_patches else "<image>"
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.ref_token_id = tokenizer.convert_tokens_to_ids(REF_TOKEN)
+        self.think_end_id = tokenizer.convert_tokens_to_ids(THINK_END)
+        super().__init__(image_processor, tokenizer, sam_image_processor, chat_template=chat_template)
+
+    def model_tokens(self):
+        """The token ids that SegCompassConfig needs."""
+        special = {*self.tokenizer.all_special_ids, self.ref_token_id} - {self.image_token_id}
+        return {
+            "ref_token_id": self.ref_token_id,
+            "think_end_id": self.think_end_id,
+            "special_token_ids": sorted(special),
+        }
+
+    # -- prompts and responses ---------------------------------------------------------------------------------------
+
+    def prompt_text(self, instruction):
+        """The text of the user turn for one instruction. Raises ValueError when it is empty or holds `<REF_POS>`."""
+        if not isinstance(instruction, str) or not instruction.strip():
+            raise ValueError(f"the instruction is {instruction!r}; say what to segment, like 'the mug by the sink'.")
+        for token in (REF_TOKEN, self.image_token):
+            if token in instruction:
+                raise ValueError(f"the instruction contains {token!r}, which is reserved; remove it.")
+        return self.prompt_template.format(instruction=instruction.strip(), num_slots=self.num_slots)
+
+    def build_messages(self, instruction):
+        """The conversation for one instruction, in the chat-template form with one image."""
+        content = [{"type": "image"}, {"type": "text", "text": self.prompt_text(instruction)}]
+        return [{"role": "user", "content": content}]
+
+    def format_response(self, reasoning):
+        """A well-formed response: the reasoning in think tags, then K_s concentration tokens."""
+        return f"{THINK}{reasoning}{THINK_END}{REF_TOKEN * self.num_slots}"
+
+    # -- inputs ------------------------------------------------------------------------------------------------------
+
+    def __call__(self, images=None, text=None, response=None, sam=True, return_tensors=None, **kwargs):
+        """Make model inputs.
+
+        Args:
+            images: one image or a list (PIL, array, path or URL as transformers reads them).
+            text: one instruction or a list of as many. A text that already holds the image token is a finished prompt
+                (as `apply_chat_template` makes): then this is the MLLM's own processor and SAM's inputs are left out.
+            response: optional responses (without the end token) to append; adds `labels` and `response_mask`.
+            sam: False leaves out SAM's inputs (for language alone, or with cached image embeddings).
+
+        Returns:
+            BatchFeature: input_ids, attention_mask (B, T) long, prompts padded left, responses right; pixel_values
+            (and image_grid_thw, mm_token_type_ids for Qwen2.5-VL); sam_pixel_values (B, 3, S, S); original_sizes and
+            reshaped_input_sizes (B, 2) long, (H, W); labels (B, T) long and response_mask (B, T) bool with `response`.
+
+        Raises:
+            ValueError: no or empty image, empty or too long text, lengths that differ.
+            OSError: an image that cannot be read.
+        """
+        texts = [text] if isinstance(text, str) else list(text or [])
+        if texts and all(self.image_token in t for t in texts):
+            return super().__call__(images=images, text=text, return_tensors=return_tensors, **kwargs)
+        images = self._check_images(images)
+        if len(images) != len(texts):
+            raise ValueError(
+                f"{len(images)} images but {len(texts)} instructions; give one instruction per image (repeat the image "
+                "to ask several questions about it)."
+            )
+        prompts = [
+            self.apply_chat_template(self.build_messages(t), tokenize=False, add_generation_prompt=True) for t in texts
+        ]
+        kwargs = {"padding": True, "padding_side": "left", **kwargs}
+        inputs = super().__call__(images=images, text=prompts, return_tensors="pt", **kwargs)
+        longest = int(inputs["attention_mask"].sum(-1).max())
+        if longest > self.max_prompt_length:
+            raise ValueError(
+                f"a prompt has {longest} tokens, the limit is {self.max_prompt_length}; shorten the instruction or "
+                "raise processor.max_prompt_length."
+            )
+        if sam:
+            inputs.update(self.sam_inputs(images))
+        if response is not None:
+            self._append_responses(inputs, [response] if isinstance(response, str) else list(response))
+        return BatchFeature(dict(inputs), tensor_type=return_tensors or "pt")
+
+    def sam_inputs(self, images):
+        """SAM's part of the inputs: sam_pixel_values (B, 3, S, S), original_sizes, reshaped_input_sizes (B, 2)."""
+        images = self._check_images(images)
+        side = self.sam_image_processor.size["longest_edge"]
+        for number, image in enumerate(images):
+            if max(image.size) > 2 * side * min(image.size):
+                raise ValueError(
+                    f"image {number} is {image.size[0]} x {image.size[1]} pixels; the limit is a ratio of {2 * side} "
+                    f"(its longest side becomes {side} pixels, and nothing would be left of the other): crop it."
+                )
+        sam = self.sam_image_processor(images, return_tensors="pt")
+        return {
+            "sam_pixel_values": sam["pixel_values"],
+            "original_sizes": torch.as_tensor(sam["original_sizes"]),
+            "reshaped_input_sizes": torch.as_tensor(sam["reshaped_input_sizes"]),
+        }
+
+    def _check_images(self, images):
+        if images is None or (isinstance(images, (list, tuple)) and not images):
+            raise ValueError("no image was given; pass images=<PIL image, array or path>, or a list of them.")
+        images = images if isinstance(images, (list, tuple)) else [images]
+        checked = []
+        for number, image in enumerate(images):
+            if hasattr(image, "shape"):
+                from PIL import Image
+
+                if 0 in image.shape:
+                    raise ValueError(f"image {number} is empty (shape {tuple(image.shape)}); give at least 1x1 pixels.")
+                image = Image.fromarray(image)
+            elif isinstance(image, str) or not hasattr(image, "convert"):
+                try:
+                    image = load_image(image if isinstance(image, str) else str(image))
+                except Exception as error:
+                    raise OSError(f"image {number} ({image!r}) cannot be read: {error}") from error
+            if 0 in image.size:
+                raise ValueError(f"image {number} is empty (size {image.size}); give at least 1x1 pixels.")
+            checked.append(image if image.mode == "RGB" else image.convert("RGB"))
+        return checked
+
+    def _append_responses(self, inputs, responses):
+        if len(responses) != len(inputs["input_ids"]):
+            raise ValueError(f"{len(inputs['input_ids'])} prompts but {len(responses)} responses; give one per prompt.")
+        rows = self.tokenizer(
+            [r + self.tokenizer.eos_token for r in responses],
+            add_special_tokens=False,
+            padding=True,
+            padding_side="right",
+            return_tensors="pt",
+        )
+        mask = rows["attention_mask"].bool()
+        prompt = torch.full_like(inputs["input_ids"], -100)
+        inputs["labels"] = torch.cat([prompt, rows["input_ids"].masked_fill(~mask, -100)], 1)
+        inputs["response_mask"] = torch.cat([torch.zeros_like(prompt, dtype=torch.bool), mask], 1)
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], rows["input_ids"]], 1)
+        inputs["attention_mask"] = torch.cat([inputs["attention_mask"], rows["attention_mask"]], 1)
+        if "mm_token_type_ids" in inputs:
+            types = torch.as_tensor(inputs["mm_token_type_ids"])
+            inputs["mm_token_type_ids"] = torch.cat([types, types.new_zeros(mask.shape)], 1)
+
+    def replace_image_token(self, image_inputs, image_idx, **kwargs):
+        """The image placeholder repeated once per image token of the backbone (called by ProcessorMixin)."""
+        if self.merges_patches:
+            count = int(image_inputs["image_grid_thw"][image_idx].prod()) // self.image_processor.merge_size**2
+        else:
+            height, width = image_inputs["pixel_values"][image_idx].shape[-2:]
+            count = (height // self.patch_size) * (width // self.patch_size) + self.num_additional_image_tokens
+            count -= self.vision_feature_select_strategy == "default"
+        return self.image_token * count
+
+    # -- outputs -----------------------------------------------------------------------------------------------------
+
+    def post_process_masks(self, pred_masks, original_sizes):
+        """Mask logits on SAM's frame to mask logits at each image's own size.
+
+        Args:
+            pred_masks: float (B, K, s, s); original_sizes: (B, 2), (H, W).
+
+        Returns:
+            list of B float tensors (K, H, W).
+        """
+        side = self.sam_image_processor.size["longest_edge"]
+        sizes = [tuple(int(n) for n in size) for size in original_sizes]
+        if len(sizes) != len(pred_masks):
+            raise ValueError(f"{len(pred_masks)} predictions but {len(sizes)} target sizes; give one (H, W) per image.")
+        frames = torch.nn.functional.interpolate(pred_masks.float(), (side, side), mode="bilinear", align_corners=False)
+        masks = []
+        for frame, (height, width) in zip(frames, sizes, strict=True):
+            scale = side / max(height, width)
+            inside = frame[None, :, : int(height * scale + 0.5), : int(width * scale + 0.5)]
+            if inside.shape[-2:] != (height, width):
+                inside = torch.nn.functional.interpolate(inside, (height, width), mode="bilinear", align_corners=False)
+            masks.append(inside[0])
+        return masks
+
+    def post_process_instance_segmentation(self, outputs, threshold=0.5, mask_threshold=0.5, target_sizes=None):
+        """One instance per slot whose confidence reaches the threshold.
+
+        Args:
+            outputs: SegCompassOutput; threshold, mask_threshold: probabilities in [0, 1].
+            target_sizes: (B, 2), the images' (H, W), e.g. `inputs["original_sizes"]`.
+
+        Returns:
+            list of dicts: scores float (n,), boxes float (n, 4) xyxy in pixels, masks bool (n, H, W), slots long (n,).
+            n is 0 when nothing matches the instruction or the response had no concentration tokens.
+
+        Raises:
+            ValueError: no target sizes, or not one per image; a threshold outside [0, 1].
+        """
+        if target_sizes is None:
+            raise ValueError("target_sizes is None; pass inputs['original_sizes'] or a list of (H, W).")
+        for name, value in (("threshold", threshold), ("mask_threshold", mask_threshold)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} is {value}; it is a probability, choose a value from 0 to 1.")
+        scores = outputs.pred_logits.float().sigmoid()
+        kept = (scores >= threshold) & outputs.slot_mask
+        results = []
+        for row, logits in enumerate(self.post_process_masks(outputs.pred_masks, target_sizes)):
+            masks = logits.sigmoid() > mask_threshold
+            slots = (kept[row] & masks.flatten(1).any(-1)).nonzero()[:, 0]
+            masks = masks[slots]
+            boxes = [self._box(mask) for mask in masks]
+            results.append(
+                {
+                    "scores": scores[row, slots],
+                    "boxes": torch.tensor(boxes, dtype=torch.float32).view(-1, 4),
+                    "masks": masks,
+                    "slots": slots,
+                }
+            )
+        return results
+
+    @staticmethod
+    def _box(mask):
+        rows, columns = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
+        return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
+
+    def post_process_semantic_segmentation(self, outputs, target_sizes=None, threshold=0.5, mask_threshold=0.5):
+        """The union of the confident slots' masks: list of bool (H, W), all False when there is no target."""
+        results = self.post_process_instance_segmentation(outputs, threshold, mask_threshold, target_sizes)
+        return [result["masks"].any(0) for result in results]
+
+
+SegCompassProcessor.register_for_auto_class("AutoProcessor")

@@ -1,0 +1,165 @@
+"""The query codebook C: from sparse SAE features to K_s concept representations r_k (section 3.2, Eq. 4).
+
+Notable: the T x d_sae activations are never held with gradients. The M concepts of a sample are chosen in chunks
+without gradients, then only their columns of the SAE encoder are evaluated again, differentiably: value and gradient
+are those of the dense computation. Every step keeps its provenance: which concepts, fired by which tokens, weigh how
+much in which slot.
+It knows nothing about masks or images; it sees hidden states, where each token sits, and a frozen SAE.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+IMAGE, INSTRUCTION, RESPONSE = 0, 1, 2
+TEXT_FREQUENCIES = 6
+IMAGE_FREQUENCIES = 5
+WHERE_DIM = 3 + 2 * TEXT_FREQUENCIES + 4 * IMAGE_FREQUENCIES
+
+
+class Concepts(NamedTuple):
+    """The concept representations of a batch with their provenance."""
+
+    representations: torch.Tensor
+    """r_k, float (B, K_s, d_c)."""
+    indices: torch.Tensor | None = None
+    """j in S(z): long (B, M), features of the SAE, strongest relative to their usual strength first."""
+    values: torch.Tensor | None = None
+    """h_j: float (B, M), each concept's strength, the maximum over tokens; 0 marks padding."""
+    weights: torch.Tensor | None = None
+    """slot -> concept: float (B, K_s, M); each slot's weights sum to 1 (all 0 when no concept is active)."""
+    activations: torch.Tensor | None = None
+    """concept -> token: float (B, T, M), h_j at each token."""
+
+
+def where_features(token_types, image_xy, distance):
+    """Describe where each token sits, so that a concept can carry where it fired.
+
+    Args:
+        token_types: long (B, T), IMAGE, INSTRUCTION or RESPONSE.
+        image_xy: float (B, T, 2), centre of an image token's patch in [0, 1]; ignored for text.
+        distance: float (B, T), tokens from here to the first concentration token; ignored for image tokens.
+
+    Returns:
+        float (B, T, WHERE_DIM): type indicator, Fourier features of the patch position, of the text distance.
+    """
+    kind = nn.functional.one_hot(token_types, 3).to(image_xy.dtype)
+    octaves = 2.0 ** torch.arange(IMAGE_FREQUENCIES, device=image_xy.device) * torch.pi / 2
+    xy = (image_xy[..., None] * octaves).flatten(-2)
+    steps = torch.pi / 2.0 ** torch.arange(TEXT_FREQUENCIES, device=image_xy.device)
+    text = distance[..., None] * steps
+    is_image = kind[..., :1]
+    return torch.cat(
+        [kind, is_image * xy.sin(), is_image * xy.cos(), (1 - is_image) * text.sin(), (1 - is_image) * text.cos()], -1
+    )
+
+
+class EncoderBlock(nn.Module):
+    """Pre-norm transformer encoder block that also returns its attention, averaged over heads."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp_in = nn.Linear(width, 4 * width)
+        self.mlp_out = nn.Linear(4 * width, width)
+
+    def forward(self, x, valid):
+        """x (B, N, width), valid (B, N) bool -> (x, attention (B, N, N))."""
+        batch, length, width = x.shape
+        qkv = self.qkv(self.attention_norm(x)).view(batch, length, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        scores = (q @ k.mT) * (width // self.heads) ** -0.5
+        scores = scores.masked_fill(~valid[:, None, None], float("-inf"))
+        attention = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+        mixed = (attention.to(v.dtype) @ v).transpose(1, 2).reshape(batch, length, width)
+        x = x + self.out(mixed)
+        x = x + self.mlp_out(nn.functional.gelu(self.mlp_in(self.mlp_norm(x))))
+        return x, attention.mean(1)
+
+
+class QueryCodebook(nn.Module):
+    """C ∈ R^{d_sae x d_c} and the encoder blocks that gather the active concepts into r_1 ... r_{K_s}."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.reading = config.concept_reading
+        self.num_concepts = min(config.num_concepts, config.sae_config.d_sae)
+        self.codebook = nn.Parameter(torch.empty(config.sae_config.d_sae, config.d_c))
+        self.slot_queries = nn.Parameter(torch.empty(config.num_slots, config.d_c))
+        self.where = nn.Linear(WHERE_DIM, config.d_c)
+        self.blocks = nn.ModuleList(
+            EncoderBlock(config.d_c, config.codebook_heads) for _ in range(config.codebook_layers)
+        )
+        self.norm = nn.LayerNorm(config.d_c)
+
+    def forward(self, sae, z, mask, where, scale=None):
+        """Select, decode and gather the active concepts of each sample.
+
+        Args:
+            sae: the frozen SparseAutoencoder.
+            z: float (B, T, d_π), hidden states at the SAE's layer.
+            mask: bool (B, T), tokens that may fire concepts (no padding, no special tokens).
+            where: float (B, T, WHERE_DIM) from `where_features`.
+            scale: optional float (d_sae,) factors on h_j, 1 everywhere but at the concepts intervened on.
+
+        Returns:
+            Concepts.
+        """
+        indices, threshold = self.select(sae, z, mask, scale)
+        activations = self.activate(sae, z, mask, indices, threshold, scale)
+        values = activations.amax(1)
+        codes = self.codebook[indices]
+        where = where.to(codes.dtype)
+        if self.reading == "feature":
+            fired_at = (activations.mT @ where) / activations.sum(1).clamp_min(1e-6)[..., None]
+            tokens, valid = values[..., None] * codes + self.where(fired_at), values > 0
+        else:
+            tokens, valid = activations @ codes + self.where(where), mask & (activations > 0).any(-1)
+        batch, slots = len(z), len(self.slot_queries)
+        x = torch.cat([self.slot_queries.expand(batch, -1, -1), tokens], 1)
+        valid = torch.cat([valid.new_ones(batch, slots), valid], 1)
+        for block in self.blocks:
+            x, attention = block(x, valid)
+        weights = attention[:, :slots, slots:]
+        if self.reading == "token":
+            share = (activations * codes.norm(dim=-1)[:, None]).to(weights.dtype)
+            weights = weights @ (share / share.sum(-1, keepdim=True).clamp_min(1e-6))
+        weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-12)
+        return Concepts(self.norm(x[:, :slots]), indices, values, weights, activations)
+
+    @torch.no_grad()
+    def select(self, sae, z, mask, scale=None, max_elements=2**25):
+        """Choose each sample's M concepts by strength relative to the feature's usual strength, in chunks of tokens.
+
+        Returns:
+            indices: long (B, M); threshold: None, or float (B, T), the smallest activation that counts as active at
+            each token (for SAEs that keep the k largest).
+        """
+        batch, length, _ = z.shape
+        step = max(1, max_elements // (batch * sae.config.d_sae))
+        strength, threshold = z.new_zeros(batch, sae.config.d_sae), []
+        for start in range(0, length, step):
+            h = sae.encode(z[:, start : start + step])
+            if sae.config.activation == "topk":
+                threshold.append(h.masked_fill(h == 0, float("inf")).amin(-1))
+            h = h.masked_fill(~mask[:, start : start + step, None], 0)
+            strength = torch.maximum(strength, h.amax(1))
+        relative = strength / sae.usual_strength.clamp_min(1e-6)
+        if scale is not None:
+            relative = relative * scale
+        indices = relative.topk(self.num_concepts, dim=-1).indices
+        return indices, torch.cat(threshold, 1) if threshold else None
+
+    def activate(self, sae, z, mask, indices, threshold=None, scale=None):
+        """h_j(z_t) of the selected concepts only, differentiable in z: float (B, T, M)."""
+        encoder = sae.W_enc.mT[indices]
+        h = torch.relu(z.to(encoder.dtype) @ encoder.mT + sae.b_enc[indices][:, None])
+        if threshold is not None:
+            h = h * (h >= threshold[..., None] * (1 - 1e-5))
+        h = h * mask[..., None]
+        return h if scale is None else h * scale[indices][:, None]
