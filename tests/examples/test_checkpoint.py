@@ -1,0 +1,38 @@
+"""The embedded checkpoint is whole, small, current, and right about the scene that ships with it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from loaders.scenes import scene_question
+from modeling_segcompass import SegCompassModel, SegCompassProcessor
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+MINI = EXAMPLES / "checkpoints" / "mini"
+
+
+def test_the_code_beside_the_weights_is_this_packages():
+    for copy in MINI.glob("*.py"):
+        original = EXAMPLES.parent / "modeling_segcompass" / copy.name
+        assert copy.read_text() == original.read_text(), f"{copy.name} differs: save the checkpoint again"
+
+
+def test_weights_are_small():
+    assert (MINI / "model.safetensors").stat().st_size <= 12_000_000
+
+
+def test_default_scene_is_segmented_right():
+    noted = json.loads((EXAMPLES / "scene.json").read_text())
+    scene, question = scene_question(noted["split"], noted["seed"], noted["index"])
+    model = SegCompassModel.from_pretrained(MINI)
+    assert model.dtype == torch.float32
+    processor = SegCompassProcessor.from_pretrained(MINI)
+    inputs = processor(images=Image.open(EXAMPLES / noted["image"]), text=noted["instruction"])
+    outputs = model.segment(**inputs)
+    (mask,) = processor.post_process_semantic_segmentation(outputs, target_sizes=inputs["original_sizes"])
+    truth = scene.masks[question.targets].any(0)
+    overlap = np.logical_and(mask.numpy(), truth).sum() / np.logical_or(mask.numpy(), truth).sum()
+    assert overlap > 0.8
