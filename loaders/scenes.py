@@ -2,7 +2,8 @@
 
 A scene is 2-4 flat objects on a plain or patterned ground, drawn from signed distances, with the exact visible mask
 of every object. A question about the scene asks for one object, several or none, and comes with a short reasoning
-trace that a tiny model can learn to write: a scan of all objects from left to right, one clause, the answer.
+trace that a tiny model can learn to write, because each word follows from few earlier ones: a scan of all objects from
+left to right, one clause that says what to look for, a verdict on each object, the answer.
 
 Some combinations of size, colour and shape occur in one split only (`TEST_LOOKS`, `VAL_LOOKS`), so the splits are
 disjoint by construction and the held-out splits ask for new combinations of known words.
@@ -14,7 +15,7 @@ import hashlib
 import io
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -130,7 +131,11 @@ class Question:
     instruction: str
     """Lower case, without final punctuation."""
     reasoning: str
-    """"<scan of all objects>. <clause>. answer: <targets>." as written between <think> and </think>."""
+    """"<scan of all objects>. <clause>. <verdicts>. answer: <targets>." as written between <think> and </think>.
+
+    An object of the scan is "<place> <size> <colour> <shape>", a verdict "<place> <what counts> yes" or "... no", a
+    target "<place> <colour> <shape>". Extremes, and questions about an object that is not there, have no verdicts.
+    """
     targets: list[int]
     """Indices into `Scene.objects`, rising; [] when nothing is asked for."""
 
@@ -442,11 +447,15 @@ _TIMES = (
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A question that can be asked of a scene: one of the instructions, the clause of the trace, the answer."""
+    """A question that can be asked of a scene."""
 
     instructions: list[str]
+    """Ways to ask it."""
     clause: str
+    """What the trace says after the scan."""
     targets: list[int]
+    facts: tuple[str, ...] | None = None
+    """Attributes that each object's verdict repeats; None for a trace without verdicts."""
 
 
 def _noun_phrase(wanted: dict[str, str], plural: bool = False) -> str:
@@ -459,6 +468,11 @@ def _noun_phrase(wanted: dict[str, str], plural: bool = False) -> str:
 
 def _matching(objects: list[SceneObject], wanted: dict[str, str]) -> list[int]:
     return [i for i, thing in enumerate(objects) if all(getattr(thing, name) == v for name, v in wanted.items())]
+
+
+def _listed(objects: list[SceneObject], chosen: Iterable[int], names: tuple[str, ...]) -> str:
+    """The named attributes of the chosen objects, "B2 small, E5 large" for ("place", "size")."""
+    return ", ".join(" ".join(getattr(objects[i], name) for name in names) for i in chosen)
 
 
 def _forms(templates: tuple[str, ...], wanted: dict[str, str]) -> list[str]:
@@ -517,7 +531,7 @@ def _attribute(rng: np.random.Generator, scene: Scene) -> Iterator[_Candidate]:
             continue
         targets = _matching(scene.objects, wanted)
         templates = (_ONE if len(targets) < 2 else ()) + _ALL
-        yield _Candidate(_forms(templates, wanted), f"look for {_noun_phrase(wanted)}", targets)
+        yield _Candidate(_forms(templates, wanted), f"look for {_noun_phrase(wanted)}", targets, tuple(wanted))
 
 
 def _gap_seen(first: SceneObject, second: SceneObject, axis: int, gap: float) -> bool:
@@ -537,7 +551,7 @@ def _relation(rng: np.random.Generator, scene: Scene) -> Iterator[_Candidate]:
                 continue
             targets = [i for i in others if sign * (objects[i].centre[axis] - anchor.centre[axis]) > 0]
             asked = [template.format(word, name) for template in _RELATION for word in words]
-            yield _Candidate(asked, f"{direction} {anchor.colour} {anchor.shape} {anchor.place}", targets)
+            yield _Candidate(asked, f"{direction} {name} at {anchor.place}", targets, ())
     for name in _missing_references(rng, scene):
         words = list(_DIRECTIONS.values())[rng.integers(len(_DIRECTIONS))]
         yield _Candidate([t.format(word, name) for t in _RELATION for word in words], f"no {name}", [])
@@ -563,12 +577,13 @@ def _extreme(rng: np.random.Generator, scene: Scene) -> Iterator[_Candidate]:
                 targets = sorted(ranked[:count])
                 phrase = _noun_phrase(wanted, plural=count == 2)
                 asked = [t.format(w, phrase) for t in (_EXTREME, _TWO_EXTREME)[count - 1] for w in words]
-                if count == 2:
-                    clause = f"two {word} {phrase} are " + ", ".join(objects[i].place for i in targets)
-                elif axis == "size":
-                    clause = f"{word} {phrase} is {last.size}"
-                else:
-                    clause = f"{word} {phrase} is {last.place}"
+                shown = ("place", "size") if axis == "size" else ("place",)
+                among, found = _listed(objects, pool, shown), _listed(objects, targets, ("place",))
+                clause = (
+                    f"{word} {phrase} of {among} is {found}"
+                    if count == 1
+                    else f"two {word} {phrase} of {among} are {found}"
+                )
                 yield _Candidate(asked, clause, targets)
     absent = _absent(rng, scene, ("shape",), 2) + _absent(rng, scene, ("colour",), 1)
     for wanted in absent + _absent(rng, scene, ("colour", "shape"), 2):
@@ -588,14 +603,14 @@ def _comparison(rng: np.random.Generator, scene: Scene) -> Iterator[_Candidate]:
                 continue  # "the same colour as the red ball" compares nothing
             targets = [i for i in _matching(objects, {attribute: value}) if i != index]
             asked = [template.format(attribute, name) for template in _SAME]
-            yield _Candidate(asked, f"same {attribute} as {name} is {value}", targets)
+            yield _Candidate(asked, f"same {attribute} as {name} at {anchor.place}, {value}", targets, (attribute,))
         if anchor.size in name.split():
             continue
         for word, sign in (("larger", 1), ("smaller", -1)):
             rank = _SIZE_RANK[anchor.size]
             targets = [i for i, thing in enumerate(objects) if sign * (_SIZE_RANK[thing.size] - rank) > 0]
             asked = [template.format(w, name) for template in _THAN for w in _THAN_WORDS[word]]
-            yield _Candidate(asked, f"{word} than {name}, {name} is {anchor.size}", targets)
+            yield _Candidate(asked, f"{word} than {name} at {anchor.place}, {anchor.size}", targets, ("size",))
     for name in _missing_references(rng, scene):
         attribute = "size" if rng.random() < 0.5 else "colour"
         asked = [t.format(attribute, name) for t in _SAME]
@@ -607,7 +622,8 @@ def _knowledge(rng: np.random.Generator, scene: Scene) -> Iterator[_Candidate]:
     for phrase, key, shapes in _KNOWLEDGE:
         targets = [i for i, thing in enumerate(scene.objects) if thing.shape in shapes]
         templates = (_KNOWLEDGE_ONE if len(targets) < 2 else ()) + _KNOWLEDGE_ALL
-        yield _Candidate([t.format(phrase) for t in templates], f"{key} means {' or '.join(shapes)}", targets)
+        clause = f"{key} means {' or '.join(shapes)}"
+        yield _Candidate([t.format(phrase) for t in templates], clause, targets, ("shape",))
 
 
 def _counting(rng: np.random.Generator, scene: Scene) -> Iterator[_Candidate]:
@@ -618,7 +634,7 @@ def _counting(rng: np.random.Generator, scene: Scene) -> Iterator[_Candidate]:
             asked = _forms(templates, {attribute: value}) if attribute == "shape" else []
             if attribute != "shape":
                 asked = [t.format(value, s=f"{value} things") for t in templates]
-            yield _Candidate(asked, f"not {value}", targets)
+            yield _Candidate(asked, f"not {value}", targets, (attribute,))
     for attribute in ("colour", "shape", "size"):
         values = [getattr(thing, attribute) for thing in objects]
         for count, word in ((1, "once"), (2, "twice")):
@@ -627,7 +643,8 @@ def _counting(rng: np.random.Generator, scene: Scene) -> Iterator[_Candidate]:
                 continue  # keeps the traces short
             targets = [i for i, value in enumerate(values) if value in named]
             asked = [template.format(attribute, word) for template in _TIMES]
-            yield _Candidate(asked, f"{word} is {' and '.join(named) or 'no ' + attribute}", targets)
+            clause = f"{', '.join(values)}, {word} is {' and '.join(named) or 'no ' + attribute}"
+            yield _Candidate(asked, clause, targets, (attribute,))
 
 
 _BUILDERS: dict[str, Callable[[np.random.Generator, Scene], Iterator[_Candidate]]] = {
@@ -672,10 +689,16 @@ def ask(rng: np.random.Generator, scene: Scene, kind: str | None = None) -> Ques
     fitting = [candidate for candidate in candidates if _outcome(candidate.targets) == outcome]
     chosen = fitting[rng.integers(len(fitting))]
     instruction = chosen.instructions[rng.integers(len(chosen.instructions))]
-    scan = ", ".join(f"{thing.size} {thing.colour} {thing.shape} {thing.place}" for thing in scene.objects)
-    named = [scene.objects[index] for index in chosen.targets]
-    answer = ", ".join(f"{thing.colour} {thing.shape} {thing.place}" for thing in named) or "none"
-    return Question(kind, instruction, f"{scan}. {chosen.clause}. answer: {answer}.", chosen.targets)
+    return Question(kind, instruction, _trace(scene.objects, chosen), chosen.targets)
+
+
+def _trace(objects: list[SceneObject], chosen: _Candidate) -> str:
+    steps = [_listed(objects, range(len(objects)), ("place", "size", "colour", "shape")), chosen.clause]
+    if chosen.facts is not None:
+        facts = [_listed(objects, [i], ("place", *chosen.facts)) for i in range(len(objects))]
+        steps.append(", ".join(f"{fact} {'yes' if i in chosen.targets else 'no'}" for i, fact in enumerate(facts)))
+    steps.append("answer: " + (_listed(objects, chosen.targets, ("place", "colour", "shape")) or "none"))
+    return ". ".join(steps) + "."
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import torch
 
 
-def freeze(model, below_sae_layer=True, encoders=True):
+def freeze(model, below_sae_layer=True, vision_tower=True, sam=True):
     """Set `requires_grad` for training; the SAE and the positional code stay frozen always.
 
     Args:
@@ -11,14 +11,15 @@ def freeze(model, below_sae_layer=True, encoders=True):
         below_sae_layer: freeze what the SAE's input is made of, so that the SAE keeps fitting: the projector, the
             decoder blocks 1 ... L, and the embeddings but for the rows of `</think>` and the concentration token,
             which learn in any case (the other rows of a tied embedding still see weight decay).
-        encoders: freeze the MLLM's vision tower and SAM's encoder.
+        vision_tower: freeze the MLLM's vision tower.
+        sam: freeze SAM's encoder.
     """
     model.requires_grad_(True)
     model.freeze_encoders()
-    model.sam.requires_grad_(not encoders)
+    model.sam.requires_grad_(not sam)
     core = model.mllm.model
     vision = core.vision_tower if hasattr(core, "vision_tower") else core.visual
-    vision.requires_grad_(not encoders)
+    vision.requires_grad_(not vision_tower)
     if not below_sae_layer:
         return
     if hasattr(core, "multi_modal_projector"):

@@ -31,9 +31,10 @@ class SegCompassSFTConfig(TrainingArguments):
     train_below_sae_layer: bool = field(
         default=False, metadata={"help": "train decoder blocks up to the SAE's layer; a trained SAE then drifts"}
     )
-    train_encoders: bool = field(
-        default=False, metadata={"help": "train the vision tower and SAM's encoder (backbones made from nothing)"}
+    train_vision_tower: bool = field(
+        default=False, metadata={"help": "train the MLLM's vision tower (for one made from nothing)"}
     )
+    train_sam: bool = field(default=False, metadata={"help": "train SAM's encoder (for one made from nothing)"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "the collator needs every column"})
 
 
@@ -47,7 +48,12 @@ class SegCompassSFTTrainer(Trainer):
                 f"{model.config.num_slots} slots; build both with the same num_slots."
             )
         model.config.token_dropout = args.token_dropout
-        freeze(model, below_sae_layer=not args.train_below_sae_layer, encoders=not args.train_encoders)
+        freeze(
+            model,
+            below_sae_layer=not args.train_below_sae_layer,
+            vision_tower=not args.train_vision_tower,
+            sam=not args.train_sam,
+        )
         self.with_masks = args.lambda_s > 0 or args.lambda_c > 0
         collator = SegCompassCollator(processing_class, 4 * model.config.key_grid if self.with_masks else None)
         super().__init__(model=model, args=args, processing_class=processing_class, data_collator=collator, **kwargs)

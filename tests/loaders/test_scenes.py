@@ -151,12 +151,40 @@ SOLVERS = {
 @pytest.mark.parametrize("split", scenes.SPLITS)
 def test_second_solver_finds_the_same_targets_from_instruction_and_scan(split):
     for _, question in drawn(split):
-        scan_text, _, answer = question.reasoning.split(". ")
-        scan = [words.split() for words in scan_text.split(", ")]
+        scan_text, *_, answer = question.reasoning.split(". ")
+        places, *rest = zip(*(words.split() for words in scan_text.split(", ")), strict=True)
+        scan = [list(words) for words in zip(*rest, places, strict=True)]  # size, colour, shape, place
         targets = SOLVERS[question.kind](scan, question.instruction)
         assert targets == question.targets, (question, targets)
-        named = ", ".join(" ".join(scan[target][1:]) for target in targets) or "none"
+        named = ", ".join(" ".join([scan[target][3], *scan[target][1:3]]) for target in targets) or "none"
         assert answer == f"answer: {named}."
+
+
+@pytest.mark.parametrize("split", scenes.SPLITS)
+def test_verdicts_repeat_facts_of_the_scan_and_say_yes_to_the_targets(split):
+    judged = Counter()
+    for scene, question in drawn(split):
+        scan, _, *verdicts, _ = question.reasoning.split(". ")
+        assert len(verdicts) == (question.kind != "extreme" and ". no " not in question.reasoning), question
+        judged[question.kind] += len(verdicts)
+        if verdicts:
+            verdicts = [words.split() for words in verdicts[0].split(", ")]
+            assert [words[0] for words in verdicts] == [thing.place for thing in scene.objects]
+            assert [i for i, words in enumerate(verdicts) if words[-1] == "yes"] == question.targets
+            assert {words[-1] for words in verdicts} <= {"yes", "no"}
+            for words, thing in zip(verdicts, scan.split(", "), strict=True):
+                assert [word for word in thing.split() if word in words] == words[:-1]
+    assert set(judged) == set(KINDS) and all(judged[kind] for kind in KINDS if kind != "extreme")
+
+
+def test_extremes_list_the_candidates_before_they_choose():
+    for scene, question in drawn("train"):
+        if question.kind == "extreme" and question.targets:
+            clause = re.search(r"\. ([a-z ]+) of (.*) (?:is|are) (.*)\. answer", question.reasoning)
+            words, listed, chosen = clause.groups()
+            pool = [i for i, o in enumerate(scene.objects) if described(words.split()[1:]) <= {o.colour, o.shape}]
+            assert [words[:2] for words in listed.split(", ")] == [scene.objects[i].place for i in pool]
+            assert chosen.split(", ") == [scene.objects[i].place for i in question.targets]
 
 
 def test_every_kind_can_be_asked_of_every_scene_and_reaches_every_outcome():
@@ -174,7 +202,7 @@ def test_position_questions_keep_a_pixel_margin():
     for scene, question in drawn("train"):
         centres = np.array([thing.centre for thing in scene.objects])
         if question.kind == "relation" and ". no " not in question.reasoning:
-            place = re.search(r"\. (?:left of|right of|above|below) \w+ \w+ (\w\d)\.", question.reasoning).group(1)
+            place = re.search(r"\. (?:left of|right of|above|below) [a-z ]+ at (\w\d)\.", question.reasoning).group(1)
             axis = 0 if " of " in question.reasoning else 1
             anchors = [i for i, thing in enumerate(scene.objects) if thing.place == place]
             gaps = [
@@ -193,7 +221,7 @@ def test_position_questions_keep_a_pixel_margin():
 def test_trace_scans_all_objects_from_left_to_right_with_their_places():
     for scene, question in drawn("test"):
         scan = question.reasoning.split(". ")[0].split(", ")
-        assert scan == [f"{o.size} {o.colour} {o.shape} {o.place}" for o in scene.objects]
+        assert scan == [f"{o.place} {o.size} {o.colour} {o.shape}" for o in scene.objects]
         columns = [o.centre[0] for o in scene.objects]
         assert columns == sorted(columns)
         assert len({o.place for o in scene.objects}) == len(scene.objects)
@@ -207,7 +235,7 @@ def test_questions_use_few_lower_case_words():
             words |= set(question.instruction.split())
             traces |= set(re.findall(r"[a-z]+\b", re.sub(r"[A-H][1-8]", "", question.reasoning)))
             assert len(question.instruction.split()) <= 14
-            assert len(question.reasoning.split()) <= 40
+            assert len(question.reasoning.split()) <= 60
     assert len(words | traces) <= 150
 
 

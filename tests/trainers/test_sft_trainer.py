@@ -89,7 +89,7 @@ def test_below_the_sae_only_the_concentration_tokens_rows_learn(rows, tmp_path):
 def test_everything_learns_when_the_recipe_says_so(rows, tmp_path):
     model, processor = tiny_segcompass("llava")
     before = snapshot(model)
-    train(model, processor, rows, tmp_path, train_below_sae_layer=True, train_encoders=True, query_source="both")
+    train(model, processor, rows, tmp_path, train_below_sae_layer=True, train_vision_tower=True, train_sam=True)
     for part in ("mllm.model.vision_tower", "sam", "mllm.model.language_model.layers.0", *MODULES):
         assert moved(model, before, part), part
     assert not moved(model, before, "sae")

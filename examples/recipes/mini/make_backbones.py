@@ -1,23 +1,29 @@
 """Make one of the mini recipe's backbones from nothing: a tiny LLaVA (with tokenizer) or a tiny SAM encoder.
 
-Real backbones come pretrained. These do not, so their vision parts are first taught to see: from each image patch a
-linear head predicts the attributes and the centre of the object there (labels the scenes know), and is thrown away.
+Real backbones come pretrained. These do not. Both vision parts are first taught to see: from each image patch a linear
+head predicts the attributes and the centre of the object there (labels the scenes know), and is thrown away. LLaVA is
+then taught to talk about scenes: several questions on each image, which is run once for all of them.
 
-    python examples/recipes/mini/make_backbones.py mllm --output runs/mini/mllm --minutes 8
-    python examples/recipes/mini/make_backbones.py sam --output runs/mini/sam --minutes 20
+    torchrun --nproc_per_node 2 examples/recipes/mini/make_backbones.py sam --output runs/mini/sam --minutes 13
+    torchrun --nproc_per_node 2 examples/recipes/mini/make_backbones.py mllm --output runs/mini/mllm --minutes 50
+
+An interrupted run goes on from its last state (at most two minutes old) when the command is repeated.
 """
 
 import argparse
+import os
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import nn
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 from transformers import (
+    DynamicCache,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
@@ -27,7 +33,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
-from loaders.scenes import COLOURS, SHAPES, SIZES, ask, draw_scene
+from loaders.scenes import COLOURS, KINDS, SHAPES, SIZES, ask, draw_scene
 from modeling_segcompass import SegCompassProcessor
 
 IMAGE_SIZE, PATCH, SAM_PATCH, WIDTH, SAM_WIDTH, NUM_SLOTS = 128, 16, 8, 192, 96, 4
@@ -120,7 +126,9 @@ def make_mllm(processor):
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
+            initializer_range=0.06,  # at a width of 192 the usual 0.02 starts too near to nothing
         ),
+        initializer_range=0.06,
         tie_word_embeddings=True,
         image_token_index=processor.image_token_id,
         vision_feature_layer=-1,
@@ -184,18 +192,57 @@ def patch_labels(scene, cells):
 class LabelledScenes(IterableDataset):
     """Endless batches of training scenes (as one image processor prepares them) with the labels of their patches."""
 
-    def __init__(self, image_processor, cells, batch_size):
-        self.image_processor, self.cells, self.batch_size = image_processor, cells, batch_size
+    def __init__(self, image_processor, cells, batch_size, seed):
+        self.image_processor, self.cells, self.batch_size, self.seed = image_processor, cells, batch_size, seed
 
     def __iter__(self):
-        rng = np.random.default_rng(7)
+        rng = np.random.default_rng(self.seed)
         while True:
             scenes = [draw_scene(rng, "train") for _ in range(self.batch_size)]
             inputs = self.image_processor([scene.image for scene in scenes], return_tensors="pt")
             attributes, fine = zip(*(patch_labels(scene, self.cells) for scene in scenes), strict=True)
-            yield dict(inputs), torch.from_numpy(np.stack(attributes)), torch.from_numpy(np.stack(fine))
+            labels = {"attributes": np.stack(attributes), "fine": np.stack(fine)}
+            yield {
+                "pixel_values": inputs["pixel_values"],
+                **{name: torch.from_numpy(value).flatten(1, 2) for name, value in labels.items()},
+                **self.texts(rng, scenes),
+            }
+
+    def texts(self, rng, scenes):
+        return {}
 
 
+class Conversations(LabelledScenes):
+    """The same with one question of each kind on every scene, cut after the image: prefix_ids (1, P) are the same for
+    all; input_ids, labels and attention_mask (images x 6, T) are padded right."""
+
+    def __init__(self, processor, *args):
+        super().__init__(processor.image_processor, *args)
+        self.processor = processor
+
+    def texts(self, rng, scenes):
+        questions = [ask(rng, scene, kind) for scene in scenes for kind in KINDS]
+        batch = self.processor(
+            images=[scene.image for scene in scenes for _ in KINDS],
+            text=[question.instruction for question in questions],
+            response=[self.processor.format_response(question.reasoning) for question in questions],
+            sam=False,
+        )
+        rows = []
+        for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"].bool(), strict=True):
+            ids, labels = ids[mask], labels[mask]
+            cut = int((ids == self.processor.image_token_id).nonzero()[-1]) + 1
+            prefix = ids[:cut]
+            rows.append((ids[cut:], labels[cut:], torch.ones_like(ids[cut:])))
+        names, fill = ("input_ids", "labels", "attention_mask"), (0, -100, 0)
+        padded = [
+            nn.utils.rnn.pad_sequence(part, batch_first=True, padding_value=value)
+            for part, value in zip(zip(*rows, strict=True), fill, strict=True)
+        ]
+        return {"prefix_ids": prefix[None], **dict(zip(names, padded, strict=True))}
+
+
+SEEING_SHARE = 0.15  # of the minutes for the mllm; the rest is for talking
 CLASSES = (len(SHAPES) + 1, len(COLOURS) + 1, len(SIZES) + 1, 9, 9)
 
 
@@ -212,30 +259,89 @@ def patch_loss(logits, attributes, fine):
     return loss, right.all(0)[seen].float().mean().item()
 
 
-def teach(tower, features, width, scenes, minutes, lr=1e-3):
-    """Train `tower` for some minutes so that a linear head on `features(inputs)` (B, cells², width) sees the labels."""
-    head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(CLASSES) + 16))
-    parts = nn.ModuleList([tower, head]).train()
-    optimizer = torch.optim.AdamW(parts.parameters(), lr=lr, weight_decay=0.02)
-    loader = iter(DataLoader(scenes, batch_size=None, num_workers=1))
-    bar, start, step = tqdm(total=round(minutes * 60), unit="s"), time.time(), 0
-    while (spent := time.time() - start) < minutes * 60:
-        rate = min(1.0, (step + 1) / 200) * (0.02 + 0.98 * (1 + np.cos(np.pi * spent / (minutes * 60))) / 2)
+class Seeing(nn.Module):
+    """A vision tower and the head that reads patches off it. `encode`: pixel_values -> (B, cells², width)."""
+
+    def __init__(self, tower, encode, width):
+        super().__init__()
+        self.tower, self.encode = tower, encode
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(CLASSES) + 16))
+
+    def forward(self, pixel_values, attributes, fine):
+        loss, right = patch_loss(self.head(self.encode(pixel_values)), attributes, fine)
+        return loss, {"patches": loss.item(), "patches all right": right}
+
+
+class Talking(Seeing):
+    """A LLaVA that sees and answers: the language loss, plus a little of the patch loss."""
+
+    def __init__(self, mllm, head):
+        super().__init__(mllm, lambda pixels: torch.stack(mllm.model.get_image_features(pixels).pooler_output), WIDTH)
+        self.head = head
+
+    def forward(self, pixel_values, attributes, fine, prefix_ids, input_ids, labels, attention_mask):
+        model, repeats = self.tower.model.language_model, len(input_ids) // len(pixel_values)
+        image = self.encode(pixel_values)
+        loss, right = patch_loss(self.head(image), attributes, fine)
+        start = model.embed_tokens(prefix_ids[:, : -image.shape[1]]).expand(len(image), -1, -1)
+        cache = DynamicCache(config=model.config)
+        model(inputs_embeds=torch.cat([start, image.to(start)], 1), past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(repeats)  # differentiable: every question's gradient reaches the image
+        mask = torch.cat([attention_mask.new_ones(len(attention_mask), prefix_ids.shape[1]), attention_mask], 1)
+        states = model(input_ids=input_ids, attention_mask=mask, past_key_values=cache).last_hidden_state
+        logits = self.tower.lm_head(states[:, :-1]).float().flatten(0, 1)
+        language = nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
+        parts = {"language": language.item(), "patches": loss.item(), "patches all right": right}
+        return language + 0.1 * loss, parts
+
+
+def train(pupil, make_batches, minutes, state_file, lr=1e-3):
+    """Train for some minutes of wall time (all runs together), with as many processes as torchrun started.
+
+    Args:
+        make_batches: seed -> an iterable data set of keyword arguments for `pupil`.
+        state_file: where the training is kept between interruptions.
+    """
+    rank = distributed.get_rank() if distributed.is_initialized() else 0
+    pupil.train()
+    optimizer = torch.optim.AdamW(pupil.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    step, spent = 0, 0.0
+    if state_file.exists():
+        state = torch.load(state_file)
+        pupil.load_state_dict(state["pupil"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, spent = state["step"], state["spent"]
+    parallel = DistributedDataParallel(pupil, find_unused_parameters=True) if distributed.is_initialized() else pupil
+    loader = iter(DataLoader(make_batches([7, rank, step]), batch_size=None, num_workers=1))
+    bar = tqdm(total=round(minutes * 60), initial=round(spent), unit="s", mininterval=5, disable=rank > 0)
+    averages, last, saved = {}, time.time(), spent
+    while True:
+        clock = torch.tensor(spent, dtype=torch.float64)
+        if distributed.is_initialized():
+            distributed.broadcast(clock, 0)  # all processes stop at the same step
+        progress = clock.item() / (60 * minutes)
+        if progress >= 1:
+            break
+        rate = min(1.0, (step + 1) / 200) * (0.02 + 0.98 * (1 + np.cos(np.pi * progress)) / 2)
         for group in optimizer.param_groups:
             group["lr"] = lr * rate
-        inputs, attributes, fine = next(loader)
         with torch.autocast("cpu", torch.bfloat16):
-            logits = head(features(inputs))
-        loss, right = patch_loss(logits, attributes.flatten(1, 2), fine.flatten(1, 2))
+            loss, parts = parallel(**next(loader))
         loss.backward()
-        nn.utils.clip_grad_norm_(parts.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(pupil.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-        bar.update(round(time.time() - start) - bar.n)
-        if step % 20 == 0:
-            seen = step * scenes.batch_size
-            bar.set_postfix_str(f"{seen} images, loss {loss.item():.2f}, patches all right {right:.2f}")
+        spent, last = spent + time.time() - last, time.time()
+        for name, value in parts.items():
+            averages[name] = 0.98 * averages.get(name, value) + 0.02 * value
+        bar.update(round(spent) - bar.n)
+        bar.set_postfix_str(f"step {step}, " + ", ".join(f"{k} {v:.3f}" for k, v in averages.items()), refresh=False)
+        if rank == 0 and spent - saved > 120:
+            saved = spent
+            state = {"pupil": pupil.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "spent": spent}
+            torch.save(state, state_file.with_suffix(".part"))
+            state_file.with_suffix(".part").replace(state_file)
     bar.close()
 
 
@@ -245,29 +351,38 @@ def main():
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=10)
     args = parser.parse_args()
+    if "RANK" in os.environ:
+        distributed.init_process_group("gloo")
     torch.manual_seed(0)
+    args.output.mkdir(parents=True, exist_ok=True)
     processor = make_processor(make_tokenizer())
+    states = [args.output / "seeing.pt", args.output / "talking.pt"]
     if args.backbone == "mllm":
-        model = make_mllm(processor)
-        scenes = LabelledScenes(processor.image_processor, IMAGE_SIZE // PATCH, batch_size=64)
-
-        tower, projector = model.model.vision_tower, model.model.multi_modal_projector
-
-        def features(inputs):
-            return torch.stack(model.model.get_image_features(inputs["pixel_values"]).pooler_output)
-
-        teach(nn.ModuleList([tower, projector]), features, WIDTH, scenes, args.minutes)
-        processor.save_pretrained(args.output)
+        model, cells = make_mllm(processor), IMAGE_SIZE // PATCH
+        model.set_attn_implementation("eager")  # the fastest on a CPU
+        core = nn.ModuleList([model.model.vision_tower, model.model.multi_modal_projector])
+        seeing = Seeing(core, lambda pixels: torch.stack(model.model.get_image_features(pixels).pooler_output), WIDTH)
+        train(
+            seeing,
+            lambda seed: LabelledScenes(processor.image_processor, cells, 32, seed),
+            SEEING_SHARE * args.minutes,
+            states[0],
+        )
+        talking, minutes = Talking(model, seeing.head), (1 - SEEING_SHARE) * args.minutes
+        train(talking, lambda seed: Conversations(processor, cells, 4, seed), minutes, states[1], lr=1.5e-3)
     else:
-        model = make_sam()
-        scenes = LabelledScenes(processor.sam_image_processor, IMAGE_SIZE // SAM_PATCH, batch_size=64)
-
-        def features(inputs):
-            return model(inputs["pixel_values"]).last_hidden_state.flatten(2).mT
-
-        teach(model, features, SAM_WIDTH, scenes, args.minutes)
+        model, cells = make_sam(), IMAGE_SIZE // SAM_PATCH
+        seeing = Seeing(model, lambda pixels: model(pixels).last_hidden_state.flatten(2).mT, SAM_WIDTH)
+        scenes = processor.sam_image_processor
+        train(seeing, lambda seed: LabelledScenes(scenes, cells, 32, seed), args.minutes, states[0])
+    if distributed.is_initialized() and distributed.get_rank() > 0:
+        return
     print(f"{args.backbone}: {sum(p.numel() for p in model.parameters()):,} parameters")
     model.save_pretrained(args.output)
+    if args.backbone == "mllm":
+        processor.save_pretrained(args.output)
+    for state in states:
+        state.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
