@@ -3,7 +3,7 @@
 A scene is 2-4 flat objects on a plain or patterned ground, drawn from signed distances, with the exact visible mask
 of every object. A question about the scene asks for one object, several or none, and comes with a short reasoning
 trace that a tiny model can learn to write, because each word follows from few earlier ones: a scan of all objects from
-left to right, one clause that says what to look for, a verdict on each object, the answer.
+left to right, then one or two steps (a clause that says what to look for, and a verdict on each object), the answer.
 
 Some combinations of size, colour and shape occur in one split only (`TEST_LOOKS`, `VAL_LOOKS`), so the splits are
 disjoint by construction and the held-out splits ask for new combinations of known words.
@@ -131,10 +131,11 @@ class Question:
     instruction: str
     """Lower case, without final punctuation."""
     reasoning: str
-    """"<scan of all objects>. <clause>. <verdicts>. answer: <targets>." as written between <think> and </think>.
+    """"<scan of all objects>. <steps>. answer: <targets>." as written between <think> and </think>.
 
-    An object of the scan is "<place> <size> <colour> <shape>", a verdict "<place> <what counts> yes" or "... no", a
-    target "<place> <colour> <shape>". Extremes, and questions about an object that is not there, have no verdicts.
+    An object of the scan is "<place> <size> <colour> <shape>", a target "<place> <colour> <shape>". A step is a clause
+    that ends with what counts, and most often, after a full stop, a verdict on each object: "<place> <what counts> yes"
+    or "... no". Questions about some object, or about the extreme of some, look for these first.
     """
     targets: list[int]
     """Indices into `Scene.objects`, rising; [] when nothing is asked for."""
@@ -451,11 +452,9 @@ class _Candidate:
 
     instructions: list[str]
     """Ways to ask it."""
-    clause: str
-    """What the trace says after the scan."""
+    steps: list[str]
+    """What the trace says between scan and answer."""
     targets: list[int]
-    facts: tuple[str, ...] | None = None
-    """Attributes that each object's verdict repeats; None for a trace without verdicts."""
 
 
 def _noun_phrase(wanted: dict[str, str], plural: bool = False) -> str:
@@ -473,6 +472,19 @@ def _matching(objects: list[SceneObject], wanted: dict[str, str]) -> list[int]:
 def _listed(objects: list[SceneObject], chosen: Iterable[int], names: tuple[str, ...]) -> str:
     """The named attributes of the chosen objects, "B2 small, E5 large" for ("place", "size")."""
     return ", ".join(" ".join(getattr(objects[i], name) for name in names) for i in chosen)
+
+
+def _judged(objects: list[SceneObject], names: tuple[str, ...], chosen: list[int]) -> str:
+    """A verdict on each object, after the named attributes."""
+    facts = [_listed(objects, [i], ("place", *names)) for i in range(len(objects))]
+    return ", ".join(f"{fact} {'yes' if i in chosen else 'no'}" for i, fact in enumerate(facts))
+
+
+def _search(objects: list[SceneObject], wanted: dict[str, str]) -> list[str]:
+    """The steps that find what fits a description; none for the description that fits everything."""
+    if not wanted:
+        return []
+    return ["look for " + " ".join(wanted.values()), _judged(objects, tuple(wanted), _matching(objects, wanted))]
 
 
 def _forms(templates: tuple[str, ...], wanted: dict[str, str]) -> list[str]:
@@ -503,20 +515,19 @@ def _absent(rng: np.random.Generator, scene: Scene, names: tuple[str, ...], coun
     return found
 
 
-def _references(scene: Scene) -> list[tuple[int, str]]:
-    """(index, words) of every short description that names one object of the scene."""
+def _references(scene: Scene) -> list[tuple[int, dict[str, str]]]:
+    """(index, description) of every short description that names one object of the scene."""
     found = []
     for index, thing in enumerate(scene.objects):
         for names in (("shape",), ("colour", "shape"), ("colour",), ("size", "shape")):
             wanted = {name: getattr(thing, name) for name in names}
             if len(_matching(scene.objects, wanted)) == 1:
-                found.append((index, _noun_phrase(wanted)))
+                found.append((index, wanted))
     return found
 
 
-def _missing_references(rng: np.random.Generator, scene: Scene) -> list[str]:
-    missing = _absent(rng, scene, ("shape",), 1) + _absent(rng, scene, ("colour", "shape"), 1)
-    return [_noun_phrase(wanted) for wanted in missing]
+def _missing_references(rng: np.random.Generator, scene: Scene) -> list[dict[str, str]]:
+    return _absent(rng, scene, ("shape",), 1) + _absent(rng, scene, ("colour", "shape"), 1)
 
 
 def _attribute(rng: np.random.Generator, scene: Scene) -> Iterator[_Candidate]:
@@ -531,7 +542,7 @@ def _attribute(rng: np.random.Generator, scene: Scene) -> Iterator[_Candidate]:
             continue
         targets = _matching(scene.objects, wanted)
         templates = (_ONE if len(targets) < 2 else ()) + _ALL
-        yield _Candidate(_forms(templates, wanted), f"look for {_noun_phrase(wanted)}", targets, tuple(wanted))
+        yield _Candidate(_forms(templates, wanted), _search(scene.objects, wanted), targets)
 
 
 def _gap_seen(first: SceneObject, second: SceneObject, axis: int, gap: float) -> bool:
@@ -542,8 +553,8 @@ def _gap_seen(first: SceneObject, second: SceneObject, axis: int, gap: float) ->
 
 def _relation(rng: np.random.Generator, scene: Scene) -> Iterator[_Candidate]:
     objects, gap = scene.objects, _DECISION_GAP * scene.image.shape[0] / 128
-    for index, name in _references(scene):
-        anchor = objects[index]
+    for index, wanted in _references(scene):
+        anchor, name = objects[index], _noun_phrase(wanted)
         for direction, words in _DIRECTIONS.items():
             axis, sign = (0 if "of" in direction else 1), (-1 if direction in ("left of", "above") else 1)
             others = [i for i in range(len(objects)) if i != index]
@@ -551,10 +562,13 @@ def _relation(rng: np.random.Generator, scene: Scene) -> Iterator[_Candidate]:
                 continue
             targets = [i for i in others if sign * (objects[i].centre[axis] - anchor.centre[axis]) > 0]
             asked = [template.format(word, name) for template in _RELATION for word in words]
-            yield _Candidate(asked, f"{direction} {name} at {anchor.place}", targets, ())
-    for name in _missing_references(rng, scene):
+            steps = [*_search(objects, wanted), f"{direction} {anchor.place}", _judged(objects, (), targets)]
+            yield _Candidate(asked, steps, targets)
+    for wanted in _missing_references(rng, scene):
+        name = _noun_phrase(wanted)
         words = list(_DIRECTIONS.values())[rng.integers(len(_DIRECTIONS))]
-        yield _Candidate([t.format(word, name) for t in _RELATION for word in words], f"no {name}", [])
+        asked = [t.format(word, name) for t in _RELATION for word in words]
+        yield _Candidate(asked, _search(scene.objects, wanted), [])
 
 
 def _extreme(rng: np.random.Generator, scene: Scene) -> Iterator[_Candidate]:
@@ -579,51 +593,50 @@ def _extreme(rng: np.random.Generator, scene: Scene) -> Iterator[_Candidate]:
                 asked = [t.format(w, phrase) for t in (_EXTREME, _TWO_EXTREME)[count - 1] for w in words]
                 shown = ("place", "size") if axis == "size" else ("place",)
                 among, found = _listed(objects, pool, shown), _listed(objects, targets, ("place",))
-                clause = (
-                    f"{word} {phrase} of {among} is {found}"
-                    if count == 1
-                    else f"two {word} {phrase} of {among} are {found}"
-                )
-                yield _Candidate(asked, clause, targets)
+                which = f"{word} of {among} is {found}" if count == 1 else f"two {word} of {among} are {found}"
+                yield _Candidate(asked, [*_search(objects, wanted), which], targets)
     absent = _absent(rng, scene, ("shape",), 2) + _absent(rng, scene, ("colour",), 1)
     for wanted in absent + _absent(rng, scene, ("colour", "shape"), 2):
         word = list(_EXTREMES)[rng.integers(len(_EXTREMES))]
         phrase = _noun_phrase(wanted)
         asked = [t.format(w, phrase) for t in _EXTREME for w in _SYNONYMS.get(word, (word,))]
-        yield _Candidate(asked, f"no {phrase}", [])
+        yield _Candidate(asked, _search(objects, wanted), [])
 
 
 def _comparison(rng: np.random.Generator, scene: Scene) -> Iterator[_Candidate]:
     objects = scene.objects
-    for index, name in _references(scene):
-        anchor = objects[index]
+    for index, wanted in _references(scene):
+        anchor, name, search = objects[index], _noun_phrase(wanted), _search(objects, wanted)
         for attribute in ("colour", "shape", "size"):
             value = getattr(anchor, attribute)
             if value in name.split():
                 continue  # "the same colour as the red ball" compares nothing
             targets = [i for i in _matching(objects, {attribute: value}) if i != index]
             asked = [template.format(attribute, name) for template in _SAME]
-            yield _Candidate(asked, f"same {attribute} as {name} at {anchor.place}, {value}", targets, (attribute,))
+            steps = [*search, f"same {attribute} as {anchor.place}, {value}", _judged(objects, (attribute,), targets)]
+            yield _Candidate(asked, steps, targets)
         if anchor.size in name.split():
             continue
         for word, sign in (("larger", 1), ("smaller", -1)):
             rank = _SIZE_RANK[anchor.size]
             targets = [i for i, thing in enumerate(objects) if sign * (_SIZE_RANK[thing.size] - rank) > 0]
             asked = [template.format(w, name) for template in _THAN for w in _THAN_WORDS[word]]
-            yield _Candidate(asked, f"{word} than {name} at {anchor.place}, {anchor.size}", targets, ("size",))
-    for name in _missing_references(rng, scene):
+            steps = [*search, f"{word} than {anchor.place}, {anchor.size}", _judged(objects, ("size",), targets)]
+            yield _Candidate(asked, steps, targets)
+    for wanted in _missing_references(rng, scene):
+        name = _noun_phrase(wanted)
         attribute = "size" if rng.random() < 0.5 else "colour"
         asked = [t.format(attribute, name) for t in _SAME]
         asked += [t.format(word, name) for t in _THAN for words in _THAN_WORDS.values() for word in words]
-        yield _Candidate(asked, f"no {name}", [])
+        yield _Candidate(asked, _search(objects, wanted), [])
 
 
 def _knowledge(rng: np.random.Generator, scene: Scene) -> Iterator[_Candidate]:
     for phrase, key, shapes in _KNOWLEDGE:
         targets = [i for i, thing in enumerate(scene.objects) if thing.shape in shapes]
         templates = (_KNOWLEDGE_ONE if len(targets) < 2 else ()) + _KNOWLEDGE_ALL
-        clause = f"{key} means {' or '.join(shapes)}"
-        yield _Candidate([t.format(phrase) for t in templates], clause, targets, ("shape",))
+        steps = [f"{key} means {' or '.join(shapes)}", _judged(scene.objects, ("shape",), targets)]
+        yield _Candidate([t.format(phrase) for t in templates], steps, targets)
 
 
 def _counting(rng: np.random.Generator, scene: Scene) -> Iterator[_Candidate]:
@@ -634,7 +647,7 @@ def _counting(rng: np.random.Generator, scene: Scene) -> Iterator[_Candidate]:
             asked = _forms(templates, {attribute: value}) if attribute == "shape" else []
             if attribute != "shape":
                 asked = [t.format(value, s=f"{value} things") for t in templates]
-            yield _Candidate(asked, f"not {value}", targets, (attribute,))
+            yield _Candidate(asked, [f"not {value}", _judged(objects, (attribute,), targets)], targets)
     for attribute in ("colour", "shape", "size"):
         values = [getattr(thing, attribute) for thing in objects]
         for count, word in ((1, "once"), (2, "twice")):
@@ -644,7 +657,7 @@ def _counting(rng: np.random.Generator, scene: Scene) -> Iterator[_Candidate]:
             targets = [i for i, value in enumerate(values) if value in named]
             asked = [template.format(attribute, word) for template in _TIMES]
             clause = f"{', '.join(values)}, {word} is {' and '.join(named) or 'no ' + attribute}"
-            yield _Candidate(asked, clause, targets, (attribute,))
+            yield _Candidate(asked, [clause, _judged(objects, (attribute,), targets)], targets)
 
 
 _BUILDERS: dict[str, Callable[[np.random.Generator, Scene], Iterator[_Candidate]]] = {
@@ -693,12 +706,9 @@ def ask(rng: np.random.Generator, scene: Scene, kind: str | None = None) -> Ques
 
 
 def _trace(objects: list[SceneObject], chosen: _Candidate) -> str:
-    steps = [_listed(objects, range(len(objects)), ("place", "size", "colour", "shape")), chosen.clause]
-    if chosen.facts is not None:
-        facts = [_listed(objects, [i], ("place", *chosen.facts)) for i in range(len(objects))]
-        steps.append(", ".join(f"{fact} {'yes' if i in chosen.targets else 'no'}" for i, fact in enumerate(facts)))
-    steps.append("answer: " + (_listed(objects, chosen.targets, ("place", "colour", "shape")) or "none"))
-    return ". ".join(steps) + "."
+    scan = _listed(objects, range(len(objects)), ("place", "size", "colour", "shape"))
+    answer = _listed(objects, chosen.targets, ("place", "colour", "shape")) or "none"
+    return ". ".join([scan, *chosen.steps, f"answer: {answer}"]) + "."
 
 
 # ---------------------------------------------------------------------------------------------------------------------
