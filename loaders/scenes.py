@@ -5,8 +5,8 @@ of every object. A question about the scene asks for one object, several or none
 trace that a tiny model can learn to write, because each word follows from few earlier ones: a scan of all objects from
 left to right, then one or two steps (a clause that says what to look for, and a verdict on each object), the answer.
 
-Some combinations of size, colour and shape occur in one split only (`TEST_LOOKS`, `VAL_LOOKS`), so the splits are
-disjoint by construction and the held-out splits ask for new combinations of known words.
+Some pairs of looks (a look is a colour and a shape) meet in one split only (`split_of_pair`), so the splits are
+disjoint by construction and every scene of a held-out split shows a meeting that training never does.
 
 This module knows nothing about models or tokens.
 """
@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -47,45 +47,13 @@ KINDS = ("attribute", "relation", "extreme", "comparison", "knowledge", "countin
 
 SPLITS = ("train", "val", "test")
 
-TEST_LOOKS = frozenset(
-    {
-        ("small", "red", "moon"),
-        ("large", "green", "mug"),
-        ("medium", "blue", "star"),
-        ("small", "yellow", "heart"),
-        ("large", "purple", "box"),
-        ("medium", "white", "cone"),
-        ("small", "blue", "ball"),
-        ("large", "red", "ring"),
-    }
-)
-"""(size, colour, shape) combinations that occur in test scenes only, one for each shape."""
-
-VAL_LOOKS = frozenset(
-    {
-        ("medium", "purple", "ring"),
-        ("small", "green", "star"),
-        ("large", "yellow", "ball"),
-        ("medium", "blue", "cone"),
-        ("small", "white", "mug"),
-        ("large", "purple", "heart"),
-    }
-)
-"""(size, colour, shape) combinations that occur in val scenes only; no two share a shape."""
-
 MIN_VISIBLE = 0.6
 """Every object shows at least this share of its area."""
 
 NUM_SHARDS = 16
 """Shards of a streamed data set: the largest useful number of DataLoader workers."""
 
-_LOOKS = [(size, colour, shape) for size in SIZES for colour in COLOURS for shape in SHAPES]
-_ALLOWED = {
-    "train": [look for look in _LOOKS if look not in TEST_LOOKS | VAL_LOOKS],
-    "val": [look for look in _LOOKS if look not in TEST_LOOKS],
-    "test": [look for look in _LOOKS if look not in VAL_LOOKS],
-}
-_HELD_OUT = {"train": [], "val": sorted(VAL_LOOKS), "test": sorted(TEST_LOOKS)}
+_LOOKS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 _MIN_SIZE = 64
 # Pixels of a 128-pixel image: how far apart any two centres lie on each axis, and the margin of an asked decision.
 _CENTRE_GAP = 7.0
@@ -118,9 +86,6 @@ class Scene:
     """Sorted by `centre` from left to right."""
     masks: np.ndarray
     """(n, H, W) bool visible masks in the order of `objects`; pairwise disjoint."""
-    split: str
-    """One of "train", "val", "test": which combinations of size, colour and shape may occur and be named."""
-
 
 @dataclass(frozen=True)
 class Question:
@@ -262,22 +227,39 @@ class _Sprite:
         return rows, cols, _shape_distance(self.shape, local_x, local_y, self.radius)
 
 
-def _choose_looks(rng: np.random.Generator, split: str, count: int) -> list[tuple[str, str, str]]:
-    """(size, colour, shape) of each object of a scene; often two share a colour or a shape, to compare them."""
-    allowed, held_out = _ALLOWED[split], _HELD_OUT[split]
-    looks = [held_out[rng.integers(len(held_out))]] if held_out else []
+def split_of_pair(first: tuple[str, str], second: tuple[str, str]) -> str:
+    """The split that may show two objects with these looks, (colour, shape) each, together; "train" means every split.
+
+    About a tenth of the pairs is left to "test" and a twentieth to "val"; equal looks may meet anywhere.
+    """
+    if first == second:
+        return "train"
+    number = zlib.crc32(" ".join(sorted((" ".join(first), " ".join(second)))).encode()) % 20
+    return "test" if number < 2 else "val" if number == 2 else "train"
+
+
+@lru_cache
+def _held_out(split: str) -> list[tuple[tuple[str, str], tuple[str, str]]]:
+    return [pair for pair in combinations(_LOOKS, 2) if split_of_pair(*pair) == split]
+
+
+def _choose_looks(rng: np.random.Generator, split: str, count: int) -> list[tuple[str, str]]:
+    """(colour, shape) of each object of a scene; often two share a colour or a shape, to compare them."""
+    looks = [] if split == "train" else list(_held_out(split)[rng.integers(len(_held_out(split)))])
     while len(looks) < count:
-        pool = allowed
+        pool = [look for look in _LOOKS if all(split_of_pair(look, other) in ("train", split) for other in looks)]
         if looks and (draw := rng.random()) < 0.62:
-            _, colour, shape = looks[rng.integers(len(looks))]
-            pool = [look for look in allowed if (look[1] == colour if draw < 0.31 else look[2] == shape)]
+            colour, shape = looks[rng.integers(len(looks))]
+            alike = [look for look in pool if (look[0] == colour if draw < 0.31 else look[1] == shape)]
+            pool = alike or pool
         looks.append(pool[rng.integers(len(pool))])
     return [looks[index] for index in rng.permutation(count)]
 
 
 def _sprites(rng: np.random.Generator, split: str, size: int) -> list[_Sprite]:
     sprites = []
-    for name, colour, shape in _choose_looks(rng, split, int(rng.choice([2, 3, 4], p=[0.3, 0.4, 0.3]))):
+    for colour, shape in _choose_looks(rng, split, int(rng.choice([2, 3, 4], p=[0.3, 0.4, 0.3]))):
+        name = list(SIZES)[rng.integers(len(SIZES))]
         radius = rng.uniform(*SIZES[name]) / 2 * size / 128
         tilt = math.radians(rng.uniform(-1, 1) * _TILT[shape])
         flip = int(rng.choice([-1, 1])) if shape in ("moon", "mug") else 1
@@ -342,8 +324,8 @@ def draw_scene(rng: np.random.Generator, split: str, size: int = 128) -> Scene:
 
     Args:
         rng: source of all randomness; the scene is a pure function of its state, `split` and `size`.
-        split: "train", "val" or "test". Train scenes hold none of `VAL_LOOKS` or `TEST_LOOKS`; val (test) scenes
-            hold at least one of `VAL_LOOKS` (`TEST_LOOKS`) and none of the other.
+        split: "train", "val" or "test". All pairs of objects of a train scene are "train" by `split_of_pair`; a val
+            (test) scene holds at least one "val" ("test") pair and no pair of the other.
         size: height and width in pixels, at least 64; objects and gaps scale with it.
 
     Returns:
@@ -371,7 +353,7 @@ def draw_scene(rng: np.random.Generator, split: str, size: int = 128) -> Scene:
         sprite = sprites[index]
         objects.append(SceneObject(sprite.shape, sprite.colour, sprite.size, place, (cx, cy)))
     image = np.clip(canvas, 0, 255).astype(np.uint8)
-    return Scene(image, objects, masks[order], split)
+    return Scene(image, objects, masks[order])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -492,22 +474,16 @@ def _forms(templates: tuple[str, ...], wanted: dict[str, str]) -> list[str]:
 
 
 def _absent(rng: np.random.Generator, scene: Scene, names: tuple[str, ...], count: int) -> list[dict[str, str]]:
-    """Up to `count` descriptions by the named attributes that fit no object; most share an attribute with one.
-
-    Only combinations that the split can show are named: otherwise a name would give away its absence.
-    """
-    allowed = _ALLOWED[scene.split]
+    """Up to `count` descriptions by the named attributes that fit no object; most share an attribute with one."""
     found = []
     for _ in range(3 * count):
-        wanted = dict(zip(("size", "colour", "shape"), allowed[rng.integers(len(allowed))], strict=True))
+        colour, shape = _LOOKS[rng.integers(len(_LOOKS))]
+        wanted = {"size": list(SIZES)[rng.integers(len(SIZES))], "colour": colour, "shape": shape}
         near = scene.objects[rng.integers(len(scene.objects))]
         if len(names) > 1 and rng.random() < 0.7:
             kept = names[rng.integers(len(names))]
             wanted[kept] = getattr(near, kept)
         wanted = {name: wanted[name] for name in names}
-        named = tuple(wanted.get(name) for name in ("size", "colour", "shape"))
-        if None not in named and named not in allowed:
-            continue
         if not _matching(scene.objects, wanted) and wanted not in found:
             found.append(wanted)
             if len(found) == count:
@@ -802,7 +778,7 @@ def load_scenes(
     Row i is a pure function of (split, seed, i, size), whatever `num_samples` and `streaming` are.
 
     Args:
-        split: "train", "val" or "test"; disjoint by their combinations of size, colour and shape.
+        split: "train", "val" or "test"; disjoint by the pairs of looks they show (`split_of_pair`).
         seed: not negative; each seed gives other scenes.
         num_samples: number of rows, at least 1.
         size: height and width in pixels, at least 64.

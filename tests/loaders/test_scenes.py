@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from functools import cache
+from itertools import combinations
 
 import datasets
 import numpy as np
@@ -285,34 +286,33 @@ def test_shares_of_kinds_and_outcomes():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def test_held_out_looks():
-    assert len(scenes.TEST_LOOKS) == 8 and len(scenes.VAL_LOOKS) == 6
-    assert not scenes.TEST_LOOKS & scenes.VAL_LOOKS
-    for looks in (scenes.TEST_LOOKS, scenes.VAL_LOOKS):
-        assert len({shape for _, _, shape in looks}) == len(looks)
-        assert all(size in SIZES and colour in COLOURS and shape in SHAPES for size, colour, shape in looks)
+def pairs_of(scene):
+    looks = [(thing.colour, thing.shape) for thing in scene.objects]
+    return [scenes.split_of_pair(*pair) for pair in combinations(looks, 2)]
 
 
-def looks_of(scene):
-    return {(thing.size, thing.colour, thing.shape) for thing in scene.objects}
-
-
-def test_splits_differ_by_their_held_out_looks():
+def test_splits_differ_by_the_pairs_of_looks_that_meet():
     for split in scenes.SPLITS:
         for scene, _ in drawn(split):
-            assert bool(looks_of(scene) & scenes.VAL_LOOKS) == (split == "val")
-            assert bool(looks_of(scene) & scenes.TEST_LOOKS) == (split == "test")
+            shown = set(pairs_of(scene))
+            assert shown <= {"train", split} and split in shown | ({"train"} if split == "train" else set())
 
 
-def test_train_questions_never_name_a_held_out_look():
-    named = [" ".join(look) for look in scenes.TEST_LOOKS | scenes.VAL_LOOKS]
-    for _, question in drawn("train"):
-        assert not any(look in question.instruction + question.reasoning for look in named)
+def test_shares_of_the_pairs_and_their_symmetry():
+    looks = [(colour, shape) for colour in COLOURS for shape in SHAPES]
+    pairs = list(combinations(looks, 2))
+    counts = Counter(scenes.split_of_pair(*pair) for pair in pairs)
+    # Four standard deviations of shares 0.1 and 0.05 of 1128 pairs are 0.036 and 0.026.
+    assert abs(counts["test"] / len(pairs) - 0.1) < 0.036 and abs(counts["val"] / len(pairs) - 0.05) < 0.026
+    assert all(scenes.split_of_pair(a, b) == scenes.split_of_pair(b, a) for a, b in pairs)
+    assert {scenes.split_of_pair(look, look) for look in looks} == {"train"}
 
 
-def test_every_train_look_is_drawn():
-    seen = set().union(*(looks_of(scene) for scene, _ in drawn("train")))
-    assert len(seen) == len(SIZES) * len(COLOURS) * len(SHAPES) - 14
+def test_every_look_is_drawn_in_every_split():
+    looks = len(COLOURS) * len(SHAPES)
+    for split in scenes.SPLITS:
+        assert len({(thing.colour, thing.shape) for scene, _ in drawn(split) for thing in scene.objects}) == looks
+    assert len({(t.size, t.colour, t.shape) for scene, _ in drawn("train") for t in scene.objects}) == 3 * looks
 
 
 @pytest.mark.parametrize("size", [128, 96])
@@ -361,8 +361,8 @@ def test_objects_keep_their_visible_share_and_their_size(monkeypatch):
             rows, columns = np.nonzero(whole)
             extent = max(np.ptp(rows), np.ptp(columns)) + 1
             low, high = SIZES[sprite.size]
-            # Tilt and the star's points move the longer side by at most a tenth; the edge by one pixel.
-            assert 0.88 * low - 1 <= extent <= 1.12 * high + 1
+            # Tilt and the star's points move the longer side by at most an eighth; the edge by one pixel.
+            assert 0.86 * low - 1 <= extent <= 1.12 * high + 1
     assert occluded > 20
 
 

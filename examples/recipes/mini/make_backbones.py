@@ -60,7 +60,9 @@ def make_tokenizer(num_scenes=4000):
     trainer = trainers.BpeTrainer(
         vocab_size=1021, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    words = {word for text in texts for word in text.split()}  # each once: the vocabulary does not hang on the sample
+    starts = {question.instruction.split()[0] for question in questions}  # these follow the image, not a space
+    tokenizer.train_from_iterator([" " + " ".join(sorted(words)), *sorted(starts)], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
