@@ -46,10 +46,11 @@ def load_parquet(
     files = []
     if Path(path).exists():
         files = [Path(path)] if Path(path).is_file() else sorted(Path(path).rglob("*.parquet"))
-        named = [file for file in files if Path(path).is_file() or file.name.startswith(split)]
-        if not named:
+        if not Path(path).is_file():  # split-00000-of-00001.parquet
+            files = [file for file in files if file.stem.split("-")[0] == split]
+        if not files:
             raise ValueError(f"{path} holds no parquet file of split {split!r}; their names begin with the split's.")
-        source = load_dataset("parquet", data_files={split: [str(file) for file in named]}, split=split)
+        source = load_dataset("parquet", data_files={split: [str(file) for file in files]}, split=split)
     else:
         source = load_dataset(str(path), split=split)
     columns = set(source.column_names)

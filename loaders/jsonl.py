@@ -91,7 +91,9 @@ def _instances(given: dict, folder: Path, height: int, width: int) -> list[dict]
     """The masks of a line as RLEs. Raises ValueError."""
     keys = [key for key in MASK_KEYS if key in given]
     if len(keys) != 1:
-        raise ValueError(f"give exactly one of {', '.join(MASK_KEYS)} ([] for no target); got {', '.join(keys) or None}.")
+        raise ValueError(
+            f"give exactly one of {', '.join(MASK_KEYS)} ([] for no target); got {', '.join(keys) or None}."
+        )
     value = given[keys[0]]
     if keys[0] in ("rle", "mask") and not isinstance(value, list):
         value = [value]

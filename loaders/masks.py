@@ -68,11 +68,31 @@ def _sized(rle: dict, height: int, width: int) -> dict:
         if sum(counts) != height * width or min(counts, default=0) < 0:
             raise ValueError(f"an RLE has counts for {sum(counts)} pixels, its image {height * width}.")
         return coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
-    try:
-        coco_mask.decode(rle)
-    except ValueError as error:
-        raise ValueError(f"an RLE's counts do not fill its size {[height, width]}: {error}.") from error
+    counted = _pixels(rle["counts"])
+    if counted != height * width:
+        raise ValueError(f"an RLE has counts for {counted} pixels, its image {height * width}.")
     return rle
+
+
+def _pixels(counts: str | bytes) -> int | None:
+    """How many pixels compressed run lengths describe; None when they are damaged.
+
+    Numbers are written in groups of five bits from the low end, 48 added to each, 32 to all but the last; 16 in the
+    last means negative. From the fourth on they are differences to the last but one.
+    """
+    groups = np.frombuffer(counts if isinstance(counts, bytes) else counts.encode(), dtype=np.uint8).astype(np.int64)
+    groups -= 48
+    if not len(groups) or groups.min() < 0 or groups.max() > 63 or groups[-1] & 32:
+        return None
+    last = (groups & 32) == 0
+    starts = np.flatnonzero(np.concatenate([[True], last[:-1]]))
+    place = np.arange(len(groups)) - np.repeat(starts, np.diff(np.append(starts, len(groups))))
+    if place.max() > 8:
+        return None
+    numbers = np.add.reduceat((groups & 31) << (5 * place), starts)
+    numbers -= np.where(groups[last] & 16, 1 << (5 * (place[last] + 1)), 0)
+    runs = np.concatenate([numbers[:1], numbers[1::2].cumsum(), numbers[2::2].cumsum()])
+    return int(runs.sum()) if runs.min() >= 0 else None
 
 
 def _plain(rle: dict) -> dict:

@@ -97,7 +97,7 @@ def upright_size(path: Path) -> tuple[int, int]:
     """
     try:
         with Image.open(path) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by a quarter
             return (image.width, image.height) if turned else (image.height, image.width)
     except OSError as error:
         raise ValueError(f"the image {path} cannot be read: {error}.") from error

@@ -70,7 +70,11 @@ class LeftOut:
 
 
 def to_dataset(
-    make_rows: Callable[..., Iterator[dict]], arguments: dict, files: Iterable[Path], split: str, num_samples: int | None
+    make_rows: Callable[..., Iterator[dict]],
+    arguments: dict,
+    files: Iterable[Path],
+    split: str,
+    num_samples: int | None,
 ) -> Dataset:
     """Stream rows into the `datasets` cache, once for the same arguments, source files and code.
 

@@ -161,8 +161,8 @@ def _form(mask) -> tuple[tuple[int, int] | None, np.ndarray | list[dict]]:
     if array.dtype.kind != "b":
         if array.size and (array.min() < 0 or ((array == 1).any() and (array == 255).any())):
             raise ValueError(
-                "an integer mask holds negative values, or both 1 and 255: those usually mark ignored pixels. Pass them "
-                "as ignore=, and the mask as bool."
+                "an integer mask holds negative values, or both 1 and 255: those usually mark ignored pixels. Pass "
+                "these as ignore=, and the mask as bool."
             )
         array = array != 0
     return array.shape, array
@@ -448,9 +448,8 @@ class ReasoningSegmentation(evaluate.Metric):
         if (predictions is None) != (references is None):
             raise ValueError("predictions and references go together: one of the two is missing.")
         if predictions is not None:
-            self.add_batch(
-                predictions=predictions, references=references, ignore=ignore, sample_ids=sample_ids, no_target=no_target
-            )
+            given = {"ignore": ignore, "sample_ids": sample_ids, "no_target": no_target}
+            self.add_batch(predictions=predictions, references=references, **given)
         if self.writer is None:
             raise ValueError("no samples: the metrics of an empty split are undefined. Add at least one.")
         return super().compute(protocol=protocol)
@@ -471,8 +470,8 @@ class ReasoningSegmentation(evaluate.Metric):
             samples.append(count(measured, protocol))
         if repeated:
             raise ValueError(
-                f"{len(repeated)} sample ids repeat, the first {min(repeated)!r}: a sample would count twice. Only equal "
-                "copies on different processes, as a distributed sampler adds them, are counted once."
+                f"{len(repeated)} sample ids repeat, the first {min(repeated)!r}: a sample would count twice. Only "
+                "equal copies on different processes, as a distributed sampler adds them, are counted once."
             )
         results = summarise(samples, protocol)
         duplicates = len(sample_ids) - len(samples)
