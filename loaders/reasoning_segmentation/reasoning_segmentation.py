@@ -260,8 +260,7 @@ def count(measured: Measured, protocol: str = "rela") -> dict:
             shared, union = 0, union if wanted else 0
     counts = {"I": shared, "U": union, "pred_empty": rejected, "ref_empty": wanted == 0}
     if rules.matched:
-        missed = [[0, wanted]] if wanted and not measured.pairs else []
-        pairs = measured.pairs or missed
+        pairs = measured.pairs or [[shared, union]]
         counts |= {"I": sum(i for i, _ in pairs), "U": sum(u for _, u in pairs)}
         counts |= {"pairs": pairs, "instances": measured.instances}
     return counts
