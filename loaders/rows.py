@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 
+import pyarrow.compute as pc
 from datasets import Dataset, Features, Image, List, NamedSplit, Value
 from datasets.exceptions import DatasetGenerationError
 
@@ -75,6 +76,7 @@ def to_dataset(
     files: Iterable[Path],
     split: str,
     num_samples: int | None,
+    where: str = "Put them back, or load the data set from where they are.",
 ) -> Dataset:
     """Stream rows into the `datasets` cache, once for the same arguments, source files and code.
 
@@ -84,8 +86,10 @@ def to_dataset(
         files: what it reads; a changed file is read again.
         split: name of the split.
         num_samples: take the first so many, or None for all.
+        where: where missing images are to be found.
 
     Raises:
+        FileNotFoundError: images of the rows are not on disk; they are named.
         ValueError: num_samples < 1, a sample id repeats, or there are no rows.
         Exception: whatever `make_rows` raises.
     """
@@ -100,9 +104,24 @@ def to_dataset(
         "stamp": (stamps, code.hexdigest()),
     }
     try:
-        return Dataset.from_generator(_checked, features=FEATURES, gen_kwargs=given, split=NamedSplit(split))
+        rows = Dataset.from_generator(_checked, features=FEATURES, gen_kwargs=given, split=NamedSplit(split))
     except DatasetGenerationError as error:
         raise (error.__cause__ or error) from None
+    _check_images(rows, where)
+    return rows
+
+
+def _check_images(rows: Dataset, where: str) -> None:
+    """Raises FileNotFoundError that names the images of the rows that are not on disk."""
+    images = rows.data.column("image").combine_chunks()
+    by_path = images.filter(pc.is_null(pc.struct_field(images, "bytes")))
+    paths = [Path(path) for path in pc.unique(pc.struct_field(by_path, "path")).to_pylist() if path is not None]
+    missing = sorted(path for path in paths if not path.exists())
+    if missing:
+        shown = ", ".join(path.name for path in missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(paths)} images are not in {missing[0].parent}: {shown}. {where}"
+        )
 
 
 def _checked(make_rows, arguments, num_samples, stamp) -> Iterator[dict]:
