@@ -212,7 +212,7 @@ def test_copies_on_other_processes_are_counted_once(tmp_path, copies):
         )
         for rank in range(2)
     ]
-    (first, error), (second, _) = (process.communicate(timeout=200) for process in processes)
+    (first, error), (second, _) = (process.communicate(timeout=600) for process in processes)
     assert second.strip() == "None"
     if copies == "differ":
         assert "ValueError: 1 sample ids repeat, the first 'a'" in error
