@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from .files import need, read_json, read_pickle
 from .masks import coco_rle
@@ -34,7 +34,8 @@ def load_refcoco(
     image_dir: str | os.PathLike | None = None,
     unit: str = "sentence",
     num_samples: int | None = None,
-) -> Dataset:
+    streaming: bool = False,
+) -> Dataset | IterableDataset:
     """Rows of a RefCOCO-like data set in the REFER layout.
 
     Args:
@@ -45,10 +46,12 @@ def load_refcoco(
         image_dir: holds the COCO train2014 images. None leaves the images out: enough to score predictions.
         unit: one row a "sentence", a "ref" (its first sentence) or a ref with all its sentences "merged".
         num_samples: the first so many rows, or None for all.
+        streaming: make the rows while they are read, instead of all of them first.
 
     Returns:
-        Dataset of the one row schema (`loaders.rows.FEATURES`). sample_id is NAME-SPLIT_BY-SPLIT-REF-SENTENCE, `kind`
-        "none", "single" or "multi" by the number of instances. What cannot be used is counted in a warning.
+        Dataset, or IterableDataset when `streaming`, of the one row schema (`loaders.rows.FEATURES`). sample_id is
+        NAME-SPLIT_BY-SPLIT-REF-SENTENCE, `kind` "none", "single" or "multi" by the number of instances. What cannot be
+        used is counted in a warning.
 
     Raises:
         FileNotFoundError: an annotation file or images are missing; they are named.
@@ -76,7 +79,8 @@ def load_refcoco(
         "image_dir": image_dir if image_dir is None else Path(image_dir).resolve(),
         "unit": unit,
     }
-    return to_dataset(_rows, arguments, [instances, refs], split, num_samples, "They are in COCO's train2014.zip.")
+    where = "They are in COCO's train2014.zip."
+    return to_dataset(_rows, arguments, [instances, refs], split, num_samples, where, streaming)
 
 
 def _rows(instances, refs, name, split_by, split, image_dir, unit) -> Iterator[dict]:

@@ -7,7 +7,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 import pyarrow.compute as pc
-from datasets import Dataset, Features, Image, List, NamedSplit, Value
+from datasets import Dataset, Features, Image, IterableDataset, List, NamedSplit, Value
 from datasets.exceptions import DatasetGenerationError
 
 RLE = {"size": List(Value("int32"), length=2), "counts": Value("string")}
@@ -77,7 +77,8 @@ def to_dataset(
     split: str,
     num_samples: int | None,
     where: str = "Put them back, or load the data set from where they are.",
-) -> Dataset:
+    streaming: bool = False,
+) -> Dataset | IterableDataset:
     """Stream rows into the `datasets` cache, once for the same arguments, source files and code.
 
     Args:
@@ -87,6 +88,7 @@ def to_dataset(
         split: name of the split.
         num_samples: take the first so many, or None for all.
         where: where missing images are to be found.
+        streaming: make the rows while they are read instead; a missing image is then found when its row is.
 
     Raises:
         FileNotFoundError: images of the rows are not on disk; they are named.
@@ -103,6 +105,8 @@ def to_dataset(
         "num_samples": num_samples,
         "stamp": (stamps, code.hexdigest()),
     }
+    if streaming:
+        return IterableDataset.from_generator(_checked, features=FEATURES, gen_kwargs=given, split=NamedSplit(split))
     try:
         rows = Dataset.from_generator(_checked, features=FEATURES, gen_kwargs=given, split=NamedSplit(split))
     except DatasetGenerationError as error:

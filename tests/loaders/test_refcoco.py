@@ -140,6 +140,14 @@ def test_a_changed_file_is_read_again(root):
     assert len(load(root, name="grefcoco")) == 1
 
 
+def test_streamed_rows_are_the_same(root):
+    rows, streamed = load(root), list(load(root, streaming=True))
+    assert [row["masks"] for row in streamed] == list(rows["masks"])
+    assert [row["sample_id"] for row in streamed] == list(rows["sample_id"])
+    assert streamed[0]["image"].size == (WIDTH, HEIGHT)
+    assert len(list(load(root, streaming=True, num_samples=2))) == 2
+
+
 def test_masks_alone_need_no_images(root):
     rows = load(root, image_dir=None)
     assert rows["image"][0] is None and rows["masks"] == load(root)["masks"]
