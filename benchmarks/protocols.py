@@ -16,40 +16,44 @@ import numpy as np
 from loaders.masks import decode_mask, encode_mask
 from loaders.reasoning_segmentation.reasoning_segmentation import PROTOCOLS, sample_counts, summarise
 
-HEIGHT, WIDTH = 120, 160
+SIZES = ((120, 160), (160, 120), (90, 200), (240, 320))  # of the images: height, width
 SENTENCES = 3
 NAMES = ("gIoU", "cIoU", "N-acc", "T-acc", "Pr@0.5")
 
 
-def ellipse(centre, radii):
-    y, x = np.ogrid[:HEIGHT, :WIDTH]
-    return ((x - centre[0]) / radii[0]) ** 2 + ((y - centre[1]) / radii[1]) ** 2 <= 1
+def ellipse(size, centre, radii):
+    """bool (h, w); centre and radii as shares of the image's width and height."""
+    y, x = np.ogrid[: size[0], : size[1]]
+    return ((x / size[1] - centre[0]) / radii[0]) ** 2 + ((y / size[0] - centre[1]) / radii[1]) ** 2 <= 1
 
 
 def make_refs(count, seed):
-    """`count` refs: {"instances": masks, "ignore": mask or None, "predictions": SENTENCES lists of masks}."""
+    """`count` refs: {"size", "instances": masks, "ignore": mask or None, "predictions": SENTENCES lists of masks}."""
     generator = np.random.default_rng(seed)
     refs = []
     for _ in range(count):
         targets = generator.choice([0, 1, 2, 3], p=[0.12, 0.7, 0.12, 0.06])
-        places = [(generator.uniform((20, 20), (140, 100)), generator.uniform(6, 32, 2)) for _ in range(targets)]
+        size = SIZES[generator.integers(len(SIZES))]
+        places = [(generator.uniform(0.15, 0.85, 2), generator.uniform(0.04, 0.22, 2)) for _ in range(targets)]
         ignore = None
         if targets and generator.random() < 0.3:  # beside the target, as ambiguous parts are marked
             centre, radii = places[0]
-            ignore = ellipse(centre + radii * generator.uniform(0.6, 1.2), radii * 0.8) & ~ellipse(centre, radii)
-        predictions = [predict(generator, places) for _ in range(SENTENCES)]
-        refs.append({"instances": [ellipse(*place) for place in places], "ignore": ignore, "predictions": predictions})
+            beside = ellipse(size, centre + radii * generator.uniform(0.6, 1.2), radii * 0.8)
+            ignore = beside & ~ellipse(size, centre, radii)
+        predictions = [predict(generator, size, places) for _ in range(SENTENCES)]
+        instances = [ellipse(size, *place) for place in places]
+        refs.append({"size": size, "instances": instances, "ignore": ignore, "predictions": predictions})
     return refs
 
 
-def predict(generator, places):
+def predict(generator, size, places):
     found = []
     for centre, radii in places:
         if generator.random() < 0.88:
             error = generator.normal(0, 0.25, 2)
-            found.append(ellipse(centre + error * radii, radii * generator.uniform(0.85, 1.3, 2)))
+            found.append(ellipse(size, centre + error * radii, radii * generator.uniform(0.85, 1.3, 2)))
     if generator.random() < (0.1 if places else 0.35):
-        found.append(ellipse(generator.uniform((20, 20), (140, 100)), generator.uniform(5, 20, 2)))
+        found.append(ellipse(size, generator.uniform(0.15, 0.85, 2), generator.uniform(0.03, 0.14, 2)))
     return found
 
 
@@ -61,7 +65,7 @@ def samples(refs, unit):
     for ref in refs:
         answers = ref["predictions"] if unit == "sentence" else ref["predictions"][:1]
         if unit == "merged":
-            unions = [np.any([np.zeros((HEIGHT, WIDTH), bool), *masks], axis=0) for masks in ref["predictions"]]
+            unions = [np.any([np.zeros(ref["size"], bool), *masks], axis=0) for masks in ref["predictions"]]
             answers = [[np.sum(unions, axis=0) * 2 > SENTENCES]]
         for masks in answers:
             ignore = None if ref["ignore"] is None else encode_mask(ref["ignore"])
@@ -70,10 +74,11 @@ def samples(refs, unit):
 
 def resized(sample, side):
     """A sample at a square size, as the network of ReLA sees it: nearest pixels."""
-    rows, columns = np.arange(side) * HEIGHT // side, np.arange(side) * WIDTH // side
 
     def each(rles):
-        return [encode_mask(decode_mask([rle], HEIGHT, WIDTH)[np.ix_(rows, columns)]) for rle in rles]
+        masks = [decode_mask([rle], *rle["size"]) for rle in rles]
+        grid = [np.ix_(np.arange(side) * len(m) // side, np.arange(side) * m.shape[1] // side) for m in masks]
+        return [encode_mask(mask[places]) for mask, places in zip(masks, grid, strict=True)]
 
     predicted, instances, ignore = sample
     return each(predicted), each(instances), None if ignore is None else each([ignore])[0]

@@ -6,6 +6,7 @@ counts serves every protocol. It loads with `evaluate.load("loaders/reasoning_se
 `sample_counts` and `summarise` are plain functions that need no metric object.
 """
 
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -191,33 +192,29 @@ def _union(rles: list[dict]) -> dict | None:
     return coco_mask.merge(rles) if len(rles) > 1 else (rles[0] if rles else None)
 
 
-def _array_areas(prediction, reference, ignore):
+def _overlaps(prediction, reference, ignore) -> list[tuple]:
+    """The masks whose shared pixels are the fields of `Areas`, in their order."""
+    pairs = [(prediction,), (reference,), (prediction, reference)]
+    return [*pairs, (ignore,), *((*masks, ignore) for masks in pairs)]
+
+
+def _array_areas(*masks) -> list[int]:
     """The fields of `Areas` of bool arrays, [] standing for an empty one."""
-
-    def count(*masks):
-        if any(isinstance(mask, list) for mask in masks):
-            return 0
-        shared = masks[0]
-        for mask in masks[1:]:
-            shared = shared & mask
-        return int(np.count_nonzero(shared))
-
-    yield from (count(prediction), count(reference), count(prediction, reference))
-    yield from (count(ignore), count(prediction, ignore), count(reference, ignore))
-    yield count(prediction, reference, ignore)
+    empty = [any(isinstance(mask, list) for mask in each) for each in _overlaps(*masks)]
+    return [
+        0 if nothing else int(np.count_nonzero(functools.reduce(np.logical_and, each)))
+        for nothing, each in zip(empty, _overlaps(*masks), strict=True)
+    ]
 
 
-def _rle_areas(prediction, reference, ignore):
-    """The fields of `Areas` of RLEs, None standing for an empty one."""
-
-    def count(*rles):
-        if None in rles:
-            return 0
-        return int(coco_mask.area(coco_mask.merge(list(rles), intersect=True) if len(rles) > 1 else rles[0]))
-
-    yield from (count(prediction), count(reference), count(prediction, reference))
-    yield from (count(ignore), count(prediction, ignore), count(reference, ignore))
-    yield count(prediction, reference, ignore)
+def _rle_areas(*masks) -> list[int]:
+    """The fields of `Areas` of RLEs, None standing for an empty one; one of them is not."""
+    shared = [
+        None if None in each else each[0] if len(each) == 1 else coco_mask.merge(list(each), intersect=True)
+        for each in _overlaps(*masks)
+    ]
+    areas = iter(coco_mask.area([rle for rle in shared if rle is not None]).tolist())
+    return [0 if rle is None else next(areas) for rle in shared]
 
 
 def _match(predictions: list[dict], references: list[dict]) -> list[list[int]]:
