@@ -1,25 +1,53 @@
-"""Segmentation metrics by the GRES rules: cIoU, gIoU, N-acc, T-acc and Pr@X from whole pixel counts.
+"""Segmentation metrics from whole pixel counts: cIoU, gIoU, N-acc, T-acc and Pr@X, under the rules of five projects.
 
-Notably: intersections and unions are integers at the masks' own size, nothing is smoothed by an epsilon, and masks are
-counted in their run-length form. It loads with `evaluate.load("loaders/reasoning_segmentation")`; `intersection_union`,
+Notably: intersections and unions are integers at the masks' own size and nothing is smoothed by an epsilon. Masks are
+measured when they are added and only the counts are kept, so that memory does not grow with the masks and one set of
+counts serves every protocol. It loads with `evaluate.load("loaders/reasoning_segmentation")`; `intersection_union`,
 `sample_counts` and `summarise` are plain functions that need no metric object.
 """
 
+import functools
 import math
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import datasets
 import evaluate
 import numpy as np
 from pycocotools import mask as coco_mask
 
-PROTOCOLS = ("rela",)
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a project turns masks into numbers."""
+
+    unit: str
+    """What one sample is: "sentence", "ref" (an object, with its first sentence) or "merged" (all its sentences)."""
+    ignore: str
+    """What becomes of ignored pixels: "excluded", "target" (they count as wanted), "correct" (they count as wanted and
+    as predicted) or "background" (they count as not wanted)."""
+    both_empty: float = 1.0
+    """IoU of a sample whose prediction and reference are both empty."""
+    explicit: bool = False
+    """Whether a model's explicit "no target" answer, where there is one, goes before its mask."""
+    matched: bool = False
+    """Whether single masks are matched to single instances by their overlap with the truth, and only pairs count."""
+
+
+PROTOCOLS = {
+    "rela": Protocol(unit="sentence", ignore="excluded", explicit=True),
+    "lisa": Protocol(unit="sentence", ignore="excluded"),
+    "visionreasoner": Protocol(unit="ref", ignore="target", both_empty=0.0),
+    "himtok": Protocol(unit="merged", ignore="correct"),
+    "segcompass_released": Protocol(unit="ref", ignore="background", matched=True),
+}
 PRECISION_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
+RELEASED_SLOTS = 4  # the released code leaves out samples with more instances than its model has slots
 
 _DESCRIPTION = """
-Overlap of one predicted and one reference mask a sample (a sample is one sentence), by the rules of generalised
-referring expression segmentation (GRES), in which a sentence may refer to nothing.
+Overlap of one predicted and one reference mask a sample (a sample is one sentence), by default by the rules of
+generalised referring expression segmentation (GRES), in which a sentence may refer to nothing.
 """
 
 _CITATION = """
@@ -33,18 +61,22 @@ _CITATION = """
 
 _INPUTS = """
 Args:
-    predictions: one mask a sample: a COCO compressed RLE dict {"size": [h, w], "counts": str}, a list of them (their
+    predictions: one mask a sample: a COCO RLE dict {"size": [h, w], "counts": str or list}, a list of them (their
         union is the mask, [] is an empty one), a 2-D bool or integer array, or a PIL image (not 0 = inside).
     references: as predictions. The `masks` column of a data set will do.
-    ignore: None, or one a sample: None, or a mask in any of these forms whose pixels count nowhere.
-    sample_ids: None, or one str a sample; a repeated one is an error.
-    protocol: "rela", the GRES authors' rules.
+    ignore: None, or one a sample: None, or a mask in any of these forms (what its pixels do, the protocol says).
+    sample_ids: None, or one str a sample; a repeated one is an error, but for the copies that a distributed sampler
+        adds: those are counted once.
+    no_target: None, or one a sample: None, or bool: what a model with a separate "nothing there" output answered.
+    protocol: "rela" (the GRES authors' rules, ignored pixels excluded), "lisa", "visionreasoner", "himtok" or
+        "segcompass_released".
 Returns:
     dict: "cIoU" (sum of intersections over sum of unions; None if every union is empty), "gIoU" (mean IoU of the
     samples, a no-target sample giving 1 if the prediction is empty and 0 if not), "N-acc" (share of no-target samples
     with an empty prediction; None without such samples), "T-acc" (share of the others with a non-empty one; None
     without such samples), "Pr@0.5" to "Pr@0.9" (share of samples with a target whose IoU reaches the threshold; None
-    without such samples), "n", "n_no_target" and "protocol".
+    without such samples), "n", "n_no_target", "n_skipped" (samples the protocol leaves out of cIoU, gIoU and Pr),
+    "n_duplicates" (copies counted once; only if there are any) and "protocol".
 Example:
     >>> metric = evaluate.load("loaders/reasoning_segmentation")
     >>> metric.compute(predictions=[np.eye(2, dtype=bool)], references=[np.ones((2, 2), dtype=bool)])["gIoU"]
@@ -52,28 +84,204 @@ Example:
 """
 
 
-def sample_counts(prediction, reference, ignore=None) -> dict:
-    """What one sample adds to the metrics. Pixels inside `ignore` are left out of everything.
+# -- measuring a sample ------------------------------------------------------------------------------------------------
+
+
+class Areas(NamedTuple):
+    """Whole pixels of a sample's masks; every protocol's counts follow from them."""
+
+    prediction: int
+    reference: int
+    shared: int
+    """In prediction and reference."""
+    ignore: int
+    prediction_ignored: int
+    """In prediction and ignore."""
+    reference_ignored: int
+    shared_ignored: int
+    """In all three."""
+
+
+class Measured(NamedTuple):
+    """What is kept of a sample."""
+
+    areas: Areas
+    pairs: list[list[int]]
+    """[I, U] of each predicted mask and the instance it was matched to."""
+    instances: int
+    """Number of reference masks."""
+    no_target: bool | None
+    """The model's explicit answer, None without one."""
+
+
+def measure(prediction, reference, ignore=None, no_target=None) -> Measured:
+    """The areas of a sample's masks and of their overlaps; arguments and errors as `sample_counts`."""
+    masks = {
+        "prediction": _form(prediction),
+        "reference": _form(reference),
+        "ignore": _form([] if ignore is None else ignore),
+    }
+    sizes = {name: size for name, (size, _) in masks.items() if size is not None}
+    if len(set(sizes.values())) > 1:
+        told = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise ValueError(f"masks of one sample differ in size (height, width): {told}. Resize to the original image.")
+    (_, prediction), (_, reference), (_, ignore) = masks.values()
+    no_target = None if no_target is None else bool(no_target)
+    if all(isinstance(mask, np.ndarray) or not mask for mask in (prediction, reference, ignore)):
+        areas = Areas(*_array_areas(prediction, reference, ignore))
+    else:
+        prediction, reference, ignore = map(_as_rles, (prediction, reference, ignore))
+        areas = Areas(*_rle_areas(*map(_union, (prediction, reference, ignore))))
+    instances = 1 if isinstance(reference, np.ndarray) else len(reference)
+    if isinstance(prediction, np.ndarray) or isinstance(reference, np.ndarray) or len(prediction) == instances == 1:
+        pairs = [[areas.shared, areas.prediction + areas.reference - areas.shared]]
+    else:
+        pairs = _match(prediction, reference)
+    return Measured(areas, pairs, instances, no_target)
+
+
+def _form(mask) -> tuple[tuple[int, int] | None, np.ndarray | list[dict]]:
+    """A mask in any accepted form as ((height, width), bool array or list of RLEs); the size of [] is None."""
+    if isinstance(mask, dict):
+        mask = [mask]
+    if isinstance(mask, (list, tuple)) and all(isinstance(part, dict) for part in mask):
+        rles = [_rle(part) for part in mask]
+        sizes = {tuple(rle["size"]) for rle in rles}
+        if len(sizes) > 1:
+            raise ValueError(f"the masks of one list differ in size (height, width): {sorted(sizes)}.")
+        return next(iter(sizes), None), rles
+    array = np.asarray(mask)
+    if array.dtype.kind not in "bui":
+        holds = " with NaN" if array.dtype.kind == "f" and np.isnan(array).any() else ""
+        raise TypeError(
+            f"a mask must be an RLE dict, a list of RLE dicts, a bool or integer array, or a PIL image; got "
+            f"{type(mask).__name__} of {array.dtype}{holds}. Threshold a probability map first."
+        )
+    if array.ndim != 2:
+        raise ValueError(f"a mask must be 2-D (height, width), got shape {array.shape}; merge instances first.")
+    if array.dtype.kind != "b":
+        if array.size and (array.min() < 0 or ((array == 1).any() and (array == 255).any())):
+            raise ValueError(
+                "an integer mask holds negative values, or both 1 and 255: those usually mark ignored pixels. Pass "
+                "these as ignore=, and the mask as bool."
+            )
+        array = array != 0
+    return array.shape, array
+
+
+def _rle(rle: dict) -> dict:
+    """An RLE dict, checked; an uncompressed one is compressed."""
+    if not {"size", "counts"} <= set(rle) or not isinstance(rle["counts"], (str, bytes, list)):
+        raise TypeError('an RLE must be {"size": [h, w], "counts": str, bytes or list of int}.')
+    height, width = map(int, rle["size"])
+    if isinstance(rle["counts"], list):
+        if sum(rle["counts"]) != height * width:
+            raise ValueError(f"an RLE of size {height} x {width} has counts for {sum(rle['counts'])} pixels.")
+        return coco_mask.frPyObjects(rle, height, width)
+    return {"size": [height, width], "counts": rle["counts"]}
+
+
+def _as_rles(mask: np.ndarray | list[dict]) -> list[dict]:
+    if isinstance(mask, np.ndarray):
+        return [coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))]
+    return mask
+
+
+def _union(rles: list[dict]) -> dict | None:
+    """One RLE, or None for an empty list."""
+    return coco_mask.merge(rles) if len(rles) > 1 else (rles[0] if rles else None)
+
+
+def _overlaps(prediction, reference, ignore) -> list[tuple]:
+    """The masks whose shared pixels are the fields of `Areas`, in their order."""
+    pairs = [(prediction,), (reference,), (prediction, reference)]
+    return [*pairs, (ignore,), *((*masks, ignore) for masks in pairs)]
+
+
+def _array_areas(*masks) -> list[int]:
+    """The fields of `Areas` of bool arrays, [] standing for an empty one."""
+    empty = [any(isinstance(mask, list) for mask in each) for each in _overlaps(*masks)]
+    return [
+        0 if nothing else int(np.count_nonzero(functools.reduce(np.logical_and, each)))
+        for nothing, each in zip(empty, _overlaps(*masks), strict=True)
+    ]
+
+
+def _rle_areas(*masks) -> list[int]:
+    """The fields of `Areas` of RLEs, None standing for an empty one; one of them is not."""
+    shared = [
+        None if None in each else each[0] if len(each) == 1 else coco_mask.merge(list(each), intersect=True)
+        for each in _overlaps(*masks)
+    ]
+    areas = iter(coco_mask.area([rle for rle in shared if rle is not None]).tolist())
+    return [0 if rle is None else next(areas) for rle in shared]
+
+
+def _match(predictions: list[dict], references: list[dict]) -> list[list[int]]:
+    """[I, U] of the pairs that give the largest sum of IoUs, one to one."""
+    from scipy.optimize import linear_sum_assignment
+
+    if not predictions or not references:
+        return []
+    overlap = np.asarray(coco_mask.iou(predictions, references, [0] * len(references)))
+    pairs = []
+    for row, column in zip(*linear_sum_assignment(overlap, maximize=True), strict=True):
+        pair = [predictions[row], references[column]]
+        shared = int(coco_mask.area(coco_mask.merge(pair, intersect=True)))
+        pairs.append([shared, sum(int(coco_mask.area(rle)) for rle in pair) - shared])
+    return pairs
+
+
+# -- what a protocol makes of it ---------------------------------------------------------------------------------------
+
+
+def count(measured: Measured, protocol: str = "rela") -> dict:
+    """What a measured sample adds under a protocol; see `sample_counts`."""
+    rules = _rules(protocol)
+    areas = measured.areas
+    shared, predicted, wanted = areas.shared, areas.prediction, areas.reference
+    if rules.ignore == "excluded":
+        shared -= areas.shared_ignored
+        predicted -= areas.prediction_ignored
+        wanted -= areas.reference_ignored
+    elif rules.ignore in ("target", "correct"):
+        wanted += areas.ignore - areas.reference_ignored
+        shared += areas.prediction_ignored - areas.shared_ignored
+    if rules.ignore == "correct":
+        predicted += areas.ignore - areas.prediction_ignored
+        shared += areas.ignore - areas.prediction_ignored
+    union, rejected = predicted + wanted - shared, predicted == 0
+    if rules.explicit and measured.no_target is not None:
+        rejected = measured.no_target
+        if rejected:
+            shared, union = 0, union if wanted else 0
+    counts = {"I": shared, "U": union, "pred_empty": rejected, "ref_empty": wanted == 0}
+    if rules.matched:
+        pairs = measured.pairs or [[shared, union]]
+        counts |= {"I": sum(i for i, _ in pairs), "U": sum(u for _, u in pairs)}
+        counts |= {"pairs": pairs, "instances": measured.instances}
+    return counts
+
+
+def sample_counts(prediction, reference, ignore=None, protocol: str = "rela", no_target: bool | None = None) -> dict:
+    """What one sample adds to the metrics.
 
     Args:
         prediction: an RLE dict, a list of RLE dicts (their union), a 2-D bool or integer array, or a PIL image.
         reference: likewise.
-        ignore: likewise, or None.
+        ignore: likewise, or None: pixels of which the protocol says what they do; "rela" leaves them out of everything.
+        protocol: a key of `PROTOCOLS`.
+        no_target: a model's explicit answer that nothing is there; None takes an empty mask as that answer.
 
     Returns:
-        {"I": int pixels of the intersection, "U": int pixels of the union, "pred_empty": bool, "ref_empty": bool}.
+        {"I": int pixels of the intersection, "U": int pixels of the union, "pred_empty": bool, "ref_empty": bool};
+        under "segcompass_released" also "pairs" ([I, U] each) and "instances".
 
     Raises:
-        ValueError: the masks differ in size, or one is not 2-D.
-        TypeError: a mask is none of these forms.
+        ValueError: the masks differ in size, one is not 2-D, mixes 1 and 255, or the protocol is unknown.
+        TypeError: a mask is none of these forms; floating-point ones are not.
     """
-    prediction, reference, ignore = _same_size_rles(prediction, reference, ignore)
-    both = coco_mask.merge([prediction, reference], intersect=True)
-    predicted, wanted, shared = (
-        int(coco_mask.area(rle)) - int(coco_mask.area(coco_mask.merge([rle, ignore], intersect=True)))
-        for rle in (prediction, reference, both)
-    )
-    return {"I": shared, "U": predicted + wanted - shared, "pred_empty": predicted == 0, "ref_empty": wanted == 0}
+    return count(measure(prediction, reference, ignore, no_target), protocol)
 
 
 def intersection_union(prediction, reference, ignore=None) -> tuple[int, int]:
@@ -82,168 +290,185 @@ def intersection_union(prediction, reference, ignore=None) -> tuple[int, int]:
     return counts["I"], counts["U"]
 
 
-def summarise(samples: Sequence[dict], protocol: str = "rela") -> dict:
+def sample_iou(counts: dict, protocol: str = "rela") -> float | None:
+    """A sample's term of gIoU from its counts; None when the protocol leaves the sample out."""
+    rules = _rules(protocol)
+    if rules.matched:
+        if counts["ref_empty"] or counts["instances"] > RELEASED_SLOTS:
+            return None
+        ious = [shared / union if union else 0.0 for shared, union in counts["pairs"]]
+        return math.fsum(ious) / len(ious)
+    if counts["U"]:
+        return counts["I"] / counts["U"]
+    return rules.both_empty if counts["pred_empty"] else 0.0
+
+
+def summarise(samples: Iterable[dict], protocol: str = "rela") -> dict:
     """The metrics of a split from the counts of its samples.
 
-    The rules are those of Liu et al. 2023 (GRES): a no-target sample gives gIoU 1 if the prediction is empty, and
-    otherwise gIoU 0 and its area to the union; a false rejection gives gIoU 0 and the target's area to the union.
-
     Args:
-        samples: dicts as `sample_counts` returns, one a sample.
-        protocol: "rela".
+        samples: dicts as `sample_counts` returns under the same protocol, one a sample; read once.
+        protocol: a key of `PROTOCOLS`. "rela" (Liu et al. 2023): a no-target sample gives gIoU 1 if the prediction is
+            empty, and otherwise gIoU 0 and its area to the union; a false rejection gives gIoU 0 and the target's area
+            to the union.
 
     Returns:
         {"cIoU", "gIoU", "N-acc", "T-acc", "Pr@0.5" ... "Pr@0.9"}: fractions in [0, 1], None where there is nothing to
-        divide by; {"n", "n_no_target"}: int; {"protocol"}: str.
+        divide by; {"n", "n_no_target", "n_skipped"}: int; {"protocol"}: str. The order of the samples changes nothing.
 
     Raises:
         ValueError: there is no sample, or the protocol is unknown.
     """
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"unknown protocol {protocol!r}; known: {', '.join(PROTOCOLS)}.")
-    if not samples:
+    _rules(protocol)
+    n = no_target = targeted_scored = shared = union = correct_rejections = correct_findings = 0
+    reached = dict.fromkeys(PRECISION_THRESHOLDS, 0)
+    ious = []
+    for sample in samples:
+        n += 1
+        no_target += sample["ref_empty"]
+        correct_rejections += sample["ref_empty"] and sample["pred_empty"]
+        correct_findings += not sample["ref_empty"] and not sample["pred_empty"]
+        iou = sample_iou(sample, protocol)
+        if iou is None:
+            continue
+        ious.append(iou)
+        shared += sample["I"]
+        union += sample["U"]
+        if not sample["ref_empty"]:
+            targeted_scored += 1
+            for threshold in PRECISION_THRESHOLDS:
+                reached[threshold] += iou >= threshold
+    if not n:
         raise ValueError("no samples: the metrics of an empty split are undefined. Give at least one.")
-    targeted = [sample for sample in samples if not sample["ref_empty"]]
-    no_target = [sample for sample in samples if sample["ref_empty"]]
-    ious = [sample["I"] / sample["U"] for sample in targeted]
-    correct_rejections = sum(sample["pred_empty"] for sample in no_target)
-    results = {
-        "cIoU": _share(sum(sample["I"] for sample in samples), sum(sample["U"] for sample in samples)),
-        "gIoU": (math.fsum(ious) + correct_rejections) / len(samples),
-        "N-acc": _share(correct_rejections, len(no_target)),
-        "T-acc": _share(sum(not sample["pred_empty"] for sample in targeted), len(targeted)),
+    return {
+        "cIoU": _share(shared, union),
+        "gIoU": _share(math.fsum(ious), len(ious)),
+        "N-acc": _share(correct_rejections, no_target),
+        "T-acc": _share(correct_findings, n - no_target),
+        **{f"Pr@{threshold}": _share(times, targeted_scored) for threshold, times in reached.items()},
+        "n": n,
+        "n_no_target": no_target,
+        "n_skipped": n - len(ious),
+        "protocol": protocol,
     }
-    for threshold in PRECISION_THRESHOLDS:
-        results[f"Pr@{threshold}"] = _share(sum(iou >= threshold for iou in ious), len(targeted))
-    return results | {"n": len(samples), "n_no_target": len(no_target), "protocol": protocol}
 
 
-def _share(part: int, whole: int) -> float | None:
+def _share(part: float, whole: int) -> float | None:
     return part / whole if whole else None
 
 
-def _rle(mask) -> dict | None:
-    """A mask in any accepted form as compressed RLE with str counts; None for [], whose size is unknown."""
-    if isinstance(mask, (list, tuple)) and all(isinstance(part, dict) for part in mask):
-        if not mask:
-            return None
-        parts = [_rle(part) for part in mask]
-        sizes = {tuple(part["size"]) for part in parts}
-        if len(sizes) > 1:
-            raise ValueError(f"the masks of one list differ in size (height, width): {sorted(sizes)}.")
-        rle = coco_mask.merge(parts)
-    elif isinstance(mask, dict):
-        if not {"size", "counts"} <= set(mask) or not isinstance(mask["counts"], (str, bytes)):
-            raise TypeError(
-                'an RLE must be {"size": [h, w], "counts": str or bytes}, compressed; turn an uncompressed one into it '
-                "with pycocotools.mask.frPyObjects(rle, h, w)."
-            )
-        rle = mask
-    else:
-        array = np.asarray(mask)
-        if array.dtype.kind not in "bui":
-            raise TypeError(
-                f"a mask must be an RLE dict, a list of RLE dicts, a bool or integer array, or a PIL image; got "
-                f"{type(mask).__name__} of {array.dtype}. Threshold a probability map first."
-            )
-        if array.ndim != 2:
-            raise ValueError(f"a mask must be 2-D (height, width), got shape {array.shape}; merge instances first.")
-        rle = coco_mask.encode(np.asfortranarray(array != 0, dtype=np.uint8))
-    counts = rle["counts"]
-    counts = counts.decode("ascii") if isinstance(counts, bytes) else counts
-    return {"size": [int(side) for side in rle["size"]], "counts": counts}
+def _rules(protocol: str) -> Protocol:
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"unknown protocol {protocol!r}; known: {', '.join(PROTOCOLS)}.")
+    return PROTOCOLS[protocol]
 
 
-def _same_size_rles(prediction, reference, ignore) -> tuple[dict, dict, dict]:
-    """Prediction, reference and ignore as RLE of one size; what says nothing becomes an empty mask of that size."""
-    rles = {
-        "prediction": _rle(prediction),
-        "reference": _rle(reference),
-        "ignore": None if ignore is None else _rle(ignore),
-    }
-    sizes = {name: tuple(rle["size"]) for name, rle in rles.items() if rle is not None}
-    if len(set(sizes.values())) > 1:
-        told = ", ".join(f"{name} {size}" for name, size in sizes.items())
-        raise ValueError(f"masks of one sample differ in size (height, width): {told}. Resize to the original image.")
-    height, width = next(iter(sizes.values()), (1, 1))  # nothing has a size: nothing predicted, nothing wanted
-    empty = _rle(np.zeros((height, width), dtype=bool))
-    return tuple(rle if rle is not None else empty for rle in rles.values())
-
-
-_RLE_FEATURE = {"size": [datasets.Value("int64")], "counts": datasets.Value("string")}
+# -- the metric object -------------------------------------------------------------------------------------------------
 
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _INPUTS)
 class ReasoningSegmentation(evaluate.Metric):
-    """The metric object. Masks are checked and kept as RLE when they are added; ids are checked at the end."""
+    """The metric object. Masks are checked and measured when they are added; ids are checked at the end."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation=_CITATION,
             inputs_description=_INPUTS,
+            # What is kept of each sample: `Measured`, split over the two names that every metric has.
             features=datasets.Features(
                 {
-                    "predictions": _RLE_FEATURE,
-                    "references": _RLE_FEATURE,
-                    "ignore": _RLE_FEATURE,
+                    "predictions": {name: datasets.Value("int64") for name in Areas._fields},
+                    "references": {
+                        "pairs": datasets.List(datasets.List(datasets.Value("int64"))),
+                        "instances": datasets.Value("int32"),
+                    },
+                    "no_target": datasets.Value("bool"),
                     "sample_ids": datasets.Value("string"),
+                    "process": datasets.Value("int32"),
                 }
             ),
             reference_urls=["https://github.com/henghuiding/ReLA"],
         )
 
-    def add_batch(self, *, predictions, references, ignore=None, sample_ids=None) -> None:
+    def add_batch(self, *, predictions, references, ignore=None, sample_ids=None, no_target=None) -> None:
         """Add samples; the arguments are `compute`'s. Raises ValueError if their numbers differ."""
         size = len(predictions)
         ignore = [None] * size if ignore is None else ignore
+        no_target = [None] * size if no_target is None else no_target
         # Without ids a sample's is empty, and empty ids may repeat.
         sample_ids = [""] * size if sample_ids is None else sample_ids
-        if not size == len(references) == len(ignore) == len(sample_ids):
+        if not size == len(references) == len(ignore) == len(sample_ids) == len(no_target):
             raise ValueError(
                 f"one of each a sample: got {size} predictions, {len(references)} references, {len(ignore)} ignore "
-                f"masks and {len(sample_ids)} sample_ids."
+                f"masks, {len(sample_ids)} sample_ids and {len(no_target)} no_target answers."
             )
-        rows = [_same_size_rles(*row) for row in zip(predictions, references, ignore, strict=True)]
+        rows = [measure(*row) for row in zip(predictions, references, ignore, no_target, strict=True)]
         if rows:
-            predictions, references, ignore = (list(column) for column in zip(*rows, strict=True))
             super().add_batch(
-                predictions=predictions,
-                references=references,
-                ignore=ignore,
+                predictions=[row.areas._asdict() for row in rows],
+                references=[{"pairs": row.pairs, "instances": row.instances} for row in rows],
+                no_target=[row.no_target for row in rows],
                 sample_ids=[str(name) for name in sample_ids],
+                process=[self.process_id] * size,
             )
 
-    def add(self, *, prediction, reference, ignore=None, sample_id=None) -> None:
+    def add(self, *, prediction, reference, ignore=None, sample_id=None, no_target=None) -> None:
         """Add one sample."""
         self.add_batch(
             predictions=[prediction],
             references=[reference],
             ignore=[ignore],
             sample_ids=None if sample_id is None else [sample_id],
+            no_target=[no_target],
         )
 
     def compute(
-        self, *, predictions=None, references=None, ignore=None, sample_ids=None, protocol: str = "rela"
+        self,
+        *,
+        predictions=None,
+        references=None,
+        ignore=None,
+        sample_ids=None,
+        no_target=None,
+        protocol: str = "rela",
     ) -> dict | None:
         """Add these samples, if given, and return the metrics of all samples added since the last call.
 
-        Raises ValueError if there is none, if a sample id repeats, or if the masks of a sample differ in size.
+        In a distributed run every process calls it; process 0 returns the metrics of all, the others None.
+
+        Raises ValueError if there is no sample, if a sample id repeats (but for equal copies on other processes), if
+        the masks of a sample differ in size, or if the protocol is unknown.
         """
+        _rules(protocol)
         if (predictions is None) != (references is None):
             raise ValueError("predictions and references go together: one of the two is missing.")
         if predictions is not None:
-            self.add_batch(predictions=predictions, references=references, ignore=ignore, sample_ids=sample_ids)
+            given = {"ignore": ignore, "sample_ids": sample_ids, "no_target": no_target}
+            self.add_batch(predictions=predictions, references=references, **given)
         if self.writer is None:
             raise ValueError("no samples: the metrics of an empty split are undefined. Add at least one.")
         return super().compute(protocol=protocol)
 
-    def _compute(self, predictions, references, ignore, sample_ids, protocol: str) -> dict:
-        repeated = sorted(name for name, times in Counter(sample_ids).items() if name and times > 1)
+    def _compute(self, predictions, references, no_target, sample_ids, process, protocol: str) -> dict:
+        seen, samples, repeated = {}, [], []
+        for areas, reference, answer, name, rank in zip(
+            predictions, references, no_target, sample_ids, process, strict=True
+        ):
+            measured = Measured(Areas(**areas), reference["pairs"], reference["instances"], answer)
+            if name in seen:
+                first, first_rank = seen[name]
+                if rank == first_rank or measured != first:
+                    repeated.append(name)
+                continue
+            if name:
+                seen[name] = (measured, rank)
+            samples.append(count(measured, protocol))
         if repeated:
             raise ValueError(
-                f"{len(repeated)} sample ids repeat, the first {repeated[0]!r}: a sample would count twice. In a "
-                "distributed run, drop the rows the sampler added to even out the processes."
+                f"{len(repeated)} sample ids repeat, the first {min(repeated)!r}: a sample would count twice. Only "
+                "equal copies on different processes, as a distributed sampler adds them, are counted once."
             )
-        rows = zip(predictions, references, ignore, strict=True)
-        return summarise([sample_counts(*row) for row in rows], protocol)
+        results = summarise(samples, protocol)
+        duplicates = len(sample_ids) - len(samples)
+        return results | ({"n_duplicates": duplicates} if duplicates else {})

@@ -9,9 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
+from huggingface_hub import ModelCard
+from PIL import Image
 from pycocotools import mask as coco_mask
 
 from loaders import load_scenes
+from tests.refer import image_name, ref, write_images, write_instances
 
 ROOT = Path(__file__).parents[2]
 N = 14
@@ -44,10 +48,6 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def without_seconds(metrics):
-    return {name: value for name, value in metrics.items() if name != "seconds"}
-
-
 def union(rles):
     return np.any([coco_mask.decode(rle).astype(bool) for rle in rles], axis=0) if rles else np.zeros((128, 128), bool)
 
@@ -76,7 +76,7 @@ def test_metrics_are_those_of_the_written_masks(run, saved, tmp_path, writes, ca
     assert metrics["cIoU"] == pytest.approx(overlap / covered)
     assert metrics["N-acc"] == pytest.approx(np.mean(rejected))
     assert (metrics["n"], metrics["n_no_target"], metrics["n_format_fail"]) == (N, len(rejected), 0)
-    assert metrics["protocol"] == "rela" and metrics["seconds"] > 0
+    assert (metrics["protocol"], metrics["unit"]) == ("rela", "sentence")
     assert {kind: part["n"] for kind, part in metrics["by_kind"].items()} == {
         kind: list(rows["kind"]).count(kind) for kind in set(rows["kind"])
     }
@@ -113,14 +113,114 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(script, run, saved, 
     torn = path.read_text()[:-40]  # the eighth line was being written
     path.write_text(torn)
 
-    assert without_seconds(run(*options, output="parts")) == without_seconds(whole)
+    assert run(*options, output="parts") == whole
     written = lines(path)
     assert len(written) == N, "nothing is written twice"
     assert [{**record, "seconds": 0} for record in written] == [
         {**record, "seconds": 0} for record in lines(tmp_path / "whole" / "predictions.jsonl")
     ]
     monkeypatch.setattr(script, "predict", killed)  # a finished run needs no model
-    assert without_seconds(run(*options, output="parts")) == without_seconds(whole)
+    assert run(*options, output="parts") == whole
+
+
+def test_what_another_process_wrote_is_taken_up(script, run, saved, tmp_path, writes, monkeypatch):
+    writes(GOOD, saved[1])
+    whole = run("--threshold", "0")
+    path = tmp_path / "run" / "predictions.jsonl"
+    records = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(records[8:] + records[:4]))
+    other = path.with_name("predictions.rank1.jsonl")
+    other.write_text("".join(records[4:8]) + records[8])  # one was written twice
+    (tmp_path / "run" / "metrics.json").unlink()
+    monkeypatch.setattr(script, "predict", None)  # nothing is left to predict
+    assert run("--threshold", "0") == whole
+    assert path.read_text() == "".join(records) and not other.exists()
+
+
+def test_gallery_and_model_index(run, saved, tmp_path, writes):
+    writes(GOOD.replace("red", "<b>red</b>"), saved[1])
+    metrics = run("--threshold", "0")
+    page = (tmp_path / "run" / "gallery.html").read_text()
+    assert page.count("<figure>") == 3 * 12 and page.count("data:image/jpeg;base64,") == 3 * 12
+    assert "&lt;b&gt;red" in page and "<b>red" not in page, "what a model writes is no markup"
+    (entry,) = yaml.safe_load((tmp_path / "run" / "model-index.yml").read_text())["model-index"]
+    assert entry["name"] == saved[0].name
+    (result,) = entry["results"]
+    assert result["dataset"] == {
+        "name": "scenes",
+        "type": "scenes",
+        "split": "test",
+        "args": {"unit": "sentence", "num_samples": N},
+    }
+    told = {metric["name"]: metric["value"] for metric in result["metrics"]}
+    assert told == {f"{name} (rela)": metrics[name] for name in ("gIoU", "cIoU", "N-acc", "T-acc")}
+    assert all(metric["args"] == {"protocol": "rela"} for metric in result["metrics"])
+    card = ModelCard(f"---\n{yaml.safe_dump({'model-index': [entry]})}---\n")
+    assert len(card.data.eval_results) == 4, "the Hub reads it"
+
+
+def test_predictions_of_any_model_are_scored_by_the_same_path(script, run, saved, tmp_path, writes):
+    writes(GOOD, saved[1])
+    metrics = run("--threshold", "0")
+    records = lines(tmp_path / "run" / "predictions.jsonl")
+
+    def score(lines, *options, output):
+        path = tmp_path / f"{output}.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        arguments = ["--predictions", str(path), "--split", "test", "--seed", "3", "--num-samples", str(N)]
+        return script.main([*arguments, *options, "--output", str(tmp_path / output)])
+
+    own = score(records, output="own")
+    assert own == {name: value for name, value in metrics.items() if name != "n_format_fail"}
+    theirs = [
+        {"sample_id": each["sample_id"], "masks": [slot["segmentation"] for slot in each["slots"]]} for each in records
+    ]
+    assert score(theirs[::-1], output="theirs") == own
+    assert lines(tmp_path / "theirs" / "predictions.jsonl")[0]["sample_id"] == records[0]["sample_id"]
+    refused = [{"sample_id": each["sample_id"], "masks": each["masks"], "no_target": True} for each in theirs]
+    assert score(refused, output="refused")["T-acc"] == 0 and own["T-acc"] == 1
+    assert score(refused, "--protocol", "lisa", output="lisa")["T-acc"] == 1, "it knows the mask alone"
+    assert score(theirs, "--protocol", "segcompass_released", output="released")["n_skipped"] == own["n_no_target"]
+
+    bad = {"size": [5, 5], "counts": [25]}
+    for odd, message in (
+        (theirs[1:], "1 of 14 samples without a prediction"),
+        ([*theirs, {"sample_id": "else", "masks": []}], "1 of 14 samples unknown, the first 'else'"),
+        ([*theirs, theirs[0]], "line 15: the sample id .* repeats"),
+        ([*theirs[1:], {"sample_id": theirs[0]["sample_id"], "mask": bad}], r"size \[5, 5\], its image \[128, 128\]"),
+        ([*theirs[1:], {"sample_id": theirs[0]["sample_id"]}], "needs one of masks, mask, slots"),
+        ([*theirs, {"masks": []}], "line 15 is no prediction"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            score(odd, output="odd")
+        (tmp_path / "odd" / "run.json").unlink(missing_ok=True)
+    with pytest.raises(SystemExit, match="none.jsonl"):
+        script.main(["--predictions", str(tmp_path / "none.jsonl"), "--output", str(tmp_path / "none")])
+
+
+def test_a_benchmark_in_its_original_files(script, saved, tmp_path, writes):
+    writes(GOOD, saved[1])
+    write_images(tmp_path / "train2014")
+    write_instances(tmp_path / "grefcoco")
+    refs = [ref(1, [10], ["one", "uno"], image_id=1), ref(2, [-1], ["none"], image_id=0)]
+    (tmp_path / "grefcoco" / "grefs(unc).json").write_text(json.dumps(refs))
+    arguments = ["--model", str(saved[0]), "--dataset", "grefcoco", "--split", "val", "--root", str(tmp_path)]
+
+    def evaluate(*options, output="run"):
+        return script.main([*arguments, *options, "--output", str(tmp_path / output)])
+
+    metrics = evaluate("--image-dir", str(tmp_path / "train2014"))
+    assert (metrics["n"], metrics["n_no_target"], metrics["unit"]) == (3, 1, "sentence")
+    assert set(metrics["by_kind"]) == {"single", "none"}
+    metrics = evaluate("--image-dir", str(tmp_path / "train2014"), "--protocol", "himtok", output="himtok")
+    assert (metrics["n"], metrics["protocol"], metrics["unit"]) == (2, "himtok", "merged")
+    with pytest.raises(SystemExit, match="has no image; give --image-dir"):
+        evaluate(output="blind")
+    with pytest.raises(SystemExit, match="cannot load split 'val' of 'grefcoco': dataset 'grefcoco' needs its root"):
+        script.main([*arguments[:6], "--output", str(tmp_path / "rootless")])
+    Image.new("RGB", (9, 9)).save(tmp_path / "train2014" / image_name(1))
+    with pytest.raises(SystemExit, match=r"image of sample 'grefcoco-unc-val-1-100' has \(width, height\) \(9, 9\)"):
+        evaluate("--image-dir", str(tmp_path / "train2014"), output="small")
 
 
 def test_predictions_of_another_run_are_refused_by_name(run, saved, writes):
@@ -162,7 +262,7 @@ def test_folder_of_rows_without_kinds(script, saved, tmp_path, writes):
         (["--num-samples", "0"], "--num-samples is 0"),
         (["--threshold", "2"], "--threshold is 2.0"),
         (["--split", "dev"], "split='dev'"),
-        (["--dataset", "nowhere"], "neither 'scenes' nor a folder"),
+        (["--dataset", "nowhere"], "neither 'scenes', one of refcoco"),
     ],
 )
 def test_wrong_arguments_are_named(run, options, message, capsys):

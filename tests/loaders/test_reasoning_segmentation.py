@@ -114,6 +114,7 @@ def test_summary_by_hand():
         "Pr@0.9": 0.0,
         "n": 5,
         "n_no_target": 2,
+        "n_skipped": 0,
         "protocol": "rela",
     }
 
@@ -178,11 +179,17 @@ def test_errors_name_what_is_wrong(metric):
         metric.compute(predictions=[PREDICTION] * 2, references=[REFERENCE])
     with pytest.raises(ValueError, match="go together"):
         metric.compute(references=[REFERENCE])
-    with pytest.raises(ValueError, match="unknown protocol 'lisa'"):
-        summarise([sample_counts(PREDICTION, REFERENCE)], protocol="lisa")
+    with pytest.raises(ValueError, match="unknown protocol 'lsia'"):
+        summarise([sample_counts(PREDICTION, REFERENCE)], protocol="lsia")
     with pytest.raises(TypeError, match="Threshold"):
         intersection_union(PREDICTION.astype(np.float32), REFERENCE)
-    with pytest.raises(TypeError, match="frPyObjects"):
-        intersection_union({"size": [4, 5], "counts": [20]}, REFERENCE)
+    with pytest.raises(TypeError, match="NaN"):
+        intersection_union(np.full((4, 5), np.nan), REFERENCE)
+    with pytest.raises(TypeError, match="must be an RLE dict"):
+        intersection_union(None, REFERENCE)
+    with pytest.raises(ValueError, match="counts for 19 pixels"):
+        intersection_union({"size": [4, 5], "counts": [19]}, REFERENCE)
+    with pytest.raises(ValueError, match="both 1 and 255"):
+        intersection_union(np.array([[0, 1, 255]]), np.array([[0, 1, 1]]))
     with pytest.raises(ValueError, match="2-D"):
         intersection_union(PREDICTION[None], REFERENCE)

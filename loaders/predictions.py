@@ -1,0 +1,119 @@
+"""predictions.jsonl: one line a sample, written while a run goes on, read again by a resumed run or from other models.
+
+A line of any model's predictions is {"sample_id": str} with one of
+    "masks"   list of COCO RLE dicts, compressed or not; their union is the prediction, [] is "nothing"
+    "mask"    one RLE dict
+    "slots"   list of {"segmentation": RLE dict}, as `examples/evaluate.py` writes them
+and may have "no_target" (bool: the answer of a separate "nothing there" output) and "text".
+"""
+
+import json
+import os
+from pathlib import Path
+
+from .masks import coco_rle
+
+OWN, OTHERS = "predictions.jsonl", "predictions.rank*.jsonl"
+
+
+def read_records(path: Path, repair: bool = False) -> dict[str, dict]:
+    """The records of a file by sample_id; {} when there is no file. A last line that was cut off is left out.
+
+    Args:
+        path: a JSONL file.
+        repair: cut the torn line off the file too, so that it can be appended to.
+
+    Raises:
+        ValueError: a damaged line, or one without sample_id; it is named.
+    """
+    if not path.exists():
+        return {}
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if repair and len(whole) < len(content):
+        os.truncate(path, len(whole))
+    records = {}
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            record = json.loads(line)
+            records[record["sample_id"]] = record
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number} is damaged ({error!r}); delete it and start again.") from error
+    return records
+
+
+def part_path(folder: Path, rank: int) -> Path:
+    """The file that a process of a run appends to."""
+    return folder / (OWN if rank == 0 else f"predictions.rank{rank}.jsonl")
+
+
+def read_parts(folder: Path, repair: bool = False) -> dict[str, dict]:
+    """The records that all processes of the runs so far have written, by sample_id. Raises ValueError."""
+    records = {}
+    for path in sorted(folder.glob(OTHERS)):
+        records |= read_records(path, repair)
+    return records | read_records(folder / OWN, repair)
+
+
+def merge_parts(folder: Path, names: list[str], records: dict[str, dict]) -> None:
+    """Leave one predictions.jsonl with the records in the order of `names`."""
+    if list(read_records(folder / OWN)) != names:
+        write_text(folder / OWN, "".join(json.dumps(records[name]) + "\n" for name in names))
+    for path in folder.glob(OTHERS):
+        path.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in one step: a reader sees the old content or the new."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_predictions(path: Path, names: list[str]) -> dict[str, dict]:
+    """The predictions of any model for these samples, by sample_id.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a damaged line, samples without a prediction, predictions of unknown samples, or repeated ones.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing; give a file with one JSON object a sample.")
+    found, wanted = {}, set(names)
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+                name = str(record["sample_id"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path}, line {number} is no prediction: {error!r}.") from error
+            if name in found:
+                raise ValueError(f"{path}, line {number}: the sample id {name!r} repeats.")
+            found[name] = record
+    for kind, odd in (("without a prediction", wanted - found.keys()), ("unknown", found.keys() - wanted)):
+        if odd:
+            raise ValueError(
+                f"{path}: {len(odd)} of {len(wanted)} samples {kind}, the first {min(odd)!r}. Every sample needs one "
+                'line ({"masks": []} for nothing) under the sample_id of the data set\'s rows.'
+            )
+    return found
+
+
+def predicted_masks(record: dict, height: int, width: int) -> list[dict]:
+    """A prediction's masks as compressed RLE; those without a pixel are left out.
+
+    Raises:
+        ValueError: no masks, masks in no known form, or of another size than the image.
+    """
+    keys = [key for key in ("masks", "mask", "slots") if key in record]
+    if len(keys) != 1:
+        raise ValueError(f"sample {record['sample_id']!r} needs one of masks, mask, slots; it has {keys or None}.")
+    value = record[keys[0]]
+    try:
+        given = {"masks": list, "mask": lambda mask: [mask], "slots": lambda slots: [s["segmentation"] for s in slots]}
+        rles = [coco_rle(rle, height, width) for rle in given[keys[0]](value)]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"sample {record['sample_id']!r}: {error}") from error
+    return [rle for rle in rles if rle is not None]

@@ -1,0 +1,171 @@
+"""RefCOCO, RefCOCO+, RefCOCOg and gRefCOCO from the files their authors released.
+
+Masks follow the reference loaders: all polygons of an instance united, degenerate polygons dropped, and for gRefCOCO
+crowd annotations dropped and `ann_id: [-1]` read as "no target".
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from datasets import Dataset, IterableDataset
+
+from .files import need, read_json, read_pickle
+from .masks import coco_rle
+from .rows import LeftOut, expressions, to_dataset
+
+SPLIT_BY = {
+    "refcoco": ("unc", "google"),
+    "refcoco+": ("unc",),
+    "refcocog": ("umd", "google"),
+    "grefcoco": ("unc",),
+}
+"""Divisions into splits of each data set; the first is the usual one."""
+
+WHERE = "the archives refcoco.zip, refcoco+.zip and refcocog.zip of the REFER project"
+WHERE_GREF = "the files grefs(unc).json and instances.json of gRefCOCO (henghuiding/gRefCOCO)"
+
+
+def load_refcoco(
+    root: str | os.PathLike,
+    name: str = "refcoco",
+    split_by: str | None = None,
+    split: str = "val",
+    image_dir: str | os.PathLike | None = None,
+    unit: str = "sentence",
+    num_samples: int | None = None,
+    streaming: bool = False,
+) -> Dataset | IterableDataset:
+    """Rows of a RefCOCO-like data set in the REFER layout.
+
+    Args:
+        root: holds NAME/instances.json and NAME/refs(SPLIT_BY).p, or for gRefCOCO NAME/grefs(SPLIT_BY).json.
+        name: "refcoco", "refcoco+", "refcocog" or "grefcoco".
+        split_by: whose division into splits: "unc", "umd" or "google"; None takes the usual one.
+        split: as the refs name it: train, val, and testA and testB or test.
+        image_dir: holds the COCO train2014 images. None leaves the images out: enough to score predictions.
+        unit: one row a "sentence", a "ref" (its first sentence) or a ref with all its sentences "merged".
+        num_samples: the first so many rows, or None for all.
+        streaming: make the rows while they are read, instead of all of them first.
+
+    Returns:
+        Dataset, or IterableDataset when `streaming`, of the one row schema (`loaders.rows.FEATURES`). sample_id is
+        NAME-SPLIT_BY-SPLIT-REF-SENTENCE, `kind` "none", "single" or "multi" by the number of instances. What cannot be
+        used is counted in a warning.
+
+    Raises:
+        FileNotFoundError: an annotation file or images are missing; they are named.
+        ValueError: unknown name, split or unit; a damaged file; refs and annotations that do not fit each other.
+    """
+    if name not in SPLIT_BY:
+        raise ValueError(f"name={name!r} is not one of {', '.join(SPLIT_BY)}.")
+    split_by = split_by or SPLIT_BY[name][0]
+    if split_by not in SPLIT_BY[name]:
+        raise ValueError(f"split_by={split_by!r} does not exist for {name}; choose from {', '.join(SPLIT_BY[name])}.")
+    expressions([], unit)
+    folder = Path(root) / name
+    where = f"{WHERE_GREF if name == 'grefcoco' else WHERE} hold it. `root` is the folder that has {name}/ in it."
+    instances = need(folder / "instances.json", where)
+    refs = folder / (f"grefs({split_by}).json" if name == "grefcoco" else f"refs({split_by}).p")
+    need(refs, where)
+    if image_dir is not None:
+        need(Path(image_dir), "`image_dir` is the folder of COCO's train2014 images (train2014.zip).")
+    arguments = {
+        "instances": instances,
+        "refs": refs,
+        "name": name,
+        "split_by": split_by,
+        "split": split,
+        "image_dir": image_dir if image_dir is None else Path(image_dir).resolve(),
+        "unit": unit,
+    }
+    where = "They are in COCO's train2014.zip."
+    return to_dataset(_rows, arguments, [instances, refs], split, num_samples, where, streaming)
+
+
+def _rows(instances, refs, name, split_by, split, image_dir, unit) -> Iterator[dict]:
+    found = _read_refs(refs, split)
+    images, annotations = _read_instances(instances, found)
+    left_out = LeftOut()
+    for ref in found:
+        image = images.get(ref["image_id"])
+        if image is None:
+            raise ValueError(f"ref {ref['ref_id']} is about image {ref['image_id']}, which {instances} does not hold.")
+        masks = _masks(ref, image, annotations, name, left_out)
+        if masks is None:
+            continue
+        told = expressions([(str(each["sent_id"]), each["sent"]) for each in ref["sentences"]], unit)
+        if len(told) < (len(ref["sentences"]) if unit == "sentence" else 1):
+            left_out.add("blank expressions", f"ref {ref['ref_id']}")
+        for suffix, instruction in told:
+            yield {
+                "image": None if image_dir is None else {"path": str(image_dir / image["file_name"]), "bytes": None},
+                "image_id": str(image["id"]),
+                "sample_id": f"{name}-{split_by}-{split}-{ref['ref_id']}-{suffix}",
+                "dataset": name,
+                "split": split,
+                "instruction": instruction,
+                "reasoning": None,
+                "masks": masks,
+                "ignore": None,
+                "height": image["height"],
+                "width": image["width"],
+                "kind": ("none", "single", "multi")[min(len(masks), 2)],
+            }
+    left_out.tell()
+
+
+def _read_refs(path: Path, split: str) -> list[dict]:
+    """The refs of a split. Raises ValueError."""
+    refs = read_json(path) if path.suffix == ".json" else read_pickle(path)
+    keys = {"ref_id", "ann_id", "image_id", "split", "sentences"}
+    if not isinstance(refs, list) or not all(isinstance(ref, dict) and keys <= ref.keys() for ref in refs):
+        raise ValueError(f"{path} is not a list of refs with the keys {', '.join(sorted(keys))}.")
+    found = [ref for ref in refs if ref["split"] == split]
+    if not found:
+        raise ValueError(f"{path} has no split {split!r}; it has {', '.join(sorted({ref['split'] for ref in refs}))}.")
+    return found
+
+
+def _read_instances(path: Path, refs: list[dict]) -> tuple[dict, dict]:
+    """The images and annotations by id that the refs need. Raises ValueError."""
+    content = read_json(path)
+    if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
+        raise ValueError(f"{path} is not a COCO annotation file: it needs the keys images and annotations.")
+    wanted = {ref["image_id"] for ref in refs}
+    named = {name for ref in refs for name in _annotation_ids(ref)}
+    images = {image["id"]: image for image in content["images"] if image["id"] in wanted}
+    return images, {each["id"]: each for each in content["annotations"] if each["id"] in named}
+
+
+def _annotation_ids(ref: dict) -> list[int]:
+    """The annotations that a ref is about; [] for no target."""
+    ids = ref["ann_id"] if isinstance(ref["ann_id"], list) else [ref["ann_id"]]
+    return [] if ids == [-1] else ids
+
+
+def _masks(ref: dict, image: dict, annotations: dict, name: str, left_out: LeftOut) -> list[dict] | None:
+    """One RLE an instance; None when the ref has targets but none with a usable mask. Raises ValueError."""
+    ids = _annotation_ids(ref)
+    masks = []
+    for annotation_id in ids:
+        annotation = annotations.get(annotation_id)
+        if annotation is None or annotation["image_id"] != ref["image_id"]:
+            raise ValueError(
+                f"ref {ref['ref_id']} is about annotation {annotation_id} of image {ref['image_id']}, which "
+                "instances.json does not hold; take refs and instances from one archive."
+            )
+        if name == "grefcoco" and annotation.get("iscrowd"):
+            continue
+        try:
+            rle = coco_rle(annotation["segmentation"], image["height"], image["width"])
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"annotation {annotation_id}: {error}") from error
+        if rle is not None:
+            masks.append(rle)
+        elif len(ids) > 1:
+            left_out.add("instances without a polygon inside the image", f"annotation {annotation_id}")
+    if ids and not masks:
+        left_out.add("refs without a usable mask", f"ref {ref['ref_id']}")
+        return None
+    return masks

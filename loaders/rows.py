@@ -1,0 +1,141 @@
+"""The one row schema, and how the loaders fill it: `to_dataset` streams rows into the `datasets` cache."""
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+
+import pyarrow.compute as pc
+from datasets import Dataset, Features, Image, IterableDataset, List, NamedSplit, Value
+from datasets.exceptions import DatasetGenerationError
+
+RLE = {"size": List(Value("int32"), length=2), "counts": Value("string")}
+FEATURES = Features(
+    {
+        "image": Image(),
+        "image_id": Value("string"),
+        "sample_id": Value("string"),
+        "dataset": Value("string"),
+        "split": Value("string"),
+        "instruction": Value("string"),
+        "reasoning": Value("string"),
+        "masks": List(RLE),
+        "ignore": RLE,
+        "height": Value("int32"),
+        "width": Value("int32"),
+        "kind": Value("string"),
+    }
+)
+"""Columns of every data set: `masks` one RLE an instance, [] for no target; `reasoning`, `ignore` and `kind` may be
+None; `kind` groups samples in reports. An image may be None where only masks are needed."""
+
+UNITS = ("sentence", "ref", "merged")
+
+
+def expressions(sentences: Iterable[tuple[str, str]], unit: str) -> list[tuple[str, str]]:
+    """(suffix of the sample id, instruction) of the samples that a referred object's sentences make.
+
+    Args:
+        sentences: (id, text) in order; blank texts are left out.
+        unit: "sentence" (one sample each), "ref" (the first sentence alone) or "merged" (one sample that asks for the
+            object meeting all sentences, in the words that HiMTok and PSALM use).
+
+    Raises:
+        ValueError: unknown unit.
+    """
+    if unit not in UNITS:
+        raise ValueError(f"unit={unit!r} is not one of {', '.join(UNITS)}.")
+    spoken = [(name, text.strip()) for name, text in sentences if text.strip()]
+    if unit == "sentence" or not spoken:
+        return spoken
+    if unit == "ref":
+        return [("ref", spoken[0][1])]
+    numbered = " ".join(f"{number}. {text}." for number, (_, text) in enumerate(spoken, 1))
+    return [("merged", f"Meet all the descriptions: {numbered}")]
+
+
+class LeftOut:
+    """Counts what a loader could not use, and tells it in one warning."""
+
+    def __init__(self):
+        self.cases = {}
+
+    def add(self, reason: str, name: str) -> None:
+        self.cases.setdefault(reason, []).append(name)
+
+    def tell(self) -> None:
+        for reason, names in self.cases.items():
+            more = ", ..." if len(names) > 3 else ""
+            warnings.warn(f"{len(names)} left out, {reason}: {', '.join(names[:3])}{more}", stacklevel=2)
+
+
+def to_dataset(
+    make_rows: Callable[..., Iterator[dict]],
+    arguments: dict,
+    files: Iterable[Path],
+    split: str,
+    num_samples: int | None,
+    where: str = "Put them back, or load the data set from where they are.",
+    streaming: bool = False,
+) -> Dataset | IterableDataset:
+    """Stream rows into the `datasets` cache, once for the same arguments, source files and code.
+
+    Args:
+        make_rows: a module's generator of rows (dicts of `FEATURES`).
+        arguments: its keyword arguments.
+        files: what it reads; a changed file is read again.
+        split: name of the split.
+        num_samples: take the first so many, or None for all.
+        where: where missing images are to be found.
+        streaming: make the rows while they are read instead; a missing image is then found when its row is.
+
+    Raises:
+        FileNotFoundError: images of the rows are not on disk; they are named.
+        ValueError: num_samples < 1, a sample id repeats, or there are no rows.
+        Exception: whatever `make_rows` raises.
+    """
+    if num_samples is not None and num_samples < 1:
+        raise ValueError(f"num_samples={num_samples} is below 1; ask for at least one row, or None for all.")
+    stamps = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in files]
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
+    given = {
+        "make_rows": make_rows,
+        "arguments": arguments,
+        "num_samples": num_samples,
+        "stamp": (stamps, code.hexdigest()),
+    }
+    if streaming:
+        return IterableDataset.from_generator(_checked, features=FEATURES, gen_kwargs=given, split=NamedSplit(split))
+    try:
+        rows = Dataset.from_generator(_checked, features=FEATURES, gen_kwargs=given, split=NamedSplit(split))
+    except DatasetGenerationError as error:
+        raise (error.__cause__ or error) from None
+    _check_images(rows, where)
+    return rows
+
+
+def _check_images(rows: Dataset, where: str) -> None:
+    """Raises FileNotFoundError that names the images of the rows that are not on disk."""
+    images = rows.data.column("image").combine_chunks()
+    by_path = images.filter(pc.is_null(pc.struct_field(images, "bytes")))
+    paths = [Path(path) for path in pc.unique(pc.struct_field(by_path, "path")).to_pylist() if path is not None]
+    missing = sorted(path for path in paths if not path.exists())
+    if missing:
+        shown = ", ".join(path.name for path in missing[:5]) + (", ..." if len(missing) > 5 else "")
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(paths)} images are not in {missing[0].parent}: {shown}. {where}"
+        )
+
+
+def _checked(make_rows, arguments, num_samples, stamp) -> Iterator[dict]:
+    rows = islice(make_rows(**arguments), num_samples)
+    first = next(rows, None)
+    if first is None:
+        raise ValueError(f"no usable rows with {arguments}.")
+    seen = set()
+    for row in chain([first], rows):
+        if row["sample_id"] in seen:
+            raise ValueError(f"the sample id {row['sample_id']!r} repeats; make the ids of the source unique.")
+        seen.add(row["sample_id"])
+        yield row
