@@ -26,7 +26,7 @@ class SparseAutoencoderOutput(ModelOutput):
     """What one pass of the autoencoder gives; every scalar is a mean over the N tokens."""
 
     loss: torch.FloatTensor | None = None
-    """Eq. 7, scalar: `mse + l1_coefficient * l1` with "relu", `mse + l0_coefficient * l0` with "jumprelu", else `mse`."""
+    """Eq. 7, scalar: `mse`, with "relu" plus `l1_coefficient * l1`, with "jumprelu" plus `l0_coefficient * l0`."""
     reconstruction: torch.FloatTensor | None = None
     """ẑ, (..., d_in)."""
     feature_acts: torch.FloatTensor | None = None
@@ -295,8 +295,8 @@ class SparseAutoencoder(PreTrainedModel):
         layer = layer or _layer_of(metadata.get("hook_name") or "")
         if layer is None:
             raise ValueError(
-                f"{folder} was trained at {metadata.get('hook_name')!r}, which names no residual stream after a decoder "
-                "block; say which block with layer=."
+                f"{folder} was trained at {metadata.get('hook_name')!r}, which names no residual stream after a "
+                "decoder block; say which block with layer=."
             )
         sae = cls(
             SparseAutoencoderConfig(

@@ -99,7 +99,7 @@ def keep_finite(z: torch.Tensor, name: str, on_nonfinite: str) -> bool:
     bad = int((~torch.isfinite(z)).flatten(0, -2).any(-1).sum())
     found = f"{name}: {bad} of {z[..., 0].numel()} tokens have NaN or infinite hidden states"
     if on_nonfinite == "stop":
-        raise ValueError(f"{found}; compute in float32 or bfloat16, or leave such batches out with on_nonfinite='skip'.")
+        raise ValueError(f"{found}; compute in float32 or bfloat16, or leave such batches out: on_nonfinite='skip'.")
     logger.warning("%s; the batch is skipped", found)
     return False
 
@@ -267,9 +267,7 @@ class ActivationDataset(IterableDataset):
     def __iter__(self):
         seed = self.seed + self.passes
         self.passes += 1
-        return stream_activations(
-            self.model, self._share(), self.layer, seed=seed, report=self.report, **self.options
-        )
+        return stream_activations(self.model, self._share(), self.layer, seed=seed, report=self.report, **self.options)
 
     def _share(self):
         rank, processes = process_share()

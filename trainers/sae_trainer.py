@@ -130,9 +130,7 @@ def evaluate_sae(sae: SparseAutoencoder, activations: Iterable) -> dict:
     quality = _quality(sums, fired, 0)
     if typed:
         quality["by_type"] = {
-            name: _quality(sums, fired, group)
-            for group, name in enumerate(TOKEN_TYPES, 1)
-            if sums["tokens"][group] > 0
+            name: _quality(sums, fired, group) for group, name in enumerate(TOKEN_TYPES, 1) if sums["tokens"][group] > 0
         }
     return quality
 
