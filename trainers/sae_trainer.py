@@ -27,7 +27,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from modeling_segcompass.modeling_sparse_autoencoder import SparseAutoencoder
 
-from .activations import TOKEN_TYPES, keep_finite
+from .activations import SPECIAL, TOKEN_TYPES, keep_finite
 
 FRAME_FILE = "training_frame.safetensors"
 """What a checkpoint holds beside raw weights, so that resuming is exact: the frame, and all that differs in it."""
@@ -107,7 +107,8 @@ def evaluate_sae(sae: SparseAutoencoder, activations: Iterable) -> dict:
         mean of ||ẑ|| / ||z||; `relative_reconstruction_bias` Σ ||ẑ||² / Σ z·ẑ, below 1 where ẑ is too short;
         `density_histogram` features by the decade of the share of tokens on which they are active, from the rarest
         (`never`, then `1e-06` for [1e-6, 1e-5), ...); `tokens` how many were seen, without which `dead_share` says
-        little. Where the batches name token types, `by_type` holds the same of each type that occurs.
+        little. Where the batches name token types, `by_type` holds the same of each type that occurs, and special
+        tokens, which no SAE here is trained on, count only there.
 
     Raises:
         ValueError: `activations` is empty, or of another width than the autoencoder's.
@@ -136,12 +137,12 @@ def evaluate_sae(sae: SparseAutoencoder, activations: Iterable) -> dict:
 
 
 def _groups(types, z, dtype):
-    """(N, 1 + number of types): a column of ones for all tokens, then one that marks the tokens of each type."""
-    everything = torch.ones(len(z), 1, dtype=dtype, device=z.device)
+    """(N, 1 + number of types): a column for all tokens but special ones, then one that marks each type's tokens."""
     if types is None:
-        return everything
+        return torch.ones(len(z), 1, dtype=dtype, device=z.device)
+    types = types.to(z.device)
     kinds = torch.arange(len(TOKEN_TYPES), device=z.device)
-    return torch.cat([everything, (types.to(z.device)[:, None] == kinds).to(dtype)], 1)
+    return torch.cat([(types != SPECIAL)[:, None], types[:, None] == kinds], 1).to(dtype)
 
 
 def _moments(z, z_hat, active, groups):

@@ -15,9 +15,7 @@ from modeling_segcompass import SparseAutoencoder
 from tests.modeling_segcompass.saelens.ours import CASES, export
 
 RECORDED = Path(__file__).parent / "saelens"
-SAELENS_PYTHON = os.environ.get("SAELENS_PYTHON") or (
-    sys.executable if importlib.util.find_spec("sae_lens") else None
-)
+SAELENS_PYTHON = os.environ.get("SAELENS_PYTHON") or (sys.executable if importlib.util.find_spec("sae_lens") else None)
 
 
 def compare(sae, folder):
