@@ -17,6 +17,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -232,26 +233,28 @@ class _Endless(IterableDataset):
         self.on_nonfinite = on_nonfinite
 
     def __iter__(self):
-        number = 0
-        while True:
-            if hasattr(self.dataset, "set_epoch"):
-                self.dataset.set_epoch(number)
-            empty = True
-            for index, batch in enumerate(self.dataset):
-                z, _ = split_batch(batch)
-                if z.shape[-1] != self.d_in:
-                    raise ValueError(
-                        f"batch {index} of the training data is {z.shape[-1]} wide, but the SAE reads {self.d_in}; "
-                        "gather hidden states of its backbone, or make an SAE of this width."
-                    )
-                if keep_finite(z, f"batch {index} of the training data", self.on_nonfinite):
-                    empty = False
-                    yield batch
-            if empty:
+        for number in count():
+            yield from self.one_pass(number)
+
+    def one_pass(self, number=0):
+        """The batches of a pass. Raises ValueError when there is none, so that no loop waits for one for ever."""
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(number)
+        empty = True
+        for index, batch in enumerate(self.dataset):
+            z, _ = split_batch(batch)
+            if z.shape[-1] != self.d_in:
                 raise ValueError(
-                    "train_dataset gives 0 activations to train on; it is empty, or every batch of it was skipped."
+                    f"batch {index} of the training data is {z.shape[-1]} wide, but the SAE reads {self.d_in}; "
+                    "gather hidden states of its backbone, or make an SAE of this width."
                 )
-            number += 1
+            if keep_finite(z, f"batch {index} of the training data", self.on_nonfinite):
+                empty = False
+                yield batch
+        if empty:
+            raise ValueError(
+                "train_dataset gives 0 activations to train on; it is empty, or every batch of it was skipped."
+            )
 
 
 class SparseAutoencoderTrainer(Trainer):
@@ -313,7 +316,7 @@ class SparseAutoencoderTrainer(Trainer):
                 self._leave_frame()
                 self._frame = None
         self.model.eval()
-        measure_usual_strength(self.model, take_tokens(self.train_dataset, self.args.strength_tokens))
+        measure_usual_strength(self.model, take_tokens(self.train_dataset.one_pass(), self.args.strength_tokens))
         self.model.usual_strength.copy_(broadcast(self.model.usual_strength))
         return output
 
@@ -364,7 +367,7 @@ class SparseAutoencoderTrainer(Trainer):
         """Mean (d_in,) and scale, the root of the variance a dimension, of the first `calibration_tokens` tokens."""
         moments = torch.zeros(2, self.model.config.d_in, dtype=torch.float64, device=self.args.device)
         tokens = torch.zeros((), dtype=torch.float64, device=self.args.device)
-        for batch in take_tokens(self.train_dataset, self.args.calibration_tokens):
+        for batch in take_tokens(self.train_dataset.one_pass(), self.args.calibration_tokens):
             z = split_batch(batch)[0].to(self.args.device).double()
             moments += torch.stack([z.sum(0), z.square().sum(0)])
             tokens += len(z)
@@ -384,7 +387,7 @@ class SparseAutoencoderTrainer(Trainer):
         The transposed decoder alone overshoots: hundreds of random atoms answer every token.
         """
         mean, scale = self._frame
-        z = (split_batch(next(iter(self.train_dataset)))[0].to(self.args.device) - mean) / scale
+        z = (split_batch(next(self.train_dataset.one_pass()))[0].to(self.args.device) - mean) / scale
         self.model.config.bandwidth = self.args.bandwidth
         if self.model.config.activation == "jumprelu":
             self.model.threshold.fill_(self.args.bandwidth / 2)

@@ -150,9 +150,7 @@ def test_a_damaged_shard_is_named_and_written_again_when_deleted(parts, tmp_path
         shard = load_file(path)
         shard["hidden_states"][3, 3] += 1
         save_file(shard, path)
-    with pytest.raises(
-        ValueError, match=r"shard-00001\.safetensors was truncated or altered.*delete it"
-    ):
+    with pytest.raises(ValueError, match=r"shard-00001\.safetensors was truncated or altered.*delete it"):
         tokens(CachedActivations(tmp_path, batch_size=8, buffer_size=32))
     path.unlink()
     path.with_suffix(".json").unlink()
