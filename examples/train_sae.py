@@ -173,7 +173,13 @@ def count_steps(arguments, training, rows, collate):
     if samples is None:
         raise ValueError("num_samples is null and the rows are streamed, so their number is unknown; give max_steps.")
     some = list(islice(rows, 64))
-    tokens = samples * int(collate(some)["attention_mask"].sum()) / len(some)
+    batch = collate(some)
+    if "attention_mask" not in batch:
+        raise ValueError(
+            f"none of the first {len(some)} rows of {arguments.dataset!r} can be used ({dict(batch['skipped'])}); give "
+            "rows with an image that opens and a text."
+        )
+    tokens = samples * int(batch["attention_mask"].sum()) / len(some)
     return max(1, round(training.num_train_epochs * tokens / arguments.tokens_per_batch / training.world_size))
 
 

@@ -1,4 +1,4 @@
-"""The estimate against small real runs: operations counted by torch, bytes counted by hand, tokens counted by gathering."""
+"""The estimate against small real runs: torch counts the operations, gathering the tokens, the tensors their bytes."""
 
 import re
 from pathlib import Path
