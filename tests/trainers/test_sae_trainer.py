@@ -78,7 +78,7 @@ def test_training_reconstructs_raw_hidden_states_of_any_scale_and_offset(tmp_pat
     # 300 steps are few for thresholds, which learn from what comes near them.
     assert quality["explained_variance"] > (0.85 if hasattr(sae, "threshold") else 0.9)
     assert quality["l0_share"] < 0.3
-    assert quality["dead_share"] < 0.3
+    assert quality["dead_share"] < 0.4  # of 64 features, for 32 atoms
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(D_SAE))
 
 
