@@ -42,5 +42,6 @@ setup(
         "demo": ["gradio>=6"],
         "vllm": ["vllm>=0.27,<0.31"],  # TRL 1.16 stops at 0.31, and 0.31 wants an older transformers
         "sam": ["segment-anything", "torchvision"],
+        "peers": ["sae-lens", "eai-sparsify"],  # what benchmarks/ compares with
     },
 )

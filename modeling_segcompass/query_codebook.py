@@ -159,6 +159,7 @@ class QueryCodebook(nn.Module):
         """h_j(z_t) of the selected concepts only, differentiable in z: float (B, T, M)."""
         encoder = sae.W_enc.mT[indices]
         h = torch.relu(z.to(encoder.dtype) @ encoder.mT + sae.b_enc[indices][:, None])
+        h = sae.gate(h, indices[:, None])
         if threshold is not None:
             h = h * (h >= threshold[..., None] * (1 - 1e-5))
         h = h * mask[..., None]

@@ -1,14 +1,24 @@
 """Hidden states of one decoder block of an MLLM, streamed and shuffled: what a sparse autoencoder is trained on.
 
-Blocks above the one asked for are never computed and nothing is written to disk. Knows nothing about the autoencoder.
+Blocks above the one asked for are never computed and nothing is written to disk (`trainers.activation_cache` does
+that). Knows nothing about the autoencoder.
 """
 
 import inspect
+import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
 from torch.utils.data import IterableDataset
+
+TOKEN_TYPES = ("image", "instruction", "response", "special")
+"""What a token of a sample can be; its number is its place here."""
+
+SPECIAL = TOKEN_TYPES.index("special")
+
+logger = logging.getLogger(__name__)
 
 
 class _LayerReached(Exception):
@@ -57,6 +67,105 @@ def layer_hidden_states(model: nn.Module, inputs: dict[str, torch.Tensor], layer
     raise RuntimeError(f"the MLLM's forward pass never ran decoder block {layer}.")
 
 
+def token_types(model: nn.Module, inputs: dict[str, torch.Tensor], special_token_ids: Iterable[int]) -> torch.Tensor:
+    """The type of every token, (B, T) uint8, an index into `TOKEN_TYPES`; padding gets one too.
+
+    Image tokens are those of the MLLM's `image_token_id`, special ones those listed, the response is where
+    `response_mask` says, and all else is instruction (with the words of the chat template).
+    """
+    ids = inputs["input_ids"]
+    types = torch.full_like(ids, TOKEN_TYPES.index("instruction"), dtype=torch.uint8)
+    if inputs.get("response_mask") is not None:
+        types[inputs["response_mask"].bool()] = TOKEN_TYPES.index("response")
+    types[torch.isin(ids, torch.tensor(sorted(special_token_ids), dtype=torch.long, device=ids.device))] = SPECIAL
+    types[ids == getattr(model, "mllm", model).config.image_token_id] = TOKEN_TYPES.index("image")
+    return types
+
+
+def keep_finite(z: torch.Tensor, name: str, on_nonfinite: str) -> bool:
+    """Whether a batch of hidden states has neither NaN nor infinity.
+
+    Args:
+        name: what the error or the warning calls the batch.
+        on_nonfinite: "stop" raises, "skip" warns and returns False.
+
+    Raises:
+        ValueError: it has some and `on_nonfinite` is "stop", or `on_nonfinite` is neither.
+    """
+    if on_nonfinite not in ("stop", "skip"):
+        raise ValueError(f"on_nonfinite is {on_nonfinite!r}; choose 'stop' or 'skip'.")
+    if torch.isfinite(z).all():
+        return True
+    bad = int((~torch.isfinite(z)).flatten(0, -2).any(-1).sum())
+    found = f"{name}: {bad} of {z[..., 0].numel()} tokens have NaN or infinite hidden states"
+    if on_nonfinite == "stop":
+        raise ValueError(f"{found}; compute in float32 or bfloat16, or leave such batches out: on_nonfinite='skip'.")
+    logger.warning("%s; the batch is skipped", found)
+    return False
+
+
+def batch_activations(
+    model: nn.Module,
+    inputs: dict[str, torch.Tensor],
+    layer: int,
+    special_token_ids: Iterable[int],
+    keep_special: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states (n, d_in) float32 and types (n,) uint8 of a batch's tokens in order, without padding.
+
+    Special tokens are left out too, unless `keep_special`.
+    """
+    types = token_types(model, inputs, special_token_ids)
+    keep = torch.ones_like(types, dtype=torch.bool) if keep_special else types != SPECIAL
+    if inputs.get("attention_mask") is not None:
+        keep &= inputs["attention_mask"].bool()
+    hidden_states = layer_hidden_states(model, inputs, layer)
+    keep = keep.to(hidden_states.device)
+    return hidden_states[keep].float(), types.to(hidden_states.device)[keep]
+
+
+def model_special_tokens(model: nn.Module) -> tuple[int, ...]:
+    """Ids that never enter the concept path: `model.config.special_token_ids`, or none where there are none."""
+    return tuple(getattr(model.config, "special_token_ids", None) or ())
+
+
+def shuffle_tokens(
+    chunks: Iterator[tuple[torch.Tensor, torch.Tensor]], batch_size: int, buffer_size: int, seed: int = 0
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Cut a stream of (hidden states, types) into batches whose tokens come from all over a buffer.
+
+    The buffer is filled to `buffer_size` tokens, shuffled, emptied by half and filled again. It takes
+    `4 * buffer_size * d_in` bytes on the device of the chunks, twice that while it is refilled.
+
+    Raises:
+        ValueError: the buffer is too small for the batch.
+    """
+    if buffer_size < 2 * batch_size:
+        raise ValueError(
+            f"buffer_size is {buffer_size} tokens, but mixing batches of {batch_size} takes at least {2 * batch_size}; "
+            "raise buffer_size or lower batch_size."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    buffer, exhausted = None, False
+    while not exhausted:
+        held = [] if buffer is None else [buffer]
+        size = sum(len(z) for z, _ in held)
+        while size < buffer_size and not exhausted:
+            chunk = next(chunks, None)
+            if chunk is None:
+                exhausted = True
+                continue
+            held.append(chunk)
+            size += len(chunk[0])
+        if not size:
+            return
+        order = torch.randperm(size, generator=generator)
+        buffer = [torch.cat(parts)[order.to(parts[0].device)] for parts in zip(*held, strict=True)]
+        while len(buffer[0]) > (0 if exhausted else buffer_size // 2):
+            yield buffer[0][:batch_size], buffer[1][:batch_size]
+            buffer = buffer[0][batch_size:], buffer[1][batch_size:]
+
+
 def stream_activations(
     model: nn.Module,
     dataloader: Iterable[dict[str, torch.Tensor]],
@@ -65,73 +174,66 @@ def stream_activations(
     buffer_size: int = 32768,
     special_token_ids: Iterable[int] | None = None,
     seed: int = 0,
-) -> Iterator[torch.Tensor]:
+    with_types: bool = False,
+    keep_special: bool = False,
+    on_nonfinite: str = "stop",
+    report: Counter | None = None,
+) -> Iterator[torch.Tensor] | Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield shuffled hidden states of every image, prompt and response token of the samples, one pass over them.
 
-    Tokens are mixed across samples in a buffer that is filled to `buffer_size`, shuffled, emptied by half and filled
-    again. Padding (attention mask 0) and special tokens are dropped: their hidden states are attention sinks or noise.
-    The model is put in evaluation mode and left in it.
+    Tokens are mixed across samples (`shuffle_tokens`). Padding (attention mask 0) and special tokens are dropped: their
+    hidden states are attention sinks or noise. The model is put in evaluation mode and left in it.
 
     Args:
         model: a SegCompass model, or a bare transformers LLaVA / Qwen2.5-VL model.
-        dataloader: batches as the processor gives them (`input_ids` (B, T), `attention_mask`, `pixel_values`, ...).
+        dataloader: batches as the processor gives them (`input_ids` (B, T), `attention_mask`, `pixel_values`, ...). A
+            batch's `skipped`, a Counter of samples that could not be used and why, goes to the report.
         layer: L, the decoder block to read, from 1.
         batch_size: tokens yielded at a time; the last batch may be smaller.
-        buffer_size: tokens mixed with one another, at least `2 * batch_size`. The buffer takes
-            `4 * buffer_size * d_in` bytes on the model's device, twice that while it is refilled.
+        buffer_size: tokens mixed with one another, at least `2 * batch_size`.
         special_token_ids: ids to drop; by default `model.config.special_token_ids`, or none where there are none.
         seed: of the shuffling.
+        with_types: yield pairs with the tokens' types (N,) uint8, indices into `TOKEN_TYPES`.
+        keep_special: do not drop special tokens.
+        on_nonfinite: "stop" at an MLLM batch with NaN or infinite hidden states, or "skip" it whole.
+        report: counts `samples` read, and what was skipped, by reason.
 
     Yields:
-        (batch_size, d_in) float32 tensors on the model's device.
+        (batch_size, d_in) float32 tensors on the model's device, with their types if asked for.
 
     Raises:
-        ValueError: the buffer is too small for the batch, or the MLLM has no such layer.
+        ValueError: the buffer is too small for the batch, the MLLM has no such layer, or hidden states are not finite.
     """
-    if buffer_size < 2 * batch_size:
-        raise ValueError(
-            f"buffer_size is {buffer_size} tokens, but mixing batches of {batch_size} takes at least {2 * batch_size}; "
-            "raise buffer_size or lower batch_size."
-        )
-    if special_token_ids is None:
-        special_token_ids = getattr(model.config, "special_token_ids", None) or ()
+    special = model_special_tokens(model) if special_token_ids is None else special_token_ids
     model.eval()
-    special = torch.tensor(sorted(special_token_ids), dtype=torch.long)
-    generator = torch.Generator().manual_seed(seed)
-    batches = iter(dataloader)
-    buffer, exhausted = None, False
-    while not exhausted:
-        chunks = [] if buffer is None else [buffer]
-        held = sum(map(len, chunks))
-        while held < buffer_size and not exhausted:
-            inputs = next(batches, None)
-            if inputs is None:
-                exhausted = True
+    report = Counter() if report is None else report
+
+    def chunks():
+        for index, inputs in enumerate(dataloader):
+            report.update(inputs.get("skipped", ()))
+            if "input_ids" not in inputs:
                 continue
-            keep = ~torch.isin(inputs["input_ids"], special.to(inputs["input_ids"].device))
-            if inputs.get("attention_mask") is not None:
-                keep &= inputs["attention_mask"].bool()
-            hidden_states = layer_hidden_states(model, inputs, layer)
-            chunks.append(hidden_states[keep.to(hidden_states.device)].float())
-            held += len(chunks[-1])
-        if not held:
-            return
-        buffer = torch.cat(chunks)
-        buffer = buffer[torch.randperm(held, generator=generator).to(buffer.device)]
-        while len(buffer) > (0 if exhausted else buffer_size // 2):
-            yield buffer[:batch_size]
-            buffer = buffer[batch_size:]
+            z, types = batch_activations(model, inputs, layer, special, keep_special)
+            if keep_finite(z, f"batch {index} of the samples", on_nonfinite):
+                report["samples"] += len(inputs["input_ids"])
+                yield z, types
+            else:
+                report["not finite"] += len(inputs["input_ids"])
+
+    for z, types in shuffle_tokens(chunks(), batch_size, buffer_size, seed):
+        yield (z, types) if with_types else z
 
 
 class ActivationDataset(IterableDataset):
     """The stream of `stream_activations` as a dataset that `SparseAutoencoderTrainer` reads, batches ready made.
 
-    Each pass runs the MLLM again over the samples and shuffles differently. On several processes each one runs the
-    MLLM on its own share of the batches.
+    Each pass runs the MLLM again over the samples and shuffles differently: pass n with seed + n. On several processes
+    each one runs the MLLM on its own share of the batches. `report` counts the samples of all passes, and the skipped.
 
     Args:
-        model, layer, batch_size, buffer_size, special_token_ids, seed: as in `stream_activations`.
+        model, layer: as in `stream_activations`.
         dataloader: batches that can be gone through more than once (a `DataLoader` or a list, not a generator).
+        options: the rest of `stream_activations`' arguments.
 
     Raises:
         ValueError: `dataloader` can be read only once.
@@ -142,10 +244,8 @@ class ActivationDataset(IterableDataset):
         model: nn.Module,
         dataloader: Iterable[dict[str, torch.Tensor]],
         layer: int,
-        batch_size: int = 2048,
-        buffer_size: int = 32768,
-        special_token_ids: Iterable[int] | None = None,
         seed: int = 0,
+        **options,
     ):
         if isinstance(dataloader, Iterator):
             raise ValueError(
@@ -155,27 +255,27 @@ class ActivationDataset(IterableDataset):
         self.model = model
         self.dataloader = dataloader
         self.layer = layer
-        self.batch_size = batch_size
-        self.buffer_size = buffer_size
-        self.special_token_ids = special_token_ids
         self.seed = seed
+        self.options = options
+        self.report = Counter()
         self.passes = 0
+
+    def set_epoch(self, epoch: int):
+        """Say which pass the next one is."""
+        self.passes = epoch
 
     def __iter__(self):
         seed = self.seed + self.passes
         self.passes += 1
-        return stream_activations(
-            self.model,
-            self._share(),
-            self.layer,
-            batch_size=self.batch_size,
-            buffer_size=self.buffer_size,
-            special_token_ids=self.special_token_ids,
-            seed=seed,
-        )
+        return stream_activations(self.model, self._share(), self.layer, seed=seed, report=self.report, **self.options)
 
     def _share(self):
-        rank, processes = 0, 1
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        rank, processes = process_share()
         return (inputs for index, inputs in enumerate(self.dataloader) if index % processes == rank)
+
+
+def process_share() -> tuple[int, int]:
+    """(rank, number) of this process among those that train together; (0, 1) alone."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1

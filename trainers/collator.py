@@ -1,6 +1,15 @@
 """From rows of a data set to one training batch: model inputs with the response appended, and mask targets."""
 
+import logging
+from collections import Counter
+from io import BytesIO
+
+from PIL import Image
+from transformers.image_utils import load_image
+
 from .targets import mask_targets
+
+logger = logging.getLogger(__name__)
 
 
 class SegCompassCollator:
@@ -40,3 +49,90 @@ class SegCompassCollator:
             mask_targets(row["masks"], row["height"], row["width"], self.frame, self.mask_side) for row in rows
         ]
         return batch
+
+
+class ImageTextCollator:
+    """Collates image-text(-response) rows of any form (`loaders.image_text`) into inputs of the MLLM alone.
+
+    A row that cannot be used is left out, counted by reason in the batch's `skipped` (a Counter) and logged.
+
+    Args:
+        processor: a SegCompassProcessor.
+        read: row -> {"image", "text", "response", "reasoning"}; raises ValueError for a row without them.
+        token_window: most tokens a sample may have, image and response included.
+    """
+
+    def __init__(self, processor, read, token_window=3400):
+        self.processor = processor
+        self.read = read
+        self.token_window = token_window
+
+    def __call__(self, rows):
+        """rows -> model inputs (see the processor, `sam=False`) and `skipped`; only `skipped` if no row is usable."""
+        skipped, images, texts, responses = Counter(), [], [], []
+        for row in rows:
+            try:
+                row = self.read(row)
+                image = open_image(row["image"])
+                prompt = self.processor.prompt_text(row["text"])
+            except (ValueError, OSError) as error:
+                reason = "image does not open" if isinstance(error, OSError) else "no image or text"
+                skipped[reason] += 1
+                logger.warning("a sample is skipped, %s: %s", reason, error)
+                continue
+            response = row["response"]
+            if response is None and row["reasoning"]:
+                response = self.processor.format_response(row["reasoning"])
+            words = len(self.processor.tokenizer(f"{prompt}{response or ''}")["input_ids"])
+            if words > self.token_window:
+                skipped["too long"] += 1
+                logger.warning("a sample is skipped, too long: its text has %d tokens", words)
+                continue
+            images.append(image)
+            texts.append(row["text"])
+            responses.append(response)
+        if not images:
+            return {"skipped": skipped}
+        batch = self._fitting(images, texts, responses, skipped)
+        batch["skipped"] = skipped
+        return batch
+
+    def _fitting(self, images, texts, responses, skipped):
+        """Process the samples; those that turn out longer than the window are left out."""
+        some = any(response is not None for response in responses)
+        limit, self.processor.max_prompt_length = self.processor.max_prompt_length, float("inf")
+        try:
+            batch = dict(
+                self.processor(
+                    images=images,
+                    text=texts,
+                    response=[response or "" for response in responses] if some else None,
+                    sam=False,
+                )
+            )
+        finally:
+            self.processor.max_prompt_length = limit
+        if some:  # a row without response got an end token to itself
+            alone = [place for place, response in enumerate(responses) if response is None]
+            batch["attention_mask"][alone] *= ~batch["response_mask"][alone]
+        fits = (batch["attention_mask"].sum(1) <= self.token_window).tolist()
+        if all(fits):
+            return batch
+        skipped["too long"] += fits.count(False)
+        logger.warning("%d samples are skipped, longer than %d tokens", fits.count(False), self.token_window)
+        kept = [place for place, fit in enumerate(fits) if fit]
+        if not kept:
+            return {}
+        return self._fitting(*([part[place] for place in kept] for part in (images, texts, responses)), skipped)
+
+
+def open_image(image):
+    """An image as data sets hold it (PIL, path, URL, bytes, {"bytes", "path"}) -> PIL RGB. Raises OSError."""
+    try:
+        if isinstance(image, dict):
+            image = image["bytes"] if image.get("bytes") else image["path"]
+        if isinstance(image, bytes):
+            image = Image.open(BytesIO(image))
+        return load_image(image).convert("RGB")
+    except Exception as error:  # decoders raise whatever they like on damaged files
+        raise OSError(f"{str(image)[:80]!r} cannot be read as an image: {error}") from error

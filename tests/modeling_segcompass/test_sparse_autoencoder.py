@@ -1,7 +1,9 @@
+import json
+
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
 from modeling_segcompass.configuration_segcompass import SparseAutoencoderConfig
 from modeling_segcompass.modeling_sparse_autoencoder import SparseAutoencoder
@@ -17,7 +19,12 @@ def build_sae(dtype=torch.float32, **kwargs):
             parameter.normal_(std=0.3)
         sae.W_dec.mul_(torch.linspace(0.5, 2, D_SAE)[:, None])
         sae.usual_strength.uniform_(1, 3)
+        if hasattr(sae, "threshold"):
+            sae.threshold.copy_(torch.linspace(0.2, 1.2, D_SAE))
     return sae
+
+
+VARIANTS = [{}, {"activation": "topk", "k": 5}, {"activation": "batchtopk", "k": 5}, {"activation": "jumprelu"}]
 
 
 @pytest.fixture
@@ -71,6 +78,99 @@ def test_topk_keeps_the_k_largest_and_has_no_penalty(z):
     assert output.l0.item() == 5
 
 
+@pytest.mark.parametrize("activation", ["topk", "batchtopk"])
+def test_kept_features_give_the_loss_and_gradients_of_the_dense_computation(activation):
+    """The same loss from a dense mask, by autograd through dense products."""
+    sae = build_sae(torch.float64, activation=activation, k=5).train()
+    z = torch.randn(23, D_IN, dtype=torch.float64, requires_grad=True)
+    inputs = (z, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
+    output = sae(z)
+    h = torch.relu(z @ sae.W_enc + sae.b_enc)
+    with torch.no_grad():
+        smallest = h.topk(5).values[:, -1:] if activation == "topk" else h.flatten().topk(5 * 23).values[-1]
+    h = h * (h >= smallest)
+    z_hat = h @ sae.W_dec + sae.b_dec
+    mse = ((z - z_hat) ** 2).sum(1).mean()
+    torch.testing.assert_close(output.reconstruction, z_hat)
+    torch.testing.assert_close(output.feature_acts, h)
+    torch.testing.assert_close(output.loss, mse)
+    torch.testing.assert_close(output.active, (h > 0).sum(1).float())
+    torch.testing.assert_close(output.fired, (h > 0).sum(0).float())
+    for ours, reference in zip(
+        torch.autograd.grad(output.loss + output.feature_acts.square().sum(), inputs),
+        torch.autograd.grad(mse + h.square().sum(), inputs),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, reference)
+
+
+def test_batchtopk_shares_k_per_token_over_the_batch_and_then_uses_a_threshold(z):
+    sae = build_sae(activation="batchtopk", k=5).train()
+    sae.threshold.zero_()
+    dense = torch.relu(z @ sae.W_enc + sae.b_enc)
+    output = sae(z)
+    kept = dense.flatten().topk(5 * len(z)).values
+    assert output.l0.item() == pytest.approx(5)
+    assert output.active.unique().numel() > 1
+    torch.testing.assert_close(sae.threshold, kept.min().expand(D_SAE))  # the first batch sets it
+    before = sae.threshold.clone()
+    sae(3 * z)
+    assert (sae.threshold > before).all() and (sae.threshold < 2 * before).all()  # later ones move it a little
+    before = sae.threshold.clone()
+    sae.eval()
+    torch.testing.assert_close(sae(z).feature_acts, dense * (dense > before))
+    assert torch.equal(sae.threshold, before)
+
+
+def test_a_token_is_encoded_alike_alone_and_in_a_batch(z):
+    for options in VARIANTS:
+        sae = build_sae(**options).train()  # a frozen SAE inside a training model is in training mode too
+        torch.testing.assert_close(sae.encode(z)[3], sae.encode(z[3]))
+
+
+def test_jumprelu_is_off_up_to_its_threshold_and_pays_for_each_active_feature(z):
+    sae = build_sae(activation="jumprelu", l0_coefficient=0.3)
+    pre = z @ sae.W_enc + sae.b_enc
+    output = sae(z)
+    h = pre * (pre > sae.threshold)
+    torch.testing.assert_close(output.feature_acts, h)
+    torch.testing.assert_close(output.loss, output.mse + 0.3 * (h > 0).sum(1).float().mean())
+
+
+def test_jumprelu_thresholds_get_the_gradient_of_the_smoothed_loss():
+    """With a window of pre-activations spread evenly, the estimate equals a finite difference of the true loss."""
+    torch.manual_seed(0)
+    sae = SparseAutoencoder(
+        SparseAutoencoderConfig(d_in=1, d_sae=1, activation="jumprelu", l0_coefficient=0.1, bandwidth=0.02)
+    ).double()
+    with torch.no_grad():
+        for parameter, value in ((sae.W_enc, 1.0), (sae.W_dec, 0.9), (sae.threshold, 0.7)):
+            parameter.fill_(value)
+    z = torch.linspace(0, 2, 40_001, dtype=torch.float64)[:, None]
+    sae(z).loss.backward()
+    estimate, losses = sae.threshold.grad.item(), []
+    for threshold in (0.69, 0.71):
+        with torch.no_grad():
+            sae.threshold.fill_(threshold)
+        losses.append(sae(z).loss.item())
+    assert estimate == pytest.approx((losses[1] - losses[0]) / 0.02, rel=2e-2)
+
+
+def test_feature_acts_are_left_out_when_not_asked_for(z):
+    for options in VARIANTS:
+        output = build_sae(**options)(z, output_feature_acts=False)
+        assert output.feature_acts is None and output.reconstruction is not None
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+def test_counts_say_where_and_how_often_features_are_active(z, options):
+    output = build_sae(**options).eval()(z)
+    on = (output.feature_acts > 0).float()
+    torch.testing.assert_close(output.active, on.sum(1))
+    torch.testing.assert_close(output.fired, on.sum(0))
+    torch.testing.assert_close(output.l0.detach(), on.sum(1).mean())
+
+
 @pytest.mark.parametrize("shape", [(3, 4, D_IN), (D_IN,)])
 def test_encode_and_decode_take_any_leading_dimensions(shape):
     sae = build_sae(activation="topk", k=5)
@@ -86,8 +186,9 @@ def test_half_precision_hidden_states_are_computed_in_the_weights_dtype(z):
     torch.testing.assert_close(sae.encode(z.bfloat16()), sae.encode(z.bfloat16().float()))
 
 
-def test_selected_features_equal_the_dense_path_in_value_and_gradient():
-    sae = build_sae(torch.float64)
+@pytest.mark.parametrize("options", [VARIANTS[0], *VARIANTS[2:]])
+def test_selected_features_equal_the_dense_path_in_value_and_gradient(options):
+    sae = build_sae(torch.float64, **options)
     z = torch.randn(11, D_IN, dtype=torch.float64, requires_grad=True)
     indices = torch.tensor([7, 0, 95, 31])
     upstream = torch.randn(11, 4, dtype=torch.float64)
@@ -100,7 +201,7 @@ def test_selected_features_equal_the_dense_path_in_value_and_gradient():
         torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("options", [{}, {"activation": "topk", "k": 5}])
+@pytest.mark.parametrize("options", VARIANTS)
 @pytest.mark.parametrize("max_active", [3, 9, D_SAE])
 def test_sparse_pairs_are_the_strongest_features_of_the_dense_code(z, options, max_active):
     sae = build_sae(**options)
@@ -150,7 +251,10 @@ def test_hidden_states_of_another_width_are_refused(call):
     [
         ({"activation": "gelu"}, "activation is 'gelu'; choose one of"),
         ({"activation": "topk", "k": 97}, "k is 97, but the SAE has 96 features"),
+        ({"activation": "batchtopk", "k": 97}, "k is 97, but the SAE has 96 features"),
         ({"k": 0}, "k is 0"),
+        ({"l0_coefficient": -1.0}, "l0_coefficient is -1.0"),
+        ({"bandwidth": 0.0}, "bandwidth is 0.0; it must be positive"),
     ],
 )
 def test_impossible_configurations_are_refused(options, message):
@@ -158,7 +262,7 @@ def test_impossible_configurations_are_refused(options, message):
         SparseAutoencoderConfig(d_in=D_IN, d_sae=D_SAE, **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"activation": "topk", "k": 5}])
+@pytest.mark.parametrize("options", VARIANTS)
 def test_saving_and_loading_is_exact(z, tmp_path, options):
     sae = build_sae(backbone="tiny/backbone", **options)
     sae.save_pretrained(tmp_path)
@@ -166,7 +270,7 @@ def test_saving_and_loading_is_exact(z, tmp_path, options):
     for loaded in loads:
         assert loaded.state_dict().keys() == sae.state_dict().keys() >= {"usual_strength"}
         assert all(torch.equal(value, sae.state_dict()[name]) for name, value in loaded.state_dict().items())
-        assert torch.equal(loaded(z).loss, sae(z).loss)
+        assert torch.equal(loaded.eval()(z).loss, sae.eval()(z).loss)
         assert (loaded.config.backbone, loaded.config.layer) == ("tiny/backbone", 2)
         assert loaded.config.activation == sae.config.activation
 
@@ -212,3 +316,26 @@ def test_parts_missing_from_a_checkpoint_are_initialised_and_the_rest_kept(tmp_p
     loaded = SparseAutoencoder.from_pretrained(tmp_path)
     assert torch.equal(loaded.W_dec, sae.W_dec) and torch.equal(loaded.W_enc, sae.W_enc)
     assert torch.equal(loaded.usual_strength, torch.ones(D_SAE))
+
+
+def test_configurations_written_before_the_newer_fields_load_unchanged(z, tmp_path):
+    sae = build_sae(activation="topk", k=5)
+    sae.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    for name in ("l0_coefficient", "bandwidth", "dataset", "token_window"):
+        del config[name]
+    path.write_text(json.dumps(config))
+    loaded = SparseAutoencoder.from_pretrained(tmp_path)
+    assert torch.equal(loaded.encode(z), sae.encode(z))
+
+
+def test_it_loads_from_a_subfolder_and_through_auto_classes(z, tmp_path):
+    sae = build_sae(activation="jumprelu", dataset="scenes", token_window=160)
+    sae.save_pretrained(tmp_path / "sae")
+    for loaded in (
+        SparseAutoencoder.from_pretrained(tmp_path, subfolder="sae"),
+        AutoModel.from_pretrained(tmp_path, subfolder="sae"),
+    ):
+        assert torch.equal(loaded.encode(z), sae.encode(z))
+        assert (loaded.config.dataset, loaded.config.token_window) == ("scenes", 160)

@@ -10,12 +10,14 @@ from trainers.sae_trainer import (
     SparseAutoencoderTrainer,
     SparseAutoencoderTrainerConfig,
     evaluate_sae,
+    last_checkpoint,
     measure_usual_strength,
     take_tokens,
 )
 
 D_IN, D_SAE, ATOMS = 16, 64, 32
 TOPK = {"activation": "topk", "k": 4}
+VARIANTS = [{}, TOPK, {"activation": "batchtopk", "k": 4}, {"activation": "jumprelu"}]
 
 
 class Mixtures(IterableDataset):
@@ -66,16 +68,17 @@ def test_defaults_are_those_of_the_paper(tmp_path):
     assert args.get_warmup_steps(1000) == 30
 
 
-@pytest.mark.parametrize("options", [{}, TOPK])
+@pytest.mark.parametrize("options", VARIANTS)
 @pytest.mark.parametrize(("scale", "offset"), [(1.0, 0.0), (50.0, 3.0)])
 def test_training_reconstructs_raw_hidden_states_of_any_scale_and_offset(tmp_path, options, scale, offset):
     sae = build_sae(**options)
-    trainer = build_trainer(tmp_path, sae, Mixtures(scale=scale, offset=offset))
+    trainer = build_trainer(tmp_path, sae, Mixtures(scale=scale, offset=offset), l0_coefficient=0.5)
     trainer.train()
     quality = evaluate_sae(sae, Mixtures(8, scale=scale, offset=offset, seed=1))
-    assert quality["explained_variance"] > 0.9
+    # 300 steps are few for thresholds, which learn from what comes near them.
+    assert quality["explained_variance"] > (0.85 if hasattr(sae, "threshold") else 0.9)
     assert quality["l0_share"] < 0.3
-    assert quality["dead_share"] < 0.3
+    assert quality["dead_share"] < 0.4  # of 64 features, for 32 atoms
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(D_SAE))
 
 
@@ -102,15 +105,35 @@ def test_the_penalty_in_the_config_is_that_of_raw_hidden_states(tmp_path):
     assert sae.config.l1_coefficient == pytest.approx(0.5 * tokens.var(0, correction=0).mean().sqrt().item(), rel=1e-4)
 
 
-def test_resuming_continues_from_the_checkpoint(tmp_path):
-    whole, resumed = build_sae(**TOPK), build_sae(**TOPK)
-    data = Mixtures(scale=20.0, offset=2.0)
-    options = dict(max_steps=60, save_strategy="steps", save_steps=30, dead_window=10**9)
+@pytest.mark.parametrize("options", VARIANTS)
+def test_resuming_gives_the_weights_of_an_uninterrupted_run(tmp_path, options):
+    whole, resumed = build_sae(**options), build_sae(**options)
+    # 25 batches a pass, so that step 30 is in the second; features die and are revived before and after it.
+    data = Mixtures(25, scale=20.0, offset=2.0)
+    options = dict(max_steps=60, save_strategy="steps", save_steps=30, dead_window=2000)
     build_trainer(tmp_path, whole, data, **options).train()
+    torch.manual_seed(5)
     build_trainer(tmp_path, resumed, data, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-30"))
-    # Equal up to the rounding of the change of frame, which near-ties among the k largest amplify a little.
-    losses = [evaluate_sae(sae, Mixtures(8, scale=20.0, offset=2.0, seed=1))["mse"] for sae in (whole, resumed)]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
+
+
+def test_a_checkpoint_that_was_cut_off_is_not_resumed_from(tmp_path):
+    build_trainer(tmp_path, build_sae(**TOPK), max_steps=20, save_strategy="steps", save_steps=5).train()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-20")
+    state = tmp_path / "checkpoint-20" / "trainer_state.json"
+    state.write_text(state.read_text()[:100])
+    (tmp_path / "checkpoint-15" / "trainer_state.json").unlink()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert last_checkpoint(tmp_path / "nowhere") is None
+    with pytest.raises(ValueError, match="holds no whole checkpoint"):
+        build_trainer(tmp_path / "nowhere", build_sae(**TOPK)).train(resume_from_checkpoint=True)
+
+
+def test_a_folder_without_the_frame_is_no_checkpoint(tmp_path):
+    build_trainer(tmp_path, build_sae(**TOPK), max_steps=4, save_strategy="steps", save_steps=4).train()
+    (tmp_path / "checkpoint-4" / "training_frame.safetensors").unlink()
+    with pytest.raises(ValueError, match="no checkpoint of this trainer"):
+        build_trainer(tmp_path, build_sae(**TOPK)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
 def test_training_a_trained_autoencoder_again_starts_from_what_it_knows(tmp_path):
@@ -221,16 +244,123 @@ def test_evaluation_gives_the_named_formulas():
     active = (h > 0).float()
     expected = {
         "explained_variance": 1 - unexplained.item(),
+        "fvu": (residual.square().sum() / (z - z.mean(0)).square().sum()).item(),
+        "l2_ratio": (sae.decode(h).norm(dim=1) / z.norm(dim=1)).mean().item(),
+        "relative_reconstruction_bias": (sae.decode(h).square().sum() / (z * sae.decode(h)).sum()).item(),
         "l0": active.sum(1).mean().item(),
         "l0_share": active.mean().item(),
         "dead_share": (active.sum(0) == 0).float().mean().item(),
         "mse": residual.square().sum(1).mean().item(),
         "tokens": 50,
     }
-    assert quality.keys() == expected.keys()
+    assert quality.keys() == {*expected, "density_histogram"}
+    density = active.mean(0)
+    assert sum(quality["density_histogram"].values()) == D_SAE
+    assert quality["density_histogram"]["never"] == (density == 0).sum()
+    assert quality["density_histogram"]["1e-01"] == (density >= 0.1).sum()
+    assert quality["density_histogram"]["1e-02"] == ((density >= 0.01) & (density < 0.1)).sum()
     for name, value in expected.items():
         assert math.isclose(quality[name], value, rel_tol=1e-4), name
     assert quality["dead_share"] >= 8 / D_SAE
+
+
+def test_evaluation_by_token_type_equals_evaluating_each_type_alone():
+    sae = build_sae()
+    z = torch.randn(60, D_IN, generator=torch.Generator().manual_seed(0))
+    types = torch.arange(60).remainder(3).to(torch.uint8)  # image, instruction, response; no special
+    quality = evaluate_sae(sae, zip(z.split(9), types.split(9), strict=True))
+    assert list(quality["by_type"]) == ["image", "instruction", "response"]
+    parts = {"all": evaluate_sae(sae, z.split(9))}
+    parts |= {name: evaluate_sae(sae, [z[types == number]]) for number, name in enumerate(quality["by_type"])}
+    for name, alone in parts.items():
+        typed = quality if name == "all" else quality["by_type"][name]
+        assert typed["density_histogram"] == alone.pop("density_histogram")
+        assert {name: typed[name] for name in alone} == pytest.approx(alone)
+
+
+def test_special_tokens_count_only_under_their_own_name():
+    sae = build_sae()
+    z = torch.randn(60, D_IN, generator=torch.Generator().manual_seed(0))
+    types = torch.arange(60).remainder(4).to(torch.uint8)
+    quality = evaluate_sae(sae, [(z, types)])
+    assert quality["tokens"] == 45 and quality["by_type"]["special"]["tokens"] == 15
+    assert quality["mse"] == pytest.approx(evaluate_sae(sae, [z[types != 3]])["mse"])
+
+
+class Typed(Mixtures):
+    """The same, alternately called image and response tokens."""
+
+    def __iter__(self):
+        for z in super().__iter__():
+            yield z, torch.arange(len(z)).remainder(2).mul(2).to(torch.uint8)
+
+
+def test_logs_name_each_token_type_of_the_data(tmp_path):
+    plain, typed = build_sae(**TOPK), build_sae(**TOPK)
+    logs = []
+    for sae, data in ((plain, Mixtures()), (typed, Typed())):
+        trainer = build_trainer(tmp_path, sae, data, max_steps=50)
+        trainer.train()
+        logs.append(next(entry for entry in trainer.state.log_history if "loss" in entry))
+    assert torch.equal(plain.W_dec, typed.W_dec)
+    for name in ("explained_variance", "l0", "density"):
+        assert logs[1][name] == pytest.approx(logs[0][name])
+        assert f"{name}_instruction" not in logs[1]
+        parts = [logs[1][f"{name}_{kind}"] for kind in ("image", "response")]
+        assert sum(parts) / 2 == pytest.approx(logs[0][name], rel=0.02)
+    assert logs[0]["density"] == pytest.approx(logs[0]["l0"] / D_SAE)
+
+
+class WithBad(Mixtures):
+    """The fourth batch has a NaN."""
+
+    def __iter__(self):
+        for index, z in enumerate(super().__iter__()):
+            if index == 3:
+                z[5, 2] = math.nan
+            yield z
+
+
+class Without(Mixtures):
+    """The fourth batch is missing."""
+
+    def __iter__(self):
+        yield from (z for index, z in enumerate(super().__iter__()) if index != 3)
+
+
+def test_a_batch_that_is_not_finite_stops_training_and_is_named(tmp_path):
+    with pytest.raises(ValueError, match="batch 3 of the training data: 1 of 256 tokens have NaN.*on_nonfinite='skip'"):
+        build_trainer(tmp_path, build_sae(), WithBad()).train()
+
+
+def test_a_batch_that_is_not_finite_can_be_skipped_whole(tmp_path, caplog):
+    skipped, missing = build_sae(**TOPK), build_sae(**TOPK)
+    build_trainer(tmp_path, skipped, WithBad(), max_steps=20, on_nonfinite="skip").train()
+    build_trainer(tmp_path, missing, Without(), max_steps=20).train()
+    assert all(torch.equal(value, skipped.state_dict()[name]) for name, value in missing.state_dict().items())
+    assert "batch 3 of the training data" in caplog.text
+
+
+def test_activations_of_another_width_are_refused(tmp_path):
+    class Wide(IterableDataset):
+        def __iter__(self):
+            yield from [torch.randn(32, D_IN + 1)] * 4
+
+    with pytest.raises(ValueError, match="batch 0 of the training data is 17 wide, but the SAE reads 16"):
+        build_trainer(tmp_path, build_sae(), Wide()).train()
+
+
+def test_an_empty_dataset_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="0 activations to train on"):
+        build_trainer(tmp_path, build_sae(), Mixtures(0)).train()
+
+
+def test_bf16_autocast_keeps_float32_weights_and_learns(tmp_path):
+    for options in (TOPK, {}):
+        sae = build_sae(**options)
+        build_trainer(tmp_path, sae, bf16=True).train()
+        assert sae.W_enc.dtype == torch.float32
+        assert evaluate_sae(sae, Mixtures(8, seed=1))["explained_variance"] > 0.85
 
 
 def test_no_activations_cannot_be_evaluated():

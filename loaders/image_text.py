@@ -1,0 +1,121 @@
+"""Image-text rows from any data set, for what needs no masks: hidden states to train a sparse autoencoder on.
+
+Understood are the rows of this project, OBELICS-style interleaved documents (lists `images` and `texts` in reading
+order), JSON lines, and tables with an image and a text column. Every row becomes `image`, `text`, `response`.
+
+This module knows nothing about models or tokens, and it opens no image: see `trainers.collator.ImageTextCollator`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from datasets import Dataset, Image, IterableDataset, Sequence, load_dataset, load_from_disk
+
+from .scenes import load_scenes
+
+IMAGE_COLUMNS = ("image", "image_path", "img_path", "path", "image_url", "url")
+TEXT_COLUMNS = ("text", "instruction", "question", "prompt", "caption")
+RESPONSE_COLUMNS = ("response", "answer")
+"""Names under which a row's parts are looked for, the first that has something counting."""
+
+
+def load_image_text(
+    dataset: str, split: str = "train", seed: int = 0, num_samples: int | None = None, streaming: bool = True
+) -> Dataset | IterableDataset:
+    """Load rows by name.
+
+    Args:
+        dataset: "scenes"; a folder that `save_to_disk` wrote; a `.jsonl` file (paths of images in it are relative to
+            the file); or the id of a data set on the Hub.
+        split: of the data set; a `.jsonl` file has one only.
+        seed: of the scenes.
+        num_samples: rows at most; None means all, and the scenes then are 100,000.
+        streaming: read (or draw) rows while they are used instead of storing them first.
+
+    Returns:
+        Dataset or IterableDataset, its rows as they are; `image_text` reads them.
+
+    Raises:
+        ValueError: num_samples is below 1, or the data set cannot be found.
+    """
+    if num_samples is not None and num_samples < 1:
+        raise ValueError(f"num_samples is {num_samples}; ask for at least one row, or None for all.")
+    if dataset == "scenes":
+        return load_scenes(split, seed, num_samples or 100_000, streaming=streaming)
+    path = Path(dataset)
+    if path.suffix in (".jsonl", ".json"):
+        if not path.is_file():
+            raise ValueError(f"dataset {dataset!r} is no file; give the path of a .jsonl file.")
+        rows = load_dataset("json", data_files=str(path), split="train", streaming=streaming)
+        rows = rows.map(_relative_to, fn_kwargs={"folder": str(path.parent)})
+    elif path.is_dir():
+        rows = load_from_disk(dataset)
+        rows = rows[split] if isinstance(rows, Mapping) else rows
+    else:
+        rows = load_dataset(dataset, split=split, streaming=streaming)
+    rows = _undecoded(rows)
+    if num_samples is None:
+        return rows
+    if isinstance(rows, IterableDataset):
+        return rows.take(num_samples)
+    return rows.select(range(min(num_samples, len(rows))))
+
+
+def image_text(row: Mapping) -> dict:
+    """A row of any of the forms above -> {"image", "text", "response", "reasoning"}.
+
+    `image` is what the row holds: a PIL image, a path, a URL, bytes or {"bytes", "path"}. An interleaved document gives
+    its first image and the text after it (before it, if none follows). `response` is None or text as it is; `reasoning`
+    is None or a trace of our own rows, which the processor puts into a response.
+
+    Raises:
+        ValueError: no image, or no text.
+    """
+    if "images" in row and "texts" in row:
+        image, text = _first_image_with_text(row["images"], row["texts"])
+        return {"image": image, "text": text, "response": None, "reasoning": None}
+    image = next((row[name] for name in IMAGE_COLUMNS if row.get(name)), None)
+    text = next((row[name] for name in TEXT_COLUMNS if row.get(name)), None)
+    if image is None or not str(text or "").strip():
+        missing, names = ("image", IMAGE_COLUMNS) if image is None else ("text", TEXT_COLUMNS)
+        raise ValueError(f"the row has no {missing}; it has {sorted(row)}, looked for were {names}.")
+    response = next((row[name] for name in RESPONSE_COLUMNS if row.get(name)), None)
+    return {"image": image, "text": text, "response": response, "reasoning": row.get("reasoning")}
+
+
+def _first_image_with_text(images, texts):
+    places = [place for place, image in enumerate(images) if image]
+    if not places:
+        raise ValueError("the document has no image.")
+    for place in places:
+        after = next((text for text in texts[place:] if text and text.strip()), None)
+        if after:
+            return images[place], after
+    before = next((text for text in reversed(texts[: places[0]]) if text and text.strip()), None)
+    if before is None:
+        raise ValueError("the document has no text.")
+    return images[places[0]], before
+
+
+def _relative_to(row, folder):
+    """Paths of images in a row, made absolute."""
+
+    def absolute(path):
+        if isinstance(path, str) and "://" not in path:
+            return str(Path(folder, path))
+        return path
+
+    changed = {name: absolute(row[name]) for name in IMAGE_COLUMNS if isinstance(row.get(name), str)}
+    if isinstance(row.get("images"), list):
+        changed["images"] = [absolute(image) for image in row["images"]]
+    return changed
+
+
+def _undecoded(rows):
+    """Leave images as bytes or paths, so that one that does not open costs its row and not the whole run."""
+    for name, feature in (rows.features or {}).items():
+        if isinstance(feature, Image):
+            rows = rows.cast_column(name, Image(decode=False))
+        elif isinstance(getattr(feature, "feature", None), Image):
+            rows = rows.cast_column(name, Sequence(Image(decode=False)))
+    return rows
