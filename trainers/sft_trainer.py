@@ -11,6 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from .collator import SegCompassCollator
 from .losses import segmentation_loss
+from .optimization import SEGMENTATION_MODULES, parameter_groups
 from .policy import freeze
 from .targets import valid_extent
 
@@ -27,6 +28,9 @@ class SegCompassSFTConfig(TrainingArguments):
     )
     token_dropout: float = field(
         default=0.0, metadata={"help": "share of samples whose queries are built from concepts alone"}
+    )
+    segmentation_lr_multiplier: float = field(
+        default=1.0, metadata={"help": "rate of codebook, slot mapper and decoder relative to the rest's"}
     )
     train_below_sae_layer: bool = field(
         default=False, metadata={"help": "train decoder blocks up to the SAE's layer; a trained SAE then drifts"}
@@ -59,6 +63,21 @@ class SegCompassSFTTrainer(Trainer):
         super().__init__(model=model, args=args, processing_class=processing_class, data_collator=collator, **kwargs)
         self.model_accepts_loss_kwargs = False
         self._parts = {}
+
+    def create_optimizer(self, model=None):
+        """AdamW with the segmentation modules' own rate."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            groups = parameter_groups(
+                model,
+                self.args.learning_rate,
+                self.args.weight_decay,
+                set(self.get_decay_parameter_names(model)),
+                dict.fromkeys(SEGMENTATION_MODULES, self.args.segmentation_lr_multiplier),
+            )
+            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = optimizer_class(groups, **settings)
+        return self.optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Language loss + λ_s·(BCE + λ_D·dice) + λ_c·confidence BCE; the parts are logged."""

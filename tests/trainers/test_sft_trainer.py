@@ -95,6 +95,20 @@ def test_everything_learns_when_the_recipe_says_so(rows, tmp_path):
     assert not moved(model, before, "sae")
 
 
+def test_segmentation_modules_have_their_own_rate(rows, tmp_path):
+    model, processor = tiny_segcompass("llava")
+    arguments = SegCompassSFTConfig(
+        output_dir=str(tmp_path), learning_rate=1e-4, segmentation_lr_multiplier=5.0, use_cpu=True, report_to="none"
+    )
+    optimizer = SegCompassSFTTrainer(model, arguments, processor, train_dataset=rows).create_optimizer()
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            expected = 5e-4 if name.startswith(MODULES) else 1e-4
+            assert rates.pop(id(parameter)) == pytest.approx(expected), name
+    assert not rates
+
+
 def test_language_alone_makes_no_mask_computation(rows, tmp_path, monkeypatch):
     model, processor = tiny_segcompass("llava")
     before = snapshot(model)

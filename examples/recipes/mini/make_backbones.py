@@ -267,6 +267,9 @@ class Seeing(nn.Module):
         self.tower, self.encode = tower, encode
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, sum(CLASSES) + 16))
 
+    def learning_rates(self):
+        return [(self, 1e-3)]
+
     def forward(self, pixel_values, attributes, fine):
         loss, right = patch_loss(self.head(self.encode(pixel_values)), attributes, fine)
         return loss, {"patches": loss.item(), "patches all right": right}
@@ -278,6 +281,11 @@ class Talking(Seeing):
     def __init__(self, mllm, head):
         super().__init__(mllm, lambda pixels: torch.stack(mllm.model.get_image_features(pixels).pooler_output), WIDTH)
         self.head = head
+
+    def learning_rates(self):
+        core = self.tower.model  # what sees learns slowly here, or it forgets while the language part is still random
+        seeing = [(part, 3e-4) for part in (core.vision_tower, core.multi_modal_projector, self.head)]
+        return [*seeing, (core.language_model, 1.5e-3)]
 
     def forward(self, pixel_values, attributes, fine, prefix_ids, input_ids, labels, attention_mask):
         model, repeats = self.tower.model.language_model, len(input_ids) // len(pixel_values)
@@ -292,10 +300,10 @@ class Talking(Seeing):
         logits = self.tower.lm_head(states[:, :-1]).float().flatten(0, 1)
         language = nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
         parts = {"language": language.item(), "patches": loss.item(), "patches all right": right}
-        return language + 0.1 * loss, parts
+        return language + 0.3 * loss, parts
 
 
-def train(pupil, make_batches, minutes, state_file, lr=1e-3):
+def train(pupil, make_batches, minutes, state_file):
     """Train for some minutes of wall time (all runs together), with as many processes as torchrun started.
 
     Args:
@@ -304,7 +312,8 @@ def train(pupil, make_batches, minutes, state_file, lr=1e-3):
     """
     rank = distributed.get_rank() if distributed.is_initialized() else 0
     pupil.train()
-    optimizer = torch.optim.AdamW(pupil.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    groups = [{"params": list(part.parameters()), "peak": lr} for part, lr in pupil.learning_rates()]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.01)
     step, spent = 0, 0.0
     if state_file.exists():
         state = torch.load(state_file)
@@ -324,7 +333,7 @@ def train(pupil, make_batches, minutes, state_file, lr=1e-3):
             break
         rate = min(1.0, (step + 1) / 200) * (0.02 + 0.98 * (1 + np.cos(np.pi * progress)) / 2)
         for group in optimizer.param_groups:
-            group["lr"] = lr * rate
+            group["lr"] = float(group["peak"] * rate)
         with torch.autocast("cpu", torch.bfloat16):
             loss, parts = parallel(**next(loader))
         loss.backward()
@@ -337,7 +346,7 @@ def train(pupil, make_batches, minutes, state_file, lr=1e-3):
             averages[name] = 0.98 * averages.get(name, value) + 0.02 * value
         bar.update(round(spent) - bar.n)
         bar.set_postfix_str(f"step {step}, " + ", ".join(f"{k} {v:.3f}" for k, v in averages.items()), refresh=False)
-        if rank == 0 and spent - saved > 120:
+        if rank == 0 and (spent - saved > 120 or spent >= 60 * minutes):
             saved = spent
             state = {"pupil": pupil.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "spent": spent}
             torch.save(state, state_file.with_suffix(".part"))
@@ -369,7 +378,7 @@ def main():
             states[0],
         )
         talking, minutes = Talking(model, seeing.head), (1 - SEEING_SHARE) * args.minutes
-        train(talking, lambda seed: Conversations(processor, cells, 4, seed), minutes, states[1], lr=1.5e-3)
+        train(talking, lambda seed: Conversations(processor, cells, 4, seed), minutes, states[1])
     else:
         model, cells = make_sam(), IMAGE_SIZE // SAM_PATCH
         seeing = Seeing(model, lambda pixels: model(pixels).last_hidden_state.flatten(2).mT, SAM_WIDTH)

@@ -9,12 +9,13 @@ recipe=examples/recipes/mini
 export OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000000 MALLOC_TOP_PAD_=268435456
 done_or() { [ -f "runs/mini/$1" ] || "${@:2}"; }
 
-done_or mllm/model.safetensors python $recipe/make_backbones.py mllm --output runs/mini/mllm --minutes 9
-done_or sam/model.safetensors python $recipe/make_backbones.py sam --output runs/mini/sam --minutes 25
-done_or reason/model.safetensors torchrun --nproc_per_node 2 examples/train_sft.py --config $recipe/reason.yaml
+two="torchrun --nproc_per_node 2"
+done_or sam/model.safetensors $two $recipe/make_backbones.py sam --output runs/mini/sam --minutes 14
+done_or mllm/model.safetensors $two $recipe/make_backbones.py mllm --output runs/mini/mllm --minutes 46
+done_or reason/model.safetensors $two examples/train_sft.py --config $recipe/reason.yaml
 done_or sae/quality.json env OMP_NUM_THREADS=2 python examples/train_sae.py --config $recipe/sae.yaml
-done_or masks/model.safetensors torchrun --nproc_per_node 2 examples/train_sft.py --config $recipe/masks.yaml
-done_or grpo/model.safetensors torchrun --nproc_per_node 2 examples/train_grpo.py --config $recipe/grpo.yaml
+done_or masks/model.safetensors $two examples/train_sft.py --config $recipe/masks.yaml
+done_or grpo/model.safetensors $two examples/train_grpo.py --config $recipe/grpo.yaml
 for stage in masks grpo; do
     python examples/evaluate.py --model runs/mini/$stage --dataset scenes --split test --seed 100 --num-samples 1000 \
         --output runs/mini/evaluation-$stage
