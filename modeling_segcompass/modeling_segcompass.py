@@ -78,6 +78,10 @@ class SegCompassOutput(ModelOutput):
     """number of prompt tokens (padding included) in `sequences`."""
     reshaped_input_sizes: torch.Tensor | None = None
     """long (B, 2), (H, W) of the image inside SAM's frame."""
+    erased: object | None = None
+    """SegCompassOutput without the heaviest concepts, with `erase_concepts`."""
+    erased_slots: torch.Tensor | None = None
+    """bool (B, K), the slots whose heaviest concepts `erased` lacks."""
     log_probs: torch.Tensor | None = None
     """float (B, T - 1), log-probabilities of the labels, with `fused_lm_head=True`."""
     entropy: torch.Tensor | None = None
@@ -308,6 +312,20 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             scale[index] = factor
         return scale
 
+    @torch.no_grad()
+    def _without_heaviest(self, output, count):
+        """Factors float (B, d_sae) that switch off each confident slot's heaviest concepts, and those slots (B, K)."""
+        if output.concept_weights is None:
+            raise ValueError("erase_concepts needs concepts; use query_source='both' or 'concepts'.")
+        sure = output.pred_logits.masked_fill(~output.slot_mask, float("-inf"))
+        slots = (sure >= 0) | (sure == sure.amax(1, keepdim=True))
+        slots = slots & output.slot_mask
+        heaviest = output.concept_weights.topk(min(count, output.concept_weights.shape[-1]), dim=-1).indices
+        heaviest = output.concept_indices[:, None].expand_as(output.concept_weights).gather(2, heaviest)
+        off = torch.zeros(*slots.shape, self.config.sae_config.d_sae, device=slots.device)
+        off.scatter_(2, heaviest, slots[..., None].expand_as(heaviest).to(off.dtype))
+        return 1 - off.amax(1), slots
+
     def _image_positions(self, grid):
         y, x = (torch.arange(side, device=self.image_positions.positional_embedding.device) for side in grid)
         y, x = torch.meshgrid((y + 0.5) / grid[0], (x + 0.5) / grid[1], indexing="ij")
@@ -345,6 +363,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         response_mask=None,
         concept_scale=None,
         query_source="both",
+        erase_concepts=0,
         fused_lm_head=False,
         skip_lm_head=False,
         output_hidden_states=None,
@@ -363,6 +382,8 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             labels: long (B, T), -100 outside the response.
             response_mask: bool (B, T), response positions; taken from labels when absent.
             concept_scale, query_source: see `decode_masks`.
+            erase_concepts: decode a second time without this many of the heaviest concepts of each confident slot (of
+                the surest, when none is); the result is `erased`. Training uses it to make concepts necessary.
             fused_lm_head: the MLLM carries TRL's fused head: return log_probs and entropy instead of logits.
             skip_lm_head: run the backbone only; no logits, no language loss.
 
@@ -394,7 +415,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         if wants_masks:
             if image_embeddings is None:
                 image_embeddings = self.get_image_embeddings(sam_pixel_values)
-            output = self.decode_masks(
+            read = (
                 input_ids,
                 attention_mask,
                 response_mask,
@@ -403,9 +424,11 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
                 image_embeddings,
                 reshaped_input_sizes,
                 mllm_inputs.get("image_grid_thw"),
-                concept_scale,
-                query_source,
             )
+            output = self.decode_masks(*read, concept_scale, query_source)
+            if erase_concepts:
+                scale, output.erased_slots = self._without_heaviest(output, erase_concepts)
+                output.erased = self.decode_masks(*read, scale, query_source)
         for name in ("loss", "logits", "past_key_values", "log_probs", "entropy", "aux_loss"):
             if getattr(policy, name, None) is not None:
                 output[name] = getattr(policy, name)

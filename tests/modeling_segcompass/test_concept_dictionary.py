@@ -1,4 +1,4 @@
-"""The dictionary says where features fire, in any batches, and detectors are scored on samples they were not chosen on."""
+"""The dictionary says where features fire, in any batches; detectors are scored on samples they were not chosen on."""
 
 import json
 

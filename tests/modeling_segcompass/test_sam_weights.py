@@ -45,7 +45,7 @@ def test_configuration_is_read_off_the_shapes():
     default = SamConfig().vision_config
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size", "mlp_dim"):
         assert getattr(config, name) == getattr(default, name), name
-    assert config.global_attn_indexes == default.global_attn_indexes == [2, 5, 8, 11]
+    assert list(config.global_attn_indexes) == list(default.global_attn_indexes) == [2, 5, 8, 11]
     assert (config.window_size, config.output_channels) == (14, 256)
 
 
