@@ -28,6 +28,7 @@ from modeling_segcompass.faithfulness import FRACTIONS, ORDERS, area_under, boot
 from trainers.targets import mask_targets
 
 SOURCES = ("both", "tokens", "concepts")
+CONFIDENT, RIGHT = 0.5, 0.5  # a mask is measured from this confidence and this IoU with a target
 
 
 def parse(argv):
@@ -86,7 +87,7 @@ def measure(args, model, processor, batch):
     frame, side = model.config.sam_config.image_size, 4 * model.config.key_grid
     decoded = {source: model.decode_masks(**states, query_source=source) for source in SOURCES}
     found = {
-        source: processor.post_process_instance_segmentation(outputs, target_sizes=sizes)
+        source: processor.post_process_instance_segmentation(outputs, CONFIDENT, target_sizes=sizes)
         for source, outputs in decoded.items()
     }
     for place, row in enumerate(batch):
@@ -99,8 +100,8 @@ def measure(args, model, processor, batch):
         slots = []
         for slot in found[args.query_source][place]["slots"].tolist():
             mask = decoded[args.query_source].pred_masks[place, slot] > 0
-            ious = overlap(targets, mask) if len(targets) else np.zeros(1)
-            if ious.max() < 0.5:
+            ious = overlap(targets, mask)
+            if max(ious, default=-1) < RIGHT:
                 continue
             told = slot_faithfulness(
                 model,

@@ -129,7 +129,7 @@ def decode_with(model, states, indices, kept, slot, query_source="both", batch_s
         chosen = kept[start : start + batch_size]
         scale = states["z"].new_zeros(len(chosen), model.config.sae_config.d_sae)
         for row, places in enumerate(chosen):
-            scale[row, indices[torch.as_tensor(np.ascontiguousarray(places), device=indices.device)]] = 1
+            scale[row, indices[torch.as_tensor(np.array(places), device=indices.device)]] = 1
         rows = {
             name: value if value is None else value.expand(len(chosen), *value.shape[1:])
             for name, value in states.items()
