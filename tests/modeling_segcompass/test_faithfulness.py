@@ -125,7 +125,7 @@ def test_numbers_of_a_mask_whose_cells_are_its_concepts():
     assert told.deletion["reverse"].tolist() == [0.5, 1.0, 0.0]
     assert told.insertion["weight"].tolist() == [0.0, 1.0, 0.5]
     assert told.insertion["reverse"].tolist() == [0.0, 0.0, 0.5]
-    assert told.without_top == pytest.approx(2 / 6) and told.only_top == pytest.approx(2 / 4)
+    assert told.without_top == pytest.approx(2 / 8) and told.only_top == pytest.approx(2 / 4)
     # two random cells of eight: how many of the four wanted ones are hit is hypergeometric
     hits = stats.hypergeom(8, 4, 2).pmf([0, 1, 2])
     without = sum(share * (4 - hit) / (6 + hit) for hit, share in enumerate(hits))
