@@ -224,31 +224,32 @@ def labelled(reader, split, seed, count, batch_size):
 
 
 def score(args, reader):
-    """reading -> attribute -> Detector as a dict."""
+    """reading -> attribute -> Detector as a dict. What never, or always, holds in a set of scenes is left out."""
     chosen = labelled(reader, args.split, args.seed, args.num_samples, args.batch_size)
     held_out = labelled(reader, args.held_out_split, args.seed + 1, args.held_out_samples, args.batch_size)
     scores = {}
     for reading in READINGS:
-        try:
-            found = best_detectors(*chosen[reading], *held_out[reading])
-        except ValueError as error:
-            raise SystemExit(f"the labels cannot be scored by {reading}: {error}") from error
+        (values, truth), (other_values, other_truth) = chosen[reading], held_out[reading]
+        told = [name for name in ATTRIBUTES if all(0 < t[name].float().mean() < 1 for t in (truth, other_truth))]
+        truth, other_truth = ({name: table[name] for name in told} for table in (truth, other_truth))
+        found = best_detectors(values, truth, other_values, other_truth) if told else {}
         scores[reading] = {name: detector._asdict() for name, detector in found.items()}
     return scores
 
 
 def report(scores):
-    print("\nF1 on held-out scenes (precision / recall) of the best feature")
-    print(f"{'attribute':<10}" + "".join(f"{reading:<34}" for reading in READINGS))
+    print("\nF1 on held-out scenes (precision / recall) #feature")
+    print(f"{'attribute':<10}" + "".join(f"{reading:<30}" for reading in READINGS))
     for name in ATTRIBUTES:
-        cells = [scores[reading][name] for reading in READINGS]
-        print(f"{name:<10}" + "".join(f"{told(cell):<34}" for cell in cells))
+        print(f"{name:<10}" + "".join(f"{told_cell(scores[reading].get(name)):<30}" for reading in READINGS))
     for reading in READINGS:
         good = sum(cell["f1"] >= 0.8 for cell in scores[reading].values())
         print(f"{reading}: {good} of {len(ATTRIBUTES)} attributes with F1 >= 0.8")
 
 
-def told(cell):
+def told_cell(cell):
+    if cell is None:
+        return "–"
     return f"{cell['f1']:.3f} ({cell['precision']:.2f} / {cell['recall']:.2f}) #{cell['index']}"
 
 
