@@ -68,11 +68,11 @@ def main(argv=None):
                 bar.update(len(batch))
     records = [journal.records[name] for name in rows["sample_id"]]
     metrics = analyse(records, args.top, args.seed)
-    (args.output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    (args.output / "metrics.json").write_text(json.dumps(finite(metrics), indent=2) + "\n")
     report(metrics, args.top)
     if metrics["masks"]:
         write_curves(metrics, args.output)
-    return metrics
+    return finite(metrics)
 
 
 # -- measuring ---------------------------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ def plain(told):
 
 
 def analyse(records, top, seed=0):
-    """The content of metrics.json: every value is [estimate, low, high]."""
+    """What is told of the records: every value is [estimate, low, high]."""
     metrics = {"scenes": len(records), "top": top, "ablation": {}}
     for source in SOURCES:
         part = summarise([record["counts"][source] for record in records])
@@ -176,6 +176,15 @@ def ratio(top, random):
     if random > 0:
         return top / random
     return float("inf") if top > 0 else float("nan")
+
+
+def finite(value):
+    """JSON knows no infinity and no nan: they become null."""
+    if isinstance(value, dict):
+        return {name: finite(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [finite(part) for part in value]
+    return value if not isinstance(value, float) or np.isfinite(value) else None
 
 
 def report(metrics, top):
