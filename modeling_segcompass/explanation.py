@@ -89,8 +89,14 @@ class Explanation:
         Args:
             image: PIL image or uint8 (H, W, 3); mask: bool (H, W); instruction: the title.
             extent: (left, top, right, bottom) in pixels of what the image patches cover; None = the whole image.
+
+        Raises:
+            ImportError: matplotlib is not installed.
         """
-        from matplotlib.figure import Figure
+        try:  # in a try block, so that a model served from the Hub does not ask for matplotlib
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise ImportError("to_figure draws with matplotlib: pip install matplotlib, or use to_html.") from error
 
         image = np.asarray(image)
         height, width = image.shape[:2]
@@ -263,12 +269,13 @@ def render_html(explanations: Sequence[Explanation], image, masks=None, extent=N
             f"<figure>{_svg(layer, width, height)}<figcaption>{name}</figcaption></figure>" for name, layer in layers
         ]
         body.append("</div>" + _text(told.words))
-        body += [_concept_row(concept, told.patch_grid, area, width, height) for concept in told.concepts]
+        heaviest = max((concept.weight for concept in told.concepts), default=1)
+        body += [_concept_row(concept, heaviest, told.patch_grid, area, width, height) for concept in told.concepts]
         body.append(f"<p class='part'>all other concepts together: {told.rest:.3f}</p>")
     return PAGE.format(title=html.escape(title), width=width, height=height, photo=_png(picture), body="\n".join(body))
 
 
-def _concept_row(concept, grid, area, width, height):
+def _concept_row(concept, heaviest, grid, area, width, height):
     fired = np.zeros(grid, np.float32)
     for row, column, strength in concept.patches:
         fired[row, column] = strength
@@ -279,7 +286,7 @@ def _concept_row(concept, grid, area, width, height):
     return (
         f"<div class='concept'>{_svg(_patch_layer(fired, area), width, height)}<div style='flex:1'>"
         f"<b>concept {concept.index}</b> {html.escape(concept.label or '')}"
-        f"<span class='bar' style='width:{100 * concept.weight:.1f}%'></span>"
+        f"<span class='bar' style='width:{100 * concept.weight / heaviest:.1f}%'></span>"
         f"weight {concept.weight:.3f}, strength {concept.value:.2f}, {len(concept.patches)} patches<br>"
         f"words: {words or 'none'}</div></div>"
     )
