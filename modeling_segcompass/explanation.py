@@ -280,7 +280,7 @@ def _concept_row(concept, heaviest, grid, area, width, height):
     for row, column, strength in concept.patches:
         fired[row, column] = strength
     words = ", ".join(
-        f"{html.escape(word.text.strip() or '␣')} <span class='part'>({word.part}, {word.strength:.2f})</span>"
+        f"“{html.escape(word.text.strip() or '␣')}” <span class='part'>({word.part}, {word.strength:.2f})</span>"
         for word in concept.tokens[:8]
     )
     return (
@@ -308,7 +308,8 @@ def _text(words):
 
 
 def _svg(layer, width, height):
-    return f'<svg viewBox="0 0 {width} {height}"><use href="#photo"/>{layer}</svg>'
+    shade = f'<rect width="{width}" height="{height}" fill-opacity=".5"/>' if layer else ""
+    return f'<svg viewBox="0 0 {width} {height}"><use href="#photo"/>{shade}{layer}</svg>'
 
 
 def _patch_layer(values, area):
