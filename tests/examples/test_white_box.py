@@ -18,7 +18,7 @@ from modeling_segcompass.concept_dictionary import ConceptDictionary
 from modeling_segcompass.faithfulness import FRACTIONS, ORDERS
 
 GOOD = "<think>a red ball</think>" + "<REF_POS>" * 3
-N = 5
+N = 3
 
 
 # -- segment.py --explain ----------------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ def test_pixels_belong_to_the_patch_that_sees_them(saved):
 
 def test_dictionary_is_built_resumed_saved_and_scored(saved, tmp_path, writes, capsys):
     folder, _ = saved
-    small = ["--num-samples", "60", "--held-out-samples", "40", "--batch-size", "20", "--contexts", "3"]
+    small = ["--num-samples", "40", "--held-out-samples", "40", "--batch-size", "20", "--contexts", "3"]
     arguments = ["--model", str(folder), *small]
     scores = concept_dictionary.main([*arguments, "--output", str(tmp_path / "whole"), "--save-to", str(tmp_path)])
     assert scores["word"] == {}, "this tokenizer's pieces are letters"
