@@ -17,6 +17,7 @@ import argparse
 import base64
 import io
 import json
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ from trainers.activations import layer_hidden_states
 ATTRIBUTES = (*COLOURS, *SHAPES, *SIZES)
 READINGS = ("scene", "patch", "word")
 AROUND = 4  # word pieces shown on either side
+SAVE_EVERY = 10  # batches
 
 
 def parse(argv):
@@ -110,8 +112,9 @@ class Reader:
             sam=False,
         ).to(self.model.device)
         z = layer_hidden_states(self.model, inputs, self.model.config.sae_config.layer)
-        keep = self.model._concept_tokens(inputs["input_ids"], inputs["attention_mask"])
-        types, grids = self.model._layout(inputs["input_ids"], inputs["response_mask"], inputs.get("image_grid_thw"))
+        keep = self.model.concept_tokens(inputs["input_ids"], inputs["attention_mask"])
+        grid = inputs.get("image_grid_thw")
+        types, grids = self.model.token_layout(inputs["input_ids"], inputs["response_mask"], grid)
         for place, row in enumerate(rows):
             chosen = keep[place]
             activations = self.model.sae.encode(z[place, chosen]).float().cpu()
@@ -133,7 +136,9 @@ def build(args, reader, rows):
             for number, tokens in enumerate(reader(batch), start):
                 builder.add(tokens.activations, tokens.parts)
                 told.append([tokens.sample, tokens.ids, tokens.parts.tolist(), list(tokens.grid), number])
-            torch.save({"builder": builder.state_dict(), "told": told, "done": start + len(batch)}, partial)
+            done = start + len(batch)
+            if start // args.batch_size % SAVE_EVERY == SAVE_EVERY - 1 or done == len(rows):
+                save_whole(partial, {"builder": builder.state_dict(), "told": told, "done": done})
             bar.update(len(batch))
     starts = np.cumsum([0] + [len(ids) for _, ids, *_ in told])
     scenes = args.dataset == "scenes"
@@ -145,7 +150,7 @@ def build(args, reader, rows):
         if parts[at] == IMAGE:
             patch = sum(part == IMAGE for part in parts[:at])
             row, column = divmod(patch, grid[1])
-            seen = patch_words(args.split, args.seed, number, grid)[patch] if scenes else ""
+            seen = patch_words(args.split, args.seed, number, tuple(grid))[patch] if scenes else ""
             cell = [row, column, *grid]
             return {
                 "sample": sample,
@@ -163,6 +168,12 @@ def build(args, reader, rows):
     return builder.finish(describe, f"{args.dataset}, split {args.split}, {len(rows)} samples")
 
 
+def save_whole(path, state):
+    """Write a file that is never seen half written."""
+    torch.save(state, path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)
+
+
 # -- what is true of a scene -------------------------------------------------------------------------------------------
 
 
@@ -178,6 +189,7 @@ def patch_shares(scene, grid):
     return shares.reshape(len(ATTRIBUTES), -1)
 
 
+@cache
 def patch_words(split, seed, number, grid):
     """What each patch of a scene shows: "large red ball", or "ground" where nothing covers half of it."""
     scene, _ = scene_question(split, seed, number)

@@ -88,7 +88,7 @@ def measure(model, processor, batch, seed):
     inputs = processor(images=[row["image"] for row in batch], text=[row["instruction"] for row in batch])
     _, states = model.reason(**inputs.to(model.device))
     outputs = model.decode_masks(**states)
-    fires = model._concept_tokens(states["input_ids"], states["attention_mask"])
+    fires = model.concept_tokens(states["input_ids"], states["attention_mask"])
     unit = usual_strength(model.sae)
     frame, side = model.config.sam_config.image_size, 4 * model.config.key_grid
     for place, row in enumerate(batch):

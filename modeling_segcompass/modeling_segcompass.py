@@ -230,11 +230,11 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         if query_source == "tokens":
             concepts = Concepts(e.new_zeros(*e.shape[:2], self.config.d_c))
         else:
-            types, patches = self._layout(input_ids, response_mask, image_grid_thw)
+            types, patches = self.token_layout(input_ids, response_mask, image_grid_thw)
             concepts = self.query_codebook(
                 self.sae,
                 z,
-                self._concept_tokens(input_ids, attention_mask),
+                self.concept_tokens(input_ids, attention_mask),
                 self._where(types, patches, attention_mask, positions, slot_mask),
                 self._scale_vector(concept_scale, z),
             )
@@ -266,12 +266,13 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             reshaped_input_sizes=reshaped_input_sizes,
         )
 
-    def _concept_tokens(self, input_ids, attention_mask):
+    def concept_tokens(self, input_ids, attention_mask):
+        """The tokens that may fire concepts, no padding and no special tokens: bool (B, T)."""
         special = torch.tensor(self.config.special_token_ids, dtype=input_ids.dtype, device=input_ids.device)
         return attention_mask.bool() & ~torch.isin(input_ids, special)
 
-    def _layout(self, input_ids, response_mask, image_grid_thw):
-        """What each token is, long (B, T), and the grid of the image tokens, long (B, 2) (rows, columns)."""
+    def token_layout(self, input_ids, response_mask, image_grid_thw=None):
+        """What each token is, long (B, T) IMAGE, INSTRUCTION or RESPONSE, and the image tokens' (rows, columns)."""
         is_image = input_ids == self.config.image_token_id
         types = torch.where(response_mask, RESPONSE, INSTRUCTION).masked_fill(is_image, IMAGE)
         count = is_image.sum(1).clamp_min(1)

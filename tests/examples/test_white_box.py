@@ -197,6 +197,7 @@ def test_dictionary_is_built_resumed_saved_and_scored(saved, tmp_path, writes, c
     printed = capsys.readouterr().out
     assert f"of {len(concept_dictionary.ATTRIBUTES)} attributes with F1 >= 0.8" in printed
     dictionary = ConceptDictionary.from_pretrained(str(tmp_path))
+    assert (tmp_path / "whole" / "partial.pt").exists() and not (tmp_path / "whole" / "partial.new").exists()
     assert len(dictionary.entries) == 128 and dictionary.labels
     page = (tmp_path / "whole" / "dictionary.html").read_text()
     assert "data:image/jpeg;base64" in page and "http" not in page
