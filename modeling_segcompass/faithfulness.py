@@ -170,5 +170,7 @@ def bootstrap(values, statistic, groups=None, resamples=2000, seed=0):
     for _ in range(resamples):
         picked = rng.integers(len(members), size=len(members))
         drawn.append(statistic(values[np.concatenate([members[group] for group in picked])]))
-    low, high = np.nanpercentile(drawn, [2.5, 97.5], method="nearest")  # a ratio may be infinite
+    known = np.array(drawn)[~np.isnan(drawn)]
+    # whole resamples, none in between: a ratio may be infinite
+    low, high = np.percentile(known, [2.5, 97.5], method="nearest") if len(known) else (np.nan, np.nan)
     return float(statistic(values)), float(low), float(high)
