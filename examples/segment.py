@@ -1,12 +1,16 @@
 """Segment what an instruction means in an image, and show the whole way there.
 
     python examples/segment.py
-    python examples/segment.py photo.jpg "the mug nearest the sink" --model PATH --output runs/mug
+    python examples/segment.py photo.jpg "the mug nearest the sink" --model PATH --output runs/mug --explain
 
 Prints the reasoning and the instances, and writes into the output folder
     overlay.png   image, concept activations, heatmaps and masks side by side
     masks.png     label image: 0 background, k + 1 = instance k
     result.json   instruction, text, no_target, instances, concepts
+and with --explain
+    explanation.html   each shown slot: its concepts by weight, the words and patches they fired on, heatmap and mask
+    explanation.png    the same of the surest slot as a figure
+Concepts go by their labels where the model's folder holds a concepts.json (see concept_dictionary.py).
 `no_target` says that the model looked and found nothing it is sure of. A response without concentration tokens is no
 such answer: then `no_target` is false and `instances` is empty. Without arguments the scene beside this file is taken.
 """
@@ -23,6 +27,8 @@ from pycocotools import mask as coco_mask
 from transformers.image_utils import load_image
 
 from modeling_segcompass import SegCompassModel, SegCompassProcessor
+from modeling_segcompass.concept_dictionary import ConceptDictionary
+from modeling_segcompass.explanation import render_html
 
 HERE = Path(__file__).parent
 NO_TOKENS = "no mask: the response had no concentration tokens"
@@ -36,6 +42,7 @@ def parse(argv):
     parser.add_argument("--model", default=str(HERE / "checkpoints" / "mini"), help="SegCompass folder or Hub id")
     parser.add_argument("--output", type=Path, default=Path("runs/segment"))
     parser.add_argument("--threshold", type=float, default=0.5, help="confidence from which a slot is kept")
+    parser.add_argument("--explain", action="store_true", help="also say which concepts made the masks")
     args = parser.parse_args(argv)
     if args.image is None:
         scene = json.loads((HERE / "scene.json").read_text())
@@ -92,6 +99,8 @@ def main(argv=None):
     figure = draw_overlay(np.asarray(image), result, reasoning, verdict, masks, heatmaps, concepts)
     figure.savefig(args.output / "overlay.png")
     print(f"wrote overlay.png, masks.png and result.json to {args.output}")
+    if args.explain:
+        explain(args, model, processor, outputs, image, shown)
 
 
 # -- what is told ------------------------------------------------------------------------------------------------------
@@ -161,6 +170,25 @@ def report(result, reasoning, verdict):
     for instance in result["instances"]:
         box = ", ".join(map(str, instance["box"]))
         print(f"             slot {instance['slot']}  score {instance['score']:.3f}  box ({box})")
+
+
+def explain(args, model, processor, outputs, image, slots):
+    """Write explanation.html of the slots and explanation.png of the surest of them."""
+    if not slots:
+        print("nothing to explain: the response had no concentration tokens")
+        return
+    dictionary = ConceptDictionary.from_pretrained(args.model)
+    labels = dictionary.labels if dictionary else None
+    told = [model.explain(outputs, slot=slot, labels=labels, processor=processor) for slot in slots]
+    logits = processor.post_process_masks(outputs.pred_masks, [(image.height, image.width)])[0]
+    masks = (logits[slots] > 0).cpu().numpy()
+    extent = patch_extent(processor.image_processor, image)
+    page = render_html(told, image, masks, extent, args.instruction)
+    (args.output / "explanation.html").write_text(page, encoding="utf-8")
+    surest = max(range(len(told)), key=lambda place: told[place].confidence)
+    figure = told[surest].to_figure(image, masks[surest], args.instruction, extent)
+    figure.savefig(args.output / "explanation.png", dpi=100)
+    print(f"wrote explanation.html and explanation.png to {args.output}")
 
 
 # -- what is drawn -----------------------------------------------------------------------------------------------------

@@ -22,9 +22,11 @@ from transformers.models.sam.modeling_sam import SamPositionalEmbedding
 from transformers.utils import ModelOutput
 
 from .configuration_segcompass import SegCompassConfig, SparseAutoencoderConfig
+from .explanation import explain_slot
 from .mask_decoder import MaskDecoder
 from .modeling_sparse_autoencoder import SparseAutoencoder
 from .query_codebook import IMAGE, INSTRUCTION, RESPONSE, Concepts, QueryCodebook, where_features
+from .sam_weights import read_sam, start_mask_decoder
 from .slot_mapper import SlotMapper
 
 QUERY_SOURCES = ("both", "tokens", "concepts")
@@ -66,12 +68,20 @@ class SegCompassOutput(ModelOutput):
     """float (B, K, M), how much each concept weighs in each slot; a slot's weights sum to 1."""
     concept_activations: torch.Tensor | None = None
     """float (B, T, M), h_j at each token."""
+    token_types: torch.Tensor | None = None
+    """long (B, T), IMAGE, INSTRUCTION or RESPONSE of `query_codebook`; with concepts."""
+    patch_grid: torch.Tensor | None = None
+    """long (B, 2), (rows, columns) of the image tokens; with concepts."""
     sequences: torch.Tensor | None = None
-    """long (B, T), prompt and response, from `segment`."""
+    """long (B, T), prompt and response; `segment` adds the last token it wrote."""
     prompt_length: int | None = None
     """number of prompt tokens (padding included) in `sequences`."""
     reshaped_input_sizes: torch.Tensor | None = None
     """long (B, 2), (H, W) of the image inside SAM's frame."""
+    erased: object | None = None
+    """SegCompassOutput without the heaviest concepts, with `erase_concepts`."""
+    erased_slots: torch.Tensor | None = None
+    """bool (B, K), the slots whose heaviest concepts `erased` lacks."""
     log_probs: torch.Tensor | None = None
     """float (B, T - 1), log-probabilities of the labels, with `fused_lm_head=True`."""
     entropy: torch.Tensor | None = None
@@ -202,7 +212,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             z: float (B, T, d_π) at the SAE's layer; last_hidden: float (B, T, d_π).
             image_embeddings: float (B, d_k, h, w) or (1, d_k, h, w) when all questions share one image.
             reshaped_input_sizes: long (B, 2), the image's (H, W) inside SAM's frame; None = the whole frame.
-            concept_scale: {feature index: factor on h_j}.
+            concept_scale: {feature index: factor on h_j}, or all factors, float (B, d_sae) or (d_sae,).
             query_source: "both", or "tokens" / "concepts" to build the queries from e_k or r_k alone.
         """
         if query_source not in QUERY_SOURCES:
@@ -216,14 +226,16 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         e = e.to(self.query_codebook.codebook.dtype)
 
         # E_sae, C, r_k: concepts of image, instruction and reasoning
+        types = patches = None
         if query_source == "tokens":
             concepts = Concepts(e.new_zeros(*e.shape[:2], self.config.d_c))
         else:
+            types, patches = self.token_layout(input_ids, response_mask, image_grid_thw)
             concepts = self.query_codebook(
                 self.sae,
                 z,
-                self._concept_tokens(input_ids, attention_mask),
-                self._where(input_ids, attention_mask, response_mask, positions, slot_mask, image_grid_thw),
+                self.concept_tokens(input_ids, attention_mask),
+                self._where(types, patches, attention_mask, positions, slot_mask),
                 self._scale_vector(concept_scale, z),
             )
 
@@ -248,34 +260,50 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             concept_values=concepts.values,
             concept_weights=concepts.weights,
             concept_activations=concepts.activations,
+            token_types=types,
+            patch_grid=patches,
+            sequences=input_ids,
             reshaped_input_sizes=reshaped_input_sizes,
         )
 
-    def _concept_tokens(self, input_ids, attention_mask):
+    def concept_tokens(self, input_ids, attention_mask):
+        """The tokens that may fire concepts, no padding and no special tokens: bool (B, T)."""
         special = torch.tensor(self.config.special_token_ids, dtype=input_ids.dtype, device=input_ids.device)
         return attention_mask.bool() & ~torch.isin(input_ids, special)
 
-    def _where(self, input_ids, attention_mask, response_mask, positions, slot_mask, image_grid_thw):
+    def token_layout(self, input_ids, response_mask, image_grid_thw=None):
+        """What each token is, long (B, T) IMAGE, INSTRUCTION or RESPONSE, and the image tokens' (rows, columns)."""
         is_image = input_ids == self.config.image_token_id
         types = torch.where(response_mask, RESPONSE, INSTRUCTION).masked_fill(is_image, IMAGE)
-        order = (is_image.cumsum(1) - 1).clamp_min(0)
-        count = is_image.sum(1, keepdim=True).clamp_min(1)
+        count = is_image.sum(1).clamp_min(1)
         if image_grid_thw is not None:
-            merge = self.config.mllm_config.vision_config.spatial_merge_size
-            width = image_grid_thw[:, 2:3] // merge
+            columns = image_grid_thw[:, 2] // self.config.mllm_config.vision_config.spatial_merge_size
         else:
-            width = count.float().sqrt().round().long()
-        height = count // width
+            columns = count.float().sqrt().round().long()
+        return types, torch.stack([count // columns, columns], 1)
+
+    def _where(self, types, patches, attention_mask, positions, slot_mask):
+        order = ((types == IMAGE).cumsum(1) - 1).clamp_min(0)
+        height, width = patches[:, :1], patches[:, 1:]
         xy = torch.stack([(order % width + 0.5) / width, (order // width + 0.5) / height], -1)
-        steps = torch.arange(input_ids.shape[1], device=input_ids.device)
+        steps = torch.arange(types.shape[1], device=types.device)
         last = (attention_mask * steps).amax(1)
         end = torch.where(slot_mask[:, 0], positions[:, 0], last)[:, None]
         return where_features(types, xy, (end - steps).clamp_min(0).to(xy.dtype))
 
     def _scale_vector(self, concept_scale, z):
+        d_sae = self.config.sae_config.d_sae
+        if isinstance(concept_scale, torch.Tensor):
+            if concept_scale.shape not in ((d_sae,), (len(z), d_sae)):
+                raise ValueError(
+                    f"concept_scale has shape {tuple(concept_scale.shape)}; it holds a factor of each of the "
+                    f"{d_sae} concepts, ({d_sae},) or ({len(z)}, {d_sae}), or is a dict {{index: factor}}."
+                )
+            if not (concept_scale.isfinite() & (concept_scale >= 0)).all():
+                raise ValueError("concept_scale holds factors that are negative or not finite; use 0 or more.")
+            return concept_scale.to(z.device, z.dtype)
         if not concept_scale:
             return None
-        d_sae = self.config.sae_config.d_sae
         scale = z.new_ones(d_sae)
         for index, factor in concept_scale.items():
             if not 0 <= index < d_sae:
@@ -284,6 +312,20 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
                 raise ValueError(f"the factor of concept {index} is {factor}; it must be finite and at least 0.")
             scale[index] = factor
         return scale
+
+    @torch.no_grad()
+    def _without_heaviest(self, output, count):
+        """Factors float (B, d_sae) that switch off each confident slot's heaviest concepts, and those slots (B, K)."""
+        if output.concept_weights is None:
+            raise ValueError("erase_concepts needs concepts; use query_source='both' or 'concepts'.")
+        sure = output.pred_logits.masked_fill(~output.slot_mask, float("-inf"))
+        slots = (sure >= 0) | (sure == sure.amax(1, keepdim=True))
+        slots = slots & output.slot_mask
+        heaviest = output.concept_weights.topk(min(count, output.concept_weights.shape[-1]), dim=-1).indices
+        heaviest = output.concept_indices[:, None].expand_as(output.concept_weights).gather(2, heaviest)
+        off = torch.zeros(*slots.shape, self.config.sae_config.d_sae, device=slots.device)
+        off.scatter_(2, heaviest, slots[..., None].expand_as(heaviest).to(off.dtype))
+        return 1 - off.amax(1), slots
 
     def _image_positions(self, grid):
         y, x = (torch.arange(side, device=self.image_positions.positional_embedding.device) for side in grid)
@@ -322,6 +364,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         response_mask=None,
         concept_scale=None,
         query_source="both",
+        erase_concepts=0,
         fused_lm_head=False,
         skip_lm_head=False,
         output_hidden_states=None,
@@ -340,6 +383,8 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             labels: long (B, T), -100 outside the response.
             response_mask: bool (B, T), response positions; taken from labels when absent.
             concept_scale, query_source: see `decode_masks`.
+            erase_concepts: decode a second time without this many of the heaviest concepts of each confident slot (of
+                the surest, when none is); the result is `erased`. Training uses it to make concepts necessary.
             fused_lm_head: the MLLM carries TRL's fused head: return log_probs and entropy instead of logits.
             skip_lm_head: run the backbone only; no logits, no language loss.
 
@@ -371,7 +416,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         if wants_masks:
             if image_embeddings is None:
                 image_embeddings = self.get_image_embeddings(sam_pixel_values)
-            output = self.decode_masks(
+            read = (
                 input_ids,
                 attention_mask,
                 response_mask,
@@ -380,9 +425,11 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
                 image_embeddings,
                 reshaped_input_sizes,
                 mllm_inputs.get("image_grid_thw"),
-                concept_scale,
-                query_source,
             )
+            output = self.decode_masks(*read, concept_scale, query_source)
+            if erase_concepts:
+                scale, output.erased_slots = self._without_heaviest(output, erase_concepts)
+                output.erased = self.decode_masks(*read, scale, query_source)
         for name in ("loss", "logits", "past_key_values", "log_probs", "entropy", "aux_loss"):
             if getattr(policy, name, None) is not None:
                 output[name] = getattr(policy, name)
@@ -398,8 +445,28 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             kwargs.pop(name, None)
         return self.mllm.generate(inputs, **kwargs)
 
+    def segment(self, input_ids, concept_scale=None, query_source="both", **inputs):
+        """Reason about the image, then decode masks from the states that generation left behind.
+
+        Args:
+            input_ids and other inputs: see `reason`; concept_scale, query_source: see `decode_masks`.
+
+        Returns:
+            SegCompassOutput with `sequences` (B, T) and `prompt_length`. A response without concentration tokens has
+            an empty `slot_mask` and so no mask.
+
+        Raises:
+            ValueError: neither sam_pixel_values nor image_embeddings; beams or several sequences per prompt.
+        """
+        sequences, states = self.reason(input_ids, **inputs)
+        with torch.no_grad():
+            output = self.decode_masks(**states, concept_scale=concept_scale, query_source=query_source)
+        output.sequences = sequences
+        output.prompt_length = input_ids.shape[1]
+        return output
+
     @torch.no_grad()
-    def segment(
+    def reason(
         self,
         input_ids,
         attention_mask=None,
@@ -407,21 +474,18 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         image_embeddings=None,
         original_sizes=None,
         reshaped_input_sizes=None,
-        concept_scale=None,
-        query_source="both",
         do_sample=False,
         **kwargs,
     ):
-        """Reason about the image, then decode masks from the states that generation left behind.
+        """Write the response and keep what masks are decoded from, so that they can be decoded again and again.
 
         Args:
             input_ids, attention_mask, pixel_values, ...: a processor's output for images and instructions.
-            sam_pixel_values or image_embeddings, reshaped_input_sizes, concept_scale, query_source: see `forward`.
+            sam_pixel_values or image_embeddings, reshaped_input_sizes: see `forward`.
             do_sample: greedy when False. Other keywords go to `generate` (`max_new_tokens`, `streamer`, ...).
 
         Returns:
-            SegCompassOutput with `sequences` (B, T) and `prompt_length`. A response without concentration tokens has
-            an empty `slot_mask` and so no mask.
+            sequences, long (B, T), and the states, a dict of the arguments of `decode_masks`.
 
         Raises:
             ValueError: neither sam_pixel_values nor image_embeddings; beams or several sequences per prompt.
@@ -442,25 +506,23 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             )
         z, last_hidden = torch.cat(states["z"], 1), torch.cat(states["last"], 1)
         read = sequences[:, : z.shape[1]]  # the last token was written, but never read back
-        prompt_length = input_ids.shape[1]
-        written = self._written(read[:, prompt_length:])
+        written = self._written(read[:, input_ids.shape[1] :])
         if image_embeddings is None:
             image_embeddings = self.get_image_embeddings(sam_pixel_values)
-        output = self.decode_masks(
-            read,
-            torch.cat([attention_mask, written.to(attention_mask.dtype)], 1),
-            torch.cat([torch.zeros_like(attention_mask, dtype=torch.bool), written], 1),
-            z,
-            last_hidden,
-            image_embeddings,
-            reshaped_input_sizes,
-            kwargs.get("image_grid_thw"),
-            concept_scale,
-            query_source,
-        )
-        output.sequences = sequences
-        output.prompt_length = prompt_length
-        return output
+        return sequences, {
+            "input_ids": read,
+            "attention_mask": torch.cat([attention_mask, written.to(attention_mask.dtype)], 1),
+            "response_mask": torch.cat([torch.zeros_like(attention_mask, dtype=torch.bool), written], 1),
+            "z": z,
+            "last_hidden": last_hidden,
+            "image_embeddings": image_embeddings,
+            "reshaped_input_sizes": reshaped_input_sizes,
+            "image_grid_thw": kwargs.get("image_grid_thw"),
+        }
+
+    def explain(self, outputs, slot=0, sample=0, top=10, labels=None, processor=None):
+        """Say which concepts made a slot's mask, and from which words and patches: see `explanation.explain_slot`."""
+        return explain_slot(outputs, slot, sample, top, labels, processor, self.config.sam_config.image_size)
 
     def _written(self, response):
         """True up to and including the end-of-sequence token: bool (B, T_response)."""
@@ -492,7 +554,8 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         """Build a fresh model from an MLLM, a SAM vision encoder and, if there is one, a trained SAE.
 
         Args:
-            mllm, sam, sae: model ids, folders, or loaded models. Without `sae` an untrained one is made.
+            mllm, sam, sae: model ids, folders, or loaded models; `sam` also an original segment-anything `.pth` file. A
+                whole SAM gives the mask decoder its start where shapes match. Without `sae` an untrained one is made.
             processor: a SegCompassProcessor; its new tokens get embedding rows (the mean of the others), and its
                 token ids enter the config.
             dtype: of the parts loaded here. Training needs float32 master weights, under autocast if it is to be fast;
@@ -504,8 +567,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         """
         if isinstance(mllm, str):
             mllm = AutoModelForImageTextToText.from_pretrained(mllm, dtype=dtype)
-        if isinstance(sam, str):
-            sam = SamVisionModel.from_pretrained(sam, dtype=dtype)
+        sam, sam_weights = read_sam(sam, dtype)
         if isinstance(sae, str):
             sae = SparseAutoencoder.from_pretrained(sae, dtype=dtype)
         name = mllm.config._name_or_path or None
@@ -531,7 +593,9 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             attn_implementation=mllm.config._attn_implementation,
             **config,
         )
-        return cls(config, mllm=mllm, sam=sam, sae=sae)
+        model = cls(config, mllm=mllm, sam=sam, sae=sae)
+        start_mask_decoder(model, sam_weights)
+        return model
 
     def load_sae(self, sae):
         """Put a trained SAE (model, folder or Hub id) in place of this model's.

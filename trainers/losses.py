@@ -131,6 +131,48 @@ def segmentation_loss(
         return total, parts
 
 
+def erasure_loss(
+    pred_masks: Tensor,
+    erased_masks: Tensor,
+    erased_heatmaps: Tensor,
+    erased_logits: Tensor,
+    slots: Tensor,
+    valid: Tensor | Sequence[Sequence[int]],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Without its heaviest concepts a slot's mask should be gone: what makes concepts necessary. Not in the paper.
+
+    For each slot that was erased: the heatmap's BCE against an empty one, the share of the mask (the cells the slot
+    had lit with all its concepts) that is still lit, and the confidence's BCE against 0; the mean over these slots.
+    What the erased pass shows is compared with the same slot's whole pass, never with the truth, so a slot is not
+    rewarded for being wrong.
+
+    Args:
+        pred_masks: (B, K, H4, W4) mask logits with all concepts; only their sign is read.
+        erased_masks, erased_heatmaps, erased_logits: as in `segmentation_loss`, without the heaviest concepts.
+        slots: (B, K) bool, the slots whose concepts were taken away.
+        valid: (B, 2) extents of the unpadded region in cells of the mask frame.
+
+    Returns:
+        (total, parts): a float32 scalar, connected to the graph even without a slot, and detached `still_there`, the
+        mean share of the masks that is left (nan without a slot).
+    """
+    device = erased_masks.device
+    mask_size, grid_size = erased_masks.shape[-2:], erased_heatmaps.shape[-2:]
+    valid = torch.as_tensor(valid, device=device)
+    factor = mask_size[0] // grid_size[0]
+    region = valid_region(valid, mask_size, device)[:, None]
+    grid_region = valid_region((valid + factor - 1) // factor, grid_size, device)[:, None]
+    with torch.autocast(device.type, enabled=False):
+        lit = (pred_masks.detach() > 0) & region
+        left = (erased_masks.float().sigmoid() * lit).sum((-2, -1)) / lit.sum((-2, -1)).clamp_min(1)
+        heat = F.softplus(erased_heatmaps.float()).masked_fill(~grid_region, 0.0)
+        heat = heat.sum((-2, -1)) / grid_region.sum((-2, -1)).clamp_min(1)
+        each = heat + left + F.softplus(erased_logits.float())
+        total = each.masked_fill(~slots, 0.0).sum() / slots.sum().clamp_min(1)
+    drawn = slots & lit.flatten(2).any(-1)
+    return total, {"still_there": left[drawn].detach().mean()}
+
+
 def _region_mean(values: Tensor, region: Tensor) -> Tensor:
     """(P, H, W) values and bool region to their (P,) means over the region."""
     return (values * region).sum((-2, -1)) / region.sum((-2, -1)).clamp_min(1)

@@ -10,7 +10,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from .collator import SegCompassCollator
-from .losses import segmentation_loss
+from .losses import erasure_loss, segmentation_loss
 from .optimization import SEGMENTATION_MODULES, parameter_groups
 from .policy import freeze
 from .targets import valid_extent
@@ -31,6 +31,12 @@ class SegCompassSFTConfig(TrainingArguments):
     )
     segmentation_lr_multiplier: float = field(
         default=1.0, metadata={"help": "rate of codebook, slot mapper and decoder relative to the rest's"}
+    )
+    erase_concepts: int = field(
+        default=0, metadata={"help": "heaviest concepts of a slot to take away in a second decoding; 0 = none"}
+    )
+    lambda_e: float = field(
+        default=0.3, metadata={"help": "weight of the erasure loss: without those concepts the mask should be gone"}
     )
     train_below_sae_layer: bool = field(
         default=False, metadata={"help": "train decoder blocks up to the SAE's layer; a trained SAE then drifts"}
@@ -80,24 +86,38 @@ class SegCompassSFTTrainer(Trainer):
         return self.optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Language loss + λ_s·(BCE + λ_D·dice) + λ_c·confidence BCE; the parts are logged."""
+        """Language loss + λ_s·(BCE + λ_D·dice) + λ_c·confidence BCE (+ λ_e·erasure); the parts are logged."""
         targets = inputs.pop("mask_targets", None)
-        outputs = model(**inputs, query_source=self.args.query_source)
+        outputs = model(
+            **inputs, query_source=self.args.query_source, erase_concepts=self.args.erase_concepts * self.with_masks
+        )
         loss, parts = outputs.loss, {}
         if self.with_masks:
             image_size = self.processing_class.sam_image_processor.size["longest_edge"]
+            valid = valid_extent(inputs["reshaped_input_sizes"], image_size, outputs.pred_masks.shape[-1])
             segmentation, parts = segmentation_loss(
                 outputs.pred_masks,
                 outputs.heatmaps,
                 outputs.pred_logits,
                 outputs.slot_mask,
                 targets,
-                valid_extent(inputs["reshaped_input_sizes"], image_size, outputs.pred_masks.shape[-1]),
+                valid,
                 lambda_s=self.args.lambda_s,
                 lambda_c=self.args.lambda_c,
                 lambda_d=self.args.lambda_d,
             )
             loss = loss + segmentation
+            if outputs.erased is not None:
+                erased = outputs.erased
+                erasure, more = erasure_loss(
+                    outputs.pred_masks,
+                    erased.pred_masks,
+                    erased.heatmaps,
+                    erased.pred_logits,
+                    outputs.erased_slots,
+                    valid,
+                )
+                loss, parts = loss + self.args.lambda_e * erasure, {**parts, **more}
         for name, value in {"language": outputs.loss, **parts}.items():
             self._parts.setdefault(name, []).append(value.detach().float())
         return (loss, outputs) if return_outputs else loss

@@ -295,6 +295,59 @@ def test_bad_interventions_are_refused(parts, scale, message):
         model(**processor(images=noise_image(8, 8), text="it", response="no"), concept_scale=scale)
 
 
+def test_factors_of_all_concepts_can_differ_by_sample(parts):
+    model, processor = parts
+    inputs = processor(images=noise_images(), text=INSTRUCTIONS, response=RESPONSES)
+    with torch.no_grad():
+        whole = model(**inputs)
+        index = int(whole.concept_indices[1, 0])
+        scale = torch.ones(4, 128)
+        scale[1, index] = 0
+        mixed, alone = model(**inputs, concept_scale=scale), model(**inputs, concept_scale={index: 0.0})
+        row = model(**inputs, concept_scale=scale[1])
+    assert torch.equal(mixed.concept_indices[[0, 2, 3]], whole.concept_indices[[0, 2, 3]])
+    assert torch.equal(mixed.heatmaps[[0, 2, 3]], whole.heatmaps[[0, 2, 3]])
+    assert torch.equal(mixed.concept_indices[1], alone.concept_indices[1])
+    assert torch.equal(mixed.heatmaps[1], alone.heatmaps[1])
+    assert torch.equal(row.heatmaps, alone.heatmaps)
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        (torch.ones(4, 64), r"shape \(4, 64\); it holds a factor of each of the 128 concepts, \(128,\) or \(1, 128\)"),
+        (torch.full((128,), -1.0), "negative or not finite"),
+        (torch.full((128,), float("nan")), "negative or not finite"),
+    ],
+)
+def test_bad_factors_of_all_concepts_are_refused(parts, scale, message):
+    model, processor = parts
+    with pytest.raises(ValueError, match=message):
+        model(**processor(images=noise_image(8, 8), text="it", response="no"), concept_scale=scale)
+
+
+def test_erasing_is_decoding_without_the_heaviest_concepts_of_the_sure_slots(parts):
+    model, processor = parts
+    inputs = processor(images=noise_images(), text=INSTRUCTIONS, response=RESPONSES)
+    with torch.no_grad():
+        outputs = model(**inputs, erase_concepts=2)
+        for sample in range(4):
+            sure = [k for k in range(3) if outputs.slot_mask[sample, k] and outputs.pred_logits[sample, k] >= 0]
+            found = [k for k in range(3) if outputs.slot_mask[sample, k]]
+            sure = sorted({*sure, max(found, key=lambda k: outputs.pred_logits[sample, k])})
+            assert outputs.erased_slots[sample].nonzero()[:, 0].tolist() == sure
+            heaviest = {
+                int(outputs.concept_indices[sample, place])
+                for slot in sure
+                for place in outputs.concept_weights[sample, slot].argsort(descending=True)[:2]
+            }
+            scaled = model(**inputs, concept_scale=dict.fromkeys(heaviest, 0.0))
+            torch.testing.assert_close(outputs.erased.heatmaps[sample], scaled.heatmaps[sample])
+            torch.testing.assert_close(outputs.erased.pred_logits[sample], scaled.pred_logits[sample])
+        with pytest.raises(ValueError, match="erase_concepts needs concepts"):
+            model(**inputs, erase_concepts=2, query_source="tokens")
+
+
 @pytest.mark.parametrize("source", ["tokens", "concepts"])
 def test_queries_can_be_built_from_one_source(parts, source):
     model, processor = parts

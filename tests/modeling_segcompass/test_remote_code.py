@@ -17,6 +17,7 @@ from tests.scripted import INSTRUCTIONS, lively_segcompass, noise_images
 from tests.tiny import BACKBONES
 
 PACKAGE = Path(modeling_segcompass.__file__).parent
+TOOLS = {"concept_dictionary.py", "faithfulness.py"}  # for examining a model: none needs them to run
 RESPONSES = ["<think>left of it</think><REF_POS><REF_POS><REF_POS>"] * 4
 ELSEWHERE = """
 import importlib.util, json, sys
@@ -104,14 +105,16 @@ def test_saved_folder_names_its_classes_and_holds_their_code(saved):
             module, name = reference.split(".")
             tree = ast.parse((folder / f"{module}.py").read_text())
             assert name in {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
-        code = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py"}
+        code = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py"} - TOOLS
         assert {path.name for path in folder.glob("*.py")} == code
 
 
 def imports(tree):
-    """Every import: (top-level name, level of a relative import, inside a function?)."""
+    """Every import: (top-level name, level of a relative import, inside a function?). What a `try` block imports is
+    left out: transformers does not ask users of a served model for it."""
+    tried = {n for t in ast.walk(tree) if isinstance(t, ast.Try) for n in ast.walk(t)}
     functions = {n for f in ast.walk(tree) if isinstance(f, ast.FunctionDef) for n in ast.walk(f)}
-    for node in ast.walk(tree):
+    for node in set(ast.walk(tree)) - (tried & functions):
         if isinstance(node, ast.Import):
             yield from ((alias.name, 0, node in functions) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):

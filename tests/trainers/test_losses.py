@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from trainers.losses import segmentation_loss
+from trainers.losses import erasure_loss, segmentation_loss
 
 
 def random_batch(seed=0, counts=(2, 1, 0), slots=3, grid=4, factor=4):
@@ -191,3 +191,38 @@ def test_errors_name_what_is_wrong():
         segmentation_loss(**dict(batch, targets=[batch["targets"][0], torch.zeros(1, 4, 4), batch["targets"][2]]))
     with pytest.raises(ValueError, match="whole multiple"):
         segmentation_loss(**dict(batch, heatmaps=torch.zeros(3, 3, 5, 5)))
+
+
+def test_erasure_by_hand():
+    # Two slots on a 1x2 grid of 2x2 mask cells, the last column is padding. The second slot was not erased.
+    whole = torch.tensor([[[[5.0, 5.0, -5.0, 5.0], [5.0, -5.0, -5.0, 5.0]]] * 2]).view(1, 2, 2, 4)
+    erased = torch.full((1, 2, 2, 4), math.log(3.0))
+    heat = torch.tensor([[[[0.0, math.log(3.0)]], [[9.0, 9.0]]]])
+    logits = torch.tensor([[0.0, 9.0]])
+    slots = torch.tensor([[True, False]])
+    total, parts = erasure_loss(whole, erased, heat, logits, slots, [(2, 3)])
+    assert parts["still_there"].item() == pytest.approx(0.75)
+    heat_bce = (-math.log(0.5) - math.log(0.25)) / 2
+    assert total.item() == pytest.approx(heat_bce + 0.75 - math.log(0.5), rel=1e-6)
+
+
+def test_erasure_teaches_only_the_erased_pass_and_only_the_erased_slots():
+    generator = torch.Generator().manual_seed(0)
+    whole, erased = (torch.randn(2, 3, 8, 8, generator=generator, requires_grad=True) for _ in range(2))
+    heat = torch.randn(2, 3, 4, 4, generator=generator, requires_grad=True)
+    logits = torch.randn(2, 3, generator=generator, requires_grad=True)
+    slots = torch.tensor([[True, False, True], [False, False, False]])
+    total, _ = erasure_loss(whole, erased, heat, logits, slots, [(8, 8), (8, 8)])
+    taught = torch.autograd.grad(total, [whole, erased, heat, logits], allow_unused=True)
+    assert taught[0] is None
+    for gradient in taught[1:]:
+        assert (gradient[slots] >= 0).all() and gradient[slots].sum() > 0, "everything erased goes down"
+        assert not gradient[~slots].any()
+
+
+def test_erasure_without_a_slot_is_zero_and_connected():
+    erased = torch.randn(1, 2, 8, 8, requires_grad=True)
+    none = torch.zeros(1, 2, dtype=torch.bool)
+    total, parts = erasure_loss(erased, erased, torch.randn(1, 2, 4, 4), torch.randn(1, 2), none, [(8, 8)])
+    total.backward()
+    assert total.item() == 0 and not erased.grad.any() and parts["still_there"].isnan()

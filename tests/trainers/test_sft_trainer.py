@@ -146,6 +146,18 @@ def test_rows_without_reasoning_and_another_number_of_slots_are_refused(rows, tm
         train(model, processor, rows, tmp_path)
 
 
+def test_erasure_is_trained_and_logged(rows, tmp_path):
+    model, processor = tiny_segcompass("llava")
+    before = snapshot(model)
+    trainer = train(model, processor, rows, tmp_path, erase_concepts=3, lambda_e=1.0)
+    plain, same = tiny_segcompass("llava")
+    without = train(plain, same, rows, tmp_path / "plain")
+    entries = [[entry for entry in t.state.log_history if "loss" in entry] for t in (trainer, without)]
+    assert "still_there" in entries[0][0] and "still_there" not in entries[1][0]
+    assert entries[0][0]["loss"] > entries[1][0]["loss"], "the erasure loss is added"
+    assert moved(model, before, "query_codebook")
+
+
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_sae_trains_on_the_models_own_states_and_goes_back_into_the_model(backbone, rows, tmp_path):
     model, processor = tiny_segcompass(backbone)
