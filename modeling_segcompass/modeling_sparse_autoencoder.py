@@ -169,3 +169,7 @@ class SparseAutoencoder(PreTrainedModel):
                 f"{self.config.layer} of {self.config.backbone or 'its backbone'}, or load the SAE of your backbone."
             )
         return z.to(self.W_enc.dtype)
+
+
+SparseAutoencoderConfig.register_for_auto_class()
+SparseAutoencoder.register_for_auto_class("AutoModel")
