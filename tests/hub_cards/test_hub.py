@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from tests.hub_cards.conftest import finish
+from tests.hub_client import ROOT, finish
 from tests.scripted import noise_images
 
 OWNER = "tester"
@@ -97,8 +97,6 @@ print(json.dumps(hashes))
 @pytest.fixture(scope="module")
 def pushed(hub):
     """Everything pushed once; what came of it, and the hashes of the masks that the pushed models give."""
-    from tests.hub_cards.conftest import ROOT
-
     noise_images()[1].save(hub.folder / "image.png")
     told = hub.run(PUSH.replace("{root}", str(ROOT)), hub.folder)
     for name in ("first", "second"):
@@ -173,7 +171,8 @@ def test_cards_tell_what_was_measured_and_under_which_protocol(pushed, inspected
     assert data["license"] == "apache-2.0" and data["datasets"] == [DATA] and data["model-index"]
     assert data["co2_eq_emissions"] == {"emissions": 1.5}
     results = {result["metric_type"]: result for result in inspected["results"]}
-    assert {name: result["metric_value"] for name, result in results.items()} == {"gIoU": 0.4, "cIoU": 0.3, "T-acc": 1.0}
+    values = {name: result["metric_value"] for name, result in results.items()}
+    assert values == {"gIoU": 0.4, "cIoU": 0.3, "T-acc": 1.0}
     assert all(result["metric_args"] == {"protocol": "rela", "n": 7} for result in results.values())
     for told in ("| 0.400 | 0.300 | 1.000 |", "learning_rate | 2e-06", "It has seen nothing.", "protocol\nrela"):
         assert told in inspected["card"], inspected["card"]
@@ -275,9 +274,7 @@ def test_a_pulled_model_loads_from_the_cache_alone(hub, pushed):
     assert set(masks.values()) == {pushed["first_masks"]} and len(hub.requests()) == before
 
 
-def test_the_script_pushes_the_embedded_checkpoints_card(hub):
-    from tests.hub_cards.conftest import ROOT, environment  # noqa: F401
-
+def test_the_script_pushes_and_names_the_commit(hub):
     code = f"""
 import json, sys
 sys.path.insert(0, "{ROOT}/examples")
