@@ -69,7 +69,7 @@ metric_again = push_metric("{{root}}/loaders/reasoning_segmentation", {METRIC!r}
 print(json.dumps(dict(
     first=first.oid, again=again.oid, second=second.oid, parts=parts.oid, sae=sae.oid, sae_next=sae_next.oid,
     refused=refused, data=data.oid, data_again=data_again.oid, metric=metric.oid, metric_again=metric_again.oid,
-    masks=rows["masks"], instructions=rows["instruction"],
+    masks=list(rows["masks"]), instructions=list(rows["instruction"]),
 )))
 """
 
