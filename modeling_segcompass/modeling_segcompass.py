@@ -632,7 +632,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: the checkpoint lacks weights of this model or holds others; `device_map` or
-                `quantization_config` with a checkpoint that refers to its parts.
+                `quantization_config` with a checkpoint that refers to its parts; a `device_map` that offloads the SAE.
         """
         hub = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
         config = kwargs.get("config")
@@ -663,6 +663,11 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"{pretrained_model_name_or_path} does not match this model ({told}); nothing was loaded. Use the "
                 "folder that save_pretrained wrote, with its own config.json."
+            )
+        if any(weight.is_meta for weight in model.sae.parameters()):
+            raise ValueError(
+                "device_map left no memory for the SAE, which cannot be offloaded (its encoder is read by columns); name "
+                'a device for it, as in device_map={"sae": "cpu", ...}, or raise max_memory.'
             )
         model.config.references = None  # it is whole now, and is saved whole
         model.freeze_encoders()
