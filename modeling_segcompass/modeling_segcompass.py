@@ -666,8 +666,8 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             )
         if any(weight.is_meta for weight in model.sae.parameters()):
             raise ValueError(
-                "device_map left no memory for the SAE, which cannot be offloaded (its encoder is read by columns); name "
-                'a device for it, as in device_map={"sae": "cpu", ...}, or raise max_memory.'
+                "device_map left no memory for the SAE, which cannot be offloaded (its encoder is read by columns); "
+                'name a device for it, as in device_map={"sae": "cpu", ...}, or raise max_memory.'
             )
         model.config.references = None  # it is whole now, and is saved whole
         model.freeze_encoders()
