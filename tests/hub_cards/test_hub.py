@@ -24,11 +24,15 @@ import json, sys
 import torch
 from hub_cards import Evaluation, push_dataset, push_metric, push_model, push_sae
 from loaders import load_scenes
+from modeling_segcompass import SegCompassModel
 from tests.scripted import lively_segcompass, noise_images
 
 torch.set_num_threads(1)
 folder = sys.argv[1]
 model, processor = lively_segcompass("llava")
+model.save_pretrained(folder + "/local")
+# Weights read from a file lie otherwise in memory than fresh ones, and kernels then round the last bit otherwise.
+model = SegCompassModel.from_pretrained(folder + "/local")
 image = noise_images()[1]
 inputs = processor(images=image, text={INSTRUCTION!r}, response={RESPONSE!r})
 
