@@ -24,6 +24,10 @@ HERE = Path(__file__).resolve().parent
 EXAMPLES = HERE.parents[1] / "examples" if len(HERE.parents) > 1 else HERE
 COLOURS = np.array([[230, 60, 60], [60, 140, 230], [60, 190, 90], [240, 170, 40], [170, 90, 210], [40, 190, 190]])
 TOP_CONCEPTS = 8
+STYLE = (
+    "#image img, #overlay img, #fired img {width: 100%; height: 100%; object-fit: contain}"  # small images too
+    "#concepts label:has(input:checked) {outline: 2px solid currentcolor}"
+)
 ABOUT = (
     "# SegCompass\nAsk for something in the image. The model reasons, turns what it thought into concepts, the "
     "concepts into one heatmap per slot, and the heatmaps into masks. Choose a concept to see where it fired; move its "
@@ -140,10 +144,9 @@ class Demo:
         confidences = outputs.pred_logits[0].sigmoid().tolist()
         gallery = []
         for slot in found:
-            told = f"slot {slot}, confidence {confidences[slot]:.2f}"
-            gallery.append((self.heat_over(answer.image, heatmaps[slot]), f"{told}: heatmap"))
+            gallery.append((self.heat_over(answer.image, heatmaps[slot]), f"slot {slot}: {confidences[slot]:.2f}"))
             if slot in masks:
-                gallery.append((masks[slot].astype(np.uint8) * 255, f"{told}: mask"))
+                gallery.append((masks[slot].astype(np.uint8) * 255, f"mask {slot}"))
         return gallery
 
     @staticmethod
@@ -176,9 +179,16 @@ class Demo:
         heat = self.over_image(answer, (patches / patches.max().clamp_min(1e-6)).cpu().numpy())
         response = fired[outputs.prompt_length :]
         response = (response / response.max().clamp_min(1e-6)).tolist()
-        words = [self.processor.decode([token]) for token in ids[outputs.prompt_length :].tolist()]
-        tokens = [(word + " ", round(value, 3) or None) for word, value in zip(words, response, strict=True)]
+        words = self.words(ids[outputs.prompt_length :].tolist())
+        tokens = [(word, round(value, 3) or None) for word, value in zip(words, response, strict=True)]
         return self.heat_over(answer.image, heat), tokens, gr.Slider(value=answer.factors.get(int(concept), 1.0))
+
+    def words(self, ids):
+        """Each token's text with its space before it, which a token decoded alone would lose."""
+        words = [self.processor.decode(ids[:1])]
+        for before, token in zip(ids, ids[1:], strict=False):
+            words.append(self.processor.decode([before, token])[len(self.processor.decode([before])) :])
+        return words
 
     def over_image(self, answer, patches):
         """Values of the MLLM's patches (row by row) as float (H, W) over the image; 0 where it did not look."""
@@ -217,7 +227,7 @@ def page(demo):
         answer = gr.State()
         with gr.Row():
             with gr.Column():
-                image = gr.Image(type="pil", label="Image", height=320, elem_id="image")
+                image = gr.Image(type="pil", label="Image", height=260, elem_id="image")
                 instruction = gr.Textbox(label="Instruction", elem_id="instruction")
                 threshold = gr.Slider(0, 1, 0.5, step=0.05, label="Confidence from which a slot is kept")
                 ask = gr.Button("Segment", variant="primary", elem_id="ask")
@@ -225,17 +235,17 @@ def page(demo):
                     gr.Examples(shown, [image, instruction], cache_examples=False)
             with gr.Column():
                 reasoning = gr.Textbox(label="Reasoning", lines=4, elem_id="reasoning")
-                overlay = gr.Image(label="Masks", format="png", height=320, elem_id="overlay")
+                overlay = gr.Image(label="Masks", format="png", height=260, elem_id="overlay")
                 verdict = gr.Textbox(label="Result", elem_id="verdict")
+                slots = gr.Gallery(label="Slots", columns=4, height=200, format="png", elem_id="slots")
         with gr.Row():
             with gr.Column():
                 concept = gr.Radio([], label="Concepts, heaviest first", elem_id="concepts")
                 factor = gr.Slider(0, 2, 1.0, step=0.1, label="Strength of the chosen concept", elem_id="factor")
                 restore = gr.Button("All concepts as they were", elem_id="restore")
             with gr.Column():
-                fired = gr.Image(label="Where it fired", format="png", height=320, elem_id="fired")
+                fired = gr.Image(label="Where it fired", format="png", height=260, elem_id="fired")
                 tokens = gr.HighlightedText(label="Where it fired in the response", elem_id="tokens")
-        slots = gr.Gallery(label="Slots", columns=4, height=320, format="png", elem_id="slots")
 
         shows = [overlay, verdict, slots]
         asked = [reasoning, *shows, answer, concept, factor]
@@ -254,7 +264,7 @@ def main(argv=None):
     parser.add_argument("--port", type=int, help="7860, or the next free one, when not given")
     args = parser.parse_args(argv)
     plain = gr.themes.Default(font=["sans-serif"], font_mono=["monospace"])  # no fonts from the network
-    page(Demo(args.model)).launch(server_port=args.port, theme=plain)
+    page(Demo(args.model)).launch(server_port=args.port, theme=plain, css=STYLE)
 
 
 if __name__ == "__main__":
