@@ -90,7 +90,7 @@ def push_dataset(dataset, repo_id, description, *, split=None, branch=None, tag=
     committed = dataset.push_to_hub(repo_id, revision=branch, private=private, token=token, **names)
     noted = DatasetCard.load(api.hf_hub_download(repo_id, "README.md", repo_type="dataset", revision=committed.oid))
     metadata = {name: noted.data.get(name) for name in ("dataset_info", "configs") if noted.data.get(name)}
-    split = split or next(iter(dataset)) if hasattr(dataset, "keys") else split or "train"
+    split = split or next(iter(getattr(dataset, "keys", lambda: ["train"])()))
     described = dataset_card(repo_id, split, description=description, metadata=metadata, **card)
     with TemporaryDirectory() as folder:
         return upload(api, folder, described, repo_id, "dataset", "Describe the data", branch, tag, private)

@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.models.sam.modeling_sam import SamPositionalEmbedding
+from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import ModelOutput
 
 from .configuration_segcompass import SegCompassConfig, SparseAutoencoderConfig
@@ -641,7 +642,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             config = SegCompassConfig.from_pretrained(pretrained_model_name_or_path, **hub, **of_config)
         references = config.references or {}
         if kwargs.get("quantization_config") is not None:
-            spare_from_quantization(kwargs["quantization_config"])
+            kwargs["quantization_config"] = spare_from_quantization(kwargs["quantization_config"])
         for name in ("device_map", "quantization_config"):
             if references and kwargs.get(name) is not None:
                 raise ValueError(
@@ -707,11 +708,14 @@ def checked_references(references):
 
 
 def spare_from_quantization(quantization_config):
-    """Add everything but the MLLM to the modules that a quantisation config leaves as they are."""
+    """The quantisation config (or its dict form) with everything but the MLLM among the modules it leaves alone."""
+    if isinstance(quantization_config, dict):
+        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
     for field in ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules"):
         if hasattr(quantization_config, field):
             named = getattr(quantization_config, field) or []
             setattr(quantization_config, field, [*named, *(name for name in UNQUANTIZED if name not in named)])
+    return quantization_config
 
 
 SegCompassConfig.register_for_auto_class()

@@ -71,13 +71,19 @@ def test_parts_offloaded_by_device_map_come_back_when_needed_except_the_sae(save
         SegCompassModel.from_pretrained(folder, device_map={**places, "sae": "disk"}, offload_folder=tmp_path)
 
 
-@pytest.mark.parametrize("make", [lambda: BitsAndBytesConfig(load_in_8bit=True), lambda: plain_torchao()])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: BitsAndBytesConfig(load_in_8bit=True),
+        lambda: {"quant_method": "bitsandbytes", "load_in_4bit": True},
+        lambda: plain_torchao(),
+    ],
+    ids=["bitsandbytes", "dict", "torchao"],
+)
 def test_quantisation_leaves_everything_but_the_mllm_alone(saved, make):
     folder, _, _ = saved
-    quantization = make()
-    spare_from_quantization(quantization)
-    spare_from_quantization(quantization)  # twice is once
-    field = "llm_int8_skip_modules" if isinstance(quantization, BitsAndBytesConfig) else "modules_to_not_convert"
+    quantization = spare_from_quantization(spare_from_quantization(make()))  # twice is once
+    field = "modules_to_not_convert" if isinstance(quantization, TorchAoConfig) else "llm_int8_skip_modules"
     skipped = getattr(quantization, field)
     assert sorted(skipped) == sorted(UNQUANTIZED)
     model = SegCompassModel.from_pretrained(folder)
