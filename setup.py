@@ -19,7 +19,7 @@ setup(
         *find_packages(include=[pattern for folder in FOLDERS for pattern in (folder, f"{folder}.*")]),
         "loaders.reasoning_segmentation",  # a script folder for evaluate.load, so it has no __init__.py
     ],
-    package_data={"loaders.reasoning_segmentation": ["README.md"]},
+    package_data={"loaders.reasoning_segmentation": ["README.md"], "hub_cards": ["templates/*.md", "space/*"]},
     install_requires=[
         "torch>=2.6",
         "transformers>=5.23,<5.24",
@@ -40,6 +40,7 @@ setup(
     extras_require={
         "test": ["pytest>=9", "ruff", "tensorboard"],
         "demo": ["gradio>=6"],
+        "browser": ["gradio>=6", "selenium>=4.40"],  # the Space's test; also Debian's chromium and chromium-driver
         "vllm": ["vllm>=0.27,<0.31"],  # TRL 1.16 stops at 0.31, and 0.31 wants an older transformers
         "sam": ["segment-anything", "torchvision"],
         "peers": ["sae-lens", "eai-sparsify"],  # what benchmarks/ compares with

@@ -91,6 +91,8 @@ class SegCompassConfig(PreTrainedConfig):
         token_dropout: probability, in training, that a sample's queries are built without e_k, so that the concepts
             must carry the mask.
         max_response_length: tokens `segment` may write when the caller names no limit.
+        references: {"mllm" | "sam" | "sae": {"repo_id", "revision"}}, parts whose weights this checkpoint leaves to
+            other repositories; None when it carries them whole.
     """
 
     model_type = "segcompass"
@@ -123,6 +125,7 @@ class SegCompassConfig(PreTrainedConfig):
         token_dropout=0.0,
         max_response_length=2000,
         initializer_range=0.02,
+        references=None,
         **kwargs,
     ):
         self.mllm_config = mllm_config
@@ -151,6 +154,7 @@ class SegCompassConfig(PreTrainedConfig):
         self.token_dropout = token_dropout
         self.max_response_length = max_response_length
         self.initializer_range = initializer_range
+        self.references = references
         super().__init__(**kwargs)
         self.check_sae(self.sae_config)
 

@@ -5,7 +5,7 @@ One MLLM pass gives the logits, the concentration tokens' states and the SAE's i
 out of generation itself, so nothing is run twice. Training losses beyond the language loss live with the trainers.
 """
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -19,12 +19,14 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.models.sam.modeling_sam import SamPositionalEmbedding
+from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import ModelOutput
 
 from .configuration_segcompass import SegCompassConfig, SparseAutoencoderConfig
 from .explanation import explain_slot
 from .mask_decoder import MaskDecoder
 from .modeling_sparse_autoencoder import SparseAutoencoder
+from .pipeline_segcompass import CUSTOM_PIPELINES
 from .query_codebook import IMAGE, INSTRUCTION, RESPONSE, Concepts, QueryCodebook, where_features
 from .sam_weights import read_sam, start_mask_decoder
 from .slot_mapper import SlotMapper
@@ -36,6 +38,10 @@ AUTO_MAP = {
     "AutoModelForImageTextToText": "modeling_segcompass.SegCompassModel",
     "AutoProcessor": "processing_segcompass.SegCompassProcessor",
 }
+PARTS = {"mllm": AutoModelForImageTextToText, "sam": SamVisionModel, "sae": SparseAutoencoder}
+HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token")
+# Only the MLLM is quantised: these are small, or their output is a mask's edge. The head is named as by default.
+UNQUANTIZED = ("lm_head", "sam", "sae", "query_codebook", "slot_mapper", "image_positions", "mask_decoder")
 
 
 @dataclass
@@ -474,6 +480,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         image_embeddings=None,
         original_sizes=None,
         reshaped_input_sizes=None,
+        sequences=None,
         do_sample=False,
         **kwargs,
     ):
@@ -482,13 +489,16 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         Args:
             input_ids, attention_mask, pixel_values, ...: a processor's output for images and instructions.
             sam_pixel_values or image_embeddings, reshaped_input_sizes: see `forward`.
+            sequences: long (B, T), `sequences` of an earlier output for the same inputs: they are read in one pass, and
+                nothing is generated.
             do_sample: greedy when False. Other keywords go to `generate` (`max_new_tokens`, `streamer`, ...).
 
         Returns:
             sequences, long (B, T), and the states, a dict of the arguments of `decode_masks`.
 
         Raises:
-            ValueError: neither sam_pixel_values nor image_embeddings; beams or several sequences per prompt.
+            ValueError: neither sam_pixel_values nor image_embeddings; beams or several sequences per prompt; sequences
+                that do not begin with input_ids.
         """
         if sam_pixel_values is None and image_embeddings is None:
             raise ValueError("segment needs the image: pass sam_pixel_values or image_embeddings.")
@@ -501,9 +511,12 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             kwargs["max_new_tokens"] = self.config.max_response_length
         kwargs.pop("labels", None)
         with self._reading_states() as states:
-            sequences = self.mllm.generate(
-                input_ids=input_ids, attention_mask=attention_mask, do_sample=do_sample, **kwargs
-            )
+            if sequences is None:
+                sequences = self.mllm.generate(
+                    input_ids=input_ids, attention_mask=attention_mask, do_sample=do_sample, **kwargs
+                )
+            else:
+                self._read_again(input_ids, attention_mask, sequences, kwargs)
         z, last_hidden = torch.cat(states["z"], 1), torch.cat(states["last"], 1)
         read = sequences[:, : z.shape[1]]  # the last token was written, but never read back
         written = self._written(read[:, input_ids.shape[1] :])
@@ -523,6 +536,65 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
     def explain(self, outputs, slot=0, sample=0, top=10, labels=None, processor=None):
         """Say which concepts made a slot's mask, and from which words and patches: see `explanation.explain_slot`."""
         return explain_slot(outputs, slot, sample, top, labels, processor, self.config.sam_config.image_size)
+
+    def _read_again(self, input_ids, attention_mask, sequences, kwargs):
+        """One MLLM pass over what `segment` wrote earlier, up to the token that was never read back."""
+        if len(sequences) != len(input_ids) or not torch.equal(sequences[:, : input_ids.shape[1]], input_ids):
+            raise ValueError(
+                "sequences do not begin with input_ids; pass the `sequences` that segment returned for these inputs."
+            )
+        response = sequences[:, input_ids.shape[1] : -1]
+        vision = {name: kwargs[name] for name in ("pixel_values", "image_grid_thw") if name in kwargs}
+        if "mm_token_type_ids" in kwargs:
+            vision["mm_token_type_ids"] = torch.cat([kwargs["mm_token_type_ids"], torch.zeros_like(response)], 1)
+        written = self._written(response).to(attention_mask.dtype)
+        mask = torch.cat([attention_mask, written], 1)
+        self.mllm.model(input_ids=sequences[:, :-1], attention_mask=mask, use_cache=False, **vision)
+
+    def predict_forward(
+        self,
+        image=None,
+        text=None,
+        processor=None,
+        tokenizer=None,
+        past_text="",
+        mask_prompts=None,
+        video=None,
+        threshold=0.5,
+    ):
+        """Answer as Sa2VA models do, so that programs written for that family run with this one.
+
+        Args:
+            image: one image; text: the instruction, with or without a leading "<image>".
+            processor: this model's SegCompassProcessor (also accepted as `tokenizer`).
+            past_text, mask_prompts, video: must stay empty; this model reads one image and one instruction.
+            threshold: confidence from which a slot is kept.
+
+        Returns:
+            {"prediction": the response, ending in one "[SEG]" for each mask, "prediction_masks": list of bool arrays
+            (1, H, W), one for each instance}. The list is empty when nothing is found.
+
+        Raises:
+            ValueError: no processor, a conversation, mask prompts or a video.
+        """
+        for name, value in (("past_text", past_text), ("mask_prompts", mask_prompts), ("video", video)):
+            if value:
+                raise ValueError(f"{name} is not supported: this model reads one image and one instruction.")
+        processor = processor if processor is not None else tokenizer
+        if not hasattr(processor, "post_process_instance_segmentation"):
+            raise ValueError(
+                f"processor is {type(processor).__name__}; pass AutoProcessor.from_pretrained(<this model>, "
+                "trust_remote_code=True)."
+            )
+        text = text.removeprefix("<image>") if isinstance(text, str) else text
+        inputs = processor(images=image, text=text, return_tensors="pt").to(self.device)
+        outputs = self.segment(**inputs)
+        result = processor.post_process_instance_segmentation(outputs, threshold, target_sizes=inputs["original_sizes"])
+        masks = [mask[None].cpu().numpy() for mask in result[0]["masks"]]
+        response = outputs.sequences[0, outputs.prompt_length :]
+        response = response[response != self.config.ref_token_id]
+        answer = processor.decode(response, skip_special_tokens=True).strip()
+        return {"prediction": answer + "[SEG]" * len(masks), "prediction_masks": masks}
 
     def _written(self, response):
         """True up to and including the end-of-sequence token: bool (B, T_response)."""
@@ -620,12 +692,36 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
         """Load a saved model; unlike transformers' default, missing or unexpected weights are an error.
 
+        A checkpoint whose config names `references` holds only its own weights: the parts it refers to are loaded from
+        their repositories, at the revisions noted when it was saved. `quantization_config` quantises the MLLM only.
+
         Raises:
-            ValueError: the checkpoint lacks weights of this model or holds others.
+            ValueError: the checkpoint lacks weights of this model or holds others; `device_map` or
+                `quantization_config` with a checkpoint that refers to its parts; a `device_map` that offloads the SAE.
         """
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
+        hub = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
+        config = kwargs.get("config")
+        if not isinstance(config, SegCompassConfig):
+            of_config = {name: kwargs[name] for name in ("revision", "subfolder") if kwargs.get(name) is not None}
+            config = SegCompassConfig.from_pretrained(pretrained_model_name_or_path, **hub, **of_config)
+        references = config.references or {}
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = spare_from_quantization(kwargs["quantization_config"])
+        for name in ("device_map", "quantization_config"):
+            if references and kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{name} needs a checkpoint that carries its weights whole, but this one refers to "
+                    f"{', '.join(references)}; load it without, save_pretrained it, and load that."
+                )
+        with init.no_init_weights() if references else nullcontext():
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        loading = {name: kwargs[name] for name in ("dtype", "attn_implementation") if name in kwargs}
+        for part, where in references.items():
+            loaded = PARTS[part].from_pretrained(where["repo_id"], revision=where["revision"], **hub, **loading)
+            getattr(model, part).load_state_dict(loaded.state_dict())
+            info["missing_keys"] = {key for key in info["missing_keys"] if not key.startswith(f"{part}.")}
         wrong = {name: sorted(map(str, info[name])) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
         if any(wrong.values()):
             told = "; ".join(f"{name}: {len(keys)} ({', '.join(keys[:3])} ...)" for name, keys in wrong.items() if keys)
@@ -633,14 +729,57 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
                 f"{pretrained_model_name_or_path} does not match this model ({told}); nothing was loaded. Use the "
                 "folder that save_pretrained wrote, with its own config.json."
             )
+        if any(weight.is_meta for weight in model.sae.parameters()):
+            raise ValueError(
+                "device_map left no memory for the SAE, which cannot be offloaded (its encoder is read by columns); "
+                'name a device for it, as in device_map={"sae": "cpu", ...}, or raise max_memory.'
+            )
+        model.config.references = None  # it is whole now, and is saved whole
         model.freeze_encoders()
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """As transformers', with our own key names (resuming a Trainer needs them) and the code beside the weights."""
+    def save_pretrained(self, save_directory, *args, references=None, **kwargs):
+        """As transformers', with our own key names (resuming a Trainer needs them) and the code beside the weights.
+
+        Args:
+            references: {"mllm" | "sam" | "sae": {"repo_id", "revision"}}, parts to leave out of the weights because
+                they are kept elsewhere, unchanged. Loading fetches them from there.
+
+        Raises:
+            ValueError: a reference to another part, or without a revision.
+        """
         kwargs["save_original_format"] = False
         self.config.auto_map = dict(AUTO_MAP)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        self.config.custom_pipelines = CUSTOM_PIPELINES
+        if references:
+            state_dict = self.state_dict() if kwargs.get("state_dict") is None else kwargs["state_dict"]
+            kwargs["state_dict"] = {key: w for key, w in state_dict.items() if key.split(".")[0] not in references}
+        try:
+            self.config.references = checked_references(references)
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.config.references = None
+
+
+def checked_references(references):
+    """The references as they are, or None; raises ValueError for an unknown part or a revision that is not named."""
+    for part, where in (references or {}).items():
+        if part not in PARTS or not where.get("repo_id") or not where.get("revision"):
+            raise ValueError(
+                f"references[{part!r}] is {where!r}; name one of {tuple(PARTS)} with its repo_id and revision."
+            )
+    return references or None
+
+
+def spare_from_quantization(quantization_config):
+    """The quantisation config (or its dict form) with everything but the MLLM among the modules it leaves alone."""
+    if isinstance(quantization_config, dict):
+        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
+    for field in ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules"):
+        if hasattr(quantization_config, field):
+            named = getattr(quantization_config, field) or []
+            setattr(quantization_config, field, [*named, *(name for name in UNQUANTIZED if name not in named)])
+    return quantization_config
 
 
 SegCompassConfig.register_for_auto_class()

@@ -433,3 +433,7 @@ class _Jump(torch.autograd.Function):
         near = ((pre - threshold).abs() < ctx.bandwidth / 2).to(gradient.dtype)
         pull = near * (threshold * gradient + gradient_on)
         return gradient * on, -pull.flatten(0, -2).sum(0) / ctx.bandwidth, None
+
+
+SparseAutoencoderConfig.register_for_auto_class()
+SparseAutoencoder.register_for_auto_class("AutoModel")

@@ -67,25 +67,38 @@ def saved(tmp_path_factory):
     return folders
 
 
-def test_saved_folder_works_where_the_project_cannot_be_imported(saved, tmp_path):
+def load_elsewhere(python, libraries, folders, tmp_path):
+    """Run ELSEWHERE with an interpreter that sees these libraries only; returns the finished process."""
     # -I -S: neither the working folder nor an editable install is importable, installed libraries are given by path
-    libraries = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
     environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     environment.pop("PYTHONPATH", None)
     environment.pop("HF_MODULES_CACHE", None)
-    result = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", ELSEWHERE, json.dumps(libraries), str(torch.get_num_threads())]
-        + [str(folder) for folder in saved.values()],
+    return subprocess.run(
+        [python, "-I", "-S", "-c", ELSEWHERE, json.dumps(libraries), str(torch.get_num_threads()), *map(str, folders)],
         cwd=tmp_path,
         env=environment,
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
     )
+
+
+def test_saved_folder_works_where_the_project_cannot_be_imported(saved, tmp_path):
+    libraries = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    result = load_elsewhere(sys.executable, libraries, saved.values(), tmp_path)
     assert result.returncode == 0, result.stderr
     assert [line.split(".")[0] for line in result.stdout.split()] == ["transformers_modules"] * len(saved)
     for word in ("Do you wish to run", "newly initialized", "not used when", "You are using a model of type"):
         assert word not in result.stdout + result.stderr, result.stderr
+
+
+@pytest.mark.skipif("OTHER_PYTHONS" not in os.environ, reason="on demand: OTHER_PYTHONS=VENV/bin/python:...")
+def test_saved_folder_works_with_other_versions_of_transformers(saved, tmp_path):
+    for python in os.environ["OTHER_PYTHONS"].split(":"):
+        site = "import sysconfig, json; print(json.dumps([sysconfig.get_path('purelib')]))"
+        libraries = json.loads(subprocess.check_output([python, "-c", site], text=True))
+        result = load_elsewhere(python, libraries, saved.values(), tmp_path)
+        assert result.returncode == 0, f"{python}: {result.stderr}"
 
 
 def test_auto_classes_know_the_imported_package_without_remote_code(saved):

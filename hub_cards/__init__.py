@@ -1,0 +1,16 @@
+"""What goes to the Hub beside weights and data: cards, pushing, and a Space (see docs/hub.md)."""
+
+from .cards import Evaluation, dataset_card, metric_card, model_card, sae_card
+from .push import push_dataset, push_metric, push_model, push_sae
+
+__all__ = [
+    "Evaluation",
+    "dataset_card",
+    "metric_card",
+    "model_card",
+    "push_dataset",
+    "push_metric",
+    "push_model",
+    "push_sae",
+    "sae_card",
+]

@@ -1,0 +1,175 @@
+"""Cards of models, SAEs, data sets and the metric, rendered from `templates/` by huggingface_hub's card classes.
+
+A card says only what it is given: a figure that nobody measured leaves no row behind. Each card's Python block runs as
+it stands once the repository exists.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import transformers
+from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData, RepoCard, SpaceCardData
+
+TEMPLATES = Path(__file__).parent / "templates"
+TAGS = ["segcompass", "reasoning-segmentation", "sparse-autoencoder", "custom_code"]
+SCORES = ("gIoU", "cIoU", "N-acc", "T-acc")
+
+
+class Evaluation(NamedTuple):
+    """What `examples/evaluate.py` measured on one data set."""
+
+    metrics: dict
+    """the content of metrics.json: fractions in [0, 1] by name, with "protocol" and "n"."""
+    name: str
+    """how people call the data set, like "ReasonSeg"."""
+    dataset: str
+    """its Hub id, or the name of a loader."""
+    split: str
+    command: str | None = None
+    """the command that printed the figures."""
+
+    def scores(self):
+        """The metrics that compare models, where there was something to divide by; no Pr@X, counts or groups."""
+        return {name: self.metrics[name] for name in SCORES if self.metrics.get(name) is not None}
+
+    def results(self):
+        """huggingface_hub's form, each with the protocol and the number of samples."""
+        told = {"protocol": self.metrics["protocol"], "n": self.metrics["n"]}
+        return [
+            EvalResult(
+                task_type="image-segmentation",
+                task_name="Reasoning segmentation",
+                dataset_type=self.dataset,
+                dataset_name=self.name,
+                dataset_split=self.split,
+                metric_type=metric,
+                metric_name=f"{metric} ({told['protocol']} protocol)",
+                metric_value=value,
+                metric_args=told,
+            )
+            for metric, value in self.scores().items()
+        ]
+
+
+def model_card(
+    repo_id,
+    config,
+    instruction,
+    evaluations=(),
+    *,
+    license="apache-2.0",
+    base_model=None,
+    datasets=None,
+    language="en",
+    training=None,
+    sae_quality=None,
+    limitations=None,
+    emissions=None,
+):
+    """The card of a SegCompass model.
+
+    Args:
+        repo_id: where it will live; config: its SegCompassConfig (`references` are told).
+        instruction: what the snippet asks of the `example.png` pushed beside the model.
+        evaluations: Evaluation tuples; they become the table and the model-index.
+        base_model: Hub ids of the backbones; without it, those that the config names. Local folders are left out.
+        datasets: Hub ids of the training data. training: {argument: value}. sae_quality: {measure: value}.
+        limitations: sentences about what it cannot do. emissions: grams of CO2, or None where unknown.
+
+    Raises:
+        ValueError: an evaluation without its protocol.
+    """
+    for evaluation in evaluations:
+        if not evaluation.metrics.get("protocol"):
+            raise ValueError(f"the evaluation on {evaluation.name!r} names no protocol; pass metrics.json as it is.")
+    base_model = backbones(config) if base_model is None else base_model
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-segmentation",
+        license=license,
+        language=language,
+        base_model=base_model or None,
+        datasets=datasets,
+        tags=TAGS,
+        metrics=sorted({metric for evaluation in evaluations for metric in evaluation.scores()}) or None,
+        model_name=repo_id.split("/")[-1],
+        eval_results=[result for evaluation in evaluations for result in evaluation.results()] or None,
+        **({"base_model_relation": "finetune"} if base_model else {}),
+        **({"co2_eq_emissions": {"emissions": emissions}} if emissions is not None else {}),
+    )
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATES / "model.md"),
+        repo_id=repo_id,
+        config=config,
+        instruction=instruction,
+        evaluations=evaluations,
+        training=training,
+        sae_quality=sae_quality,
+        limitations=limitations,
+        emissions=emissions,
+        transformers_version=transformers.__version__,
+    )
+
+
+def backbones(config):
+    """Hub ids among the names that the config's backbones were loaded under."""
+    names = [config.mllm_config._name_or_path, config.sam_config._name_or_path]
+    return [name for name in names if name and name.count("/") == 1 and not Path(name).exists()]
+
+
+def sae_card(repo_id, config, *, quality=None, license="apache-2.0", datasets=None, training=None, command=None):
+    """The card of a sparse autoencoder.
+
+    Args:
+        repo_id: where it will live; config: its SparseAutoencoderConfig.
+        quality: {measure: value}, as `trainers.evaluate_sae` returns; command: what printed them.
+        training: {argument: value}; datasets: Hub ids of the data whose hidden states it was trained on.
+    """
+    on_hub = config.backbone and config.backbone.count("/") == 1
+    data = ModelCardData(
+        library_name="transformers",
+        license=license,
+        base_model=config.backbone if on_hub else None,
+        datasets=datasets,
+        tags=[*TAGS, "interpretability"],
+        **({"base_model_relation": "adapter"} if on_hub else {}),
+    )
+    return ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATES / "sae.md"),
+        repo_id=repo_id,
+        config=config,
+        quality=quality,
+        training=training,
+        command=command,
+    )
+
+
+def dataset_card(repo_id, split, *, description, license="apache-2.0", language="en", metadata=None):
+    """The card of a data set in the project's row schema.
+
+    Args:
+        repo_id: where it will live; split: the one that the snippet loads.
+        description: what the rows are and where they come from.
+        metadata: what `datasets` noted in the repository's card (`dataset_info`, `configs`), kept as it is.
+    """
+    data = DatasetCardData(
+        license=license,
+        language=language,
+        task_categories=["image-segmentation"],
+        tags=["reasoning-segmentation", "segcompass"],
+        **(metadata or {}),
+    )
+    template = str(TEMPLATES / "dataset.md")
+    return DatasetCard.from_template(
+        data, template_path=template, repo_id=repo_id, split=split, description=description
+    )
+
+
+def metric_card(repo_id, text):
+    """The card of the metric, which lives in a Space: `text` is the module's own README without its metadata."""
+    data = SpaceCardData(
+        title="Reasoning segmentation", sdk="static", tags=["evaluate", "metric", "image-segmentation"]
+    )
+    return RepoCard.from_template(data, template_path=str(TEMPLATES / "metric.md"), repo_id=repo_id, text=text)

@@ -1,0 +1,134 @@
+"""Pushing models, SAEs, data sets and the metric, each with its card, in one commit where the Hub allows it.
+
+A push that changes nothing makes no commit, and a push that is cut off leaves the repository as it was. All functions
+take the Hub from the environment (`HF_ENDPOINT`, `HF_TOKEN`) and raise the Hub's own errors.
+"""
+
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from huggingface_hub import DatasetCard, HfApi, RepoCard
+
+from modeling_segcompass.modeling_segcompass import PARTS
+
+from .cards import dataset_card, metric_card, model_card, sae_card
+
+STALE = ["*.safetensors", "*.safetensors.index.json", "*.py"]  # of an earlier push, when this one has fewer files
+
+
+def push_model(
+    model, processor, repo_id, example, *, references=None, branch=None, tag=None, private=None, token=None, **card
+):
+    """Push a SegCompass model with its processor, its code and its card.
+
+    Args:
+        model, processor: as `save_pretrained` saves them.
+        example: (PIL image, instruction) that the card's snippet asks about; the image becomes `example.png`.
+        references: {"mllm" | "sam" | "sae": "repo_id" or "repo_id@revision"}, parts to refer to instead of carrying
+            them. The revision is pinned to the commit it names now, and the part must be the same there, bit for bit.
+        branch: where to push, made from main when it is new. tag: name for the commit afterwards.
+        card: what else `model_card` tells (evaluations, license, training, limitations, ...).
+
+    Returns:
+        CommitInfo; its `oid` is the revision to pin.
+
+    Raises:
+        ValueError: a reference whose weights differ from the model's.
+    """
+    api = HfApi(token=token)
+    image, instruction = example
+    pinned = {part: pin(api, model, part, repo) for part, repo in (references or {}).items()}
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder, references=pinned)
+        processor.save_pretrained(folder)
+        image.save(Path(folder, "example.png"))
+        config = type(model.config).from_pretrained(folder)
+        described = model_card(repo_id, config, instruction, **card)
+        return upload(api, folder, described, repo_id, "model", "Push SegCompass model", branch, tag, private)
+
+
+def pin(api, model, part, repo):
+    """{"repo_id", "revision"} of a part kept elsewhere, once its weights there are known to be the model's."""
+    repo_id, _, revision = repo.partition("@")
+    revision = api.repo_info(repo_id, revision=revision or None).sha
+    theirs = PARTS[part].from_pretrained(repo_id, revision=revision, token=api.token).state_dict()
+    ours = getattr(model, part).state_dict()
+    for name in sorted(ours.keys() | theirs.keys()):
+        if name not in ours or name not in theirs or not same(ours[name], theirs[name]):
+            raise ValueError(
+                f"{part} of this model differs from {repo_id} at {revision[:7]} (first in {name!r}), so it cannot be "
+                f"referred to; push the {part} it has to a repository of its own, or leave it out of references."
+            )
+    return {"repo_id": repo_id, "revision": revision}
+
+
+def same(ours, theirs):
+    return ours.shape == theirs.shape and ours.dtype == theirs.dtype and bool((ours.cpu() == theirs.cpu()).all())
+
+
+def push_sae(sae, repo_id, *, branch=None, tag=None, private=None, token=None, **card):
+    """Push a SparseAutoencoder with its code and its card (`card`: see `sae_card`). Returns CommitInfo."""
+    with TemporaryDirectory() as folder:
+        sae.save_pretrained(folder)
+        described = sae_card(repo_id, sae.config, **card)
+        return upload(HfApi(token=token), folder, described, repo_id, "model", "Push SAE", branch, tag, private)
+
+
+def push_dataset(dataset, repo_id, description, *, split=None, branch=None, tag=None, private=None, token=None, **card):
+    """Push rows as parquet through `datasets`, then their card.
+
+    Args:
+        dataset: a Dataset or DatasetDict in the row schema; split: the name of a Dataset's split ("train").
+        description, card: see `dataset_card`.
+
+    Returns:
+        CommitInfo of the last commit: the card's, or the data's when the card stands as it was.
+    """
+    api = HfApi(token=token)
+    names = {"split": split} if split else {}
+    committed = dataset.push_to_hub(repo_id, revision=branch, private=private, token=token, **names)
+    noted = DatasetCard.load(api.hf_hub_download(repo_id, "README.md", repo_type="dataset", revision=committed.oid))
+    metadata = {name: noted.data.get(name) for name in ("dataset_info", "configs") if noted.data.get(name)}
+    split = split or next(iter(getattr(dataset, "keys", lambda: ["train"])()))
+    described = dataset_card(repo_id, split, description=description, metadata=metadata, **card)
+    with TemporaryDirectory() as folder:
+        return upload(api, folder, described, repo_id, "dataset", "Describe the data", branch, tag, private)
+
+
+def push_metric(folder, repo_id, *, branch=None, tag=None, private=None, token=None):
+    """Push a metric module as the Space that `evaluate.load(repo_id)` reads.
+
+    Args:
+        folder: holds `<name>.py` and README.md, as `loaders/reasoning_segmentation` does.
+        repo_id: the module is renamed after it, because `evaluate` looks it up by that name.
+
+    Returns:
+        CommitInfo.
+    """
+    folder = Path(folder)
+    text = RepoCard.load(folder / "README.md").text
+    card = metric_card(repo_id, text.replace("loaders/reasoning_segmentation", repo_id))
+    with TemporaryDirectory() as copy:
+        shutil.copyfile(folder / f"{folder.name}.py", Path(copy, f"{repo_id.split('/')[-1]}.py"))
+        return upload(HfApi(token=token), copy, card, repo_id, "space", "Push metric", branch, tag, private)
+
+
+def upload(api, folder, card, repo_id, kind, message, branch, tag, private):
+    """One commit with everything in the folder and the card; nothing where nothing changed. Returns CommitInfo."""
+    card.save(Path(folder, "README.md"))
+    sdk = {"space_sdk": "static"} if kind == "space" else {}
+    api.create_repo(repo_id, repo_type=kind, private=private, exist_ok=True, **sdk)
+    if branch:
+        api.create_branch(repo_id, branch=branch, repo_type=kind, exist_ok=True)
+    commit = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        repo_type=kind,
+        revision=branch,
+        commit_message=message,
+        delete_patterns=STALE if kind != "dataset" else None,
+    )
+    if tag:
+        api.create_tag(repo_id, tag=tag, revision=commit.oid, repo_type=kind)
+    return commit

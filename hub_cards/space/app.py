@@ -1,0 +1,271 @@
+"""The Space: ask for something in an image, watch the reasoning, look into the slots, switch concepts off.
+
+    python hub_cards/space/app.py [--model FOLDER_OR_HUB_ID] [--port 7860]
+
+In a checkout it runs offline on the embedded checkpoint. As a Space, with this folder as its repository, set
+SEGCOMPASS_MODEL to a Hub id. It uses the model as remote code, so it needs transformers and not this project. Moving a
+concept's slider reads the response that was written already; nothing is generated again.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from threading import Thread
+
+import gradio as gr
+import numpy as np
+import torch
+from matplotlib import colormaps
+from PIL import Image
+from transformers import AutoModel, AutoProcessor, TextIteratorStreamer
+
+HERE = Path(__file__).resolve().parent
+EXAMPLES = HERE.parents[1] / "examples" if len(HERE.parents) > 1 else HERE
+COLOURS = np.array([[230, 60, 60], [60, 140, 230], [60, 190, 90], [240, 170, 40], [170, 90, 210], [40, 190, 190]])
+TOP_CONCEPTS = 8
+STYLE = (
+    "#image img, #overlay img, #fired img {width: 100%; height: 100%; object-fit: contain}"  # small images too
+    "#concepts label:has(input:checked) {outline: 2px solid currentcolor}"
+)
+ABOUT = (
+    "# SegCompass\nAsk for something in the image. The model reasons, turns what it thought into concepts, the "
+    "concepts into one heatmap per slot, and the heatmaps into masks. Choose a concept to see where it fired; move its "
+    "slider and the masks follow, while the reasoning stays as it is."
+)
+
+
+class Answer:
+    """What one question left behind: the inputs, the image's embedding, the response, and the concepts' factors."""
+
+    def __init__(self, image, inputs, embeddings):
+        self.image, self.inputs, self.embeddings = image, inputs, embeddings
+        self.outputs = None  # of the response as it was written, before any intervention
+        self.factors = {}
+
+    def __deepcopy__(self, memo):  # gradio copies a state's first value; this one is large and never shared
+        return self
+
+
+class Demo:
+    """The model, and what each part of the page shows of an answer. It knows nothing about gradio's layout."""
+
+    def __init__(self, path):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = AutoModel.from_pretrained(path, trust_remote_code=True).to(device).eval()
+        self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
+
+    # -- asking ------------------------------------------------------------------------------------------------------
+
+    def ask(self, image, instruction, threshold):
+        """Yields what the page shows: first the reasoning as it grows, then everything."""
+        if image is None:
+            raise gr.Error("No image yet: upload one, or take an example.")
+        try:
+            image = image.convert("RGB")
+            inputs = self.processor(images=image, text=instruction, return_tensors="pt").to(self.model.device)
+        except ValueError as error:  # an empty or too long instruction
+            raise gr.Error(str(error)) from error
+        inputs = dict(inputs)
+        with torch.no_grad():
+            answer = Answer(image, inputs, self.model.get_image_embeddings(inputs.pop("sam_pixel_values")))
+        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        failed = []
+
+        def write():
+            try:
+                answer.outputs = self.segment(answer, streamer=streamer)
+            except Exception as error:
+                failed.append(error)
+                streamer.end()
+
+        writer = Thread(target=write)
+        writer.start()
+        text = ""
+        for piece in streamer:
+            text += piece
+            yield text, *[gr.skip()] * 6
+        writer.join()
+        if failed:
+            raise gr.Error(f"The model failed: {failed[0]}")
+        concepts = self.concepts(answer, threshold)
+        choices = gr.Radio(choices=concepts, value=None)
+        yield text, *self.show(answer, answer.outputs, threshold), answer, choices, gr.Slider(value=1.0)
+
+    def segment(self, answer, **keywords):
+        return self.model.segment(**answer.inputs, image_embeddings=answer.embeddings, **keywords)
+
+    def scale(self, answer, concept, factor, threshold):
+        """Masks with the chosen concept scaled, beside those scaled before; the response is only read."""
+        if answer is None or concept is None:
+            raise gr.Error("Ask something first, then choose a concept.")
+        answer.factors[int(concept)] = float(factor)
+        return self.show(answer, self.again(answer), threshold)
+
+    def again(self, answer):
+        return self.segment(answer, sequences=answer.outputs.sequences, concept_scale=answer.factors)
+
+    def restore(self, answer, threshold):
+        """All concepts as they were."""
+        if answer is None:
+            raise gr.Error("Ask something first.")
+        answer.factors = {}
+        return *self.show(answer, answer.outputs, threshold), gr.Slider(value=1.0)
+
+    def rethreshold(self, answer, threshold):
+        if answer is None:
+            return [gr.skip()] * 3
+        return self.show(answer, self.again(answer) if answer.factors else answer.outputs, threshold)
+
+    # -- showing -----------------------------------------------------------------------------------------------------
+
+    def show(self, answer, outputs, threshold):
+        """(overlay, verdict, gallery of a heatmap and a mask for each slot)."""
+        sizes = answer.inputs["original_sizes"]
+        kept = self.processor.post_process_instance_segmentation(outputs, threshold, target_sizes=sizes)[0]
+        masks = dict(zip(kept["slots"].tolist(), kept["masks"].cpu().numpy(), strict=True))
+        picture = np.asarray(answer.image).astype(np.float32)
+        covered = np.zeros(picture.shape[:2], bool)
+        for slot, mask in masks.items():
+            picture[mask] = 0.4 * picture[mask] + 0.6 * COLOURS[slot % len(COLOURS)]
+            covered |= mask
+        found = outputs.slot_mask[0].nonzero()[:, 0].tolist()
+        if not found:
+            verdict = "no mask: the response had no concentration tokens"
+        elif not masks:
+            verdict = "no target: no slot is sure enough"
+        else:
+            verdict = f"{len(masks)} instance{'s' * (len(masks) > 1)}, {covered.sum()} pixels"
+        return picture.astype(np.uint8), verdict, self.slots(answer, outputs, found, masks)
+
+    def slots(self, answer, outputs, found, masks):
+        sizes = answer.inputs["original_sizes"]
+        heatmaps = self.processor.post_process_masks(outputs.heatmaps, sizes)[0].sigmoid().cpu().numpy()
+        confidences = outputs.pred_logits[0].sigmoid().tolist()
+        gallery = []
+        for slot in found:
+            gallery.append((self.heat_over(answer.image, heatmaps[slot]), f"slot {slot}: {confidences[slot]:.2f}"))
+            if slot in masks:
+                gallery.append((masks[slot].astype(np.uint8) * 255, f"mask {slot}"))
+        return gallery
+
+    @staticmethod
+    def heat_over(image, heat):
+        """float (H, W) in [0, 1] in colour over the image."""
+        colour = colormaps["inferno"](heat)[..., :3] * 255
+        return (0.35 * np.asarray(image) + 0.65 * colour).astype(np.uint8)
+
+    def concepts(self, answer, threshold):
+        """(label, index) of the concepts that weigh most in the kept slots, or in all found ones if none is kept."""
+        outputs = answer.outputs
+        if outputs.concept_indices is None or not outputs.slot_mask[0].any():
+            return []
+        kept = outputs.slot_mask[0] & (outputs.pred_logits[0].sigmoid() >= threshold)
+        weights = outputs.concept_weights[0, kept if kept.any() else outputs.slot_mask[0]].amax(0)
+        columns = weights.topk(min(TOP_CONCEPTS, len(weights))).indices
+        columns = columns[weights[columns] > 0].tolist()
+        indices = outputs.concept_indices[0].tolist()
+        return [(f"concept {indices[column]}, weight {weights[column]:.2f}", indices[column]) for column in columns]
+
+    def where(self, answer, concept):
+        """Where a concept fired: over the image, and on the tokens of the response. With it, its present factor."""
+        if answer is None or concept is None:
+            return gr.skip(), gr.skip(), gr.skip()
+        outputs = answer.outputs
+        column = outputs.concept_indices[0].tolist().index(int(concept))
+        fired = outputs.concept_activations[0, :, column].float()
+        ids = outputs.sequences[0, : len(fired)]
+        patches = fired[ids == self.model.config.image_token_id]
+        heat = self.over_image(answer, (patches / patches.max().clamp_min(1e-6)).cpu().numpy())
+        response = fired[outputs.prompt_length :]
+        response = (response / response.max().clamp_min(1e-6)).tolist()
+        words = self.words(ids[outputs.prompt_length :].tolist())
+        tokens = [(word, round(value, 3) or None) for word, value in zip(words, response, strict=True)]
+        return self.heat_over(answer.image, heat), tokens, gr.Slider(value=answer.factors.get(int(concept), 1.0))
+
+    def words(self, ids):
+        """Each token's text with its space before it, which a token decoded alone would lose."""
+        words = [self.processor.decode(ids[:1])]
+        for before, token in zip(ids, ids[1:], strict=False):
+            words.append(self.processor.decode([before, token])[len(self.processor.decode([before])) :])
+        return words
+
+    def over_image(self, answer, patches):
+        """Values of the MLLM's patches (row by row) as float (H, W) over the image; 0 where it did not look."""
+        width, height = answer.image.size
+        left, top, right, bottom = 0, 0, width, height
+        if "image_grid_thw" in answer.inputs:  # Qwen2.5-VL: patches in the image's own aspect
+            merge = self.model.config.mllm_config.vision_config.spatial_merge_size
+            _, rows, columns = (side // merge for side in answer.inputs["image_grid_thw"][0].tolist())
+        else:
+            rows = columns = round(len(patches) ** 0.5)
+            images = self.processor.image_processor
+            if getattr(images, "do_center_crop", False):  # LLaVA-1.5 sees the centre
+                scale = images.size["shortest_edge"] / min(width, height)
+                across, down = images.crop_size["width"] / scale, images.crop_size["height"] / scale
+                left, top = round((width - across) / 2), round((height - down) / 2)
+                right, bottom = left + round(across), top + round(down)
+        seen = Image.fromarray(patches.reshape(rows, columns).astype(np.float32))
+        canvas = Image.new("F", (width, height))
+        canvas.paste(seen.resize((right - left, bottom - top), Image.Resampling.BILINEAR), (left, top))
+        return np.asarray(canvas).clip(0, 1)
+
+
+def examples():
+    """[[image path, instruction]] of the scene that ships beside this file or with the project."""
+    for folder in (HERE, EXAMPLES):
+        if (folder / "scene.json").exists():
+            scene = json.loads((folder / "scene.json").read_text())
+            return [[str(folder / scene["image"]), scene["instruction"]]]
+    return []
+
+
+def page(demo):
+    """The page, wired to the demo. Elements that a visitor or a test looks for carry an elem_id."""
+    with gr.Blocks(title="SegCompass", analytics_enabled=False) as blocks:
+        gr.Markdown(ABOUT)
+        answer = gr.State()
+        with gr.Row():
+            with gr.Column():
+                image = gr.Image(type="pil", label="Image", height=260, elem_id="image")
+                instruction = gr.Textbox(label="Instruction", elem_id="instruction")
+                threshold = gr.Slider(0, 1, 0.5, step=0.05, label="Confidence from which a slot is kept")
+                ask = gr.Button("Segment", variant="primary", elem_id="ask")
+                if shown := examples():
+                    gr.Examples(shown, [image, instruction], cache_examples=False)
+            with gr.Column():
+                reasoning = gr.Textbox(label="Reasoning", lines=4, elem_id="reasoning")
+                overlay = gr.Image(label="Masks", format="png", height=260, elem_id="overlay")
+                verdict = gr.Textbox(label="Result", elem_id="verdict")
+                slots = gr.Gallery(label="Slots", columns=4, height=200, format="png", elem_id="slots")
+        with gr.Row():
+            with gr.Column():
+                concept = gr.Radio([], label="Concepts, heaviest first", elem_id="concepts")
+                factor = gr.Slider(0, 2, 1.0, step=0.1, label="Strength of the chosen concept", elem_id="factor")
+                restore = gr.Button("All concepts as they were", elem_id="restore")
+            with gr.Column():
+                fired = gr.Image(label="Where it fired", format="png", height=260, elem_id="fired")
+                tokens = gr.HighlightedText(label="Where it fired in the response", elem_id="tokens")
+
+        shows = [overlay, verdict, slots]
+        asked = [reasoning, *shows, answer, concept, factor]
+        gr.on([ask.click, instruction.submit], demo.ask, [image, instruction, threshold], asked)
+        concept.input(demo.where, [answer, concept], [fired, tokens, factor])
+        factor.release(demo.scale, [answer, concept, factor, threshold], shows)
+        restore.click(demo.restore, [answer, threshold], [*shows, factor])
+        threshold.release(demo.rethreshold, [answer, threshold], shows)
+    return blocks
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    embedded = str(EXAMPLES / "checkpoints" / "mini")
+    parser.add_argument("--model", default=os.environ.get("SEGCOMPASS_MODEL", embedded))
+    parser.add_argument("--port", type=int, help="7860, or the next free one, when not given")
+    args = parser.parse_args(argv)
+    plain = gr.themes.Default(font=["sans-serif"], font_mono=["monospace"])  # no fonts from the network
+    page(Demo(args.model)).launch(server_port=args.port, theme=plain, css=STYLE)
+
+
+if __name__ == "__main__":
+    main()
