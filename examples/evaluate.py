@@ -30,6 +30,7 @@ from tqdm import tqdm
 from loaders import load_rows
 from loaders.reasoning_segmentation.reasoning_segmentation import sample_counts, summarise
 from modeling_segcompass import SegCompassModel, SegCompassProcessor
+from trainers.image_features import open_image_features
 from trainers.rewards import format_score
 
 
@@ -43,6 +44,7 @@ def parse(argv):
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--query-source", choices=["both", "tokens", "concepts"], default="both")
     parser.add_argument("--threshold", type=float, default=0.5, help="confidence from which a slot is kept")
+    parser.add_argument("--image-features", help="folder that precompute_image_features.py wrote")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args(argv)
     for name in ("num_samples", "batch_size"):
@@ -85,12 +87,16 @@ def evaluate(args, rows, names, path, done):
     Batches are cut at the same rows in every run, so that a resumed run pads, and so rounds, as an uninterrupted one.
     """
     model, processor = load(args.model)
+    try:
+        features = args.image_features and open_image_features(args.image_features, model, processor)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
     with path.open("a") as file, tqdm(total=len(rows), initial=len(done), unit="sample", dynamic_ncols=True) as bar:
         for start in range(0, len(rows), args.batch_size):
             indices = range(start, min(start + args.batch_size, len(rows)))
             if all(names[index] in done for index in indices):
                 continue
-            for record in predict(args, model, processor, [rows[index] for index in indices]):
+            for record in predict(args, model, processor, [rows[index] for index in indices], features):
                 if record["sample_id"] not in done:
                     done[record["sample_id"]] = record
                     file.write(json.dumps(record) + "\n")
@@ -109,11 +115,14 @@ def load(path):
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor
 
 
-def predict(args, model, processor, batch):
-    """The records of a batch of rows: what predictions.jsonl holds of each."""
+def predict(args, model, processor, batch, features=None):
+    """The records of a batch of rows: what predictions.jsonl holds of each. `features` stand in for SAM's pass."""
     began = time.perf_counter()
     images, instructions = [row["image"] for row in batch], [row["instruction"] for row in batch]
-    inputs = processor(images=images, text=instructions).to(model.device)
+    inputs = processor(images=images, text=instructions, sam=not features)
+    if features:
+        inputs.update(features.inputs(images))
+    inputs = inputs.to(model.device)
     outputs = model.segment(**inputs, query_source=args.query_source)
     sizes = [(row["height"], row["width"]) for row in batch]
     results = processor.post_process_instance_segmentation(outputs, args.threshold, target_sizes=sizes)

@@ -320,6 +320,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         reshaped_input_sizes=None,
         labels=None,
         response_mask=None,
+        mask_rows=None,
         concept_scale=None,
         query_source="both",
         fused_lm_head=False,
@@ -339,6 +340,8 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             reshaped_input_sizes: long (B, 2), the image's (H, W) inside SAM's frame.
             labels: long (B, T), -100 outside the response.
             response_mask: bool (B, T), response positions; taken from labels when absent.
+            mask_rows: decode masks of the first so many samples only; image_embeddings and reshaped_input_sizes then
+                belong to these.
             concept_scale, query_source: see `decode_masks`.
             fused_lm_head: the MLLM carries TRL's fused head: return log_probs and entropy instead of logits.
             skip_lm_head: run the backbone only; no logits, no language loss.
@@ -371,15 +374,16 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         if wants_masks:
             if image_embeddings is None:
                 image_embeddings = self.get_image_embeddings(sam_pixel_values)
+            grid = mllm_inputs.get("image_grid_thw")
             output = self.decode_masks(
-                input_ids,
-                attention_mask,
-                response_mask,
-                states["z"][0],
-                states["last"][0],
+                input_ids[:mask_rows],
+                attention_mask[:mask_rows],
+                response_mask[:mask_rows],
+                states["z"][0][:mask_rows],
+                states["last"][0][:mask_rows],
                 image_embeddings,
                 reshaped_input_sizes,
-                mllm_inputs.get("image_grid_thw"),
+                None if grid is None else grid[:mask_rows],
                 concept_scale,
                 query_source,
             )
