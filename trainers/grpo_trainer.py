@@ -171,8 +171,8 @@ class SegCompassGRPOTrainer(GRPOTrainer):
             )
         if args.beta != 0.0 and ref_model is None and not with_adapters and is_deepspeed_zero3_enabled():
             raise ValueError(
-                f"beta is {args.beta}, which needs a reference, and DeepSpeed ZeRO-3 has already partitioned the model's "
-                "weights, so it cannot be copied; pass ref_model=<the MLLM, loaded again>, or set beta=0."
+                f"beta is {args.beta}, which needs a reference, and DeepSpeed ZeRO-3 has already partitioned the weights "
+                "that would be copied; pass ref_model=<the MLLM, loaded again>, or set beta=0."
             )
         self.image_features = None
         if args.image_features:
@@ -606,8 +606,8 @@ def _check_precision(model):
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
             raise ValueError(
-                f"{name} is trained in {parameter.dtype}, in which AdamW's small steps are rounded away (and float16 has "
-                "no gradient scaler); load the model with dtype='float32' and set bf16=True for autocast."
+                f"{name} is trained in {parameter.dtype}, which rounds AdamW's small steps away (and float16 has no "
+                "gradient scaler); load the model with dtype='float32' and set bf16=True for autocast."
             )
 
 

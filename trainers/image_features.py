@@ -158,8 +158,8 @@ class ImageFeatures:
             shape = tuple(np.load(path.with_suffix(".npy"), mmap_mode="r").shape)
             if shape != tuple(listing["shape"]):
                 raise ValueError(
-                    f"{path.with_suffix('.npy')} has shape {shape}, its list says {listing['shape']}; delete both files "
-                    "and run examples/precompute_image_features.py again."
+                    f"{path.with_suffix('.npy')} has shape {shape}, its list says {listing['shape']}; delete both "
+                    "files and run examples/precompute_image_features.py again."
                 )
             for row, (key, crc) in enumerate(zip(listing["keys"], listing["crc32"], strict=True)):
                 self._where[key] = (path.stem, row, crc)

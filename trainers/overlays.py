@@ -22,7 +22,9 @@ def draw_overlays(images: list[Image.Image], outputs, processor, limit: int = 4)
     """
     count = min(limit, len(outputs.pred_masks), len(images))
     shown = type(outputs)(
-        pred_masks=outputs.pred_masks[:count], pred_logits=outputs.pred_logits[:count], slot_mask=outputs.slot_mask[:count]
+        pred_masks=outputs.pred_masks[:count],
+        pred_logits=outputs.pred_logits[:count],
+        slot_mask=outputs.slot_mask[:count],
     )
     sizes = [(image.height, image.width) for image in images[:count]]
     overlays = []

@@ -2,6 +2,8 @@
 
 import torch
 
+LANGUAGE_LINEAR = r".*mllm\.model\.language_model\..*\.(q|k|v|o|gate|up|down)_proj"
+
 
 def freeze(model, below_sae_layer=True, vision_tower=True, sam=True):
     """Set `requires_grad` for training; the SAE and the positional code stay frozen always.
@@ -30,3 +32,33 @@ def freeze(model, below_sae_layer=True, vision_tower=True, sam=True):
     learned = torch.zeros(len(embeddings), 1)
     learned[[model.config.think_end_id, model.config.ref_token_id]] = 1
     embeddings.register_hook(lambda gradient: gradient * learned.to(gradient))
+
+
+def lora_config(model, **settings):
+    """PEFT's LoraConfig with everything that must learn beside the adapters.
+
+    Adapters go on the language model's linear layers. The segmentation modules and the LM head are trained whole, and
+    so are the embedding rows of `</think>` and the concentration token. Checkpoints then hold adapters only:
+    `PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(out)` makes a SegCompass folder.
+
+    Args:
+        model: the SegCompassModel to be adapted.
+        settings: LoraConfig's fields (`r`, `lora_alpha`, `target_modules`, ...), which win over these.
+
+    Raises:
+        ValueError: the MLLM's embedding and LM head are one matrix, whose rows cannot be trained beside adapters.
+    """
+    from peft import LoraConfig
+
+    if model.mllm.config.get_text_config().tie_word_embeddings:
+        raise ValueError(
+            "this MLLM's embedding and LM head are one matrix (tie_word_embeddings=True), so that adapters cannot leave "
+            "the concentration token's rows free; train without adapters."
+        )
+    tokens = [model.config.think_end_id, model.config.ref_token_id]
+    defaults = {
+        "target_modules": LANGUAGE_LINEAR,
+        "modules_to_save": ["query_codebook", "slot_mapper", "mask_decoder", "lm_head"],
+        "trainable_token_indices": {"embed_tokens": tokens},
+    }
+    return LoraConfig(**{**defaults, **settings})

@@ -64,8 +64,8 @@ class SegCompassSFTTrainer(Trainer):
         if args.image_features and self.with_masks:
             if args.train_sam:
                 raise ValueError(
-                    f"image_features={args.image_features!r} are of the encoder as it is now, but train_sam=True changes "
-                    "it; set one of them only."
+                    f"image_features={args.image_features!r} are of the encoder as it is now, but train_sam=True "
+                    "changes it; set one of them only."
                 )
             features = open_image_features(args.image_features, model, processing_class)
         mask_side = 4 * model.config.key_grid if self.with_masks else None

@@ -13,6 +13,7 @@ from tests.tiny import BACKBONES, tiny_mllm, tiny_processor, tiny_segcompass
 from trainers.grpo_config import SegCompassGRPOConfig
 from trainers.grpo_trainer import SegCompassGRPOTrainer
 from trainers.losses import segmentation_loss
+from trainers.policy import lora_config
 from trainers.rewards import mask_scores
 from trainers.targets import valid_extent
 
@@ -463,11 +464,8 @@ def test_the_papers_settings_are_the_defaults(tmp_path):
 
 
 def lora(**changes):
-    from peft import LoraConfig
-
-    modules = ["query_codebook", "slot_mapper", "mask_decoder"]
-    defaults = dict(r=2, target_modules=r".*mllm\.model\.language_model\..*\.(q|v)_proj", modules_to_save=modules)
-    return LoraConfig(**{**defaults, **changes})
+    model, _ = tiny_segcompass("llava", num_slots=SLOTS)
+    return lora_config(model, r=2, **changes)
 
 
 def test_adapters_train_with_the_segmentation_modules(tmp_path):
@@ -475,7 +473,7 @@ def test_adapters_train_with_the_segmentation_modules(tmp_path):
     before = weights(trainer.model)
     trainer.train()
     moved = {name for name, value in weights(trainer.model).items() if not torch.equal(value, before[name])}
-    for part in ("lora_B", "query_codebook", "slot_mapper", "mask_decoder"):
+    for part in ("lora_B", "query_codebook", "slot_mapper", "mask_decoder", "lm_head", "trainable_tokens_delta"):
         assert any(part in name for name in moved), part
     assert not any("original_module" in name or ".sae." in name or "base_layer" in name for name in moved)
     assert trainer.ref_model is None and trainer.beta == 0.2
@@ -485,7 +483,28 @@ def test_adapters_train_with_the_segmentation_modules(tmp_path):
 
 def test_adapters_that_leave_the_segmentation_frozen_are_refused(tmp_path):
     with pytest.raises(ValueError, match="slot_mapper would not learn; add modules_to_save"):
-        config = lora(modules_to_save=["query_codebook", "mask_decoder"])
+        config = lora(modules_to_save=["query_codebook", "mask_decoder", "lm_head"])
+        make_trainer(tmp_path, trainer_kwargs={"peft_config": config})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trainable_token_indices": None}, "row of embed_tokens would not learn"),
+        ({"modules_to_save": ["query_codebook", "slot_mapper", "mask_decoder"]}, "row of lm_head would not learn"),
+    ],
+)
+def test_adapters_that_leave_the_concentration_token_frozen_are_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, trainer_kwargs={"peft_config": lora(**changes)})
+
+
+def test_rows_of_the_head_alone_are_refused(tmp_path):
+    config = lora(
+        modules_to_save=["query_codebook", "slot_mapper", "mask_decoder"],
+        trainable_token_indices={"embed_tokens": [3], "lm_head": [3]},
+    )
+    with pytest.raises(ValueError, match="which sampling uses and the log-probabilities do not"):
         make_trainer(tmp_path, trainer_kwargs={"peft_config": config})
 
 
