@@ -171,8 +171,8 @@ class SegCompassGRPOTrainer(GRPOTrainer):
             )
         if args.beta != 0.0 and ref_model is None and not with_adapters and is_deepspeed_zero3_enabled():
             raise ValueError(
-                f"beta is {args.beta}, which needs a reference, and DeepSpeed ZeRO-3 has already partitioned the weights "
-                "that would be copied; pass ref_model=<the MLLM, loaded again>, or set beta=0."
+                f"beta is {args.beta}, which needs a reference, and DeepSpeed ZeRO-3 has already partitioned the "
+                "weights to copy; pass ref_model=<the MLLM, loaded again>, or set beta=0."
             )
         self.image_features = None
         if args.image_features:

@@ -36,8 +36,8 @@ def check_adapters(model: nn.Module) -> None:
     ):
         if not any(module in name.split(".") for name in parameters):
             raise ValueError(
-                f"the concentration token's row of {module} would not learn; add {remedy} in the PEFT config, or make it "
-                "with trainers.policy.lora_config."
+                f"the concentration token's row of {module} would not learn; add {remedy} in the PEFT config, or make "
+                "it with trainers.policy.lora_config."
             )
     if any("lm_head.token_adapter" in name for name in parameters):
         raise ValueError(

@@ -52,8 +52,8 @@ def lora_config(model, **settings):
 
     if model.mllm.config.get_text_config().tie_word_embeddings:
         raise ValueError(
-            "this MLLM's embedding and LM head are one matrix (tie_word_embeddings=True), so that adapters cannot leave "
-            "the concentration token's rows free; train without adapters."
+            "this MLLM's embedding and LM head are one matrix (tie_word_embeddings=True), so that adapters cannot "
+            "leave the concentration token's rows free; train without adapters."
         )
     tokens = [model.config.think_end_id, model.config.ref_token_id]
     defaults = {
