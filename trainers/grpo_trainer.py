@@ -580,12 +580,12 @@ def _decode_images(rows):
         if key not in images:
             image = row["image"]
             images[key] = decoder.decode_example(image) if isinstance(image, dict) else image
-            _check_masks(row)
             if images[key].size != (row["width"], row["height"]):
                 raise ValueError(
                     f"the image of sample {row['sample_id']!r} is {images[key].size} (width, height), but its row says "
                     f"({row['width']}, {row['height']}); masks and image must be of one size."
                 )
+        _check_masks(row)
         decoded.append({**row, "image": images[key]})
     return decoded
 

@@ -68,7 +68,7 @@ def test_padding_of_every_row_is_left_out_and_changes_nothing(tmp_path, backbone
 
 
 def test_the_policy_that_samples_is_the_policy_that_is_scored(tmp_path):
-    """Sampled tokens' probabilities, read out of generation after the weights have moved, are the old ones of the loss."""
+    """Tokens' log-probabilities, read out of generation after the weights have moved, are the loss's old ones."""
     trainer = make_trainer(
         tmp_path, scripted=False, beta=0.0, num_iterations=2, max_steps=2, max_completion_length=6, temperature=1.0
     )

@@ -166,7 +166,8 @@ def test_joint_forward_gives_trl_s_log_probabilities_and_the_model_s_masks(tmp_p
     score = GRPOTrainer._get_per_token_logps_and_entropies
     together, _, _ = score(trainer, joint, input_ids, attention_mask, length, **kwargs)
     plain, _, _ = score(trainer, core.mllm, input_ids, attention_mask, length, **kwargs)
-    assert torch.equal(together, plain)
+    scored = batch["completion_mask"].bool()
+    assert torch.allclose(together[scored], plain[scored], atol=1e-5)  # trimmed rows, other summation order
 
     labels = input_ids.masked_fill(attention_mask == 0, -100)
     labels[:, :-length] = -100
@@ -285,13 +286,13 @@ def test_reference_masks_come_from_the_frozen_mllm_in_its_own_pass(tmp_path):
     trainer.core.decode_masks = lambda *args, **kwargs: states.append(args[3]) or original(*args, **kwargs)
     rollout(trainer)
     assert counted.counts == {"reference no grad": 2} and trainer.core.mllm is own
-    first = torch.cat(states)
+    first = list(states)
     with torch.no_grad():
         for parameter in own.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     states.clear()
     rollout(trainer)
-    assert torch.equal(torch.cat(states), first)
+    assert len(states) == len(first) and all(map(torch.equal, states, first))
 
 
 def test_the_reference_is_the_mllm_alone_and_stays_as_it_was(tmp_path):
