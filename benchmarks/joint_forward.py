@@ -58,15 +58,13 @@ def theirs(model, inputs, prompt, args):
     ids = pad(inputs["input_ids"], (left, right), value=0)
     mask = pad(inputs["attention_mask"], (left, right))
     labels = pad(inputs["labels"], (left, right), value=-100)
-    first = model.mllm(
-        input_ids=ids, attention_mask=mask, pixel_values=inputs["pixel_values"], labels=labels, output_hidden_states=True
-    )
+    pixels = dict(pixel_values=inputs["pixel_values"], output_hidden_states=True)
+    first = model.mllm(input_ids=ids, attention_mask=mask, labels=labels, **pixels)
     answer = slice(args.prompt_limit, None)
     second = model.mllm(
         input_ids=torch.cat([ids, ids[:, answer]], 1),
         attention_mask=torch.cat([mask, torch.ones_like(mask[:, answer])], 1),
-        pixel_values=inputs["pixel_values"],
-        output_hidden_states=True,
+        **pixels,
     )
     z = second.hidden_states[model.config.sae_config.layer]
     with torch.no_grad():

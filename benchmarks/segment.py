@@ -1,4 +1,4 @@
-"""What does `segment` cost beside bare generation plus one encoder pass? And k questions about one image beside k calls?
+"""What does `segment` cost beside bare generation and one encoder pass? And k questions on one image beside k calls?
 
     python benchmarks/segment.py
 
@@ -66,7 +66,8 @@ def main(argv=None):
         medians = alternate({"segment": segment, "bare": bare}, args.repeats)
         ratio = medians["segment"] / medians["bare"]
         result["ratio" if batch == 1 else f"ratio_{batch}"] = round(ratio, 4)
-        print(f"batch {batch:<4} segment {medians['segment']:.3f} s   generate + encode {medians['bare']:.3f} s   {ratio:.3f}x")
+        told = ", ".join(f"{name} {value:.3f} s" for name, value in medians.items())
+        print(f"batch {batch:<4} {told}   {ratio:.3f}x")
 
     one = inputs_of([rows[0]])
     many = inputs_of([rows[0]] * args.questions)

@@ -100,7 +100,7 @@ class ImageFeatureWriter:
 
     def add(self, key: str, features: torch.Tensor) -> None:
         """Add one image's features, float (d_k, h, w). Raises ValueError when they do not fit float16."""
-        values = features.detach().to("cpu", torch.float16).numpy()
+        values = features.detach().to("cpu", torch.float16).contiguous().numpy()
         if not np.isfinite(values).all():
             raise ValueError(f"the features of image {key} are not finite in float16, so they cannot be cached.")
         self.known.add(key)

@@ -89,15 +89,15 @@ def policy_engine(model, processor, args):
     core = model.get_base_model() if is_peft_model(model) else model
     bias = {core.config.image_token_id: SUPPRESSED}
     args.generation_kwargs = {"logit_bias": bias, **(args.generation_kwargs or {})}
-    name, config = core.config._name_or_path, core.config
+    name = core.name_or_path
     if args.vllm_mode == "colocate":
         folder = Path(args.output_dir) / "policy"
         with PartialState().main_process_first():
             if PartialState().is_main_process:
                 export_policy(core, processor, folder)
-        config._name_or_path = str(folder)
+        core.name_or_path = str(folder)
     engine, grpo_trainer.VLLMGeneration = grpo_trainer.VLLMGeneration, PolicyEngine
     try:
         yield
     finally:
-        grpo_trainer.VLLMGeneration, config._name_or_path = engine, name
+        grpo_trainer.VLLMGeneration, core.name_or_path = engine, name
