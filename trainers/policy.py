@@ -28,10 +28,19 @@ def freeze(model, below_sae_layer=True, vision_tower=True, sam=True):
         core.multi_modal_projector.requires_grad_(False)
     for block in core.language_model.layers[: model.config.sae_config.layer]:
         block.requires_grad_(False)
-    embeddings = model.get_input_embeddings().weight
-    learned = torch.zeros(len(embeddings), 1)
-    learned[[model.config.think_end_id, model.config.ref_token_id]] = 1
-    embeddings.register_hook(lambda gradient: gradient * learned.to(gradient))
+    embeddings = model.get_input_embeddings()
+    tokens = torch.tensor([model.config.think_end_id, model.config.ref_token_id])
+
+    def detach_others(module, args, output):  # not a hook on the weight, which sharding replaces
+        if torch.is_grad_enabled():
+            learned = torch.isin(args[0], tokens.to(args[0].device))[..., None]
+            return torch.where(learned, output, output.detach())
+
+    embeddings.register_forward_hook(detach_others)
+    if model.get_output_embeddings().weight is embeddings.weight:
+        rows = torch.zeros(len(embeddings.weight), 1)
+        rows[tokens] = 1
+        embeddings.weight.register_hook(lambda gradient: gradient * rows.to(gradient))
 
 
 def lora_config(model, **settings):
