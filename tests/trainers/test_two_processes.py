@@ -1,4 +1,4 @@
-"""Two gloo processes, replicated (DDP) and sharded (FSDP2), learn what one process learns from the same global batch."""
+"""Two gloo processes, replicated (DDP) and sharded (FSDP2), learn what one learns from the same global batch."""
 
 import json
 import os
