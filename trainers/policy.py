@@ -59,9 +59,9 @@ def lora_config(model, **settings):
     """
     from peft import LoraConfig
 
-    if model.mllm.config.get_text_config().tie_word_embeddings:
+    if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
         raise ValueError(
-            "this MLLM's embedding and LM head are one matrix (tie_word_embeddings=True), so that adapters cannot "
+            "this MLLM's embedding and LM head are one matrix (tie_word_embeddings), so that adapters cannot "
             "leave the concentration token's rows free; train without adapters."
         )
     tokens = [model.config.think_end_id, model.config.ref_token_id]

@@ -53,11 +53,11 @@ class PolicyEngine(VLLMGeneration):
     def _iter_named_params(self):
         core = self.model.get_base_model() if is_peft_model(self.model) else self.model
         expected = {_plain(name) for name, _ in core.mllm.named_parameters()} - {None}
-        embedding, sent = core.mllm.get_input_embeddings(), set()
+        sent = set()
         for name, parameter in super()._iter_named_params():
             owner, _, part = name.partition(".token_adapter.")
-            if part.startswith("trainable_tokens_delta"):  # PEFT has merged it into the rows of the original module
-                name, parameter = f"{owner}.weight", embedding.original_module.weight.data
+            if part == "weight":  # the embedding, into which PEFT has merged its trained rows
+                name = f"{owner}.weight"
             elif part:
                 continue
             if name.startswith(PREFIX):
@@ -74,9 +74,10 @@ class PolicyEngine(VLLMGeneration):
 def _plain(name):
     """A parameter's name without PEFT's wrapping; None for an adapter's own parameter."""
     parts = name.split(".")
-    if any(part.startswith("lora_") or part == "token_adapter" for part in parts):
+    if any(part.startswith(("lora_", "trainable_tokens_")) for part in parts):
         return None
-    return name.replace(".base_layer", "").replace(".original_module", "").replace(".modules_to_save.default", "")
+    wrapping = ("base_layer", "original_module", "token_adapter", "modules_to_save", "default")
+    return ".".join(part for part in parts if part not in wrapping)
 
 
 @contextmanager
