@@ -33,6 +33,9 @@ class ScriptArguments:
 def main():
     parser = TrlParser((ScriptArguments, SegCompassGRPOConfig, ModelConfig))
     arguments, training, extra = parser.parse_args_and_config()
+    for name in ("load_in_4bit", "load_in_8bit"):
+        if getattr(extra, name):
+            raise SystemExit(f"--{name} is not supported: quantized training was never run here; use --use_peft alone.")
     model = SegCompassModel.from_pretrained(arguments.model, dtype="float32")
     if extra.attn_implementation:
         model.set_attn_implementation(extra.attn_implementation)
