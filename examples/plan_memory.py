@@ -182,7 +182,8 @@ def plan(config, training, args):
     ]
     heads = text.num_key_value_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
     response = 2 * COMPUTE * heads * text.num_hidden_layers * length
-    responses = batch * training.get("gradient_accumulation_steps", 1) if grpo else 0
+    steps = training.get("steps_per_generation") or training.get("gradient_accumulation_steps", 1)
+    responses = batch * steps if grpo else 0
     rollout = [(f"key-value cache of {responses} responses of {length} tokens", response * responses)] if grpo else []
     held = sum(value for _, value in static)
     peak = held + max(sum(value for _, value in part) for part in (update, rollout or [("", 0)]))
