@@ -42,6 +42,7 @@ from loaders.masks import encode_mask
 from loaders.predictions import merge_parts, part_path, predicted_masks, read_parts, read_predictions, write_text
 from loaders.reasoning_segmentation.reasoning_segmentation import PROTOCOLS, sample_counts, sample_iou, summarise
 from modeling_segcompass import SegCompassModel, SegCompassProcessor
+from trainers.image_features import open_image_features
 from trainers.rewards import format_score
 
 REPORTED = ("gIoU", "cIoU", "N-acc", "T-acc")
@@ -67,6 +68,7 @@ def parse(argv):
     parser.add_argument(
         "--threshold", type=float, help="confidence from which a slot is kept (default 0.5; 0 for segcompass_released)"
     )
+    parser.add_argument("--image-features", help="folder that precompute_image_features.py wrote")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args(argv)
     if args.num_samples is None and args.dataset == "scenes":
@@ -139,12 +141,16 @@ def evaluate(args, state, rows, names, done):
     batches = [batch for batch in batches if any(names[index] not in done for index in batch)]
     batches = batches[state.process_index :: state.num_processes]
     model, processor = load(args.model, state.device)
+    try:
+        features = args.image_features and open_image_features(args.image_features, model, processor)
+    except ValueError as error:
+        raise SystemExit(str(error)) from error
     ious = [iou for iou in (sample_iou(record, args.protocol) for record in done.values()) if iou is not None]
     total = len(done) + sum(names[index] not in done for batch in batches for index in batch)
     bar = tqdm(total=total, initial=len(done), unit="sample", dynamic_ncols=True, disable=not state.is_main_process)
     with part_path(args.output, state.process_index).open("a") as file, bar:
         for batch in batches:
-            for record in predict(args, model, processor, [rows[index] for index in batch]):
+            for record in predict(args, model, processor, [rows[index] for index in batch], features):
                 if record["sample_id"] in done:
                     continue
                 file.write(json.dumps(record) + "\n")
@@ -165,13 +171,16 @@ def load(path, device):
     return model.to(device), processor
 
 
-def predict(args, model, processor, batch):
-    """The records of a batch of rows: what predictions.jsonl holds of each."""
+def predict(args, model, processor, batch, features=None):
+    """The records of a batch of rows: what predictions.jsonl holds of each. `features` stand in for SAM's pass."""
     for row in batch:
         check_image(row)
     began = time.perf_counter()
     images, instructions = [row["image"] for row in batch], [row["instruction"] for row in batch]
-    inputs = processor(images=images, text=instructions).to(model.device)
+    inputs = processor(images=images, text=instructions, sam=not features)
+    if features:
+        inputs.update(features.inputs(images))
+    inputs = inputs.to(model.device)
     outputs = model.segment(**inputs, query_source=args.query_source)
     sizes = [(row["height"], row["width"]) for row in batch]
     results = processor.post_process_instance_segmentation(outputs, args.threshold, target_sizes=sizes)

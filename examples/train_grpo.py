@@ -2,6 +2,7 @@
 
     python examples/train_grpo.py --config examples/recipes/mini/grpo.yaml
     accelerate launch examples/train_grpo.py --config RECIPE.yaml
+    accelerate launch examples/train_grpo.py --config RECIPE.yaml --use_peft --lora_r 64
 
 An interrupted run goes on from its last checkpoint when the command is repeated.
 """
@@ -10,11 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers.trainer_utils import get_last_checkpoint
-from trl import ModelConfig, TrlParser, get_peft_config
+from trl import ModelConfig, TrlParser
 
 from loaders import load_rows
 from modeling_segcompass import SegCompassModel, SegCompassProcessor
 from trainers import SegCompassGRPOConfig, SegCompassGRPOTrainer
+from trainers.policy import lora_config
 
 
 @dataclass
@@ -31,15 +33,24 @@ class ScriptArguments:
 def main():
     parser = TrlParser((ScriptArguments, SegCompassGRPOConfig, ModelConfig))
     arguments, training, extra = parser.parse_args_and_config()
+    for name in ("load_in_4bit", "load_in_8bit"):
+        if getattr(extra, name):
+            raise SystemExit(f"--{name} is not supported: quantized training was never run here; use --use_peft alone.")
     model = SegCompassModel.from_pretrained(arguments.model, dtype="float32")
     if extra.attn_implementation:
         model.set_attn_implementation(extra.attn_implementation)
+    adapters = None
+    if extra.use_peft:
+        chosen = {"target_modules": extra.lora_target_modules} if extra.lora_target_modules else {}
+        adapters = lora_config(
+            model, r=extra.lora_r, lora_alpha=extra.lora_alpha, lora_dropout=extra.lora_dropout, **chosen
+        )
     trainer = SegCompassGRPOTrainer(
         model,
         args=training,
         train_dataset=load_rows(arguments.dataset, arguments.split, arguments.dataset_seed, arguments.num_samples),
         processing_class=SegCompassProcessor.from_pretrained(arguments.model),
-        peft_config=get_peft_config(extra),
+        peft_config=adapters,
     )
     Path(training.output_dir).mkdir(parents=True, exist_ok=True)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(training.output_dir))

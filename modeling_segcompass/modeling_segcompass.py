@@ -122,7 +122,9 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         language_model = self.mllm.model.language_model
         language_model.layers[config.sae_config.layer - 1].register_forward_hook(self._keep_sae_input)
         language_model.register_forward_hook(self._keep_last_hidden)
-        self._no_split_modules = sorted(set(self.mllm._no_split_modules or ()) | set(self.sam._no_split_modules or ()))
+        units = {*(self.mllm._no_split_modules or ()), *(self.sam._no_split_modules or ())}
+        units.add(type(language_model.layers[0]).__name__)
+        self._no_split_modules = sorted(units & {type(module).__name__ for module in self.modules()})
         self.post_init()
         self.generation_config = self.mllm.generation_config
         self.freeze_encoders()
@@ -368,6 +370,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         reshaped_input_sizes=None,
         labels=None,
         response_mask=None,
+        mask_rows=None,
         concept_scale=None,
         query_source="both",
         erase_concepts=0,
@@ -388,6 +391,8 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             reshaped_input_sizes: long (B, 2), the image's (H, W) inside SAM's frame.
             labels: long (B, T), -100 outside the response.
             response_mask: bool (B, T), response positions; taken from labels when absent.
+            mask_rows: decode masks of the first so many samples only; image_embeddings and reshaped_input_sizes then
+                belong to these.
             concept_scale, query_source: see `decode_masks`.
             erase_concepts: decode a second time without this many of the heaviest concepts of each confident slot (of
                 the surest, when none is); the result is `erased`. Training uses it to make concepts necessary.
@@ -422,15 +427,16 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         if wants_masks:
             if image_embeddings is None:
                 image_embeddings = self.get_image_embeddings(sam_pixel_values)
+            grid = mllm_inputs.get("image_grid_thw")
             read = (
-                input_ids,
-                attention_mask,
-                response_mask,
-                states["z"][0],
-                states["last"][0],
+                input_ids[:mask_rows],
+                attention_mask[:mask_rows],
+                response_mask[:mask_rows],
+                states["z"][0][:mask_rows],
+                states["last"][0][:mask_rows],
                 image_embeddings,
                 reshaped_input_sizes,
-                mllm_inputs.get("image_grid_thw"),
+                None if grid is None else grid[:mask_rows],
             )
             output = self.decode_masks(*read, concept_scale, query_source)
             if erase_concepts:

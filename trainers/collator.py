@@ -18,11 +18,13 @@ class SegCompassCollator:
     Args:
         processor: a SegCompassProcessor.
         mask_side: side of the mask logits, four times the key grid; None leaves out all that masks need.
+        image_features: an `ImageFeatures` cache to read SAM's features from; None makes SAM's pixels.
     """
 
-    def __init__(self, processor, mask_side=None):
+    def __init__(self, processor, mask_side=None, image_features=None):
         self.processor = processor
         self.mask_side = mask_side
+        self.image_features = image_features
         self.frame = processor.sam_image_processor.size["longest_edge"]
 
     def __call__(self, rows):
@@ -41,10 +43,12 @@ class SegCompassCollator:
             images=[row["image"] for row in rows],
             text=[row["instruction"] for row in rows],
             response=[self.processor.format_response(row["reasoning"]) for row in rows],
-            sam=self.mask_side is not None,
+            sam=self.mask_side is not None and self.image_features is None,
         )
         if self.mask_side is None:
             return batch
+        if self.image_features is not None:
+            batch.update(self.image_features.inputs([row["image"] for row in rows]))
         batch["mask_targets"] = [
             mask_targets(row["masks"], row["height"], row["width"], self.frame, self.mask_side) for row in rows
         ]

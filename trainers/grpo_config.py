@@ -3,8 +3,10 @@
 from dataclasses import dataclass, field
 
 from trl import GRPOConfig
+from trl.import_utils import is_vllm_available
 
 REWARD_MASK_SOURCES = ("policy", "reference")
+TRAINING_MODES = ("rl", "seg", "both")
 
 
 @dataclass
@@ -36,9 +38,30 @@ class SegCompassGRPOConfig(GRPOConfig):
         default=False, metadata={"help": "Must stay False: masks and images are read from the rows."}
     )
 
+    training_mode: str = field(
+        default="both",
+        metadata={
+            "help": "Table 4: 'both'; 'rl' drops the supervised terms, and the segmentation modules stay as they are; "
+            "'seg' drops the GRPO term, and reward and KL are only logged."
+        },
+    )
+    supervised_fraction: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of a micro-batch's responses whose masks are decoded and supervised, at least one. The "
+            "paper (and 1.0) takes every response."
+        },
+    )
+    image_features: str | None = field(
+        default=None,
+        metadata={"help": "Folder that examples/precompute_image_features.py wrote; None encodes images as they come."},
+    )
+
     lambda_s: float = field(default=1.0, metadata={"help": "Weight of the mask terms, L_SEG, in Eq. 6."})
     lambda_c: float = field(default=0.2, metadata={"help": "Weight of the confidence term, L_CONF, in Eq. 6."})
     lambda_d: float = field(default=0.6, metadata={"help": "Weight of mask dice within L_SEG."})
+    focal: float = field(default=0.0, metadata={"help": "Weight of a focal term within L_SEG; not in the paper."})
+    heatmap_dice: float = field(default=0.0, metadata={"help": "Weight of heatmap dice in L_SEG; not in the paper."})
     query_codebook_lr_multiplier: float = field(default=25.0, metadata={"help": "Rate relative to the MLLM's."})
     slot_mapper_lr_multiplier: float = field(default=80.0, metadata={"help": "Rate relative to the MLLM's."})
     mask_decoder_lr_multiplier: float = field(default=10.0, metadata={"help": "Rate relative to the MLLM's."})
@@ -61,6 +84,13 @@ class SegCompassGRPOConfig(GRPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.training_mode not in TRAINING_MODES:
+            raise ValueError(f"training_mode is {self.training_mode!r}; choose one of {TRAINING_MODES}.")
+        if not 0 < self.supervised_fraction <= 1:
+            raise ValueError(
+                f"supervised_fraction is {self.supervised_fraction}; choose a share above 0 and at most 1, or "
+                "training_mode='rl' for no supervision."
+            )
         if self.reward_mask_source not in REWARD_MASK_SOURCES:
             raise ValueError(f"reward_mask_source is {self.reward_mask_source!r}; choose one of {REWARD_MASK_SOURCES}.")
         if self.reward_mask_source == "reference" and self.beta == 0.0:
@@ -72,8 +102,16 @@ class SegCompassGRPOConfig(GRPOConfig):
             "remove_unused_columns": "the trainer reads image, instruction and masks from the rows",
             "sync_ref_model": "the reference is a bare MLLM, not a second SegCompass model",
             "cast_lm_head_to_fp32": "the LM head belongs to model.mllm, which TRL does not look into",
-            "use_vllm": "vLLM cannot load a SegCompass checkpoint, only its MLLM",
         }
         for name, reason in unsupported.items():
             if getattr(self, name):
                 raise ValueError(f"{name}=True is not supported: {reason}. Set {name}=False.")
+        if self.use_vllm and not is_vllm_available():
+            raise ValueError(
+                "use_vllm=True, but vLLM is not installed; pip install 'segcompass[vllm]' on a machine with a GPU, or "
+                "set use_vllm=False to generate with transformers."
+            )
+        if self.fp16 and self.use_cpu:
+            raise ValueError(
+                "fp16=True needs a GPU's gradient scaler, which use_cpu=True goes without; set bf16=True, or neither."
+            )

@@ -1,15 +1,17 @@
 """Joint training of reasoning and masks (paper Eq. 6): TRL's GRPOTrainer with the segmentation losses in its forward.
 
-GRPO itself - rollouts, advantages, clipping, KL - is TRL's and is not repeated here. Four of its methods are wrapped:
-a rollout also carries image keys and mask targets; the no-grad scoring pass also decodes the masks that are rewarded;
-the one training forward also gives the masks that are supervised. All of that happens by handing TRL a callable in
-place of the model (`_JointForward`), so TRL makes the calls it always makes. tests/trainers/test_trl_contract.py
-names what this leans on.
+GRPO itself - rollouts, advantages, clipping, KL - is TRL's and is not repeated here. Its methods are wrapped: a rollout
+also carries image keys and mask targets; the no-grad scoring pass also decodes the masks that are rewarded; the one
+training forward also gives the masks that are supervised. All of that happens by handing TRL a callable in place of
+the model (`_JointForward`), so TRL makes the calls it always makes. tests/trainers/test_trl_contract.py names what
+this leans on.
 """
 
 import copy
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import datasets
 import torch
@@ -17,42 +19,82 @@ from accelerate.utils import is_peft_model
 from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel, ProcessorMixin
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import add_fused_lm_head, pad
 
 from .grpo_config import SegCompassGRPOConfig
+from .image_features import open_image_features
 from .losses import segmentation_loss
-from .optimization import check_adapters, one_cycle, parameter_groups
+from .optimization import SEGMENTATION_MODULES, check_adapters, one_cycle, parameter_groups
+from .overlays import draw_overlays
 from .policy import freeze
 from .rewards import make_format_reward, mask_reward, mask_scores
 from .targets import mask_targets, valid_extent
+from .vllm_policy import policy_engine
 
 ROW_COLUMNS = ("image", "image_id", "sample_id", "instruction", "masks", "height", "width")
 REF_TOKEN = "<REF_POS>"
+ROLLOUTS = "rollouts_{}.pt"
 
 
-class _JointForward:
-    """Called by TRL as if it were the model: adds the segmentation inputs of the rows at hand, keeps the outputs."""
+PER_TOKEN_INPUTS = ("input_ids", "attention_mask", "labels", "token_type_ids", "mm_token_type_ids")
+SAE_TOKENS = 256  # enough to follow the SAE's explained variance
+CHECKED_ROWS = 2000  # whose masks are checked before the first step; the others when their turn comes
+MAX_SAMPLING_GAP = 0.2  # nats a token between vLLM's and the trained policy's log-probabilities; bf16 alone is ~0.02
 
-    def __init__(self, model, image_embeddings, reshaped_input_sizes, **flags):
-        self.model, self.flags = model, flags
+
+class _TrimmedForward:
+    """Called by TRL as if it were the model: leaves out the columns that are padding in every row at hand."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, **inputs):
+        length = inputs["input_ids"].shape[1]
+        used = inputs["attention_mask"].any(0).nonzero()[:, 0]
+        start, stop = int(used[0]), int(used[-1]) + 1
+        trimmed = {name: v[:, start:stop] if name in PER_TOKEN_INPUTS else v for name, v in inputs.items()}
+        output = self.forward(trimmed)
+        for name in ("log_probs", "entropy"):  # (B, stop - start - 1): back to the columns TRL knows
+            value = getattr(output, name)
+            if value is not None:
+                setattr(output, name, nn.functional.pad(value, (start, length - stop)))
+        return output
+
+    def forward(self, inputs):
+        return self.model(**inputs)
+
+
+class _JointForward(_TrimmedForward):
+    """Adds the segmentation inputs of the rows at hand, and keeps the outputs.
+
+    `share` of the rows of each call get masks, the first ones (TRL has shuffled them); at least one.
+    """
+
+    def __init__(self, model, image_embeddings, reshaped_input_sizes, share=1.0, **flags):
+        super().__init__(model)
+        self.flags, self.share = flags, share
         self.image_embeddings, self.reshaped_input_sizes = image_embeddings, reshaped_input_sizes
         self.outputs, self.done = [], 0
 
-    def __call__(self, **inputs):
-        rows = slice(self.done, self.done + len(inputs["input_ids"]))
+    def forward(self, inputs):
+        batch = len(inputs["input_ids"])
+        masked = max(1, round(self.share * batch))
+        rows = slice(self.done, self.done + masked)
         output = self.model(
             **inputs,
             image_embeddings=torch.stack(self.image_embeddings[rows]),
             reshaped_input_sizes=self.reshaped_input_sizes[rows],
+            mask_rows=None if masked == batch else masked,
             **self.flags,
         )
-        self.done = rows.stop
+        self.done += batch
         self.outputs.append(output)
         if output.log_probs is None:  # without the LM head; TRL reads the field all the same
-            output.log_probs = output.pred_logits.new_zeros(len(inputs["input_ids"]), 1)
+            output.log_probs = output.pred_logits.new_zeros(batch, inputs["input_ids"].shape[1] - 1)
         return output
 
 
@@ -66,6 +108,8 @@ class _Rollout:
     """the tensors of TRL's last scoring pass: (positional arguments after the model, keyword arguments)."""
     scored: _JointForward | None = field(default=None)
     """the pass that decoded the masks to reward."""
+    images: list = field(default_factory=list)
+    """the PIL image of each row, to be drawn on."""
 
 
 class SegCompassGRPOTrainer(GRPOTrainer):
@@ -88,8 +132,9 @@ class SegCompassGRPOTrainer(GRPOTrainer):
 
     Raises:
         TypeError: model or processing_class is of another kind.
-        ValueError: processor and model disagree, rows lack columns, the dataset is smaller than one generation batch,
-            or the adapters miss the segmentation modules.
+        ValueError: processor and model disagree, rows lack columns or masks of their image's size, the dataset is
+            smaller than one generation batch, the adapters miss the segmentation modules, trainable weights are of half
+            precision, or the image features are another encoder's.
     """
 
     _name = "SegCompass"
@@ -124,25 +169,38 @@ class SegCompassGRPOTrainer(GRPOTrainer):
                 "reference also restores the initial segmentation modules) and ref_model= replace; set "
                 "reward_mask_source='policy'."
             )
+        if args.beta != 0.0 and ref_model is None and not with_adapters and is_deepspeed_zero3_enabled():
+            raise ValueError(
+                f"beta is {args.beta}, which needs a reference, and DeepSpeed ZeRO-3 has already partitioned the "
+                "weights to copy; pass ref_model=<the MLLM, loaded again>, or set beta=0."
+            )
+        self.image_features = None
+        if args.image_features:
+            core = model.get_base_model() if is_peft_model(model) else model
+            self.image_features = open_image_features(args.image_features, core, processing_class)
         if not with_adapters:
             freeze(model, below_sae_layer=not args.train_below_sae_layer)
         more_rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs else []
 
         self._rollout: _Rollout | None = None
+        self._seconds, self._phases, self._timed_steps = {}, [], 0
+        self._overlays = []
         beta = args.beta
+        engine = policy_engine(model, processing_class, args) if args.use_vllm else nullcontext()
         if not with_adapters:
             args.beta = 0.0  # or TRL would load a whole second model by name; ours is made below
         try:
-            super().__init__(
-                model,
-                reward_funcs=[make_format_reward(model.config.num_slots, REF_TOKEN), mask_reward, *more_rewards],
-                args=args,
-                train_dataset=_leave_images_encoded(train_dataset),
-                eval_dataset=_leave_images_encoded(eval_dataset),
-                processing_class=processing_class,
-                peft_config=peft_config,
-                **kwargs,
-            )
+            with engine:
+                super().__init__(
+                    model,
+                    reward_funcs=[make_format_reward(model.config.num_slots, REF_TOKEN), mask_reward, *more_rewards],
+                    args=args,
+                    train_dataset=_leave_images_encoded(train_dataset),
+                    eval_dataset=_leave_images_encoded(eval_dataset),
+                    processing_class=processing_class,
+                    peft_config=peft_config,
+                    **kwargs,
+                )
         finally:
             args.beta = beta
         if with_adapters:
@@ -151,6 +209,10 @@ class SegCompassGRPOTrainer(GRPOTrainer):
             self._make_reference(ref_model, beta)
         self.core.__dict__.pop("forward", None)  # TRL's fused head sits on the composite; it belongs on the MLLM
         self._add_fused_head(self.core.mllm)
+        if args.training_mode == "rl":  # nothing supervises them
+            for name in SEGMENTATION_MODULES:
+                getattr(self.core, name).requires_grad_(False)
+        _check_precision(self.model)
 
     @property
     def core(self):
@@ -208,13 +270,42 @@ class SegCompassGRPOTrainer(GRPOTrainer):
     # -- rollout ------------------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs):
-        rows = _decode_images(inputs)
-        rows = [{"prompt": self.processing_class.build_messages(row["instruction"]), **row} for row in rows]
-        self._rollout = _Rollout(self._segmentation_batch(rows))
+        with self._timed("images"):
+            rows = _decode_images(inputs)
+            rows = [{"prompt": self.processing_class.build_messages(row["instruction"]), **row} for row in rows]
+            self._rollout = _Rollout(self._segmentation_batch(rows), images=[row["image"] for row in rows])
         try:
-            return {**super()._generate_and_score_completions(rows), **self._rollout.segmentation}
+            with self._timed("scoring"):
+                batch = super()._generate_and_score_completions(rows)
+            _check_rollout_policy(batch)
+            return {**batch, **self._rollout.segmentation}
         finally:
             self._rollout = None
+
+    def _generate(self, *args, **kwargs):
+        with self._timed("rollout"):
+            return super()._generate(*args, **kwargs)
+
+    def training_step(self, *args, **kwargs):
+        with self._timed("update"):
+            loss = super().training_step(*args, **kwargs)
+        self._timed_steps += 1 / self.current_gradient_accumulation_steps
+        return loss
+
+    @contextmanager
+    def _timed(self, phase):
+        """Add the wall-clock seconds spent in here, but not in a phase inside it, to the phase."""
+        self._phases.append(0.0)
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            elapsed = time.perf_counter() - began
+            inner = self._phases.pop()
+            if self.model.training:
+                self._seconds[phase] = self._seconds.get(phase, 0.0) + elapsed - inner
+            if self._phases:
+                self._phases[-1] += elapsed
 
     def _segmentation_batch(self, rows):
         """Image keys and mask targets of the rows; the G responses of a prompt share theirs."""
@@ -237,7 +328,7 @@ class SegCompassGRPOTrainer(GRPOTrainer):
 
     @torch.no_grad()
     def embed_images(self, images: list) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """SAM's features of each image; override to read a cache.
+        """SAM's features of each image, encoded now or read from `args.image_features`.
 
         Args:
             images: N distinct PIL images.
@@ -246,6 +337,12 @@ class SegCompassGRPOTrainer(GRPOTrainer):
             N pairs, on the device: image keys (d_k, h, w), and (H, W) inside SAM's frame, long (2,).
         """
         core, device = self.core, self.accelerator.device
+        if self.image_features is not None:
+            inputs = self.image_features.inputs(images)
+            return [
+                (embedding.to(device), size.to(device))
+                for embedding, size in zip(inputs["image_embeddings"], inputs["reshaped_input_sizes"], strict=True)
+            ]
         if "get_image_embeddings" not in vars(core):
             register_fsdp_forward_method(core, "get_image_embeddings")  # gathers the weights under FSDP2, else nothing
         pairs = []
@@ -264,15 +361,46 @@ class SegCompassGRPOTrainer(GRPOTrainer):
         if rollout is None:  # the training forward
             return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         rollout.scoring_inputs = (args, kwargs)
+        if model is self.ref_model or _adapters_disabled(model):
+            with self._timed("reference"):
+                if model is not self.ref_model or self.args.reward_mask_source != "reference":
+                    reference = _TrimmedForward(model)
+                    return super()._get_per_token_logps_and_entropies(reference, *args, **kwargs)
+                rollout.scored = self._joint_forward(self.model, rollout.segmentation)
+                with self._mllm_replaced_by(self.ref_model):
+                    return super()._get_per_token_logps_and_entropies(rollout.scored, *args, **kwargs)
+        # old log-probabilities of the policy: the masks to reward come with them
         if self.args.reward_mask_source == "reference":
-            if model is not self.ref_model:
-                return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
-            rollout.scored = self._joint_forward(self.model, rollout.segmentation)
-            with self._mllm_replaced_by(self.ref_model):
-                return super()._get_per_token_logps_and_entropies(rollout.scored, *args, **kwargs)
-        if model is self.model and not _adapters_disabled(model):  # old log-probabilities: masks come with them
-            model = rollout.scored = self._joint_forward(model, rollout.segmentation)
-        return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+            return super()._get_per_token_logps_and_entropies(_TrimmedForward(model), *args, **kwargs)
+        rollout.scored = self._joint_forward(model, rollout.segmentation)
+        with self._following_sae():
+            return super()._get_per_token_logps_and_entropies(rollout.scored, *args, **kwargs)
+
+    @contextmanager
+    def _following_sae(self):
+        """Log the SAE's explained variance at some tokens of the first pass made in here."""
+        core = self.core
+        block = core.mllm.model.language_model.layers[core.config.sae_config.layer - 1]
+        seen = []
+
+        def follow(module, args, output):
+            if seen:
+                return
+            z = (output[0] if isinstance(output, tuple) else output).flatten(0, 1)
+            with torch.autocast(z.device.type, enabled=False):
+                z = z[:: max(1, len(z) // SAE_TOKENS)].to(core.sae.W_enc.dtype)
+                residual = z - core.sae.decode(core.sae.encode(z))
+                seen.append(1 - residual.var(0, correction=0).sum() / z.var(0, correction=0).sum())
+
+        hook = block.register_forward_hook(follow)
+        try:
+            yield
+        finally:
+            hook.remove()
+        if seen:
+            mode = "train" if self.model.training else "eval"
+            mean = self.accelerator.gather(seen[0].float().reshape(1)).mean().item()
+            self._metrics[mode]["sae/explained_variance"].append(mean)
 
     @contextmanager
     def _mllm_replaced_by(self, mllm):
@@ -290,14 +418,20 @@ class SegCompassGRPOTrainer(GRPOTrainer):
         if rollout.scored is None:  # TRL made no pass with the policy: make one, without the LM head
             args, kwargs = rollout.scoring_inputs or self._scoring_inputs(prompts, completion_ids_list)
             rollout.scored = self._joint_forward(self.model, rollout.segmentation, skip_lm_head=True)
-            with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+            with checkpointing, self._following_sae():
                 super()._get_per_token_logps_and_entropies(rollout.scored, *args, **kwargs)
         scores, targets = [], rollout.segmentation["mask_targets"]
         for output in rollout.scored.outputs:
             rows = slice(len(scores), len(scores) + len(output.pred_masks))
             scores += mask_scores(output, targets[rows], self._valid(output, rollout.segmentation, rows))
+        if self.log_completions and self.accelerator.is_main_process:
+            self._overlays = draw_overlays(rollout.images, rollout.scored.outputs[0], self.processing_class)
         inputs = [{**row, "mask_score": score} for row, score in zip(inputs, scores, strict=True)]
-        return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        mode = "train" if self.model.training else "eval"
+        self._metrics[mode]["format_share"].append((rewards[:, 0] > 0).float().mean().item())
+        return rewards
 
     def _scoring_inputs(self, prompts, completion_ids_list):
         """What TRL's scoring pass would be given, for a rollout (on-policy, beta 0) where it makes none."""
@@ -333,19 +467,24 @@ class SegCompassGRPOTrainer(GRPOTrainer):
     # -- loss ---------------------------------------------------------------------------------------------------------
 
     def _compute_loss(self, model, inputs):
-        forward = self._joint_forward(model, inputs)
+        if self.args.training_mode == "rl":
+            return super()._compute_loss(_TrimmedForward(model), inputs)
+        forward = self._joint_forward(model, inputs, share=self.args.supervised_fraction)
         grpo_loss = super()._compute_loss(forward, inputs)
         (output,) = forward.outputs  # the one training forward
+        rows = slice(len(output.pred_masks))
         segmentation, parts = segmentation_loss(
             output.pred_masks,
             output.heatmaps,
             output.pred_logits,
             output.slot_mask,
-            inputs["mask_targets"],
-            self._valid(output, inputs),
+            inputs["mask_targets"][rows],
+            self._valid(output, inputs, rows),
             lambda_s=self.args.lambda_s,
             lambda_c=self.args.lambda_c,
             lambda_d=self.args.lambda_d,
+            focal=self.args.focal,
+            heatmap_dice=self.args.heatmap_dice,
         )
         mode = "train" if self.model.training else "eval"
         # TRL's loss comes divided by the accumulation steps (loss_is_scaled_for_ga), and Trainer divides no further.
@@ -355,7 +494,60 @@ class SegCompassGRPOTrainer(GRPOTrainer):
         means = self.accelerator.gather(torch.stack(list(logged.values())).float()[None]).nanmean(0).tolist()
         for name, mean in zip(logged, means, strict=True):
             self._metrics[mode][name].append(mean)
+        if self.args.training_mode == "seg":
+            grpo_loss = 0.0 * grpo_loss  # not left out: DDP expects a gradient, if of zeros, of the LM head too
         return grpo_loss + segmentation / accumulation
+
+    # -- logs and checkpoints -----------------------------------------------------------------------------------------
+
+    def log(self, logs, start_time=None):
+        if self.model.training and self._timed_steps:
+            for phase, seconds in self._seconds.items():
+                self._metrics["train"][f"seconds/{phase}"].append(seconds / self._timed_steps)
+            self._seconds, self._timed_steps = {}, 0
+        if self._overlays:
+            folder = Path(self.args.output_dir) / "completions"
+            folder.mkdir(parents=True, exist_ok=True)
+            for number, overlay in enumerate(self._overlays):
+                overlay.save(folder / f"overlay_{self.state.global_step:05d}_{number}.png")
+            self._overlays = []
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        between = self._step % (self.args.steps_per_generation * self.num_iterations)
+        torch.save(
+            {
+                "processes": self.accelerator.num_processes,
+                "step": self._step,
+                "rollouts": self._buffered_inputs if between else None,
+                "total_train_tokens": self._total_train_tokens,
+                "metrics": dict(self._metrics["train"]),
+            },
+            folder / ROLLOUTS.format(self.accelerator.process_index),
+        )
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        """Also the rollouts that were made but not yet learned from, so that a resumed run goes on exactly.
+
+        Raises:
+            ValueError: the checkpoint lies within a rollout and was written by another number of processes.
+        """
+        super()._load_optimizer_and_scheduler(checkpoint)
+        path = Path(checkpoint or "") / ROLLOUTS.format(self.accelerator.process_index)
+        if checkpoint is None or not path.exists():
+            return
+        state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+        if state["processes"] != self.accelerator.num_processes and state["rollouts"] is not None:
+            raise ValueError(
+                f"{checkpoint} holds rollouts of {state['processes']} processes, this run has "
+                f"{self.accelerator.num_processes}; resume with as many, or delete {path.parent}/rollouts_*.pt to draw "
+                "new ones."
+            )
+        self._step, self._buffered_inputs = state["step"], state["rollouts"]
+        self._total_train_tokens = state["total_train_tokens"]
+        self._metrics["train"].update(state["metrics"])
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------
@@ -393,6 +585,7 @@ def _decode_images(rows):
                     f"the image of sample {row['sample_id']!r} is {images[key].size} (width, height), but its row says "
                     f"({row['width']}, {row['height']}); masks and image must be of one size."
                 )
+        _check_masks(row)
         decoded.append({**row, "image": images[key]})
     return decoded
 
@@ -407,6 +600,48 @@ def _adapters_disabled(model: nn.Module) -> bool:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return any(module.disable_adapters for module in model.modules() if isinstance(module, BaseTunerLayer))
+
+
+def _check_precision(model):
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"{name} is trained in {parameter.dtype}, which rounds AdamW's small steps away (and float16 has no "
+                "gradient scaler); load the model with dtype='float32' and set bf16=True for autocast."
+            )
+
+
+def _check_rollout_policy(batch):
+    """vLLM must sample from the policy that is trained: compare the log-probabilities both give the same tokens.
+
+    Generation with transformers uses the trained model itself and leaves nothing to compare.
+    """
+    sampled, old = batch.get("sampling_per_token_logps"), batch.get("old_per_token_logps")
+    if sampled is None or old is None:
+        return
+    mask = batch["completion_mask"].bool() & ~sampled.isnan()
+    gap = (sampled - old)[mask].abs().mean().item() if mask.any() else 0.0
+    if gap > MAX_SAMPLING_GAP:
+        raise RuntimeError(
+            f"vLLM's log-probabilities differ from the trained policy's by {gap:.3f} a token, more than "
+            f"{MAX_SAMPLING_GAP}: it samples from other weights. Check that its model is this run's MLLM "
+            "(trainers.vllm_policy.export_policy) and that the sampling temperature is the trainer's."
+        )
+
+
+def _check_masks(row):
+    """Raises ValueError when a row has no masks or masks of another size than it says."""
+    if row["masks"] is None:
+        raise ValueError(
+            f"sample {row['sample_id']!r} has masks=None; the mask reward and the supervised terms need them (an empty "
+            "list says that nothing matches)."
+        )
+    for mask in row["masks"]:
+        if list(mask["size"]) != [row["height"], row["width"]]:
+            raise ValueError(
+                f"a mask of sample {row['sample_id']!r} is {list(mask['size'])} (height, width), but its image is "
+                f"[{row['height']}, {row['width']}]; store masks at the image's own size."
+            )
 
 
 def _check_model(model, processor):
@@ -446,6 +681,10 @@ def _check_rows(train_dataset, eval_dataset, args):
                 f"{name} has no column {', '.join(missing)}; rows need {', '.join(ROW_COLUMNS)}, as the loaders "
                 "return them."
             )
+        if isinstance(dataset, datasets.Dataset):
+            rows = dataset.select(range(min(CHECKED_ROWS, len(dataset))))
+            for row in rows.select_columns(["sample_id", "masks", "height", "width"]):
+                _check_masks(row)
     prompts = args.generation_batch_size // args.num_generations
     if isinstance(train_dataset, datasets.Dataset) and len(train_dataset) < prompts:
         raise ValueError(

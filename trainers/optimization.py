@@ -14,7 +14,11 @@ SEGMENTATION_MODULES = ("query_codebook", "slot_mapper", "mask_decoder")
 
 
 def check_adapters(model: nn.Module) -> None:
-    """Refuse a PEFT model whose adapters leave the segmentation modules frozen, or reach SAM or the SAE.
+    """Refuse a PEFT model whose adapters leave what must learn frozen, or reach SAM or the SAE.
+
+    The segmentation modules and the concentration token's embedding and output rows must learn. TRL's log-probabilities
+    read the LM head's weight itself, which PEFT's token rows leave as it was while generation adds them: on the head
+    they would make the policy that samples another than the one trained, so they are refused there.
 
     Raises:
         ValueError: naming the modules and the remedy.
@@ -24,6 +28,21 @@ def check_adapters(model: nn.Module) -> None:
     if frozen:
         raise ValueError(
             f"{', '.join(frozen)} would not learn; add modules_to_save={list(SEGMENTATION_MODULES)} to the PEFT config."
+        )
+    parameters = [name for name, p in model.named_parameters() if p.requires_grad]
+    for module, remedy in (
+        ("embed_tokens", "trainable_token_indices={'embed_tokens': [think_end_id, ref_token_id]}"),
+        ("lm_head", "'lm_head' to modules_to_save"),
+    ):
+        if not any(module in name.split(".") for name in parameters):
+            raise ValueError(
+                f"the concentration token's row of {module} would not learn; add {remedy} in the PEFT config, or make "
+                "it with trainers.policy.lora_config."
+            )
+    if any("lm_head.token_adapter" in name for name in parameters):
+        raise ValueError(
+            "the PEFT config trains single rows of lm_head, which sampling uses and the log-probabilities do not; put "
+            "'lm_head' into modules_to_save instead."
         )
     reached = [name for name in ("sam", "sae") if name in learning]
     if reached:

@@ -2,6 +2,8 @@
 
 import torch
 
+LANGUAGE_LINEAR = r".*mllm\.model\.language_model\..*\.(q|k|v|o|gate|up|down)_proj"
+
 
 def freeze(model, below_sae_layer=True, vision_tower=True, sam=True):
     """Set `requires_grad` for training; the SAE and the positional code stay frozen always.
@@ -26,7 +28,46 @@ def freeze(model, below_sae_layer=True, vision_tower=True, sam=True):
         core.multi_modal_projector.requires_grad_(False)
     for block in core.language_model.layers[: model.config.sae_config.layer]:
         block.requires_grad_(False)
-    embeddings = model.get_input_embeddings().weight
-    learned = torch.zeros(len(embeddings), 1)
-    learned[[model.config.think_end_id, model.config.ref_token_id]] = 1
-    embeddings.register_hook(lambda gradient: gradient * learned.to(gradient))
+    embeddings = model.get_input_embeddings()
+    tokens = torch.tensor([model.config.think_end_id, model.config.ref_token_id])
+
+    def detach_others(module, args, output):  # not a hook on the weight, which sharding replaces
+        if torch.is_grad_enabled():
+            learned = torch.isin(args[0], tokens.to(args[0].device))[..., None]
+            return torch.where(learned, output, output.detach())
+
+    embeddings.register_forward_hook(detach_others)
+    if model.get_output_embeddings().weight is embeddings.weight:
+        rows = torch.zeros(len(embeddings.weight), 1)
+        rows[tokens] = 1
+        embeddings.weight.register_hook(lambda gradient: gradient * rows.to(gradient))
+
+
+def lora_config(model, **settings):
+    """PEFT's LoraConfig with everything that must learn beside the adapters.
+
+    Adapters go on the language model's linear layers. The segmentation modules and the LM head are trained whole, and
+    so are the embedding rows of `</think>` and the concentration token. Checkpoints then hold adapters only:
+    `PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(out)` makes a SegCompass folder.
+
+    Args:
+        model: the SegCompassModel to be adapted.
+        settings: LoraConfig's fields (`r`, `lora_alpha`, `target_modules`, ...), which win over these.
+
+    Raises:
+        ValueError: the MLLM's embedding and LM head are one matrix, whose rows cannot be trained beside adapters.
+    """
+    from peft import LoraConfig
+
+    if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
+        raise ValueError(
+            "this MLLM's embedding and LM head are one matrix (tie_word_embeddings), so that adapters cannot "
+            "leave the concentration token's rows free; train without adapters."
+        )
+    tokens = [model.config.think_end_id, model.config.ref_token_id]
+    defaults = {
+        "target_modules": LANGUAGE_LINEAR,
+        "modules_to_save": ["query_codebook", "slot_mapper", "mask_decoder", "lm_head"],
+        "trainable_token_indices": {"embed_tokens": tokens},
+    }
+    return LoraConfig(**{**defaults, **settings})

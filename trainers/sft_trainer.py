@@ -10,6 +10,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from .collator import SegCompassCollator
+from .image_features import open_image_features
 from .losses import erasure_loss, segmentation_loss
 from .optimization import SEGMENTATION_MODULES, parameter_groups
 from .policy import freeze
@@ -45,6 +46,10 @@ class SegCompassSFTConfig(TrainingArguments):
         default=False, metadata={"help": "train the MLLM's vision tower (for one made from nothing)"}
     )
     train_sam: bool = field(default=False, metadata={"help": "train SAM's encoder (for one made from nothing)"})
+    image_features: str | None = field(
+        default=None,
+        metadata={"help": "folder that examples/precompute_image_features.py wrote; None encodes images as they come"},
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "the collator needs every column"})
 
 
@@ -65,7 +70,16 @@ class SegCompassSFTTrainer(Trainer):
             sam=not args.train_sam,
         )
         self.with_masks = args.lambda_s > 0 or args.lambda_c > 0
-        collator = SegCompassCollator(processing_class, 4 * model.config.key_grid if self.with_masks else None)
+        features = None
+        if args.image_features and self.with_masks:
+            if args.train_sam:
+                raise ValueError(
+                    f"image_features={args.image_features!r} are of the encoder as it is now, but train_sam=True "
+                    "changes it; set one of them only."
+                )
+            features = open_image_features(args.image_features, model, processing_class)
+        mask_side = 4 * model.config.key_grid if self.with_masks else None
+        collator = SegCompassCollator(processing_class, mask_side, features)
         super().__init__(model=model, args=args, processing_class=processing_class, data_collator=collator, **kwargs)
         self.model_accepts_loss_kwargs = False
         self._parts = {}

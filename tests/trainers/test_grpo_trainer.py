@@ -1,102 +1,20 @@
 """Joint GRPO and segmentation training, on tiny real LLaVA and Qwen2.5-VL models."""
 
-import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from pycocotools import mask as coco_mask
 from trl import GRPOTrainer
 
 from modeling_segcompass import SegCompassModel
+from tests.grpo import SLOTS, make_trainer, rollout, scenes, script_responses, settings, weights
 from tests.tiny import BACKBONES, tiny_mllm, tiny_processor, tiny_segcompass
 from trainers.grpo_config import SegCompassGRPOConfig
 from trainers.grpo_trainer import SegCompassGRPOTrainer
 from trainers.losses import segmentation_loss
+from trainers.policy import lora_config
 from trainers.rewards import mask_scores
 from trainers.targets import valid_extent
-
-SLOTS = 3
-SIZES = [(40, 40), (30, 44), (44, 28)]
-
-
-def scenes(count, targets=(1, 2, 0)):
-    """Rows of the shared schema: noise images of several shapes with 1, 2 and 0 rectangles."""
-    rng = np.random.default_rng(0)
-    rows = []
-    for number in range(count):
-        height, width = SIZES[number % len(SIZES)]
-        masks = []
-        for target in range(targets[number % len(targets)]):
-            mask = np.zeros((height, width), np.uint8, order="F")
-            mask[4 + 10 * target : 12 + 10 * target, 5:20] = 1
-            rle = coco_mask.encode(mask)
-            masks.append({"size": rle["size"], "counts": rle["counts"].decode()})
-        rows.append(
-            {
-                "image": Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)),
-                "image_id": f"image-{number}",
-                "sample_id": f"sample-{number}",
-                "dataset": "noise",
-                "split": "train",
-                "instruction": "the box" + "!" * (number % 4),
-                "reasoning": None,
-                "masks": masks,
-                "ignore": None,
-                "height": height,
-                "width": width,
-            }
-        )
-    return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
-
-
-def settings(folder, **changes):
-    defaults = dict(
-        output_dir=str(folder),
-        per_device_train_batch_size=4,
-        per_device_eval_batch_size=4,
-        gradient_accumulation_steps=2,
-        num_generations=4,
-        max_completion_length=24,
-        max_steps=2,
-        learning_rate=1e-3,
-        logging_steps=1,
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        save_strategy="no",
-        disable_tqdm=True,
-    )
-    return SegCompassGRPOConfig(**{**defaults, **changes})
-
-
-def script_responses(model, processor):
-    """Responses a trained policy could write (a random one never writes concentration tokens), each of another form."""
-    ref = "<REF_POS>" * SLOTS
-    texts = [f"<think>a box</think>{ref}", f"<think>it</think>{ref}", f"well <think>b</think>{ref}", "<think>no"]
-    rows = [processor.tokenizer(t + "</s>", add_special_tokens=False)["input_ids"] for t in texts]
-    longest = max(map(len, rows))
-    rows = torch.tensor([row + [processor.tokenizer.pad_token_id] * (longest - len(row)) for row in rows])
-
-    def generate(input_ids, **kwargs):
-        return torch.cat([input_ids, rows.repeat(len(input_ids) // len(rows), 1).to(input_ids.device)], 1)
-
-    model.generate = generate
-
-
-def make_trainer(folder, backbone="llava", rows=8, scripted=True, model_config=None, trainer_kwargs=None, **changes):
-    model, processor = tiny_segcompass(backbone, num_slots=SLOTS, **(model_config or {}))
-    model.slot_mapper.conf_out.bias.data += 3.0  # untrained slots are unsure, and unsure slots earn no mask reward
-    if scripted:
-        script_responses(model, processor)
-    return SegCompassGRPOTrainer(
-        model,
-        args=settings(folder, **changes),
-        train_dataset=scenes(rows),
-        processing_class=processor,
-        **(trainer_kwargs or {}),
-    )
 
 
 class Passes:
@@ -110,18 +28,6 @@ class Passes:
     def _add(self, name):
         key = f"{name} {'train' if torch.is_grad_enabled() else 'no grad'}"
         self.counts[key] = self.counts.get(key, 0) + 1
-
-
-def weights(model):
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
-def rollout(trainer):
-    """One generated and scored batch, as the training loop would buffer it."""
-    trainer.model.train()
-    batch = next(iter(trainer.get_train_dataloader()))
-    trainer.current_gradient_accumulation_steps = 1
-    return trainer._generate_and_score_completions(batch)
 
 
 def half(batch):
@@ -260,7 +166,8 @@ def test_joint_forward_gives_trl_s_log_probabilities_and_the_model_s_masks(tmp_p
     score = GRPOTrainer._get_per_token_logps_and_entropies
     together, _, _ = score(trainer, joint, input_ids, attention_mask, length, **kwargs)
     plain, _, _ = score(trainer, core.mllm, input_ids, attention_mask, length, **kwargs)
-    assert torch.equal(together, plain)
+    scored = batch["completion_mask"].bool()
+    assert torch.allclose(together[scored], plain[scored], atol=1e-5)  # trimmed rows, other summation order
 
     labels = input_ids.masked_fill(attention_mask == 0, -100)
     labels[:, :-length] = -100
@@ -379,13 +286,13 @@ def test_reference_masks_come_from_the_frozen_mllm_in_its_own_pass(tmp_path):
     trainer.core.decode_masks = lambda *args, **kwargs: states.append(args[3]) or original(*args, **kwargs)
     rollout(trainer)
     assert counted.counts == {"reference no grad": 2} and trainer.core.mllm is own
-    first = torch.cat(states)
+    first = list(states)
     with torch.no_grad():
         for parameter in own.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     states.clear()
     rollout(trainer)
-    assert torch.equal(torch.cat(states), first)
+    assert len(states) == len(first) and all(map(torch.equal, states, first))
 
 
 def test_the_reference_is_the_mllm_alone_and_stays_as_it_was(tmp_path):
@@ -463,11 +370,8 @@ def test_the_papers_settings_are_the_defaults(tmp_path):
 
 
 def lora(**changes):
-    from peft import LoraConfig
-
-    modules = ["query_codebook", "slot_mapper", "mask_decoder"]
-    defaults = dict(r=2, target_modules=r".*mllm\.model\.language_model\..*\.(q|v)_proj", modules_to_save=modules)
-    return LoraConfig(**{**defaults, **changes})
+    model, _ = tiny_segcompass("llava", num_slots=SLOTS)
+    return lora_config(model, r=2, **changes)
 
 
 def test_adapters_train_with_the_segmentation_modules(tmp_path):
@@ -475,7 +379,7 @@ def test_adapters_train_with_the_segmentation_modules(tmp_path):
     before = weights(trainer.model)
     trainer.train()
     moved = {name for name, value in weights(trainer.model).items() if not torch.equal(value, before[name])}
-    for part in ("lora_B", "query_codebook", "slot_mapper", "mask_decoder"):
+    for part in ("lora_B", "query_codebook", "slot_mapper", "mask_decoder", "lm_head", "trainable_tokens_delta"):
         assert any(part in name for name in moved), part
     assert not any("original_module" in name or ".sae." in name or "base_layer" in name for name in moved)
     assert trainer.ref_model is None and trainer.beta == 0.2
@@ -485,7 +389,28 @@ def test_adapters_train_with_the_segmentation_modules(tmp_path):
 
 def test_adapters_that_leave_the_segmentation_frozen_are_refused(tmp_path):
     with pytest.raises(ValueError, match="slot_mapper would not learn; add modules_to_save"):
-        config = lora(modules_to_save=["query_codebook", "mask_decoder"])
+        config = lora(modules_to_save=["query_codebook", "mask_decoder", "lm_head"])
+        make_trainer(tmp_path, trainer_kwargs={"peft_config": config})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trainable_token_indices": None}, "row of embed_tokens would not learn"),
+        ({"modules_to_save": ["query_codebook", "slot_mapper", "mask_decoder"]}, "row of lm_head would not learn"),
+    ],
+)
+def test_adapters_that_leave_the_concentration_token_frozen_are_refused(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, trainer_kwargs={"peft_config": lora(**changes)})
+
+
+def test_rows_of_the_head_alone_are_refused(tmp_path):
+    config = lora(
+        modules_to_save=["query_codebook", "slot_mapper", "mask_decoder"],
+        trainable_token_indices={"embed_tokens": [3], "lm_head": [3]},
+    )
+    with pytest.raises(ValueError, match="which sampling uses and the log-probabilities do not"):
         make_trainer(tmp_path, trainer_kwargs={"peft_config": config})
 
 

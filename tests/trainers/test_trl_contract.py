@@ -22,10 +22,15 @@ from trainers.grpo_trainer import SegCompassGRPOTrainer
 OVERRIDDEN = {
     "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
     "_compute_loss": ["self", "model", "inputs"],
+    "_generate": ["self", "prompts"],
     "_generate_and_score_completions": ["self", "inputs"],
     "_get_per_token_logps_and_entropies": ["self", "model", "input_ids", "attention_mask", "logits_to_keep"],
+    "_load_optimizer_and_scheduler": ["self", "checkpoint"],
+    "_save_checkpoint": ["self", "model", "trial"],
     "create_optimizer": ["self", "model"],
     "create_scheduler": ["self", "num_training_steps", "optimizer"],
+    "log": ["self", "logs", "start_time"],
+    "training_step": ["self", "model", "inputs"],
 }
 HELPERS = {
     add_fused_lm_head: ["model", "temperature", "cast_lm_head_to_fp32", "outputs"],

@@ -1,0 +1,138 @@
+"""What does a joint step cost beside plain GRPO? One MLLM, the same rollouts, the same batch, in one process.
+
+    python benchmarks/grpo_step.py
+    python benchmarks/grpo_step.py --beta 0 --repeats 9
+
+Both trainers are given the same scripted responses, so that neither generates: what is compared is scoring, reference,
+loss, backward and update. The peer is TRL's GRPOTrainer on the bare MLLM with a constant reward. Steps of the two
+alternate, and the ratio is of their medians. Keys of RESULT: ratio, joint_s, plain_s, mllm_parameters, ...
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import time
+
+import torch
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import add_fused_lm_head
+from workload import benchmark_model, benchmark_rows, scripted_ids
+
+from trainers import SegCompassGRPOConfig, SegCompassGRPOTrainer
+from trainers.policy import freeze
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--response", type=int, default=192, help="tokens of a response")
+    parser.add_argument("--batch", type=int, default=4, help="responses of a micro-batch")
+    parser.add_argument("--accumulation", type=int, default=2)
+    parser.add_argument("--beta", type=float, default=0.2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    return parser.parse_args(argv)
+
+
+class Stepper:
+    """One optimizer step of a trainer at a time, on the same batch of rows each time."""
+
+    def __init__(self, trainer, rows):
+        self.trainer, self.rows = trainer, rows
+        self.trainer.model.train()
+        self.trainer.create_optimizer()
+        self.optimizer = self.trainer.optimizer
+        self.accumulation = trainer.args.gradient_accumulation_steps
+        trainer.current_gradient_accumulation_steps = self.accumulation
+
+    def step(self):
+        for _ in range(self.accumulation):
+            inputs = self.trainer._prepare_inputs(copy.copy(self.rows))
+            loss = self.trainer.compute_loss(self.trainer.model, inputs)
+            loss.backward()
+            self.trainer._step += 1
+        torch.nn.utils.clip_grad_norm_([p for p in self.trainer.model.parameters() if p.requires_grad], 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def main(argv=None):
+    args = parse(argv)
+    torch.set_num_threads(args.threads)
+    model, processor = benchmark_model(args.hidden, args.layers)
+    rows = benchmark_rows(2, args.batch * args.accumulation // 2)
+    ids = scripted_ids(model, processor, args.response, args.batch * args.accumulation)
+    shared = dict(
+        output_dir="runs/benchmark",
+        per_device_train_batch_size=args.batch,
+        gradient_accumulation_steps=args.accumulation,
+        num_generations=args.batch * args.accumulation // 2,
+        max_completion_length=args.response,
+        max_steps=1,
+        beta=args.beta,
+        learning_rate=1e-6,
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        disable_tqdm=True,
+    )
+    mllm = copy.deepcopy(model.mllm, {id(model): model})
+    for module in (mllm.model.language_model, *mllm.model.language_model.layers):
+        module._forward_hooks.clear()  # those of the composite it was copied from
+    freeze(model)
+    for own, copied in zip(model.mllm.parameters(), mllm.parameters(), strict=True):
+        copied.requires_grad_(own.requires_grad)  # both trainers train the same weights of the MLLM
+    reference = copy.deepcopy(mllm) if args.beta else None
+
+    def generate(input_ids, **kwargs):
+        return torch.cat([input_ids, ids[: len(input_ids)]], 1)
+
+    model.generate = mllm.generate = generate
+    joint = SegCompassGRPOTrainer(
+        model, args=SegCompassGRPOConfig(**shared), train_dataset=rows, processing_class=processor
+    )
+    settings = dict(loss_type="grpo", use_bias_correction_kl=False, remove_unused_columns=False)
+    settings["beta"] = 0.0  # TRL would load a reference by name; it is given below
+    plain_rows = rows.map(lambda row: {"prompt": processor.build_messages(row["instruction"])})
+    plain = GRPOTrainer(
+        mllm,
+        reward_funcs=lambda completions, **kwargs: [0.5] * len(completions),
+        args=GRPOConfig(**{**shared, **settings}),
+        train_dataset=plain_rows,
+        processing_class=processor,
+    )
+    if args.beta:
+        add_fused_lm_head(reference.requires_grad_(False).eval(), temperature=1.0, outputs=("log_probs", "entropy"))
+        plain.ref_model, plain.beta = reference, args.beta
+
+    batch = [row for row in rows for _ in range(shared["num_generations"])]
+    plain_batch = [row for row in plain_rows for _ in range(shared["num_generations"])]
+    steppers = {"joint": Stepper(joint, batch), "plain": Stepper(plain, plain_batch)}
+    seconds = {name: [] for name in steppers}
+    for repeat in range(args.repeats + 1):
+        for name, stepper in steppers.items():
+            began = time.perf_counter()
+            stepper.step()
+            if repeat:  # the first warms up
+                seconds[name].append(time.perf_counter() - began)
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    for name, value in medians.items():
+        print(f"{name:<8}{value:8.3f} s a step   (all: {', '.join(f'{v:.2f}' for v in seconds[name])})")
+    result = {
+        "ratio": round(medians["joint"] / medians["plain"], 4),
+        "joint_s": round(medians["joint"], 4),
+        "plain_s": round(medians["plain"], 4),
+        "mllm_parameters": sum(p.numel() for p in mllm.parameters()),
+        "responses": args.batch * args.accumulation,
+        "response_tokens": args.response,
+        "beta": args.beta,
+        "threads": args.threads,
+    }
+    print("RESULT", json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

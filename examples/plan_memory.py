@@ -1,0 +1,230 @@
+"""Does a recipe fit? Prints what each GPU holds, and what learns, without downloading or allocating any weight.
+
+    python examples/plan_memory.py --recipe examples/recipes/llava-1.5-7b/grpo.yaml --strategy fsdp2
+    python examples/plan_memory.py --recipe examples/recipes/qwen2.5-vl-7b/grpo.yaml --strategy ddp --lora-rank 64
+
+Parameters are counted on the meta device, at the backbones' real dimensions. Activations are what autograd saves when
+one decoder block and the segmentation modules run there, at the recipe's longest sequence; the LM head and the
+fragmentation of the allocator are estimates (below, as constants). Nothing here was compared with a GPU.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+import yaml
+from backbones import backbone_configs
+
+from modeling_segcompass import SegCompassConfig, SegCompassModel, SparseAutoencoderConfig
+from trainers import SegCompassGRPOConfig
+from trainers.optimization import SEGMENTATION_MODULES
+from trainers.policy import LANGUAGE_LINEAR, freeze, lora_config
+
+STRATEGIES = ("ddp", "zero2", "fsdp2", "zero3")
+MASTER, GRADIENT, MOMENTS, COMPUTE = 4, 4, 8, 2  # bytes a parameter: float32, float32, two of Adam's, bfloat16
+HEAD_CHUNK = 2048  # positions whose logits exist at once, float32, with their gradient
+SELECTION = 3 * 4 * 2**25  # the SAE's chunk of activations, its running maximum and a temporary, float32
+RESERVE = 0.10  # share of a GPU left to the allocator, NCCL and CUDA
+GB = 1e9
+COMPONENTS = ("mllm vision", "mllm language", "mllm head", "sam", "sae", *SEGMENTATION_MODULES)
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", type=Path, required=True)
+    parser.add_argument("--strategy", choices=STRATEGIES, default="fsdp2")
+    parser.add_argument("--gpus", type=int, default=8)
+    parser.add_argument("--gpu-memory", type=float, default=80.0, help="GB of one GPU")
+    parser.add_argument("--lora-rank", type=int, default=0, help="rank of adapters; 0 trains the weights themselves")
+    parser.add_argument("--prompt-length", type=int, default=1400)
+    return parser.parse_args(argv)
+
+
+def recipe_config(path):
+    """The SegCompassConfig a recipe trains: of its own backbones, or of those its folder's sft.yaml names."""
+    recipe = yaml.safe_load(path.read_text())
+    source = recipe
+    if "mllm" not in recipe:
+        if (Path(recipe["model"]) / "config.json").exists():
+            return SegCompassConfig.from_pretrained(recipe["model"])
+        beside = path.with_name("sft.yaml")
+        if not beside.exists():
+            raise SystemExit(f"{path}: {recipe['model']} is not there yet and no {beside} names its backbones.")
+        source = yaml.safe_load(beside.read_text())
+    mllm, sam = backbone_configs(source["mllm"], source["sam"])
+    fields = dict(source.get("model_config") or {})
+    sae = SparseAutoencoderConfig(**fields.pop("sae_config"))
+    tokens = {"ref_token_id": mllm.get_text_config().vocab_size - 1, "think_end_id": 5}  # placeholders
+    return SegCompassConfig(
+        mllm_config=mllm, sam_config=sam, sae_config=sae, attn_implementation="sdpa", **tokens, **fields
+    )
+
+
+def build(config, lora_rank=0, train_below_sae_layer=False):
+    """The model on the meta device, frozen as the trainers freeze it, or with adapters."""
+    with torch.device("meta"):
+        model = SegCompassModel(config)
+    if not lora_rank:
+        freeze(model, below_sae_layer=not train_below_sae_layer)
+        return model
+    from peft import get_peft_model
+
+    with torch.device("meta"):
+        return get_peft_model(model, lora_config(model, r=lora_rank, target_modules=LANGUAGE_LINEAR))
+
+
+def component(name):
+    """Which part of the model a parameter belongs to."""
+    parts = name.split(".")
+    for part in (*SEGMENTATION_MODULES, "sam", "sae"):
+        if part in parts:
+            return part
+    if "lm_head" in parts:
+        return "mllm head"
+    return "mllm vision" if {"vision_tower", "visual", "multi_modal_projector"} & set(parts) else "mllm language"
+
+
+def count(model):
+    """{component: (all parameters, trainable ones)}."""
+    counts = {}
+    for name, parameter in model.named_parameters():
+        total, learning = counts.get(component(name), (0, 0))
+        counts[component(name)] = (
+            total + parameter.numel(),
+            learning + parameter.numel() * parameter.requires_grad,
+        )
+    return counts
+
+
+class SavedBytes:
+    """What autograd keeps for the backward pass of whatever runs within, in bytes, parameters left out."""
+
+    def __init__(self, module):
+        self.parameters = {id(p) for p in module.parameters()}
+        self.bytes, self.seen = 0, set()
+
+    def __enter__(self):
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.hooks.__exit__(*error)
+
+    def _pack(self, tensor):
+        base = tensor if tensor._base is None else tensor._base
+        if id(base) not in self.parameters and id(base) not in self.seen:
+            self.seen.add(id(base))
+            self.keep = [*getattr(self, "keep", []), base]  # so that no id is used twice
+            self.bytes += base.numel() * base.element_size()
+        return tensor
+
+
+def activation_bytes(model, batch, length):
+    """(one decoder block, the segmentation modules) for a micro-batch of the longest sequences."""
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config, text = core.config, core.config.get_text_config()
+    meta = dict(device="meta", dtype=torch.bfloat16)
+    block = core.mllm.model.language_model.layers[-1].to(torch.bfloat16)
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    x = torch.empty(batch, length, text.hidden_size, requires_grad=True, **meta)
+    rotary = tuple(torch.empty(batch, length, head, **meta) for _ in range(2))
+    with SavedBytes(block) as of_block:
+        block(x, position_embeddings=rotary)
+
+    grid, width = config.key_grid, config.sam_config.output_channels
+    meta["dtype"] = torch.float32  # under autocast part of it is half as large
+    e = torch.empty(batch, config.num_slots, text.hidden_size, requires_grad=True, **meta)
+    r = torch.empty(batch, config.num_slots, config.d_c, requires_grad=True, **meta)
+    keys = torch.empty(batch, width, grid, grid, **meta)
+    valid = torch.ones(batch, grid, grid, dtype=torch.bool, device="meta")
+    with SavedBytes(core) as of_masks:
+        heatmaps, confidences = core.slot_mapper(e, r, keys, valid)
+        core.mask_decoder(keys, keys[:1], heatmaps, confidences, valid)
+    concepts = batch * length * min(config.num_concepts, config.sae_config.d_sae) * 4 * 4  # h_j(z_t) and its masks
+    concepts += batch * config.num_concepts * text.hidden_size * 4  # gathered columns of W_enc
+    return of_block.bytes, of_masks.bytes + concepts
+
+
+def plan(config, training, args):
+    """Rows of (what, GB on each GPU) and the number of responses a GPU can generate at once."""
+    model = build(config, args.lora_rank, training.get("train_below_sae_layer", False))
+    counts = count(model)
+    total, learning = (sum(part[index] for part in counts.values()) for index in (0, 1))
+    mllm = sum(counts[name][0] for name in counts if name.startswith("mllm"))
+    text = config.get_text_config()
+    batch = training["per_device_train_batch_size"]
+    grpo = "num_generations" in training
+    length = args.prompt_length + (training.get("max_completion_length", 2000) if grpo else config.max_response_length)
+    shard_all = args.gpus if args.strategy in ("fsdp2", "zero3") else 1
+    shard_states = args.gpus if args.strategy != "ddp" else 1
+    reference = grpo and training.get("beta", SegCompassGRPOConfig.beta) > 0 and not args.lora_rank
+
+    block_bytes, segmentation_bytes = activation_bytes(model, batch, length)
+    core = model.get_base_model() if args.lora_rank else model
+    layer = sum(p.numel() for p in core.mllm.model.language_model.layers[-1].parameters())
+    root = total - text.num_hidden_layers * layer - counts["mllm vision"][0] - counts["sam"][0]
+    gathered = 0 if shard_all == 1 else COMPUTE * (root + 2 * layer)
+    static = [
+        ("master weights", MASTER * total / shard_all),
+        ("reference MLLM", MASTER * mllm / shard_all if reference else 0),
+        ("gradients", GRADIENT * learning / shard_states),
+        ("optimizer states", MOMENTS * learning / shard_states),
+        ("gathered in bf16: root group and two blocks", gathered),
+    ]
+    boundary = COMPUTE * batch * length * text.hidden_size * text.num_hidden_layers
+    update = [
+        (f"kept between {text.num_hidden_layers} checkpointed blocks", boundary),
+        ("one block while it is recomputed", block_bytes),
+        ("segmentation modules", segmentation_bytes),
+        ("SAE selection", SELECTION),
+        ("LM head, a chunk of logits and its gradient", 2 * 4 * HEAD_CHUNK * text.vocab_size),
+    ]
+    heads = text.num_key_value_heads * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
+    response = 2 * COMPUTE * heads * text.num_hidden_layers * length
+    steps = training.get("steps_per_generation") or training.get("gradient_accumulation_steps", 1)
+    responses = batch * steps if grpo else 0
+    rollout = [(f"key-value cache of {responses} responses of {length} tokens", response * responses)] if grpo else []
+    held = sum(value for _, value in static)
+    peak = held + max(sum(value for _, value in part) for part in (update, rollout or [("", 0)]))
+    room = args.gpu_memory * GB * (1 - RESERVE)
+    fit = int(max(0, room - held) // response)
+    return {
+        "counts": counts,
+        "static": static,
+        "update": update,
+        "rollout": rollout,
+        "peak": peak,
+        "room": room,
+        "responses": responses,
+        "responses_that_fit": fit,
+    }
+
+
+def report(result, args):
+    print(f"{args.recipe}: {args.strategy} on {args.gpus} GPUs of {args.gpu_memory:g} GB\n")
+    print(f"{'part':<18}{'parameters':>16}{'learning':>16}")
+    for name in COMPONENTS:
+        if name in result["counts"]:
+            total, learning = result["counts"][name]
+            print(f"{name:<18}{total:>16,}{learning:>16,}")
+    for title in ("static", "update", "rollout"):
+        print(f"\n{title}, GB a GPU")
+        for name, value in result[title]:
+            print(f"  {name:<52}{value / GB:>8.2f}")
+    print(f"\npeak {result['peak'] / GB:.1f} GB of {result['room'] / GB:.1f} GB usable: ", end="")
+    print("fits" if result["peak"] <= result["room"] else "does NOT fit")
+    if result["responses"]:
+        print(f"responses at once on a GPU: {result['responses']} asked for, {result['responses_that_fit']} fit")
+
+
+def main(argv=None):
+    args = parse(argv)
+    training = yaml.safe_load(args.recipe.read_text())
+    result = plan(recipe_config(args.recipe), training, args)
+    report(result, args)
+    return result
+
+
+if __name__ == "__main__":
+    main()

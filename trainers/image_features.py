@@ -1,0 +1,210 @@
+"""Features of the frozen SAM encoder on disk: encoded once, read from then on by trainers and evaluators.
+
+A cache is a folder: `cache.json` says whose features these are, and each `shard-00000.npy`, float16 and memory-mapped,
+has a `shard-00000.json` beside it that lists the images in it, written only once the shard is whole. A run that was
+killed therefore leaves whole shards and, at worst, one unfinished file, which the next run deletes. Images are known
+by what they show (a hash of their pixels), so a data set may rename, repeat or re-encode its files.
+"""
+
+import hashlib
+import json
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .targets import reshaped_size
+
+META = "cache.json"
+FORMAT = 1
+
+
+def image_key(image: Image.Image) -> str:
+    """What an image shows, as 32 hex digits: a hash of its size and RGB pixels."""
+    image = image.convert("RGB")
+    return hashlib.blake2b(repr(image.size).encode() + image.tobytes(), digest_size=16).hexdigest()
+
+
+def encoder_id(sam, sam_image_processor) -> str:
+    """Which encoder makes the features: a hash of its weights, its shape and how images are prepared for it.
+
+    Args:
+        sam: a SamVisionModel with its weights whole (before sharding), of any floating dtype.
+        sam_image_processor: its image processor.
+    """
+    settings = sam_image_processor.to_dict()
+    kept = ("size", "pad_size", "image_mean", "image_std", "rescale_factor", "resample", "do_normalize", "do_rescale")
+    digest = hashlib.blake2b(json.dumps({name: settings.get(name) for name in kept}, default=str).encode())
+    for name, value in sorted(sam.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)}".encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy())
+    config = sam.config
+    return f"sam-{config.num_hidden_layers}x{config.hidden_size}-{config.image_size}px-{digest.hexdigest()[:16]}"
+
+
+def _write_whole(path, text):
+    """Write a text file so that it is there entirely or not at all."""
+    part = path.with_suffix(".part")
+    with part.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def _read_meta(folder, encoder):
+    meta = json.loads((folder / META).read_text())
+    if meta["format"] != FORMAT:
+        raise ValueError(f"{folder} is an image feature cache of format {meta['format']}, this code reads {FORMAT}.")
+    if meta["encoder"] != encoder:
+        raise ValueError(
+            f"{folder} holds features of encoder {meta['encoder']!r}, this model's is {encoder!r}; run "
+            "examples/precompute_image_features.py with this model and another folder."
+        )
+    return meta
+
+
+class ImageFeatureWriter:
+    """Adds images to a cache, shard by shard; one process at a time.
+
+    Args:
+        folder: made if absent; a folder with features of the same encoder is gone on with.
+        encoder: `encoder_id(...)`.
+        image_size: side of SAM's frame in pixels.
+        shard_size: images a shard; a killed run loses at most so many.
+
+    Raises:
+        ValueError: the folder holds another encoder's features.
+    """
+
+    def __init__(self, folder, encoder: str, image_size: int, shard_size: int = 256):
+        self.folder, self.shard_size = Path(folder), shard_size
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if (self.folder / META).exists():
+            _read_meta(self.folder, encoder)
+        else:
+            meta = {"format": FORMAT, "encoder": encoder, "image_size": image_size, "dtype": "float16"}
+            _write_whole(self.folder / META, json.dumps(meta, indent=2) + "\n")
+        for unfinished in self.folder.glob("*.part"):
+            unfinished.unlink()
+        listed = sorted(self.folder.glob("shard-*.json"))
+        self.known = {key for path in listed for key in json.loads(path.read_text())["keys"]}
+        self.number = int(listed[-1].stem.split("-")[1]) + 1 if listed else 0
+        self.pending: list[tuple[str, np.ndarray]] = []
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.known
+
+    def add(self, key: str, features: torch.Tensor) -> None:
+        """Add one image's features, float (d_k, h, w). Raises ValueError when they do not fit float16."""
+        values = features.detach().to("cpu", torch.float16).contiguous().numpy()
+        if not np.isfinite(values).all():
+            raise ValueError(f"the features of image {key} are not finite in float16, so they cannot be cached.")
+        self.known.add(key)
+        self.pending.append((key, values))
+        if len(self.pending) == self.shard_size:
+            self.close()
+
+    def close(self) -> None:
+        """Write the images added since the last shard; nothing when there are none."""
+        if not self.pending:
+            return
+        name = f"shard-{self.number:05d}"
+        values = np.stack([features for _, features in self.pending])
+        part = self.folder / f"{name}.npy.part"
+        with part.open("wb") as file:
+            np.save(file, values)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(self.folder / f"{name}.npy")
+        listing = {
+            "keys": [key for key, _ in self.pending],
+            "shape": list(values.shape),
+            "crc32": [zlib.crc32(row) for row in values],
+        }
+        _write_whole(self.folder / f"{name}.json", json.dumps(listing) + "\n")
+        self.number += 1
+        self.pending = []
+
+
+class ImageFeatures:
+    """A cache opened for reading; `open_image_features` makes one for a model.
+
+    Shards are mapped, not loaded, and each image's checksum is compared whenever it is read.
+
+    Args:
+        folder: a cache's folder.
+        encoder: `encoder_id(...)` of the model that will read the features.
+
+    Raises:
+        ValueError: no cache, or another encoder's, or a shard of another size than listed.
+    """
+
+    def __init__(self, folder, encoder: str):
+        self.folder = Path(folder)
+        if not (self.folder / META).exists():
+            raise ValueError(
+                f"{self.folder} is no image feature cache (it has no {META}); make one with "
+                "examples/precompute_image_features.py."
+            )
+        self.image_size = _read_meta(self.folder, encoder)["image_size"]
+        self._where: dict[str, tuple[str, int, int]] = {}
+        self._shards: dict[str, np.ndarray] = {}
+        for path in sorted(self.folder.glob("shard-*.json")):
+            listing = json.loads(path.read_text())
+            shape = tuple(np.load(path.with_suffix(".npy"), mmap_mode="r").shape)
+            if shape != tuple(listing["shape"]):
+                raise ValueError(
+                    f"{path.with_suffix('.npy')} has shape {shape}, its list says {listing['shape']}; delete both "
+                    "files and run examples/precompute_image_features.py again."
+                )
+            for row, (key, crc) in enumerate(zip(listing["keys"], listing["crc32"], strict=True)):
+                self._where[key] = (path.stem, row, crc)
+
+    def __len__(self):
+        return len(self._where)
+
+    def __getitem__(self, image: Image.Image) -> torch.Tensor:
+        """The image's features, float16 (d_k, h, w).
+
+        Raises:
+            KeyError: the image is not in the cache.
+            ValueError: what is stored does not have its checksum.
+        """
+        key = image_key(image)
+        if key not in self._where:
+            raise KeyError(
+                f"an image of {image.size[0]} x {image.size[1]} pixels (key {key}) is not among the {len(self)} in "
+                f"{self.folder}; run examples/precompute_image_features.py on this data set, it adds what is missing."
+            )
+        shard, row, crc = self._where[key]
+        if shard not in self._shards:
+            self._shards[shard] = np.load(self.folder / f"{shard}.npy", mmap_mode="r")
+        values = np.array(self._shards[shard][row])
+        if zlib.crc32(values) != crc:
+            raise ValueError(
+                f"row {row} of {self.folder / shard}.npy is damaged (its checksum differs); delete {shard}.npy and "
+                f"{shard}.json and run examples/precompute_image_features.py again."
+            )
+        return torch.from_numpy(values)
+
+    def inputs(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
+        """In place of `processor.sam_inputs(images)`.
+
+        Returns:
+            image_embeddings float16 (B, d_k, h, w); original_sizes and reshaped_input_sizes long (B, 2), (H, W).
+        """
+        sizes = [(image.height, image.width) for image in images]
+        return {
+            "image_embeddings": torch.stack([self[image] for image in images]),
+            "original_sizes": torch.tensor(sizes),
+            "reshaped_input_sizes": torch.tensor([reshaped_size(*size, self.image_size) for size in sizes]),
+        }
+
+
+def open_image_features(folder, model, processor) -> ImageFeatures:
+    """The cache at `folder`, for a SegCompass model with whole weights and its processor. Raises ValueError."""
+    return ImageFeatures(folder, encoder_id(model.sam, processor.sam_image_processor))

@@ -1,0 +1,104 @@
+"""vLLM samples the responses: it holds the MLLM alone, under the MLLM's own names.
+
+TRL builds the engine from `model.name_or_path` and sends it `model.named_parameters()`. A SegCompass folder is no
+MLLM, so `export_policy` writes the MLLM (with the added tokens' rows) as vLLM reads it, and `PolicyEngine` sends only
+what belongs there. A real vLLM needs a GPU; tests stand an engine with strict names in its place.
+"""
+
+from contextlib import contextmanager
+from pathlib import Path
+
+from accelerate import PartialState
+from accelerate.utils import is_peft_model
+from trl.generation.vllm_generation import VLLMGeneration
+from trl.trainer import grpo_trainer
+
+PREFIX = "mllm."
+SUPPRESSED = -100.0
+
+
+def export_policy(model, processor, folder) -> None:
+    """Write a SegCompass model's MLLM, tokenizer and image processor as a plain transformers folder.
+
+    Weights carry the Hub checkpoint's names. With `vllm_mode="server"`, serve this folder: `trl vllm-serve --model`.
+
+    Args:
+        model: a SegCompassModel; processor: its SegCompassProcessor; folder: made if absent.
+    """
+    folder = Path(folder)
+    model.mllm.save_pretrained(folder)
+    processor.tokenizer.save_pretrained(folder)
+    if processor.merges_patches:  # Qwen2.5-VL: AutoProcessor finds the parts by the model's type
+        processor.image_processor.save_pretrained(folder)
+        return
+    from transformers import LlavaProcessor
+
+    LlavaProcessor(
+        processor.image_processor,
+        processor.tokenizer,
+        patch_size=processor.patch_size,
+        vision_feature_select_strategy=processor.vision_feature_select_strategy,
+        num_additional_image_tokens=processor.num_additional_image_tokens,
+        chat_template=processor.chat_template,
+    ).save_pretrained(folder)
+
+
+class PolicyEngine(VLLMGeneration):
+    """TRL's vLLM generation, which gets the MLLM's weights only.
+
+    Raises:
+        RuntimeError: after a sync that did not send exactly the MLLM's parameters.
+    """
+
+    def _iter_named_params(self):
+        core = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        expected = {_plain(name) for name, _ in core.mllm.named_parameters()} - {None}
+        sent = set()
+        for name, parameter in super()._iter_named_params():
+            owner, _, part = name.partition(".token_adapter.")
+            if part == "weight":  # the embedding, into which PEFT has merged its trained rows
+                name = f"{owner}.weight"
+            elif part:
+                continue
+            if name.startswith(PREFIX):
+                sent.add(name.removeprefix(PREFIX))
+                yield name.removeprefix(PREFIX), parameter
+        if sent != expected:
+            told = ", ".join(sorted(sent ^ expected)[:3])
+            raise RuntimeError(
+                f"vLLM was sent {len(sent)} tensors, the policy has {len(expected)} (differing: {told} ...); it would "
+                "sample from other weights than those trained."
+            )
+
+
+def _plain(name):
+    """A parameter's name without PEFT's wrapping; None for an adapter's own parameter."""
+    parts = name.split(".")
+    if any(part.startswith(("lora_", "trainable_tokens_")) for part in parts):
+        return None
+    wrapping = ("base_layer", "original_module", "token_adapter", "modules_to_save", "default")
+    return ".".join(part for part in parts if part not in wrapping)
+
+
+@contextmanager
+def policy_engine(model, processor, args):
+    """While open, a GRPOTrainer that is built with `args.use_vllm` builds a PolicyEngine of this model's MLLM.
+
+    Image tokens are suppressed in the sampler (transformers' generation does so by itself): a sampled one would leave
+    more image tokens than features.
+    """
+    core = model.get_base_model() if is_peft_model(model) else model
+    bias = {core.config.image_token_id: SUPPRESSED}
+    args.generation_kwargs = {"logit_bias": bias, **(args.generation_kwargs or {})}
+    name = core.name_or_path
+    if args.vllm_mode == "colocate":
+        folder = Path(args.output_dir) / "policy"
+        with PartialState().main_process_first():
+            if PartialState().is_main_process:
+                export_policy(core, processor, folder)
+        core.name_or_path = str(folder)
+    engine, grpo_trainer.VLLMGeneration = grpo_trainer.VLLMGeneration, PolicyEngine
+    try:
+        yield
+    finally:
+        grpo_trainer.VLLMGeneration, core.name_or_path = engine, name
