@@ -4,7 +4,7 @@ from transformers import AutoConfig, PreTrainedConfig, SamVisionConfig
 from transformers.configuration_utils import SubConfigSpec
 
 CONCEPT_READINGS = ("feature", "token")
-SAE_ACTIVATIONS = ("relu", "topk")
+SAE_ACTIVATIONS = ("relu", "topk", "batchtopk", "jumprelu")
 
 
 class SparseAutoencoderConfig(PreTrainedConfig):
@@ -13,12 +13,18 @@ class SparseAutoencoderConfig(PreTrainedConfig):
     Attributes:
         d_in: width of the hidden states it reads, d_π (4096 LLaVA-1.5-7B, 5120 13B, 3584 Qwen2.5-VL-7B).
         d_sae: number of dictionary atoms (65,536 in the paper).
-        activation: "relu" keeps every positive feature and learns sparsity through Eq. 7's penalty; "topk" keeps the
-            `k` largest of them for each token and needs no penalty.
-        k: features a token keeps with "topk".
+        activation: which pre-activations become features. "relu": every positive one, made few by Eq. 7's penalty.
+            "topk": the `k` largest positive ones of each token. "batchtopk": in training the `k` N largest of a batch
+            of N tokens, afterwards those above the threshold that this amounted to. "jumprelu": those above a
+            threshold that is learned for each feature, made few by a penalty on their number.
+        k: features a token keeps with "topk", and on average with "batchtopk".
         l1_coefficient: α of Eq. 7 ("relu" only); the penalty is weighted by the norm of each decoder row.
+        l0_coefficient: price of one active feature ("jumprelu" only).
+        bandwidth: width around a threshold within which pre-activations tell it where to go ("jumprelu" only).
         backbone: model id of the MLLM whose hidden states it was trained on, or None when untrained.
         layer: L, counted so that the input is the output of the L-th decoder block, `hidden_states[L]`.
+        dataset: what its hidden states were gathered from, or None when unknown.
+        token_window: most tokens a sample had when they were gathered, or None when unknown.
     """
 
     model_type = "segcompass_sae"
@@ -32,6 +38,10 @@ class SparseAutoencoderConfig(PreTrainedConfig):
         l1_coefficient=5.0,
         backbone=None,
         layer=16,
+        l0_coefficient=1.0,
+        bandwidth=0.5,
+        dataset=None,
+        token_window=None,
         **kwargs,
     ):
         for name, value in (("d_in", d_in), ("d_sae", d_sae), ("k", k), ("layer", layer)):
@@ -39,15 +49,24 @@ class SparseAutoencoderConfig(PreTrainedConfig):
                 raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1.")
         if activation not in SAE_ACTIVATIONS:
             raise ValueError(f"activation is {activation!r}; choose one of {SAE_ACTIVATIONS}.")
-        if activation == "topk" and k > d_sae:
+        if activation in ("topk", "batchtopk") and k > d_sae:
             raise ValueError(f"k is {k}, but the SAE has {d_sae} features; choose k of at most d_sae.")
+        for name, value in (("l1_coefficient", l1_coefficient), ("l0_coefficient", l0_coefficient)):
+            if value < 0:
+                raise ValueError(f"{name} is {value}; a penalty is 0 or more.")
+        if bandwidth <= 0:
+            raise ValueError(f"bandwidth is {bandwidth}; it must be positive.")
         self.d_in = d_in
         self.d_sae = d_sae
         self.activation = activation
         self.k = k
         self.l1_coefficient = l1_coefficient
+        self.l0_coefficient = l0_coefficient
+        self.bandwidth = bandwidth
         self.backbone = backbone
         self.layer = layer
+        self.dataset = dataset
+        self.token_window = token_window
         super().__init__(**kwargs)
 
 
@@ -72,6 +91,8 @@ class SegCompassConfig(PreTrainedConfig):
         token_dropout: probability, in training, that a sample's queries are built without e_k, so that the concepts
             must carry the mask.
         max_response_length: tokens `segment` may write when the caller names no limit.
+        references: {"mllm" | "sam" | "sae": {"repo_id", "revision"}}, parts whose weights this checkpoint leaves to
+            other repositories; None when it carries them whole.
     """
 
     model_type = "segcompass"
@@ -104,6 +125,7 @@ class SegCompassConfig(PreTrainedConfig):
         token_dropout=0.0,
         max_response_length=2000,
         initializer_range=0.02,
+        references=None,
         **kwargs,
     ):
         self.mllm_config = mllm_config
@@ -132,6 +154,7 @@ class SegCompassConfig(PreTrainedConfig):
         self.token_dropout = token_dropout
         self.max_response_length = max_response_length
         self.initializer_range = initializer_range
+        self.references = references
         super().__init__(**kwargs)
         self.check_sae(self.sae_config)
 

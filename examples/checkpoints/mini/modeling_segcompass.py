@@ -5,7 +5,7 @@ One MLLM pass gives the logits, the concentration tokens' states and the SAE's i
 out of generation itself, so nothing is run twice. Training losses beyond the language loss live with the trainers.
 """
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -19,12 +19,16 @@ from transformers import (
 )
 from transformers import initialization as init
 from transformers.models.sam.modeling_sam import SamPositionalEmbedding
+from transformers.quantizers import AutoQuantizationConfig
 from transformers.utils import ModelOutput
 
 from .configuration_segcompass import SegCompassConfig, SparseAutoencoderConfig
+from .explanation import explain_slot
 from .mask_decoder import MaskDecoder
 from .modeling_sparse_autoencoder import SparseAutoencoder
+from .pipeline_segcompass import CUSTOM_PIPELINES
 from .query_codebook import IMAGE, INSTRUCTION, RESPONSE, Concepts, QueryCodebook, where_features
+from .sam_weights import read_sam, start_mask_decoder
 from .slot_mapper import SlotMapper
 
 QUERY_SOURCES = ("both", "tokens", "concepts")
@@ -34,6 +38,10 @@ AUTO_MAP = {
     "AutoModelForImageTextToText": "modeling_segcompass.SegCompassModel",
     "AutoProcessor": "processing_segcompass.SegCompassProcessor",
 }
+PARTS = {"mllm": AutoModelForImageTextToText, "sam": SamVisionModel, "sae": SparseAutoencoder}
+HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token")
+# Only the MLLM is quantised: these are small, or their output is a mask's edge. The head is named as by default.
+UNQUANTIZED = ("lm_head", "sam", "sae", "query_codebook", "slot_mapper", "image_positions", "mask_decoder")
 
 
 @dataclass
@@ -66,12 +74,20 @@ class SegCompassOutput(ModelOutput):
     """float (B, K, M), how much each concept weighs in each slot; a slot's weights sum to 1."""
     concept_activations: torch.Tensor | None = None
     """float (B, T, M), h_j at each token."""
+    token_types: torch.Tensor | None = None
+    """long (B, T), IMAGE, INSTRUCTION or RESPONSE of `query_codebook`; with concepts."""
+    patch_grid: torch.Tensor | None = None
+    """long (B, 2), (rows, columns) of the image tokens; with concepts."""
     sequences: torch.Tensor | None = None
-    """long (B, T), prompt and response, from `segment`."""
+    """long (B, T), prompt and response; `segment` adds the last token it wrote."""
     prompt_length: int | None = None
     """number of prompt tokens (padding included) in `sequences`."""
     reshaped_input_sizes: torch.Tensor | None = None
     """long (B, 2), (H, W) of the image inside SAM's frame."""
+    erased: object | None = None
+    """SegCompassOutput without the heaviest concepts, with `erase_concepts`."""
+    erased_slots: torch.Tensor | None = None
+    """bool (B, K), the slots whose heaviest concepts `erased` lacks."""
     log_probs: torch.Tensor | None = None
     """float (B, T - 1), log-probabilities of the labels, with `fused_lm_head=True`."""
     entropy: torch.Tensor | None = None
@@ -106,7 +122,9 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         language_model = self.mllm.model.language_model
         language_model.layers[config.sae_config.layer - 1].register_forward_hook(self._keep_sae_input)
         language_model.register_forward_hook(self._keep_last_hidden)
-        self._no_split_modules = sorted(set(self.mllm._no_split_modules or ()) | set(self.sam._no_split_modules or ()))
+        units = {*(self.mllm._no_split_modules or ()), *(self.sam._no_split_modules or ())}
+        units.add(type(language_model.layers[0]).__name__)
+        self._no_split_modules = sorted(units & {type(module).__name__ for module in self.modules()})
         self.post_init()
         self.generation_config = self.mllm.generation_config
         self.freeze_encoders()
@@ -202,7 +220,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             z: float (B, T, d_π) at the SAE's layer; last_hidden: float (B, T, d_π).
             image_embeddings: float (B, d_k, h, w) or (1, d_k, h, w) when all questions share one image.
             reshaped_input_sizes: long (B, 2), the image's (H, W) inside SAM's frame; None = the whole frame.
-            concept_scale: {feature index: factor on h_j}.
+            concept_scale: {feature index: factor on h_j}, or all factors, float (B, d_sae) or (d_sae,).
             query_source: "both", or "tokens" / "concepts" to build the queries from e_k or r_k alone.
         """
         if query_source not in QUERY_SOURCES:
@@ -216,14 +234,16 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         e = e.to(self.query_codebook.codebook.dtype)
 
         # E_sae, C, r_k: concepts of image, instruction and reasoning
+        types = patches = None
         if query_source == "tokens":
             concepts = Concepts(e.new_zeros(*e.shape[:2], self.config.d_c))
         else:
+            types, patches = self.token_layout(input_ids, response_mask, image_grid_thw)
             concepts = self.query_codebook(
                 self.sae,
                 z,
-                self._concept_tokens(input_ids, attention_mask),
-                self._where(input_ids, attention_mask, response_mask, positions, slot_mask, image_grid_thw),
+                self.concept_tokens(input_ids, attention_mask),
+                self._where(types, patches, attention_mask, positions, slot_mask),
                 self._scale_vector(concept_scale, z),
             )
 
@@ -248,34 +268,50 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             concept_values=concepts.values,
             concept_weights=concepts.weights,
             concept_activations=concepts.activations,
+            token_types=types,
+            patch_grid=patches,
+            sequences=input_ids,
             reshaped_input_sizes=reshaped_input_sizes,
         )
 
-    def _concept_tokens(self, input_ids, attention_mask):
+    def concept_tokens(self, input_ids, attention_mask):
+        """The tokens that may fire concepts, no padding and no special tokens: bool (B, T)."""
         special = torch.tensor(self.config.special_token_ids, dtype=input_ids.dtype, device=input_ids.device)
         return attention_mask.bool() & ~torch.isin(input_ids, special)
 
-    def _where(self, input_ids, attention_mask, response_mask, positions, slot_mask, image_grid_thw):
+    def token_layout(self, input_ids, response_mask, image_grid_thw=None):
+        """What each token is, long (B, T) IMAGE, INSTRUCTION or RESPONSE, and the image tokens' (rows, columns)."""
         is_image = input_ids == self.config.image_token_id
         types = torch.where(response_mask, RESPONSE, INSTRUCTION).masked_fill(is_image, IMAGE)
-        order = (is_image.cumsum(1) - 1).clamp_min(0)
-        count = is_image.sum(1, keepdim=True).clamp_min(1)
+        count = is_image.sum(1).clamp_min(1)
         if image_grid_thw is not None:
-            merge = self.config.mllm_config.vision_config.spatial_merge_size
-            width = image_grid_thw[:, 2:3] // merge
+            columns = image_grid_thw[:, 2] // self.config.mllm_config.vision_config.spatial_merge_size
         else:
-            width = count.float().sqrt().round().long()
-        height = count // width
+            columns = count.float().sqrt().round().long()
+        return types, torch.stack([count // columns, columns], 1)
+
+    def _where(self, types, patches, attention_mask, positions, slot_mask):
+        order = ((types == IMAGE).cumsum(1) - 1).clamp_min(0)
+        height, width = patches[:, :1], patches[:, 1:]
         xy = torch.stack([(order % width + 0.5) / width, (order // width + 0.5) / height], -1)
-        steps = torch.arange(input_ids.shape[1], device=input_ids.device)
+        steps = torch.arange(types.shape[1], device=types.device)
         last = (attention_mask * steps).amax(1)
         end = torch.where(slot_mask[:, 0], positions[:, 0], last)[:, None]
         return where_features(types, xy, (end - steps).clamp_min(0).to(xy.dtype))
 
     def _scale_vector(self, concept_scale, z):
+        d_sae = self.config.sae_config.d_sae
+        if isinstance(concept_scale, torch.Tensor):
+            if concept_scale.shape not in ((d_sae,), (len(z), d_sae)):
+                raise ValueError(
+                    f"concept_scale has shape {tuple(concept_scale.shape)}; it holds a factor of each of the "
+                    f"{d_sae} concepts, ({d_sae},) or ({len(z)}, {d_sae}), or is a dict {{index: factor}}."
+                )
+            if not (concept_scale.isfinite() & (concept_scale >= 0)).all():
+                raise ValueError("concept_scale holds factors that are negative or not finite; use 0 or more.")
+            return concept_scale.to(z.device, z.dtype)
         if not concept_scale:
             return None
-        d_sae = self.config.sae_config.d_sae
         scale = z.new_ones(d_sae)
         for index, factor in concept_scale.items():
             if not 0 <= index < d_sae:
@@ -284,6 +320,20 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
                 raise ValueError(f"the factor of concept {index} is {factor}; it must be finite and at least 0.")
             scale[index] = factor
         return scale
+
+    @torch.no_grad()
+    def _without_heaviest(self, output, count):
+        """Factors float (B, d_sae) that switch off each confident slot's heaviest concepts, and those slots (B, K)."""
+        if output.concept_weights is None:
+            raise ValueError("erase_concepts needs concepts; use query_source='both' or 'concepts'.")
+        sure = output.pred_logits.masked_fill(~output.slot_mask, float("-inf"))
+        slots = (sure >= 0) | (sure == sure.amax(1, keepdim=True))
+        slots = slots & output.slot_mask
+        heaviest = output.concept_weights.topk(min(count, output.concept_weights.shape[-1]), dim=-1).indices
+        heaviest = output.concept_indices[:, None].expand_as(output.concept_weights).gather(2, heaviest)
+        off = torch.zeros(*slots.shape, self.config.sae_config.d_sae, device=slots.device)
+        off.scatter_(2, heaviest, slots[..., None].expand_as(heaviest).to(off.dtype))
+        return 1 - off.amax(1), slots
 
     def _image_positions(self, grid):
         y, x = (torch.arange(side, device=self.image_positions.positional_embedding.device) for side in grid)
@@ -320,8 +370,10 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         reshaped_input_sizes=None,
         labels=None,
         response_mask=None,
+        mask_rows=None,
         concept_scale=None,
         query_source="both",
+        erase_concepts=0,
         fused_lm_head=False,
         skip_lm_head=False,
         output_hidden_states=None,
@@ -339,7 +391,11 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             reshaped_input_sizes: long (B, 2), the image's (H, W) inside SAM's frame.
             labels: long (B, T), -100 outside the response.
             response_mask: bool (B, T), response positions; taken from labels when absent.
+            mask_rows: decode masks of the first so many samples only; image_embeddings and reshaped_input_sizes then
+                belong to these.
             concept_scale, query_source: see `decode_masks`.
+            erase_concepts: decode a second time without this many of the heaviest concepts of each confident slot (of
+                the surest, when none is); the result is `erased`. Training uses it to make concepts necessary.
             fused_lm_head: the MLLM carries TRL's fused head: return log_probs and entropy instead of logits.
             skip_lm_head: run the backbone only; no logits, no language loss.
 
@@ -371,18 +427,21 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         if wants_masks:
             if image_embeddings is None:
                 image_embeddings = self.get_image_embeddings(sam_pixel_values)
-            output = self.decode_masks(
-                input_ids,
-                attention_mask,
-                response_mask,
-                states["z"][0],
-                states["last"][0],
+            grid = mllm_inputs.get("image_grid_thw")
+            read = (
+                input_ids[:mask_rows],
+                attention_mask[:mask_rows],
+                response_mask[:mask_rows],
+                states["z"][0][:mask_rows],
+                states["last"][0][:mask_rows],
                 image_embeddings,
                 reshaped_input_sizes,
-                mllm_inputs.get("image_grid_thw"),
-                concept_scale,
-                query_source,
+                None if grid is None else grid[:mask_rows],
             )
+            output = self.decode_masks(*read, concept_scale, query_source)
+            if erase_concepts:
+                scale, output.erased_slots = self._without_heaviest(output, erase_concepts)
+                output.erased = self.decode_masks(*read, scale, query_source)
         for name in ("loss", "logits", "past_key_values", "log_probs", "entropy", "aux_loss"):
             if getattr(policy, name, None) is not None:
                 output[name] = getattr(policy, name)
@@ -398,26 +457,11 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             kwargs.pop(name, None)
         return self.mllm.generate(inputs, **kwargs)
 
-    @torch.no_grad()
-    def segment(
-        self,
-        input_ids,
-        attention_mask=None,
-        sam_pixel_values=None,
-        image_embeddings=None,
-        original_sizes=None,
-        reshaped_input_sizes=None,
-        concept_scale=None,
-        query_source="both",
-        do_sample=False,
-        **kwargs,
-    ):
+    def segment(self, input_ids, concept_scale=None, query_source="both", **inputs):
         """Reason about the image, then decode masks from the states that generation left behind.
 
         Args:
-            input_ids, attention_mask, pixel_values, ...: a processor's output for images and instructions.
-            sam_pixel_values or image_embeddings, reshaped_input_sizes, concept_scale, query_source: see `forward`.
-            do_sample: greedy when False. Other keywords go to `generate` (`max_new_tokens`, `streamer`, ...).
+            input_ids and other inputs: see `reason`; concept_scale, query_source: see `decode_masks`.
 
         Returns:
             SegCompassOutput with `sequences` (B, T) and `prompt_length`. A response without concentration tokens has
@@ -425,6 +469,42 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: neither sam_pixel_values nor image_embeddings; beams or several sequences per prompt.
+        """
+        sequences, states = self.reason(input_ids, **inputs)
+        with torch.no_grad():
+            output = self.decode_masks(**states, concept_scale=concept_scale, query_source=query_source)
+        output.sequences = sequences
+        output.prompt_length = input_ids.shape[1]
+        return output
+
+    @torch.no_grad()
+    def reason(
+        self,
+        input_ids,
+        attention_mask=None,
+        sam_pixel_values=None,
+        image_embeddings=None,
+        original_sizes=None,
+        reshaped_input_sizes=None,
+        sequences=None,
+        do_sample=False,
+        **kwargs,
+    ):
+        """Write the response and keep what masks are decoded from, so that they can be decoded again and again.
+
+        Args:
+            input_ids, attention_mask, pixel_values, ...: a processor's output for images and instructions.
+            sam_pixel_values or image_embeddings, reshaped_input_sizes: see `forward`.
+            sequences: long (B, T), `sequences` of an earlier output for the same inputs: they are read in one pass, and
+                nothing is generated.
+            do_sample: greedy when False. Other keywords go to `generate` (`max_new_tokens`, `streamer`, ...).
+
+        Returns:
+            sequences, long (B, T), and the states, a dict of the arguments of `decode_masks`.
+
+        Raises:
+            ValueError: neither sam_pixel_values nor image_embeddings; beams or several sequences per prompt; sequences
+                that do not begin with input_ids.
         """
         if sam_pixel_values is None and image_embeddings is None:
             raise ValueError("segment needs the image: pass sam_pixel_values or image_embeddings.")
@@ -437,30 +517,90 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             kwargs["max_new_tokens"] = self.config.max_response_length
         kwargs.pop("labels", None)
         with self._reading_states() as states:
-            sequences = self.mllm.generate(
-                input_ids=input_ids, attention_mask=attention_mask, do_sample=do_sample, **kwargs
-            )
+            if sequences is None:
+                sequences = self.mllm.generate(
+                    input_ids=input_ids, attention_mask=attention_mask, do_sample=do_sample, **kwargs
+                )
+            else:
+                self._read_again(input_ids, attention_mask, sequences, kwargs)
         z, last_hidden = torch.cat(states["z"], 1), torch.cat(states["last"], 1)
         read = sequences[:, : z.shape[1]]  # the last token was written, but never read back
-        prompt_length = input_ids.shape[1]
-        written = self._written(read[:, prompt_length:])
+        written = self._written(read[:, input_ids.shape[1] :])
         if image_embeddings is None:
             image_embeddings = self.get_image_embeddings(sam_pixel_values)
-        output = self.decode_masks(
-            read,
-            torch.cat([attention_mask, written.to(attention_mask.dtype)], 1),
-            torch.cat([torch.zeros_like(attention_mask, dtype=torch.bool), written], 1),
-            z,
-            last_hidden,
-            image_embeddings,
-            reshaped_input_sizes,
-            kwargs.get("image_grid_thw"),
-            concept_scale,
-            query_source,
-        )
-        output.sequences = sequences
-        output.prompt_length = prompt_length
-        return output
+        return sequences, {
+            "input_ids": read,
+            "attention_mask": torch.cat([attention_mask, written.to(attention_mask.dtype)], 1),
+            "response_mask": torch.cat([torch.zeros_like(attention_mask, dtype=torch.bool), written], 1),
+            "z": z,
+            "last_hidden": last_hidden,
+            "image_embeddings": image_embeddings,
+            "reshaped_input_sizes": reshaped_input_sizes,
+            "image_grid_thw": kwargs.get("image_grid_thw"),
+        }
+
+    def explain(self, outputs, slot=0, sample=0, top=10, labels=None, processor=None):
+        """Say which concepts made a slot's mask, and from which words and patches: see `explanation.explain_slot`."""
+        return explain_slot(outputs, slot, sample, top, labels, processor, self.config.sam_config.image_size)
+
+    def _read_again(self, input_ids, attention_mask, sequences, kwargs):
+        """One MLLM pass over what `segment` wrote earlier, up to the token that was never read back."""
+        if len(sequences) != len(input_ids) or not torch.equal(sequences[:, : input_ids.shape[1]], input_ids):
+            raise ValueError(
+                "sequences do not begin with input_ids; pass the `sequences` that segment returned for these inputs."
+            )
+        response = sequences[:, input_ids.shape[1] : -1]
+        vision = {name: kwargs[name] for name in ("pixel_values", "image_grid_thw") if name in kwargs}
+        if "mm_token_type_ids" in kwargs:
+            vision["mm_token_type_ids"] = torch.cat([kwargs["mm_token_type_ids"], torch.zeros_like(response)], 1)
+        written = self._written(response).to(attention_mask.dtype)
+        mask = torch.cat([attention_mask, written], 1)
+        self.mllm.model(input_ids=sequences[:, :-1], attention_mask=mask, use_cache=False, **vision)
+
+    def predict_forward(
+        self,
+        image=None,
+        text=None,
+        processor=None,
+        tokenizer=None,
+        past_text="",
+        mask_prompts=None,
+        video=None,
+        threshold=0.5,
+    ):
+        """Answer as Sa2VA models do, so that programs written for that family run with this one.
+
+        Args:
+            image: one image; text: the instruction, with or without a leading "<image>".
+            processor: this model's SegCompassProcessor (also accepted as `tokenizer`).
+            past_text, mask_prompts, video: must stay empty; this model reads one image and one instruction.
+            threshold: confidence from which a slot is kept.
+
+        Returns:
+            {"prediction": the response, ending in one "[SEG]" for each mask, "prediction_masks": list of bool arrays
+            (1, H, W), one for each instance}. The list is empty when nothing is found.
+
+        Raises:
+            ValueError: no processor, a conversation, mask prompts or a video.
+        """
+        for name, value in (("past_text", past_text), ("mask_prompts", mask_prompts), ("video", video)):
+            if value:
+                raise ValueError(f"{name} is not supported: this model reads one image and one instruction.")
+        processor = processor if processor is not None else tokenizer
+        if not hasattr(processor, "post_process_instance_segmentation"):
+            raise ValueError(
+                f"processor is {type(processor).__name__}; pass AutoProcessor.from_pretrained(<this model>, "
+                "trust_remote_code=True)."
+            )
+        text = text.removeprefix("<image>") if isinstance(text, str) else text
+        inputs = processor(images=image, text=text, return_tensors="pt").to(self.device)
+        outputs = self.segment(**inputs)
+        result = processor.post_process_instance_segmentation(outputs, threshold, target_sizes=inputs["original_sizes"])
+        masks = [mask[None].cpu().numpy() for mask in result[0]["masks"]]
+        response = outputs.sequences[0, outputs.prompt_length :]
+        response = response[response != self.config.ref_token_id]
+        answer = processor.decode(response, skip_special_tokens=True).strip()
+        return {"prediction": answer + "[SEG]" * len(masks), "prediction_masks": masks}
 
     def _written(self, response):
         """True up to and including the end-of-sequence token: bool (B, T_response)."""
@@ -492,7 +632,8 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         """Build a fresh model from an MLLM, a SAM vision encoder and, if there is one, a trained SAE.
 
         Args:
-            mllm, sam, sae: model ids, folders, or loaded models. Without `sae` an untrained one is made.
+            mllm, sam, sae: model ids, folders, or loaded models; `sam` also an original segment-anything `.pth` file. A
+                whole SAM gives the mask decoder its start where shapes match. Without `sae` an untrained one is made.
             processor: a SegCompassProcessor; its new tokens get embedding rows (the mean of the others), and its
                 token ids enter the config.
             dtype: of the parts loaded here. Training needs float32 master weights, under autocast if it is to be fast;
@@ -504,8 +645,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         """
         if isinstance(mllm, str):
             mllm = AutoModelForImageTextToText.from_pretrained(mllm, dtype=dtype)
-        if isinstance(sam, str):
-            sam = SamVisionModel.from_pretrained(sam, dtype=dtype)
+        sam, sam_weights = read_sam(sam, dtype)
         if isinstance(sae, str):
             sae = SparseAutoencoder.from_pretrained(sae, dtype=dtype)
         name = mllm.config._name_or_path or None
@@ -531,7 +671,9 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             attn_implementation=mllm.config._attn_implementation,
             **config,
         )
-        return cls(config, mllm=mllm, sam=sam, sae=sae)
+        model = cls(config, mllm=mllm, sam=sam, sae=sae)
+        start_mask_decoder(model, sam_weights)
+        return model
 
     def load_sae(self, sae):
         """Put a trained SAE (model, folder or Hub id) in place of this model's.
@@ -556,12 +698,36 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
         """Load a saved model; unlike transformers' default, missing or unexpected weights are an error.
 
+        A checkpoint whose config names `references` holds only its own weights: the parts it refers to are loaded from
+        their repositories, at the revisions noted when it was saved. `quantization_config` quantises the MLLM only.
+
         Raises:
-            ValueError: the checkpoint lacks weights of this model or holds others.
+            ValueError: the checkpoint lacks weights of this model or holds others; `device_map` or
+                `quantization_config` with a checkpoint that refers to its parts; a `device_map` that offloads the SAE.
         """
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
+        hub = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
+        config = kwargs.get("config")
+        if not isinstance(config, SegCompassConfig):
+            of_config = {name: kwargs[name] for name in ("revision", "subfolder") if kwargs.get(name) is not None}
+            config = SegCompassConfig.from_pretrained(pretrained_model_name_or_path, **hub, **of_config)
+        references = config.references or {}
+        if kwargs.get("quantization_config") is not None:
+            kwargs["quantization_config"] = spare_from_quantization(kwargs["quantization_config"])
+        for name in ("device_map", "quantization_config"):
+            if references and kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{name} needs a checkpoint that carries its weights whole, but this one refers to "
+                    f"{', '.join(references)}; load it without, save_pretrained it, and load that."
+                )
+        with init.no_init_weights() if references else nullcontext():
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
+        loading = {name: kwargs[name] for name in ("dtype", "attn_implementation") if name in kwargs}
+        for part, where in references.items():
+            loaded = PARTS[part].from_pretrained(where["repo_id"], revision=where["revision"], **hub, **loading)
+            getattr(model, part).load_state_dict(loaded.state_dict())
+            info["missing_keys"] = {key for key in info["missing_keys"] if not key.startswith(f"{part}.")}
         wrong = {name: sorted(map(str, info[name])) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
         if any(wrong.values()):
             told = "; ".join(f"{name}: {len(keys)} ({', '.join(keys[:3])} ...)" for name, keys in wrong.items() if keys)
@@ -569,14 +735,57 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
                 f"{pretrained_model_name_or_path} does not match this model ({told}); nothing was loaded. Use the "
                 "folder that save_pretrained wrote, with its own config.json."
             )
+        if any(weight.is_meta for weight in model.sae.parameters()):
+            raise ValueError(
+                "device_map left no memory for the SAE, which cannot be offloaded (its encoder is read by columns); "
+                'name a device for it, as in device_map={"sae": "cpu", ...}, or raise max_memory.'
+            )
+        model.config.references = None  # it is whole now, and is saved whole
         model.freeze_encoders()
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """As transformers', with our own key names (resuming a Trainer needs them) and the code beside the weights."""
+    def save_pretrained(self, save_directory, *args, references=None, **kwargs):
+        """As transformers', with our own key names (resuming a Trainer needs them) and the code beside the weights.
+
+        Args:
+            references: {"mllm" | "sam" | "sae": {"repo_id", "revision"}}, parts to leave out of the weights because
+                they are kept elsewhere, unchanged. Loading fetches them from there.
+
+        Raises:
+            ValueError: a reference to another part, or without a revision.
+        """
         kwargs["save_original_format"] = False
         self.config.auto_map = dict(AUTO_MAP)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        self.config.custom_pipelines = CUSTOM_PIPELINES
+        if references:
+            state_dict = self.state_dict() if kwargs.get("state_dict") is None else kwargs["state_dict"]
+            kwargs["state_dict"] = {key: w for key, w in state_dict.items() if key.split(".")[0] not in references}
+        try:
+            self.config.references = checked_references(references)
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.config.references = None
+
+
+def checked_references(references):
+    """The references as they are, or None; raises ValueError for an unknown part or a revision that is not named."""
+    for part, where in (references or {}).items():
+        if part not in PARTS or not where.get("repo_id") or not where.get("revision"):
+            raise ValueError(
+                f"references[{part!r}] is {where!r}; name one of {tuple(PARTS)} with its repo_id and revision."
+            )
+    return references or None
+
+
+def spare_from_quantization(quantization_config):
+    """The quantisation config (or its dict form) with everything but the MLLM among the modules it leaves alone."""
+    if isinstance(quantization_config, dict):
+        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
+    for field in ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules"):
+        if hasattr(quantization_config, field):
+            named = getattr(quantization_config, field) or []
+            setattr(quantization_config, field, [*named, *(name for name in UNQUANTIZED if name not in named)])
+    return quantization_config
 
 
 SegCompassConfig.register_for_auto_class()

@@ -1,0 +1,154 @@
+"""`pipeline("reasoning-segmentation", model=..., trust_remote_code=True)`: images and instructions in, segments out.
+
+Results follow transformers' image-segmentation convention, a list of {"score", "label", "mask"} for each image, with
+the text and the concepts beside them. It adds nothing to the model: the processor prepares, `segment` answers.
+"""
+
+from itertools import islice
+
+from transformers import Pipeline
+
+TOP_CONCEPTS = 8
+
+
+class Segments(list):
+    """One answer: a list of segments, surest first, that also says what an empty list cannot."""
+
+    def __init__(self, segments, text, no_target):
+        super().__init__(segments)
+        self.text = text
+        """the response, without special tokens."""
+        self.no_target = no_target
+        """True when the model looked and was sure of nothing; False when segments exist or its answer was malformed."""
+
+
+class ReasoningSegmentationPipeline(Pipeline):
+    """Segments what instructions mean. Built by `transformers.pipeline`; needs a SegCompassProcessor."""
+
+    _load_processor = True
+    _load_tokenizer = _load_image_processor = _load_feature_extractor = _load_video_processor = False
+    _pipeline_calls_generate = False  # `segment` decides how to generate
+
+    def __call__(self, images, instructions=None, **kwargs):
+        """Ask one or many questions.
+
+        Args:
+            images: an image (PIL, path or URL), a list of them, or an iterable (a `datasets` data set, a generator) of
+                rows {"image", "instruction"}; then `instructions` stays None and answers are streamed.
+            instructions: a string, or a list of as many as images. One image goes with many instructions, one
+                instruction with many images.
+            threshold, mask_threshold: probabilities from which a slot, and a pixel, is kept (0.5).
+            explain: True adds to each segment its strongest concepts (False).
+            concept_scale: {concept: factor}, see `SegCompassModel.segment`.
+            batch_size: questions answered together (1). Other keywords go to `generate` (`max_new_tokens`, ...).
+
+        Returns:
+            one answer for one image and one instruction, a list of answers for lists, a generator of them for an
+            iterable. An answer is a list of {"score" float, "label" the instruction, "mask" PIL image of mode "L" with
+            255 inside, "box" (left, top, right, bottom), "slot", "text"} with attributes `text` and `no_target`;
+            "concepts" is a list of {"index", "weight", "value"}, heaviest first.
+
+        Raises:
+            ValueError: no instruction, lists of different lengths, nothing to do, or what the processor refuses.
+        """
+        if kwargs.get("num_workers"):
+            raise ValueError(f"num_workers is {kwargs['num_workers']}; this pipeline reads in its own process: use 0.")
+        if instructions is None:
+            return super().__call__(self._stream(images), **kwargs)
+        lists = [given for given in (images, instructions) if isinstance(given, (list, tuple))]
+        length = max(map(len, lists), default=1)
+        images = list(images) if isinstance(images, (list, tuple)) else [images] * length
+        instructions = [instructions] * length if isinstance(instructions, str) else list(instructions)
+        if not images or len(images) != len(instructions):
+            raise ValueError(
+                f"{len(images)} images but {len(instructions)} instructions; give one instruction per image, or one of "
+                "either to go with all of the other."
+            )
+        rows = [{"image": image, "instruction": text} for image, text in zip(images, instructions, strict=True)]
+        answers = super().__call__(rows, **kwargs)
+        return answers if lists else answers[0]
+
+    @staticmethod
+    def _stream(rows):
+        if isinstance(rows, (str, bytes)) or not hasattr(rows, "__iter__"):
+            raise ValueError("no instruction was given; pass pipe(image, 'what to segment') or rows that hold both.")
+        for row in rows:
+            if not hasattr(row, "keys") or not {"image", "instruction"} <= set(row.keys()):
+                raise ValueError(f"a row must hold 'image' and 'instruction', but one is {row!r}.")
+            yield row
+
+    def get_iterator(self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params):
+        # The processor pads a batch as the model needs it; the base class's collation knows neither.
+        rows = iter(inputs)
+        while batch := list(islice(rows, batch_size)):
+            model_inputs = self.preprocess(batch, **preprocess_params)
+            yield from self.postprocess(self.forward(model_inputs, **forward_params), **postprocess_params)
+
+    def _sanitize_parameters(
+        self, threshold=None, mask_threshold=None, explain=None, num_workers=None, **segment_parameters
+    ):
+        given = {"threshold": threshold, "mask_threshold": mask_threshold, "explain": explain}
+        return {}, segment_parameters, {name: value for name, value in given.items() if value is not None}
+
+    def preprocess(self, rows):
+        instructions = [row["instruction"] for row in rows]
+        inputs = self.processor(images=[row["image"] for row in rows], text=instructions, return_tensors="pt")
+        return {"inputs": dict(inputs), "instructions": instructions}
+
+    def _forward(self, model_inputs, **segment_parameters):
+        inputs = model_inputs["inputs"]
+        outputs = self.model.segment(**inputs, **segment_parameters)
+        return {**model_inputs, "sizes": inputs["original_sizes"], "outputs": outputs}
+
+    def postprocess(self, model_outputs, threshold=0.5, mask_threshold=0.5, explain=False):
+        from PIL import Image
+
+        outputs = model_outputs["outputs"]
+        results = self.processor.post_process_instance_segmentation(
+            outputs, threshold, mask_threshold, target_sizes=model_outputs["sizes"]
+        )
+        texts = self.processor.batch_decode(outputs.sequences[:, outputs.prompt_length :], skip_special_tokens=True)
+        answers = []
+        for row, (result, text) in enumerate(zip(results, texts, strict=True)):
+            segments = []
+            for number in result["scores"].argsort(descending=True).tolist():
+                slot = int(result["slots"][number])
+                segment = {
+                    "score": float(result["scores"][number]),
+                    "label": model_outputs["instructions"][row],
+                    "mask": Image.fromarray(result["masks"][number].byte().mul(255).cpu().numpy()),
+                    "box": tuple(int(edge) for edge in result["boxes"][number]),
+                    "slot": slot,
+                    "text": text,
+                }
+                if explain:
+                    segment["concepts"] = strongest_concepts(outputs, row, slot)
+                segments.append(segment)
+            no_target = not segments and bool(outputs.slot_mask[row].any())
+            answers.append(Segments(segments, text, no_target))
+        return answers
+
+
+def strongest_concepts(outputs, row, slot, count=TOP_CONCEPTS):
+    """The concepts that weigh most in a slot: list of {"index", "weight", "value"}; [] if the queries used none."""
+    if outputs.concept_indices is None:
+        return []
+    weights = outputs.concept_weights[row, slot]
+    columns = weights.topk(min(count, len(weights))).indices
+    return [
+        {
+            "index": int(outputs.concept_indices[row, column]),
+            "weight": float(weights[column]),
+            "value": float(outputs.concept_values[row, column]),
+        }
+        for column in columns[weights[columns] > 0].tolist()
+    ]
+
+
+CUSTOM_PIPELINES = {
+    "reasoning-segmentation": {
+        "impl": f"pipeline_segcompass.{ReasoningSegmentationPipeline.__name__}",
+        "pt": ["AutoModel"],
+        "type": "multimodal",
+    }
+}
