@@ -9,10 +9,16 @@ is left of the masks when the queries are built from the concentration tokens or
 95 % bootstrap intervals over scenes. Writes metrics.json, curves.csv and curves.png. Resumes where it was cut off.
 """
 
+import sys
+from pathlib import Path
+
+# Python looks for modules beside a script first: there evaluate.py would hide the library of the metric.
+if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    sys.path.append(sys.path.pop(0))
+
 import argparse
 import csv
 import json
-from pathlib import Path
 
 import numpy as np
 import torch

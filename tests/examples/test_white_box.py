@@ -2,6 +2,10 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import concept_dictionary
 import faithfulness
@@ -129,6 +133,15 @@ def test_ratio_is_of_the_medians_and_of_the_means():
 
 def test_ratio_over_nothing_is_infinite_or_unknown():
     assert faithfulness.ratio(0.3, 0.0) == float("inf") and np.isnan(faithfulness.ratio(0.0, 0.0))
+
+
+def test_script_finds_the_metrics_library_that_shares_a_name_with_its_neighbour():
+    root = Path(faithfulness.__file__).parents[1]
+    command = [sys.executable, "examples/faithfulness.py", "--help"]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "metrics.json" in done.stdout
 
 
 # -- interpret.py ------------------------------------------------------------------------------------------------------
