@@ -28,6 +28,18 @@ class Rows(list):
 
 def main(folder):
     torch.set_num_threads(1)
+    args = SparseAutoencoderTrainerConfig(
+        output_dir=str(folder / "sae"),
+        max_steps=40,
+        learning_rate=1e-2,
+        dead_window=500,
+        save_steps=5,
+        save_total_limit=2,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    assert args.device.type == "cpu"  # asking starts the process group, where there are several processes
     torch.manual_seed(0)
     processor = tiny_processor("llava")
     mllm = tiny_mllm("llava", processor)
@@ -44,17 +56,6 @@ def main(folder):
     cache_activations(folder / "cache", mllm, rows, slowly, 2, {}, samples_per_batch=2, samples_per_shard=4)
     torch.manual_seed(1)
     sae = SparseAutoencoder(SparseAutoencoderConfig(d_in=32, d_sae=64, activation="topk", k=4, layer=2))
-    args = SparseAutoencoderTrainerConfig(
-        output_dir=str(folder / "sae"),
-        max_steps=40,
-        learning_rate=1e-2,
-        dead_window=500,
-        save_steps=5,
-        save_total_limit=2,
-        report_to="none",
-        disable_tqdm=True,
-        use_cpu=True,
-    )
     trainer = SparseAutoencoderTrainer(
         sae, args, train_dataset=CachedActivations(folder / "cache", 32, batch_size=64, buffer_size=256)
     )

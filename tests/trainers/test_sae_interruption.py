@@ -1,4 +1,4 @@
-"""kill -9 while caching and while training: the next run ends with the very weights of an uninterrupted one."""
+"""Whole runs of caching and training: killed with -9 and started again, and on two processes."""
 
 import os
 import signal
@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from safetensors.torch import load_file
 
 SCRIPT = Path(__file__).parent / "cache_and_train.py"
 
@@ -40,3 +42,18 @@ def test_killed_while_caching_and_while_training_a_run_ends_with_the_same_weight
         assert files
         for name in files:
             assert (killed / folder / name).read_bytes() == (whole / folder / name).read_bytes(), name
+
+
+def test_two_processes_write_the_same_cache_and_train_one_autoencoder(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    assert start(alone).wait() == 0
+    assert (
+        subprocess.run([*command, str(SCRIPT), str(together)], env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+        == 0
+    )
+    for path in sorted((alone / "cache").glob("shard-*")):
+        assert (together / "cache" / path.name).read_bytes() == path.read_bytes()
+    weights, one = (load_file(folder / "final" / "model.safetensors") for folder in (together, alone))
+    assert weights.keys() == one.keys() and not (weights["W_dec"] == one["W_dec"]).all()
+    assert (weights["W_dec"].norm(dim=1) - 1).abs().max() < 1e-5
