@@ -99,10 +99,10 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(script, run, saved, 
     whole = run(*options, output="whole")
     predict = script.predict
 
-    def killed(args, model, processor, batch):
+    def killed(args, model, processor, batch, *features):
         if batch[0]["sample_id"].startswith("scenes-test-3-8-"):
             raise KeyboardInterrupt
-        return predict(args, model, processor, batch)
+        return predict(args, model, processor, batch, *features)
 
     monkeypatch.setattr(script, "predict", killed)
     with pytest.raises(KeyboardInterrupt):

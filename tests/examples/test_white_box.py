@@ -248,7 +248,7 @@ def test_damaged_line_is_named(tmp_path):
     [
         (["--num-samples", "0"], "--num-samples is 0"),
         (["--split", "dev"], "split='dev'"),
-        (["--dataset", "nowhere"], "neither 'scenes' nor a folder"),
+        (["--dataset", "nowhere"], "neither 'scenes'"),
         (["--model", "nowhere"], "nowhere' is no folder or Hub id of a SegCompass model"),
     ],
 )

@@ -122,10 +122,10 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         language_model = self.mllm.model.language_model
         language_model.layers[config.sae_config.layer - 1].register_forward_hook(self._keep_sae_input)
         language_model.register_forward_hook(self._keep_last_hidden)
-        units = {*(self.mllm._no_split_modules or ()), *(self.sam._no_split_modules or ())}
-        units.add(type(language_model.layers[0]).__name__)
-        self._no_split_modules = sorted(units & {type(module).__name__ for module in self.modules()})
         self.post_init()
+        # What sharding wraps: post_init gathers classes that this model may not have, which accelerate refuses.
+        units = {*(self._no_split_modules or ()), type(language_model.layers[0]).__name__}
+        self._no_split_modules = sorted(units & {type(module).__name__ for module in self.modules()})
         self.generation_config = self.mllm.generation_config
         self.freeze_encoders()
 

@@ -167,7 +167,7 @@ class QueryCodebook(nn.Module):
             columns = slice(start, start + step)
             h = low @ sae.W_enc[:, columns].to(low.dtype)
             strength[:, columns] += h.masked_fill_(hidden, float("-inf")).amax(1)
-        return strength.relu_(), None
+        return sae.gate(strength.relu_()), None
 
     @staticmethod
     def _search_topk(sae, z, mask, max_elements):
