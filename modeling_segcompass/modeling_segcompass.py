@@ -486,7 +486,6 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         image_embeddings=None,
         original_sizes=None,
         reshaped_input_sizes=None,
-        sequences=None,
         do_sample=False,
         **kwargs,
     ):
@@ -495,16 +494,13 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         Args:
             input_ids, attention_mask, pixel_values, ...: a processor's output for images and instructions.
             sam_pixel_values or image_embeddings, reshaped_input_sizes: see `forward`.
-            sequences: long (B, T), `sequences` of an earlier output for the same inputs: they are read in one pass, and
-                nothing is generated.
             do_sample: greedy when False. Other keywords go to `generate` (`max_new_tokens`, `streamer`, ...).
 
         Returns:
             sequences, long (B, T), and the states, a dict of the arguments of `decode_masks`.
 
         Raises:
-            ValueError: neither sam_pixel_values nor image_embeddings; beams or several sequences per prompt; sequences
-                that do not begin with input_ids.
+            ValueError: neither sam_pixel_values nor image_embeddings; beams or several sequences per prompt.
         """
         if sam_pixel_values is None and image_embeddings is None:
             raise ValueError("segment needs the image: pass sam_pixel_values or image_embeddings.")
@@ -517,12 +513,9 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             kwargs["max_new_tokens"] = self.config.max_response_length
         kwargs.pop("labels", None)
         with self._reading_states() as states:
-            if sequences is None:
-                sequences = self.mllm.generate(
-                    input_ids=input_ids, attention_mask=attention_mask, do_sample=do_sample, **kwargs
-                )
-            else:
-                self._read_again(input_ids, attention_mask, sequences, kwargs)
+            sequences = self.mllm.generate(
+                input_ids=input_ids, attention_mask=attention_mask, do_sample=do_sample, **kwargs
+            )
         z, last_hidden = torch.cat(states["z"], 1), torch.cat(states["last"], 1)
         read = sequences[:, : z.shape[1]]  # the last token was written, but never read back
         written = self._written(read[:, input_ids.shape[1] :])
@@ -542,20 +535,6 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
     def explain(self, outputs, slot=0, sample=0, top=10, labels=None, processor=None):
         """Say which concepts made a slot's mask, and from which words and patches: see `explanation.explain_slot`."""
         return explain_slot(outputs, slot, sample, top, labels, processor, self.config.sam_config.image_size)
-
-    def _read_again(self, input_ids, attention_mask, sequences, kwargs):
-        """One MLLM pass over what `segment` wrote earlier, up to the token that was never read back."""
-        if len(sequences) != len(input_ids) or not torch.equal(sequences[:, : input_ids.shape[1]], input_ids):
-            raise ValueError(
-                "sequences do not begin with input_ids; pass the `sequences` that segment returned for these inputs."
-            )
-        response = sequences[:, input_ids.shape[1] : -1]
-        vision = {name: kwargs[name] for name in ("pixel_values", "image_grid_thw") if name in kwargs}
-        if "mm_token_type_ids" in kwargs:
-            vision["mm_token_type_ids"] = torch.cat([kwargs["mm_token_type_ids"], torch.zeros_like(response)], 1)
-        written = self._written(response).to(attention_mask.dtype)
-        mask = torch.cat([attention_mask, written], 1)
-        self.mllm.model(input_ids=sequences[:, :-1], attention_mask=mask, use_cache=False, **vision)
 
     def predict_forward(
         self,

@@ -4,7 +4,7 @@
 
 In a checkout it runs offline on the embedded checkpoint. As a Space, with this folder as its repository, set
 SEGCOMPASS_MODEL to a Hub id. It uses the model as remote code, so it needs transformers and not this project. Moving a
-concept's slider reads the response that was written already; nothing is generated again.
+concept's slider decodes the masks again from the states that generation left behind; the MLLM does not run again.
 """
 
 import argparse
@@ -36,10 +36,11 @@ ABOUT = (
 
 
 class Answer:
-    """What one question left behind: the inputs, the image's embedding, the response, and the concepts' factors."""
+    """What one question left behind: the inputs, what masks are decoded from, and the concepts' factors."""
 
-    def __init__(self, image, inputs, embeddings):
-        self.image, self.inputs, self.embeddings = image, inputs, embeddings
+    def __init__(self, image, inputs):
+        self.image, self.inputs = image, inputs
+        self.states = None  # what masks are decoded from
         self.outputs = None  # of the response as it was written, before any intervention
         self.factors = {}
 
@@ -66,15 +67,14 @@ class Demo:
             inputs = self.processor(images=image, text=instruction, return_tensors="pt").to(self.model.device)
         except ValueError as error:  # an empty or too long instruction
             raise gr.Error(str(error)) from error
-        inputs = dict(inputs)
-        with torch.no_grad():
-            answer = Answer(image, inputs, self.model.get_image_embeddings(inputs.pop("sam_pixel_values")))
+        answer = Answer(image, inputs)
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failed = []
 
         def write():
             try:
-                answer.outputs = self.segment(answer, streamer=streamer)
+                _, answer.states = self.model.reason(**inputs, streamer=streamer)
+                answer.outputs = self.decode(answer)
             except Exception as error:
                 failed.append(error)
                 streamer.end()
@@ -92,18 +92,16 @@ class Demo:
         choices = gr.Radio(choices=concepts, value=None)
         yield text, *self.show(answer, answer.outputs, threshold), answer, choices, gr.Slider(value=1.0)
 
-    def segment(self, answer, **keywords):
-        return self.model.segment(**answer.inputs, image_embeddings=answer.embeddings, **keywords)
+    @torch.no_grad()
+    def decode(self, answer):
+        return self.model.decode_masks(**answer.states, concept_scale=answer.factors)
 
     def scale(self, answer, concept, factor, threshold):
-        """Masks with the chosen concept scaled, beside those scaled before; the response is only read."""
+        """Masks with the chosen concept scaled, beside those scaled before; the response stays."""
         if answer is None or concept is None:
             raise gr.Error("Ask something first, then choose a concept.")
         answer.factors[int(concept)] = float(factor)
-        return self.show(answer, self.again(answer), threshold)
-
-    def again(self, answer):
-        return self.segment(answer, sequences=answer.outputs.sequences, concept_scale=answer.factors)
+        return self.show(answer, self.decode(answer), threshold)
 
     def restore(self, answer, threshold):
         """All concepts as they were."""
@@ -115,7 +113,7 @@ class Demo:
     def rethreshold(self, answer, threshold):
         if answer is None:
             return [gr.skip()] * 3
-        return self.show(answer, self.again(answer) if answer.factors else answer.outputs, threshold)
+        return self.show(answer, self.decode(answer) if answer.factors else answer.outputs, threshold)
 
     # -- showing -----------------------------------------------------------------------------------------------------
 
@@ -174,12 +172,13 @@ class Demo:
         outputs = answer.outputs
         column = outputs.concept_indices[0].tolist().index(int(concept))
         fired = outputs.concept_activations[0, :, column].float()
+        start = answer.inputs["input_ids"].shape[1]
         ids = outputs.sequences[0, : len(fired)]
         patches = fired[ids == self.model.config.image_token_id]
         heat = self.over_image(answer, (patches / patches.max().clamp_min(1e-6)).cpu().numpy())
-        response = fired[outputs.prompt_length :]
+        response = fired[start:]
         response = (response / response.max().clamp_min(1e-6)).tolist()
-        words = self.words(ids[outputs.prompt_length :].tolist())
+        words = self.words(ids[start:].tolist())
         tokens = [(word, round(value, 3) or None) for word, value in zip(words, response, strict=True)]
         return self.heat_over(answer.image, heat), tokens, gr.Slider(value=answer.factors.get(int(concept), 1.0))
 

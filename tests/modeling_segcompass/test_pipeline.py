@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from datasets import Dataset
 from PIL import Image
 from transformers import pipeline
@@ -184,28 +183,3 @@ def test_predict_forward_refuses_what_it_cannot_do(answering):
             model.predict_forward(image=image, text="it", processor=processor, **{keyword: value})
     with pytest.raises(ValueError, match="pass AutoProcessor"):
         model.predict_forward(image=image, text="it", tokenizer=processor.tokenizer)
-
-
-def test_written_sequences_are_read_again_without_generating(answering, monkeypatch):
-    model, processor = answering
-    inputs = processor(images=noise_images()[1], text="the red box")
-    first = model.segment(**inputs)
-    monkeypatch.setattr(model.mllm, "generate", None)  # calling it would fail
-    again = model.segment(**inputs, sequences=first.sequences)
-    torch.testing.assert_close(again.pred_masks, first.pred_masks, atol=1e-3, rtol=1e-3)  # cached against whole pass
-    assert torch.equal(again.concept_indices, first.concept_indices)
-    off = model.segment(**inputs, sequences=first.sequences, concept_scale={int(first.concept_indices[0, 0]): 0.0})
-    assert torch.equal(off.sequences, first.sequences)
-    assert (off.pred_masks - again.pred_masks).abs().max() > 1e-3
-    with pytest.raises(ValueError, match="do not begin with input_ids"):
-        model.segment(**inputs, sequences=first.sequences[:, 1:])
-
-
-def test_batch_is_read_again_row_by_row(answering):
-    model, processor = answering
-    del model.mllm.generate
-    inputs = processor(images=noise_images()[:2], text=INSTRUCTIONS[:2])
-    scripts = [Script(processor.tokenizer, ["<think>a</think>" + "<REF_POS>" * 3, ANSWER])]
-    first = model.segment(**inputs, logits_processor=scripts)
-    again = model.segment(**inputs, sequences=first.sequences)
-    torch.testing.assert_close(again.pred_masks, first.pred_masks, atol=1e-3, rtol=1e-3)
