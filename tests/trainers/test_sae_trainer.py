@@ -76,9 +76,10 @@ def test_training_reconstructs_raw_hidden_states_of_any_scale_and_offset(tmp_pat
     trainer.train()
     quality = evaluate_sae(sae, Mixtures(8, scale=scale, offset=offset, seed=1))
     # 300 steps are few for thresholds, which learn from what comes near them.
-    assert quality["explained_variance"] > (0.85 if hasattr(sae, "threshold") else 0.9)
+    least, most_dead = (0.85, 0.4) if hasattr(sae, "threshold") else (0.9, 0.3)
+    assert quality["explained_variance"] > least
     assert quality["l0_share"] < 0.3
-    assert quality["dead_share"] < 0.4  # of 64 features, for 32 atoms
+    assert quality["dead_share"] < most_dead  # of 64 features, for 32 atoms
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(D_SAE))
 
 

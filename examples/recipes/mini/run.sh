@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The whole story of the embedded model, in order: backbones, reasoning, SAE, masks, joint GRPO, evaluation.
-# Two CPU cores; its stages took an hour and a half on a shared machine (docs/experiments.md). Repeat the command after an interruption: finished stages are skipped and an unfinished
-# training goes on from its last checkpoint. Everything lies under runs/mini.
+# Two CPU cores, about two and a half hours by its own minutes; it has not been run whole as it stands (docs/experiments.md).
+# Repeat the command after an interruption: finished stages are skipped and an unfinished training goes on from its last
+# checkpoint. Everything lies under runs/mini.
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 recipe=examples/recipes/mini
