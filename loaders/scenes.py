@@ -1,6 +1,6 @@
 """Procedural scenes with questions: reasoning segmentation without a download.
 
-A scene is 2-4 flat objects on a plain or patterned ground, drawn from signed distances, with the exact visible mask
+A scene is two or three flat objects on a plain or patterned ground, drawn from signed distances, with the exact visible mask
 of every object. A question about the scene asks for one object, several or none, and comes with a short reasoning
 trace that a tiny model can learn to write, because each word follows from few earlier ones: a scan of all objects from
 left to right, then one or two steps (a clause that says what to look for, and a verdict on each object), the answer.
@@ -26,7 +26,7 @@ from datasets import Dataset, Features, Image, IterableDataset, List, NamedSplit
 from PIL import Image as PILImage
 from pycocotools import mask as coco_mask
 
-SHAPES = ("ball", "box", "cone", "ring", "star", "moon", "mug", "heart")
+SHAPES = ("ball", "box", "cone", "ring", "star", "moon")
 """The nouns."""
 
 COLOURS = {
@@ -39,7 +39,7 @@ COLOURS = {
 }
 """Colour names with their mean RGB value."""
 
-SIZES = {"small": (20, 24), "medium": (32, 37), "large": (47, 54)}
+SIZES = {"small": (28, 32), "large": (45, 51)}
 """Size names, in rising order, with their range of diameters in pixels of a 128-pixel image."""
 
 KINDS = ("attribute", "relation", "extreme", "comparison", "knowledge", "counting")
@@ -53,11 +53,16 @@ MIN_VISIBLE = 0.6
 NUM_SHARDS = 16
 """Shards of a streamed data set: the largest useful number of DataLoader workers."""
 
+BOARD = 4
+"""A place is a cell of a board of this many columns (A, B, ...) and rows (1, 2, ...)."""
+
 _LOOKS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 _MIN_SIZE = 64
-# Pixels of a 128-pixel image: how far apart any two centres lie on each axis, and the margin of an asked decision.
-_CENTRE_GAP = 7.0
-_DECISION_GAP = 10.0
+# Pixels of a 128-pixel image: how far apart any two centres lie on each axis, the margin of an asked decision, and how
+# far a centre keeps from the lines of the board.
+_CENTRE_GAP = 10.0
+_DECISION_GAP = 12.0
+_LINE_GAP = 3.0
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class SceneObject:
     size: str
     """A key of `SIZES`."""
     place: str
-    """Cell of an 8x8 board that holds `centre`: column A-H from left to right, row 1-8 from top to bottom."""
+    """Cell of the board that holds `centre`: column A-D from left to right, row 1-4 from top to bottom."""
     centre: tuple[float, float]
     """(x, y) in pixels: the centroid of the visible mask, pixel centres at half-integers."""
 
@@ -110,7 +115,7 @@ class Question:
 # Drawing
 # ---------------------------------------------------------------------------------------------------------------------
 
-_TILT = {"box": 10, "cone": 7, "star": 12, "moon": 20, "mug": 6, "heart": 9, "ball": 0, "ring": 0}
+_TILT = {"box": 10, "cone": 7, "star": 12, "moon": 20, "ball": 0, "ring": 0}
 
 
 def _check_split_and_size(split: str, size: int) -> None:
@@ -159,18 +164,7 @@ def _shape_distance(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.nd
         return _polygon_distance(x, y, np.array([[0.0, -r], [0.9 * r, 0.85 * r], [-0.9 * r, 0.85 * r]]))
     if shape == "star":
         return _polygon_distance(x, y, _star_corners(1.05 * r))
-    if shape == "moon":
-        return np.maximum(np.hypot(x + 0.2 * r, y) - r, 0.85 * r - np.hypot(x - 0.38 * r, y))
-    if shape == "mug":
-        body = _box_distance(x + 0.32 * r, y, 0.64 * r - 1, 0.86 * r - 1) - 1
-        handle = np.abs(np.hypot(x - 0.42 * r, y) - 0.43 * r) - 0.14 * r
-        return np.minimum(body, handle)
-    # heart: a square standing on its corner, with a disc of the side's length on both upper sides
-    half = 0.58 * r
-    middle = half / math.sqrt(2)
-    top = y - 0.12 * r
-    square = _box_distance((x + top) / math.sqrt(2), (x - top) / math.sqrt(2), half, half)
-    return np.minimum(square, np.hypot(np.abs(x) - middle, top + middle) - half)
+    return np.maximum(np.hypot(x + 0.2 * r, y) - r, 0.85 * r - np.hypot(x - 0.38 * r, y))  # moon
 
 
 @lru_cache(maxsize=4)
@@ -258,11 +252,11 @@ def _choose_looks(rng: np.random.Generator, split: str, count: int) -> list[tupl
 
 def _sprites(rng: np.random.Generator, split: str, size: int) -> list[_Sprite]:
     sprites = []
-    for colour, shape in _choose_looks(rng, split, int(rng.choice([2, 3, 4], p=[0.3, 0.4, 0.3]))):
+    for colour, shape in _choose_looks(rng, split, int(rng.integers(2, 4))):
         name = list(SIZES)[rng.integers(len(SIZES))]
         radius = rng.uniform(*SIZES[name]) / 2 * size / 128
         tilt = math.radians(rng.uniform(-1, 1) * _TILT[shape])
-        flip = int(rng.choice([-1, 1])) if shape in ("moon", "mug") else 1
+        flip = int(rng.choice([-1, 1])) if shape == "moon" else 1
         sprites.append(_Sprite(shape, colour, name, radius, tilt, flip))
     return sprites
 
@@ -273,12 +267,18 @@ def _apart(points: np.ndarray, gap: float) -> bool:
     return bool((ordered[1:] - ordered[:-1] >= gap).all())
 
 
+def _to_lines(points: np.ndarray, size: int) -> np.ndarray:
+    """How far each coordinate lies from the nearest line of the board, in pixels."""
+    cell = size / BOARD
+    return cell / 2 - np.abs(points % cell - cell / 2)
+
+
 def _arrange(rng: np.random.Generator, sprites: list[_Sprite], size: int):
     """Places for the sprites, later ones in front, or None when no good arrangement was found.
 
     Returns the windows [(rows, cols, distance)], visible masks (n, H, W) and their centroids (n, 2).
     """
-    gap = _CENTRE_GAP * size / 128
+    gap, line_gap = _CENTRE_GAP * size / 128, _LINE_GAP * size / 128
     radii = np.array([sprite.radius for sprite in sprites])[:, None]
     first, second = np.triu_indices(len(sprites), 1)
     for _ in range(60):
@@ -299,8 +299,8 @@ def _arrange(rng: np.random.Generator, sprites: list[_Sprite], size: int):
             continue
         steps = np.arange(size) + 0.5
         centroids = np.stack([masks.sum(1) @ steps, masks.sum(2) @ steps], axis=1) / visible[:, None]
-        cells = {(int(cx), int(cy)) for cx, cy in (centroids * 8 / size).tolist()}
-        if _apart(centroids, gap) and len(cells) == len(sprites):
+        cells = {(int(cx), int(cy)) for cx, cy in (centroids * BOARD / size).tolist()}
+        if _apart(centroids, gap) and len(cells) == len(sprites) and (_to_lines(centroids, size) >= line_gap).all():
             return windows, masks, centroids
     return None
 
@@ -329,8 +329,9 @@ def draw_scene(rng: np.random.Generator, split: str, size: int = 128) -> Scene:
         size: height and width in pixels, at least 64; objects and gaps scale with it.
 
     Returns:
-        Scene: image (size, size, 3) uint8 and 2-4 objects, each at least 60 % visible, whose centres differ pairwise
-        by at least 7 pixels (at size 128) in x and in y and lie in different places of the board.
+        Scene: image (size, size, 3) uint8 and two or three objects, each at least 60 % visible, whose centres differ
+        pairwise by at least 10 pixels (at size 128) in x and in y, lie in different places of the board and keep 3
+        pixels from its lines.
 
     Raises:
         ValueError: for an unknown split or a size below 64.
@@ -349,7 +350,7 @@ def draw_scene(rng: np.random.Generator, split: str, size: int = 128) -> Scene:
     objects = []
     for index in order.tolist():
         cx, cy = centroids[index].tolist()
-        place = "ABCDEFGH"[int(cx * 8 / size)] + str(int(cy * 8 / size) + 1)
+        place = "ABCD"[int(cx * BOARD / size)] + str(int(cy * BOARD / size) + 1)
         sprite = sprites[index]
         objects.append(SceneObject(sprite.shape, sprite.colour, sprite.size, place, (cx, cy)))
     image = np.clip(canvas, 0, 255).astype(np.uint8)
@@ -399,22 +400,19 @@ _THAN_WORDS = {"larger": ("larger", "bigger"), "smaller": ("smaller",)}
 
 # (what to ask, the words the reasoning repeats, the shapes meant)
 _KNOWLEDGE = (
-    ("to drink from", "drink", ("mug",)),
-    ("with a handle", "handle", ("mug",)),
     ("to kick", "kick", ("ball",)),
     ("to play a game with", "game", ("ball",)),
     ("worn on a finger", "finger", ("ring",)),
+    ("with a hole", "hole", ("ring",)),
     ("to pack things in", "pack", ("box",)),
     ("with four corners", "four corners", ("box",)),
     ("used at road works", "road works", ("cone",)),
     ("with three corners", "three corners", ("cone",)),
-    ("used as a sign of love", "love", ("heart",)),
     ("with five points", "five points", ("star",)),
+    ("that shines at night", "shines", ("star", "moon")),
     ("seen in the night sky", "night sky", ("star", "moon")),
     ("far away in space", "space", ("star", "moon")),
     ("that can roll", "roll", ("ball", "ring")),
-    ("that can hold water", "hold water", ("mug",)),
-    ("to put things in", "put in", ("box", "mug")),
 )
 _KNOWLEDGE_ONE = ("something {}", "find something {}", "segment the thing {}", "where is the thing {}")
 _KNOWLEDGE_ALL = ("everything {}", "all things {}", "find all things {}", "segment everything {}")

@@ -33,7 +33,7 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
-from loaders.scenes import COLOURS, KINDS, SHAPES, SIZES, ask, draw_scene
+from loaders.scenes import BOARD, COLOURS, KINDS, SHAPES, SIZES, ask, draw_scene
 from modeling_segcompass import SegCompassProcessor
 
 IMAGE_SIZE, PATCH, SAM_PATCH, WIDTH, SAM_WIDTH, NUM_SLOTS = 128, 16, 8, 192, 96, 4
@@ -183,7 +183,7 @@ def patch_labels(scene, cells):
             list(COLOURS).index(item.colour) + 1,
             list(SIZES).index(item.size) + 1,
         )
-        lookup[i + 1, 3:] = "ABCDEFGH".index(item.place[0]) + 1, int(item.place[1])
+        lookup[i + 1, 3:] = "ABCD".index(item.place[0]) + 1, int(item.place[1])
     sub = step // 4
     fine = masks.reshape(n, cells, 4, sub, cells, 4, sub).mean((3, 6)).transpose(0, 1, 3, 2, 4)  # (n, c, c, 4, 4)
     fine = np.concatenate([np.zeros_like(fine[:1]), fine])
@@ -245,7 +245,7 @@ class Conversations(LabelledScenes):
 
 
 SEEING_SHARE = 0.15  # of the minutes for the mllm; the rest is for talking
-CLASSES = (len(SHAPES) + 1, len(COLOURS) + 1, len(SIZES) + 1, 9, 9)
+CLASSES = (len(SHAPES) + 1, len(COLOURS) + 1, len(SIZES) + 1, BOARD + 1, BOARD + 1)
 
 
 def patch_loss(logits, attributes, fine):
