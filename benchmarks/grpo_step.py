@@ -3,8 +3,8 @@
     python benchmarks/grpo_step.py
     python benchmarks/grpo_step.py --beta 0 --repeats 9
 
-Both trainers are given the same scripted responses, so that neither generates: what is compared is scoring, reference,
-loss, backward and update. The peer is TRL's GRPOTrainer on the bare MLLM with a constant reward. Steps of the two
+Both trainers are given the same scripted responses (ours also the states that generating them leaves behind), so that
+neither generates: what is compared is scoring, reference, loss, backward and update. The peer is TRL's GRPOTrainer on the bare MLLM with a constant reward. Steps of the two
 alternate, and the ratio is of their medians. Keys of RESULT: ratio, joint_s, plain_s, mllm_parameters, ...
 """
 
@@ -58,6 +58,27 @@ class Stepper:
         self.optimizer.zero_grad()
 
 
+def script(model, ids):
+    """Let `generate` return these responses at once, with the states that generating them would have left behind."""
+    written = {}
+
+    def generate(input_ids, attention_mask, **inputs):
+        rows = ids[: len(input_ids)]
+        sequences = torch.cat([input_ids, rows], 1)
+        if getattr(model, "_states", None) is None:
+            return sequences
+        if not written:
+            mask = torch.cat([attention_mask, torch.ones_like(rows)], 1)
+            inputs = {name: inputs[name] for name in ("pixel_values",) if name in inputs}
+            with torch.no_grad():
+                model.mllm.model(input_ids=sequences[:, :-1], attention_mask=mask[:, :-1], **inputs)
+            written.update(model._read_back(sequences, input_ids, attention_mask))
+        model._states["written"] = dict(written)
+        return sequences
+
+    model.generate = generate
+
+
 def main(argv=None):
     args = parse(argv)
     torch.set_num_threads(args.threads)
@@ -87,10 +108,8 @@ def main(argv=None):
         copied.requires_grad_(own.requires_grad)  # both trainers train the same weights of the MLLM
     reference = copy.deepcopy(mllm) if args.beta else None
 
-    def generate(input_ids, **kwargs):
-        return torch.cat([input_ids, ids[: len(input_ids)]], 1)
-
-    model.generate = mllm.generate = generate
+    script(model, ids)
+    script(mllm, ids)
     joint = SegCompassGRPOTrainer(
         model, args=SegCompassGRPOConfig(**shared), train_dataset=rows, processing_class=processor
     )

@@ -65,18 +65,38 @@ def settings(folder, **changes):
     return SegCompassGRPOConfig(**{**defaults, **changes})
 
 
-def script_responses(model, processor):
-    """Responses a trained policy could write (a random one never writes concentration tokens), each of another form."""
+def scripted_rows(processor):
+    """Token ids (4, R) a trained policy could write (a random one never writes concentration tokens), of four forms."""
     ref = "<REF_POS>" * SLOTS
     texts = [f"<think>a box</think>{ref}", f"<think>it</think>{ref}", f"well <think>b</think>{ref}", "<think>no"]
     rows = [processor.tokenizer(t + "</s>", add_special_tokens=False)["input_ids"] for t in texts]
     longest = max(map(len, rows))
-    rows = torch.tensor([row + [processor.tokenizer.pad_token_id] * (longest - len(row)) for row in rows])
+    return torch.tensor([row + [processor.tokenizer.pad_token_id] * (longest - len(row)) for row in rows])
+
+
+def script_responses(model, processor):
+    """Instead of generating: no states are left, so the masks to reward take a pass of their own, as with vLLM."""
+    rows = scripted_rows(processor)
 
     def generate(input_ids, **kwargs):
         return torch.cat([input_ids, rows.repeat(len(input_ids) // len(rows), 1).to(input_ids.device)], 1)
 
     model.generate = generate
+
+
+def force_responses(model, processor):
+    """Real generation, token by token, of the same responses."""
+    rows, generate = scripted_rows(processor), model.generate
+
+    def force(input_ids, **kwargs):
+        def only_the_next(ids, scores):
+            wanted = rows[:, ids.shape[1] - input_ids.shape[1]].repeat(len(ids) // len(rows))
+            return torch.full_like(scores, -torch.inf).scatter(1, wanted[:, None], 0.0)
+
+        return generate(input_ids=input_ids, logits_processor=[only_the_next], **kwargs)
+
+    model.generate = force
+    return rows.shape[1]
 
 
 def make_trainer(folder, backbone="llava", rows=8, scripted=True, model_config=None, trainer_kwargs=None, **changes):

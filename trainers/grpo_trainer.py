@@ -104,10 +104,12 @@ class _Rollout:
 
     segmentation: dict
     """what joins TRL's batch: image_embeddings, mask_targets (lists of B tensors), reshaped_input_sizes (B, 2)."""
+    written: dict | None = None
+    """what `decode_masks` takes, but for the image, of the responses as they were generated; None with vLLM."""
     scoring_inputs: tuple = ()
     """the tensors of TRL's last scoring pass: (positional arguments after the model, keyword arguments)."""
     scored: _JointForward | None = field(default=None)
-    """the pass that decoded the masks to reward."""
+    """the pass that decoded the masks to reward, where generation left no states."""
     images: list = field(default_factory=list)
     """the PIL image of each row, to be drawn on."""
 
@@ -283,8 +285,11 @@ class SegCompassGRPOTrainer(GRPOTrainer):
             self._rollout = None
 
     def _generate(self, *args, **kwargs):
-        with self._timed("rollout"):
-            return super()._generate(*args, **kwargs)
+        with self._timed("rollout"), self.core.reading_states() as states:
+            output = super()._generate(*args, **kwargs)
+        if self.args.reward_mask_source == "policy":
+            self._rollout.written = states.get("written")
+        return output
 
     def training_step(self, *args, **kwargs):
         with self._timed("update"):
@@ -369,8 +374,8 @@ class SegCompassGRPOTrainer(GRPOTrainer):
                 rollout.scored = self._joint_forward(self.model, rollout.segmentation)
                 with self._mllm_replaced_by(self.ref_model):
                     return super()._get_per_token_logps_and_entropies(rollout.scored, *args, **kwargs)
-        # old log-probabilities of the policy: the masks to reward come with them
-        if self.args.reward_mask_source == "reference":
+        # old log-probabilities of the policy: the masks to reward come with them, unless they come from elsewhere
+        if self.args.reward_mask_source == "reference" or rollout.written is not None:
             return super()._get_per_token_logps_and_entropies(_TrimmedForward(model), *args, **kwargs)
         rollout.scored = self._joint_forward(model, rollout.segmentation)
         with self._following_sae():
@@ -383,24 +388,26 @@ class SegCompassGRPOTrainer(GRPOTrainer):
         block = core.mllm.model.language_model.layers[core.config.sae_config.layer - 1]
         seen = []
 
-        def follow(module, args, output):
-            if seen:
-                return
-            z = (output[0] if isinstance(output, tuple) else output).flatten(0, 1)
-            with torch.autocast(z.device.type, enabled=False):
-                z = z[:: max(1, len(z) // SAE_TOKENS)].to(core.sae.W_enc.dtype)
-                residual = z - core.sae.decode(core.sae.encode(z))
-                seen.append(1 - residual.var(0, correction=0).sum() / z.var(0, correction=0).sum())
+        def keep(module, args, output):
+            if not seen:
+                seen.append(output[0] if isinstance(output, tuple) else output)
 
-        hook = block.register_forward_hook(follow)
+        hook = block.register_forward_hook(keep)
         try:
             yield
         finally:
             hook.remove()
         if seen:
-            mode = "train" if self.model.training else "eval"
-            mean = self.accelerator.gather(seen[0].float().reshape(1)).mean().item()
-            self._metrics[mode]["sae/explained_variance"].append(mean)
+            self._log_explained_variance(seen[0])
+
+    def _log_explained_variance(self, z):
+        sae, z = self.core.sae, z.flatten(0, 1)
+        with torch.autocast(z.device.type, enabled=False):
+            z = z[:: max(1, len(z) // SAE_TOKENS)].to(sae.W_enc.dtype)
+            residual = z - sae.decode(sae.encode(z))
+            explained = 1 - residual.var(0, correction=0).sum() / z.var(0, correction=0).sum()
+        mean = self.accelerator.gather(explained.float().reshape(1)).mean().item()
+        self._metrics["train" if self.model.training else "eval"]["sae/explained_variance"].append(mean)
 
     @contextmanager
     def _mllm_replaced_by(self, mllm):
@@ -415,23 +422,57 @@ class SegCompassGRPOTrainer(GRPOTrainer):
     @torch.no_grad()
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rollout = self._rollout
-        if rollout.scored is None:  # TRL made no pass with the policy: make one, without the LM head
-            args, kwargs = rollout.scoring_inputs or self._scoring_inputs(prompts, completion_ids_list)
-            rollout.scored = self._joint_forward(self.model, rollout.segmentation, skip_lm_head=True)
-            checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
-            with checkpointing, self._following_sae():
-                super()._get_per_token_logps_and_entropies(rollout.scored, *args, **kwargs)
+        if rollout.written is not None:
+            outputs = self._decode_written(rollout.written, rollout.segmentation)
+        else:
+            outputs = self._scored_outputs(prompts, completion_ids_list)
         scores, targets = [], rollout.segmentation["mask_targets"]
-        for output in rollout.scored.outputs:
+        for output in outputs:
             rows = slice(len(scores), len(scores) + len(output.pred_masks))
             scores += mask_scores(output, targets[rows], self._valid(output, rollout.segmentation, rows))
         if self.log_completions and self.accelerator.is_main_process:
-            self._overlays = draw_overlays(rollout.images, rollout.scored.outputs[0], self.processing_class)
+            self._overlays = draw_overlays(rollout.images, outputs[0], self.processing_class)
         inputs = [{**row, "mask_score": score} for row, score in zip(inputs, scores, strict=True)]
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         mode = "train" if self.model.training else "eval"
         self._metrics[mode]["format_share"].append((rewards[:, 0] > 0).float().mean().item())
         return rewards
+
+    def _decode_written(self, written, segmentation):
+        """The masks of the responses, micro-batch by micro-batch, from the states that generation left behind."""
+        core = self.core
+        if "decode_masks" not in vars(core):
+            register_fsdp_forward_method(core, "decode_masks")
+        self._log_explained_variance(written["z"])
+        batch_size, outputs = self._batch_size(), []
+        for start in range(0, len(written["z"]), batch_size):
+            rows = slice(start, start + batch_size)
+            part = {name: None if value is None else value[rows] for name, value in written.items()}
+            used = part["attention_mask"].any(0).nonzero()[:, 0]
+            columns = slice(int(used[0]), int(used[-1]) + 1)
+            part |= {name: part[name][:, columns] for name in part if name != "image_grid_thw"}
+            with self.accelerator.autocast():
+                output = core.decode_masks(
+                    **part,
+                    image_embeddings=torch.stack(segmentation["image_embeddings"][rows]),
+                    reshaped_input_sizes=segmentation["reshaped_input_sizes"][rows],
+                )
+            outputs.append(output)
+        return outputs
+
+    def _scored_outputs(self, prompts, completion_ids_list):
+        """The masks of the responses from a teacher-forced pass: TRL's own, or one more without the LM head."""
+        rollout = self._rollout
+        if rollout.scored is None:
+            args, kwargs = rollout.scoring_inputs or self._scoring_inputs(prompts, completion_ids_list)
+            rollout.scored = self._joint_forward(self.model, rollout.segmentation, skip_lm_head=True)
+            checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+            with checkpointing, self._following_sae():
+                super()._get_per_token_logps_and_entropies(rollout.scored, *args, **kwargs)
+        return rollout.scored.outputs
+
+    def _batch_size(self):
+        return self.args.per_device_train_batch_size if self.model.training else self.args.per_device_eval_batch_size
 
     def _scoring_inputs(self, prompts, completion_ids_list):
         """What TRL's scoring pass would be given, for a rollout (on-policy, beta 0) where it makes none."""
@@ -453,10 +494,7 @@ class SegCompassGRPOTrainer(GRPOTrainer):
         attention_mask = torch.cat([inputs.pop("attention_mask"), mask], 1)
         if "mm_token_type_ids" in inputs:
             inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(ids)], 1)
-        batch_size = self.args.per_device_train_batch_size
-        if not self.model.training:
-            batch_size = self.args.per_device_eval_batch_size
-        inputs.update(batch_size=batch_size, num_images=[1] * len(prompts))
+        inputs.update(batch_size=self._batch_size(), num_images=[1] * len(prompts))
         return (input_ids, attention_mask, ids.shape[1]), inputs
 
     def _valid(self, output, segmentation, rows=slice(None)):

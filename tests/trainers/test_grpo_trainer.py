@@ -7,7 +7,7 @@ from PIL import Image
 from trl import GRPOTrainer
 
 from modeling_segcompass import SegCompassModel
-from tests.grpo import SLOTS, make_trainer, rollout, scenes, script_responses, settings, weights
+from tests.grpo import SLOTS, force_responses, make_trainer, rollout, scenes, script_responses, settings, weights
 from tests.tiny import BACKBONES, tiny_mllm, tiny_processor, tiny_segcompass
 from trainers.grpo_config import SegCompassGRPOConfig
 from trainers.grpo_trainer import SegCompassGRPOTrainer
@@ -275,6 +275,24 @@ def test_rewarded_masks_do_not_depend_on_which_pass_decoded_them(tmp_path, backb
     )
     valid = valid_extent(batch["reshaped_input_sizes"], 32, output.pred_masks.shape[-1])
     assert mask_scores(output, batch["mask_targets"], valid) == pytest.approx(scores[0], abs=1e-5)
+
+
+@pytest.mark.parametrize("case", [dict(beta=0.0), dict(beta=0.2), dict(beta=0.0, num_iterations=2)], ids=str)
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_generation_leaves_the_states_that_rewarded_masks_are_decoded_from(tmp_path, backbone, case):
+    """The same rewards as from a teacher-forced pass, without that pass."""
+    rewards = []
+    for forced in (False, True):
+        trainer = make_trainer(tmp_path, backbone, scripted=not forced, **case)
+        if forced:
+            length = force_responses(trainer.model, trainer.processing_class)
+            counted = Passes(backbone=trainer.core.mllm.model)
+        rollout(trainer)
+        rewards.append(trainer._metrics["train"]["rewards/mask_reward/mean"])
+        assert len(trainer._metrics["train"]["sae/explained_variance"]) == 1
+    assert 0 < rewards[0][0] and rewards[1] == pytest.approx(rewards[0], abs=1e-5)
+    old_log_probabilities = 2 if "num_iterations" in case else 0  # a pass a micro-batch, as in plain GRPO
+    assert counted.counts == {"backbone no grad": length + old_log_probabilities}
 
 
 def test_reference_masks_come_from_the_frozen_mllm_in_its_own_pass(tmp_path):
