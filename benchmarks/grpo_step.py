@@ -4,8 +4,9 @@
     python benchmarks/grpo_step.py --beta 0 --repeats 9
 
 Both trainers are given the same scripted responses (ours also the states that generating them leaves behind), so that
-neither generates: what is compared is scoring, reference, loss, backward and update. The peer is TRL's GRPOTrainer on the bare MLLM with a constant reward. Steps of the two
-alternate, and the ratio is of their medians. Keys of RESULT: ratio, joint_s, plain_s, mllm_parameters, ...
+neither generates: what is compared is scoring, reference, loss, backward and update. The peer is TRL's GRPOTrainer on
+the bare MLLM with a constant reward. Steps of the two alternate, and the ratio is of their medians.
+Keys of RESULT: ratio, joint_s, plain_s, mllm_parameters, ...
 """
 
 import argparse

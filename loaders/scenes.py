@@ -1,7 +1,7 @@
 """Procedural scenes with questions: reasoning segmentation without a download.
 
-A scene is two or three flat objects on a plain or patterned ground, drawn from signed distances, with the exact visible mask
-of every object. A question about the scene asks for one object, several or none, and comes with a short reasoning
+A scene is two or three flat objects on a plain or patterned ground, drawn from signed distances, with the exact visible
+mask of every object. A question about the scene asks for one object, several or none, and comes with a short reasoning
 trace that a tiny model can learn to write, because each word follows from few earlier ones: a scan of all objects from
 left to right, then one or two steps (a clause that says what to look for, and a verdict on each object), the answer.
 
@@ -91,6 +91,7 @@ class Scene:
     """Sorted by `centre` from left to right."""
     masks: np.ndarray
     """(n, H, W) bool visible masks in the order of `objects`; pairwise disjoint."""
+
 
 @dataclass(frozen=True)
 class Question:

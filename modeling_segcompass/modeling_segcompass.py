@@ -529,9 +529,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         if kwargs.get("max_new_tokens") is None and kwargs.get("max_length") is None:
             kwargs["max_new_tokens"] = self.config.max_response_length
         with self.reading_states() as states:
-            sequences = self.generate(
-                input_ids=input_ids, attention_mask=attention_mask, do_sample=do_sample, **kwargs
-            )
+            sequences = self.generate(input_ids=input_ids, attention_mask=attention_mask, do_sample=do_sample, **kwargs)
         if image_embeddings is None:
             image_embeddings = self.get_image_embeddings(sam_pixel_values)
         image = {"image_embeddings": image_embeddings, "reshaped_input_sizes": reshaped_input_sizes}

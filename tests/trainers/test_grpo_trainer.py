@@ -290,7 +290,7 @@ def test_generation_leaves_the_states_that_rewarded_masks_are_decoded_from(tmp_p
         rollout(trainer)
         rewards.append(trainer._metrics["train"]["rewards/mask_reward/mean"])
         assert len(trainer._metrics["train"]["sae/explained_variance"]) == 1
-    assert 0 < rewards[0][0] and rewards[1] == pytest.approx(rewards[0], abs=1e-5)
+    assert rewards[0][0] > 0 and rewards[1] == pytest.approx(rewards[0], abs=1e-5)
     old_log_probabilities = 2 if "num_iterations" in case else 0  # a pass a micro-batch, as in plain GRPO
     assert counted.counts == {"backbone no grad": length + old_log_probabilities}
 
