@@ -1,6 +1,6 @@
 """Runs examples/evaluate.py with a model that writes a given response, slowly: a tiny random one writes no sense.
 
-python tests/examples/forced_evaluate.py RESPONSE SECONDS_A_BATCH [arguments of evaluate.py]
+    python tests/examples/forced_evaluate.py RESPONSE SECONDS_A_BATCH [arguments of evaluate.py]
 """
 
 import importlib.util
