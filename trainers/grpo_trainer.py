@@ -17,7 +17,7 @@ import datasets
 import torch
 from accelerate.utils import is_peft_model
 from torch import nn
-from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
@@ -224,6 +224,7 @@ class SegCompassGRPOTrainer(GRPOTrainer):
 
     def _add_fused_head(self, mllm):
         add_fused_lm_head(mllm, temperature=self.temperature, outputs=("log_probs", "entropy"))
+        mllm.register_forward_pre_hook(_gather_head, with_kwargs=True)
 
     def _make_reference(self, ref_model, beta):
         core = self.core
@@ -586,6 +587,14 @@ class SegCompassGRPOTrainer(GRPOTrainer):
         self._step, self._buffered_inputs = state["step"], state["rollouts"]
         self._total_train_tokens = state["total_train_tokens"]
         self._metrics["train"].update(state["metrics"])
+
+
+def _gather_head(mllm, args, kwargs):
+    """Under FSDP2 accelerate shards the LM head on its own, and TRL's fused head reads its weight without calling it:
+    each process would then keep the gradient of its own rows alone. Gathered by FSDP, it gets everyone's."""
+    head = mllm.get_output_embeddings()
+    if kwargs.get("fused_lm_head") and isinstance(head, FSDPModule):
+        head.unshard()
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------
