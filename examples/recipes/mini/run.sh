@@ -12,7 +12,7 @@ done_or() { [ -f "runs/mini/$1" ] || "${@:2}"; }
 
 two="torchrun --nproc_per_node 2"
 done_or sam/model.safetensors $two $recipe/make_backbones.py sam --output runs/mini/sam --minutes 8
-done_or mllm/model.safetensors $two $recipe/make_backbones.py mllm --output runs/mini/mllm --minutes 60
+done_or mllm/model.safetensors $two $recipe/make_backbones.py mllm --output runs/mini/mllm --minutes 70
 done_or reason/model.safetensors $two examples/train_sft.py --config $recipe/reason.yaml
 done_or sae/quality.json env OMP_NUM_THREADS=2 python examples/train_sae.py --config $recipe/sae.yaml
 done_or masks/model.safetensors $two examples/train_sft.py --config $recipe/masks.yaml
