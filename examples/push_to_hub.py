@@ -1,7 +1,7 @@
 """Push a model, an SAE, a data set or the metric to the Hub, with its card.
 
     python examples/push_to_hub.py model examples/checkpoints/mini USER/segcompass-mini \\
-        --image examples/scene.png --instruction "everything lower than the green heart" \\
+        --image examples/scene.png --instruction "everything to the left of the blue star" \\
         --evaluation runs/test/metrics.json --evaluation-name "Scenes, test" --evaluation-data scenes
     python examples/push_to_hub.py sae runs/mini/sae USER/sae-mini --quality runs/mini/sae/quality.json
     python examples/push_to_hub.py dataset scenes USER/scenes --split test --seed 100 --num-samples 500

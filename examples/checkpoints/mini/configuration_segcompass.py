@@ -183,4 +183,3 @@ class SegCompassConfig(PreTrainedConfig):
     def key_grid(self):
         """Side of the (square) grid of image keys K: 64 for SAM at 1024 pixels."""
         return self.sam_config.image_size // self.sam_config.patch_size
-

@@ -165,8 +165,9 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             self._states["last"].append(output.last_hidden_state)
 
     @contextmanager
-    def _reading_states(self):
-        """While open, every MLLM pass leaves its layer-L and last hidden states in the yielded lists."""
+    def reading_states(self):
+        """While open, every MLLM pass leaves its layer-L and last hidden states in the yielded dict's lists "z" and
+        "last", and `generate` leaves under "written" what `decode_masks` takes, but for the image."""
         self._states = {"z": [], "last": []}
         try:
             yield self._states
@@ -414,7 +415,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             attention_mask = torch.ones_like(input_ids)
         inputs = dict(input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, **mllm_inputs)
         inputs = {name: value for name, value in inputs.items() if value is not None}
-        with self._reading_states() as states:
+        with self.reading_states() as states:
             if skip_lm_head:
                 inputs["use_cache"] = False
                 inputs.pop("logits_to_keep", None)
@@ -455,7 +456,25 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         """Write the response with the MLLM: ids long (B, T), like any transformers model."""
         for name in ("sam_pixel_values", "image_embeddings", "original_sizes", "reshaped_input_sizes", "labels"):
             kwargs.pop(name, None)
-        return self.mllm.generate(inputs, **kwargs)
+        output = self.mllm.generate(inputs, **kwargs)
+        if self._states is not None:
+            self._states["written"] = self._read_back(getattr(output, "sequences", output), **kwargs)
+        return output
+
+    def _read_back(self, sequences, input_ids, attention_mask=None, image_grid_thw=None, **ignored):
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        z, last_hidden = torch.cat(self._states["z"], 1), torch.cat(self._states["last"], 1)
+        read = sequences[:, : z.shape[1]]  # the last token was written, but never read back
+        written = self._written(read[:, input_ids.shape[1] :])
+        return {
+            "input_ids": read,
+            "attention_mask": torch.cat([attention_mask, written.to(attention_mask.dtype)], 1),
+            "response_mask": torch.cat([torch.zeros_like(attention_mask, dtype=torch.bool), written], 1),
+            "z": z,
+            "last_hidden": last_hidden,
+            "image_grid_thw": image_grid_thw,
+        }
 
     def segment(self, input_ids, concept_scale=None, query_source="both", **inputs):
         """Reason about the image, then decode masks from the states that generation left behind.
@@ -507,30 +526,14 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         for name in ("num_beams", "num_return_sequences"):
             if kwargs.get(name, 1) != 1:
                 raise ValueError(f"{name} is {kwargs[name]}; segment follows one sequence per prompt, use {name}=1.")
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
         if kwargs.get("max_new_tokens") is None and kwargs.get("max_length") is None:
             kwargs["max_new_tokens"] = self.config.max_response_length
-        kwargs.pop("labels", None)
-        with self._reading_states() as states:
-            sequences = self.mllm.generate(
-                input_ids=input_ids, attention_mask=attention_mask, do_sample=do_sample, **kwargs
-            )
-        z, last_hidden = torch.cat(states["z"], 1), torch.cat(states["last"], 1)
-        read = sequences[:, : z.shape[1]]  # the last token was written, but never read back
-        written = self._written(read[:, input_ids.shape[1] :])
+        with self.reading_states() as states:
+            sequences = self.generate(input_ids=input_ids, attention_mask=attention_mask, do_sample=do_sample, **kwargs)
         if image_embeddings is None:
             image_embeddings = self.get_image_embeddings(sam_pixel_values)
-        return sequences, {
-            "input_ids": read,
-            "attention_mask": torch.cat([attention_mask, written.to(attention_mask.dtype)], 1),
-            "response_mask": torch.cat([torch.zeros_like(attention_mask, dtype=torch.bool), written], 1),
-            "z": z,
-            "last_hidden": last_hidden,
-            "image_embeddings": image_embeddings,
-            "reshaped_input_sizes": reshaped_input_sizes,
-            "image_grid_thw": kwargs.get("image_grid_thw"),
-        }
+        image = {"image_embeddings": image_embeddings, "reshaped_input_sizes": reshaped_input_sizes}
+        return sequences, {**states["written"], **image}
 
     def explain(self, outputs, slot=0, sample=0, top=10, labels=None, processor=None):
         """Say which concepts made a slot's mask, and from which words and patches: see `explanation.explain_slot`."""
