@@ -225,7 +225,7 @@ def test_shares_of_patches_are_those_of_the_masks():
         wanted = [word in (thing.colour, thing.shape, thing.size) for thing in scene.objects]
         union = scene.masks[wanted].any(0) if any(wanted) else np.zeros((128, 128), bool)
         assert shares[place].reshape(4, 8)[1, 2] == pytest.approx(union[32:64, 32:48].mean())
-    number = next(n for n in range(50) if len(scene_question("train", 0, n)[0].objects) == 4)
+    number = next(n for n in range(50) if len(scene_question("train", 0, n)[0].objects) == 3)
     words = concept_dictionary.patch_words("train", 0, number, (8, 8))
     assert len(words) == 64 and "ground" in words and any(len(word.split()) == 3 for word in words)
 

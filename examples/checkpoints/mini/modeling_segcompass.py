@@ -456,7 +456,9 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         """Write the response with the MLLM: ids long (B, T), like any transformers model."""
         for name in ("sam_pixel_values", "image_embeddings", "original_sizes", "reshaped_input_sizes", "labels"):
             kwargs.pop(name, None)
-        output = self.mllm.generate(inputs, **kwargs)
+        if inputs is not None:
+            kwargs["input_ids"] = inputs
+        output = self.mllm.generate(**kwargs)
         if self._states is not None:
             self._states["written"] = self._read_back(getattr(output, "sequences", output), **kwargs)
         return output
