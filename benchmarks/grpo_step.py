@@ -63,16 +63,16 @@ def script(model, ids):
     """Let `generate` return these responses at once, with the states that generating them would have left behind."""
     written = {}
 
-    def generate(input_ids, attention_mask, **inputs):
+    def generate(input_ids, attention_mask, pixel_values, **kwargs):
         rows = ids[: len(input_ids)]
         sequences = torch.cat([input_ids, rows], 1)
         if getattr(model, "_states", None) is None:
             return sequences
         if not written:
             mask = torch.cat([attention_mask, torch.ones_like(rows)], 1)
-            inputs = {name: inputs[name] for name in ("pixel_values",) if name in inputs}
+            inputs = {"input_ids": sequences[:, :-1], "attention_mask": mask[:, :-1], "pixel_values": pixel_values}
             with torch.no_grad():
-                model.mllm.model(input_ids=sequences[:, :-1], attention_mask=mask[:, :-1], **inputs)
+                model.mllm.model(**inputs)
             written.update(model._read_back(sequences, input_ids, attention_mask))
         model._states["written"] = dict(written)
         return sequences

@@ -15,7 +15,6 @@ import argparse
 import importlib.util
 import json
 import logging
-import re
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from concept_path import status_bytes
 from torch.utils.data import IterableDataset
 from transformers import LlavaConfig, LlavaForConditionalGeneration, TrainerCallback
 
@@ -195,11 +195,6 @@ def race(data, shape, activation, turns, steps):
     return {name: len(data.batches[0]) / seconds for name, seconds in best.items()}
 
 
-def peak_rss():
-    """MB this process has held at most (ru_maxrss would also count what the parent held when it started this one)."""
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
-
-
 def peak_memory(name, arguments):
     """MB that three steps of a contender add to its process, from a process of its own."""
     command = [sys.executable, __file__, "--memory-of", name, *(["--short"] if arguments.short else [])]
@@ -236,9 +231,9 @@ def main():
     shape = {"d_in": 256, "d_sae": 2048} if arguments.short else {"d_in": 512, "d_sae": 4096}
     data = Batches(shape["d_in"], 2048 if arguments.short else 4096)
     if arguments.memory_of:
-        before = peak_rss()
+        before = status_bytes("VmHWM")  # ru_maxrss would also count what the parent held when it started this process
         CONTENDERS[arguments.memory_of](data, shape, "topk")(3)
-        print(peak_rss() - before)
+        print((status_bytes("VmHWM") - before) / 2**20)
         return
     turns, steps = (3, 2) if arguments.short else (5, 8)
     result = {}

@@ -10,7 +10,7 @@
         --output docs/figures/joint_training.png
 
 The evaluation of runs/mini/NAME lies in runs/mini/evaluation-NAME. Draws the mean reward of each step, a line a seed,
-and gIoU before and after; prints the gains, and their mean over the spread (greatest minus least) of the seeds.
+and gIoU before and after; prints the metrics, and the mean gain beside the spread of the seeds (greatest minus least).
 """
 
 import argparse
@@ -26,12 +26,12 @@ def read(path):
 
 
 def last_log(run):
-    """[(step, mean reward, mean mask reward)] of a training."""
+    """Steps and mean rewards of a training, float (2, n)."""
     states = sorted(run.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name.split("-")[1]))
     if not states:
         raise SystemExit(f"{run} holds no checkpoint-*/trainer_state.json; name the output_dir of a training.")
-    log = [entry for entry in read(states[-1])["log_history"] if "reward" in entry]
-    return np.array([(entry["step"], entry["reward"], entry["rewards/mask_reward/mean"]) for entry in log])
+    log = read(states[-1])["log_history"]
+    return np.array([(entry["step"], entry["reward"]) for entry in log if "reward" in entry]).T
 
 
 def main():
@@ -47,8 +47,7 @@ def main():
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     curve, bars = figure.subplots(1, 2, width_ratios=(2, 1))
     for run in args.runs:
-        step, reward, _ = last_log(run).T
-        curve.plot(step, reward, label=run.name)
+        curve.plot(*last_log(run), label=run.name)
     curve.set(xlabel="step", ylabel="mean reward (0.3 format + 0.7 mask)")
     curve.legend(frameon=False)
     values = [start["gIoU"], *(end["gIoU"] for end in ends)]
