@@ -21,7 +21,7 @@ WHERE_DIM = 3 + 2 * TEXT_FREQUENCIES + 4 * IMAGE_FREQUENCIES
 class Concepts(NamedTuple):
     """The concept representations of a batch with their provenance."""
 
-    representations: torch.Tensor
+    representations: torch.Tensor | None
     """r_k, float (B, K_s, d_c)."""
     indices: torch.Tensor | None = None
     """j in S(z): long (B, M), features of the SAE, strongest relative to their usual strength first."""
@@ -56,7 +56,7 @@ def where_features(token_types, image_xy, distance):
 
 
 class EncoderBlock(nn.Module):
-    """Pre-norm transformer encoder block that also returns its attention, averaged over heads."""
+    """Pre-norm transformer encoder block."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -69,17 +69,24 @@ class EncoderBlock(nn.Module):
         self.mlp_out = nn.Linear(4 * width, width)
 
     def forward(self, x, valid):
-        """x (B, N, width), valid (B, N) bool -> (x, attention (B, N, N))."""
-        batch, length, width = x.shape
-        qkv = self.qkv(self.attention_norm(x)).view(batch, length, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        scores = (q @ k.mT) * (width // self.heads) ** -0.5
+        """x (B, N, width), valid (B, N) bool -> x."""
+        q, k, v = self._project(x)
+        return self._finish(x, nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None]))
+
+    def read(self, x, valid, rows):
+        """The first `rows` elements of `forward`, (B, rows, width), and their attention (B, rows, N), mean over heads."""
+        q, k, v = self._project(x)
+        scores = (q[:, :, :rows] @ k.mT) * q.shape[-1] ** -0.5
         scores = scores.masked_fill(~valid[:, None, None], float("-inf"))
         attention = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-        mixed = (attention.to(v.dtype) @ v).transpose(1, 2).reshape(batch, length, width)
-        x = x + self.out(mixed)
-        x = x + self.mlp_out(nn.functional.gelu(self.mlp_in(self.mlp_norm(x))))
-        return x, attention.mean(1)
+        return self._finish(x[:, :rows], attention.to(v.dtype) @ v), attention.mean(1)
+
+    def _project(self, x):
+        return self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+
+    def _finish(self, x, mixed):
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        return x + self.mlp_out(nn.functional.gelu(self.mlp_in(self.mlp_norm(x))))
 
 
 class QueryCodebook(nn.Module):
@@ -110,6 +117,29 @@ class QueryCodebook(nn.Module):
         Returns:
             Concepts.
         """
+        tokens, valid, concepts = self.concept_tokens(sae, z, mask, where, scale)
+        batch, slots = len(z), len(self.slot_queries)
+        x = torch.cat([self.slot_queries.expand(batch, -1, -1), tokens], 1)
+        valid = torch.cat([valid.new_ones(batch, slots), valid], 1)
+        for block in self.blocks[:-1]:
+            x = block(x, valid)
+        r, attention = self.blocks[-1].read(x, valid, slots)
+        weights = attention[:, :, slots:]
+        if self.reading == "token":
+            strength = self.codebook[concepts.indices].norm(dim=-1)
+            share = (concepts.activations * strength[:, None]).to(weights.dtype)
+            weights = weights @ (share / share.sum(-1, keepdim=True).clamp_min(1e-6))
+        weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-12)
+        return concepts._replace(representations=self.norm(r), weights=weights)
+
+    def concept_tokens(self, sae, z, mask, where, scale=None):
+        """Eq. 4's decoding of the active features, up to the encoder blocks; arguments as `forward`'s.
+
+        Returns:
+            tokens: float (B, N, d_c), h_j C_j and where it fired for each of N = M features, or, with the "token"
+            reading, the sum of the codes of each of N = T tokens; valid: bool (B, N), those with something active;
+            Concepts without `representations` and `weights`.
+        """
         indices, threshold = self.select(sae, z, mask, scale)
         activations = self.activate(sae, z, mask, indices, threshold, scale)
         values = activations.amax(1)
@@ -120,17 +150,7 @@ class QueryCodebook(nn.Module):
             tokens, valid = values[..., None] * codes + self.where(fired_at), values > 0
         else:
             tokens, valid = activations @ codes + self.where(where), mask & (activations > 0).any(-1)
-        batch, slots = len(z), len(self.slot_queries)
-        x = torch.cat([self.slot_queries.expand(batch, -1, -1), tokens], 1)
-        valid = torch.cat([valid.new_ones(batch, slots), valid], 1)
-        for block in self.blocks:
-            x, attention = block(x, valid)
-        weights = attention[:, :slots, slots:]
-        if self.reading == "token":
-            share = (activations * codes.norm(dim=-1)[:, None]).to(weights.dtype)
-            weights = weights @ (share / share.sum(-1, keepdim=True).clamp_min(1e-6))
-        weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-12)
-        return Concepts(self.norm(x[:, :slots]), indices, values, weights, activations)
+        return tokens, valid, Concepts(None, indices, values, None, activations)
 
     @torch.no_grad()
     def select(self, sae, z, mask, scale=None, max_elements=2**23):
