@@ -70,19 +70,23 @@ class EncoderBlock(nn.Module):
 
     def forward(self, x, valid):
         """x (B, N, width), valid (B, N) bool -> x."""
-        q, k, v = self._project(x)
+        q, k, v = self._heads(self.qkv(self.attention_norm(x)))
         return self._finish(x, nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None]))
 
     def read(self, x, valid, rows):
         """The first `rows` elements of `forward`, (B, rows, width), and their attention (B, rows, N), mean over heads."""
-        q, k, v = self._project(x)
-        scores = (q[:, :, :rows] @ k.mT) * q.shape[-1] ** -0.5
+        width, normed = x.shape[-1], self.attention_norm(x)
+        (q,) = self._heads(nn.functional.linear(normed[:, :rows], self.qkv.weight[:width], self.qkv.bias[:width]))
+        k, v = self._heads(nn.functional.linear(normed, self.qkv.weight[width:], self.qkv.bias[width:]))
+        scores = (q @ k.mT) * q.shape[-1] ** -0.5
         scores = scores.masked_fill(~valid[:, None, None], float("-inf"))
         attention = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
         return self._finish(x[:, :rows], attention.to(v.dtype) @ v), attention.mean(1)
 
-    def _project(self, x):
-        return self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+    def _heads(self, projected):
+        """(B, N, n·width) -> n tensors (B, heads, N, width / heads)."""
+        width = self.out.in_features
+        return projected.unflatten(-1, (-1, self.heads, width // self.heads)).permute(2, 0, 3, 1, 4)
 
     def _finish(self, x, mixed):
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
@@ -157,7 +161,7 @@ class QueryCodebook(nn.Module):
         """Choose each sample's M concepts by strength relative to the feature's usual strength, a chunk at a time.
 
         With a "relu" SAE only the maximum over tokens of each feature counts, and it is found in half precision where
-        the machine multiplies faster in it; the best 4 M are then measured exactly, and of these the best M taken.
+        the machine multiplies faster in it; the best 2 M are then measured exactly, and of these the best M taken.
 
         Returns:
             indices: long (B, M); threshold: None, or float (B, T), the smallest activation that counts as active at
@@ -170,7 +174,7 @@ class QueryCodebook(nn.Module):
             relative = relative * scale
         if threshold is not None:
             return relative.topk(self.num_concepts, dim=-1).indices, threshold
-        likely = relative.topk(min(4 * self.num_concepts, sae.config.d_sae), dim=-1).indices
+        likely = relative.topk(min(2 * self.num_concepts, sae.config.d_sae), dim=-1).indices
         relative = self.activate(sae, z, mask, likely, scale=scale).amax(1) / sae.usual_strength[likely].clamp_min(1e-6)
         return likely.gather(1, relative.topk(self.num_concepts, dim=-1).indices), None
 
@@ -179,14 +183,14 @@ class QueryCodebook(nn.Module):
         """Each feature's greatest activation, (B, d_sae), in chunks of features."""
         batch, length, _ = z.shape
         halves = z.is_cuda or torch.cpu._is_avx512_bf16_supported()
-        low = z.to(torch.bfloat16 if halves else sae.W_enc.dtype)
-        hidden = ~mask[..., None]
-        strength = sae.b_enc.expand(batch, -1).clone()
+        # A masked token stands in as the first valid one, which leaves the maximum as it is.
+        stand_in = torch.where(mask, torch.arange(length, device=z.device), mask.int().argmax(1, keepdim=True))
+        low = z.to(torch.bfloat16 if halves else sae.W_enc.dtype).gather(1, stand_in[..., None].expand_as(z))
+        strength = sae.b_enc.masked_fill(~mask.any(1, keepdim=True), float("-inf"))
         step = max(1, max_elements // (batch * length))
         for start in range(0, sae.config.d_sae, step):
             columns = slice(start, start + step)
-            h = low @ sae.W_enc[:, columns].to(low.dtype)
-            strength[:, columns] += h.masked_fill_(hidden, float("-inf")).amax(1)
+            strength[:, columns] += (low @ sae.W_enc[:, columns].to(low.dtype)).amax(1)
         return sae.gate(strength.relu_()), None
 
     @staticmethod
@@ -204,8 +208,8 @@ class QueryCodebook(nn.Module):
 
     def activate(self, sae, z, mask, indices, threshold=None, scale=None):
         """h_j(z_t) of the selected concepts only, differentiable in z: float (B, T, M)."""
-        encoder = sae.W_enc.mT[indices]
-        h = torch.relu(z.to(encoder.dtype) @ encoder.mT + sae.b_enc[indices][:, None])
+        encoder = sae.W_enc[:, indices].transpose(0, 1)  # (B, d_π, M); along the rows of W_enc, as they lie in memory
+        h = torch.relu(z.to(encoder.dtype) @ encoder + sae.b_enc[indices][:, None])
         h = sae.gate(h, indices[:, None])
         if threshold is not None:
             h = h * (h >= threshold[..., None] * (1 - 1e-5))

@@ -41,7 +41,7 @@ ROLLOUTS = "rollouts_{}.pt"
 
 
 PER_TOKEN_INPUTS = ("input_ids", "attention_mask", "labels", "token_type_ids", "mm_token_type_ids")
-SAE_TOKENS = 256  # enough to follow the SAE's explained variance
+SAE_TOKENS = 128  # enough to follow the SAE's explained variance
 CHECKED_ROWS = 2000  # whose masks are checked before the first step; the others when their turn comes
 MAX_SAMPLING_GAP = 0.2  # nats a token between vLLM's and the trained policy's log-probabilities; bf16 alone is ~0.02
 
