@@ -48,9 +48,13 @@ class SegCompassGRPOConfig(GRPOConfig):
     supervised_fraction: float = field(
         default=1.0,
         metadata={
-            "help": "Share of a micro-batch's responses whose masks are decoded and supervised, at least one. The "
-            "paper (and 1.0) takes every response."
+            "help": "Share of a micro-batch's responses whose masks are supervised, at least one: those whose masks "
+            "were rewarded best, so that a response that speaks of something else is not taught the truth's masks. "
+            "The paper (and 1.0) takes every response."
         },
+    )
+    token_dropout: float = field(
+        default=0.0, metadata={"help": "Share of samples whose queries are built from concepts alone; not in the paper."}
     )
     image_features: str | None = field(
         default=None,

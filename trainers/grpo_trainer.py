@@ -71,24 +71,23 @@ class _TrimmedForward:
 class _JointForward(_TrimmedForward):
     """Adds the segmentation inputs of the rows at hand, and keeps the outputs.
 
-    `share` of the rows of each call get masks, the first ones (TRL has shuffled them); at least one.
+    `rows`: the rows of the one call that get masks, a list of int; None, all rows of however many calls.
     """
 
-    def __init__(self, model, image_embeddings, reshaped_input_sizes, share=1.0, **flags):
+    def __init__(self, model, image_embeddings, reshaped_input_sizes, rows=None, **flags):
         super().__init__(model)
-        self.flags, self.share = flags, share
+        self.flags, self.rows = flags, rows
         self.image_embeddings, self.reshaped_input_sizes = image_embeddings, reshaped_input_sizes
         self.outputs, self.done = [], 0
 
     def forward(self, inputs):
         batch = len(inputs["input_ids"])
-        masked = max(1, round(self.share * batch))
-        rows = slice(self.done, self.done + masked)
+        rows = list(range(self.done, self.done + batch)) if self.rows is None else self.rows
         output = self.model(
             **inputs,
-            image_embeddings=torch.stack(self.image_embeddings[rows]),
+            image_embeddings=torch.stack([self.image_embeddings[row] for row in rows]),
             reshaped_input_sizes=self.reshaped_input_sizes[rows],
-            mask_rows=None if masked == batch else masked,
+            mask_rows=self.rows,
             **self.flags,
         )
         self.done += batch
@@ -103,7 +102,8 @@ class _Rollout:
     """One generation batch while TRL generates and scores it."""
 
     segmentation: dict
-    """what joins TRL's batch: image_embeddings, mask_targets (lists of B tensors), reshaped_input_sizes (B, 2)."""
+    """what joins TRL's batch: image_embeddings, mask_targets (lists of B tensors), reshaped_input_sizes (B, 2), and,
+    once they are known, mask_scores (B,)."""
     written: dict | None = None
     """what `decode_masks` takes, but for the image, of the responses as they were generated; None with vLLM."""
     scoring_inputs: tuple = ()
@@ -180,6 +180,7 @@ class SegCompassGRPOTrainer(GRPOTrainer):
         if args.image_features:
             core = model.get_base_model() if is_peft_model(model) else model
             self.image_features = open_image_features(args.image_features, core, processing_class)
+        model.config.token_dropout = args.token_dropout
         if not with_adapters:
             freeze(model, below_sae_layer=not args.train_below_sae_layer)
         more_rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs else []
@@ -433,6 +434,7 @@ class SegCompassGRPOTrainer(GRPOTrainer):
             scores += mask_scores(output, targets[rows], self._valid(output, rollout.segmentation, rows))
         if self.log_completions and self.accelerator.is_main_process:
             self._overlays = draw_overlays(rollout.images, outputs[0], self.processing_class)
+        rollout.segmentation["mask_scores"] = torch.tensor(scores, device=self.accelerator.device)
         inputs = [{**row, "mask_score": score} for row, score in zip(inputs, scores, strict=True)]
         rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         mode = "train" if self.model.training else "eval"
@@ -505,19 +507,27 @@ class SegCompassGRPOTrainer(GRPOTrainer):
 
     # -- loss ---------------------------------------------------------------------------------------------------------
 
+    def _supervised_rows(self, scores):
+        """The rows of a micro-batch whose masks are supervised, those of the best masks; None for all."""
+        if self.args.supervised_fraction == 1.0:
+            return None
+        count = max(1, round(self.args.supervised_fraction * len(scores)))
+        return scores.topk(count).indices.sort().values.tolist()
+
     def _compute_loss(self, model, inputs):
         if self.args.training_mode == "rl":
             return super()._compute_loss(_TrimmedForward(model), inputs)
-        forward = self._joint_forward(model, inputs, share=self.args.supervised_fraction)
+        rows = self._supervised_rows(inputs["mask_scores"])
+        forward = self._joint_forward(model, inputs, rows=rows)
         grpo_loss = super()._compute_loss(forward, inputs)
         (output,) = forward.outputs  # the one training forward
-        rows = slice(len(output.pred_masks))
+        rows = list(range(len(output.pred_masks))) if rows is None else rows
         segmentation, parts = segmentation_loss(
             output.pred_masks,
             output.heatmaps,
             output.pred_logits,
             output.slot_mask,
-            inputs["mask_targets"][rows],
+            [inputs["mask_targets"][row] for row in rows],
             self._valid(output, inputs, rows),
             lambda_s=self.args.lambda_s,
             lambda_c=self.args.lambda_c,

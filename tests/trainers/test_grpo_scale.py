@@ -232,18 +232,31 @@ def test_a_share_of_the_responses_can_be_supervised(tmp_path, backbone):
     trainer = make_trainer(tmp_path, backbone, supervised_fraction=0.5, beta=0.0)
     batch = micro_batch(trainer)
     outputs = {}
-    for share in (0.5, 1.0, 0.01):
-        forward = trainer._joint_forward(trainer.core, batch, share=share)
+    for rows in (None, [1, 3]):
+        forward = trainer._joint_forward(trainer.core, batch, rows=rows)
         images = {n: batch[n] for n in ("pixel_values", "image_grid_thw", "mm_token_type_ids") if n in batch}
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
         mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
         labels = ids.masked_fill(mask == 0, -100)
         labels[:, : batch["prompt_ids"].shape[1]] = -100
-        outputs[share] = forward(input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True, **images)
-    assert [len(outputs[share].pred_masks) for share in (0.01, 0.5, 1.0)] == [1, 2, 4]
-    assert torch.allclose(outputs[0.5].pred_masks, outputs[1.0].pred_masks[:2], atol=1e-5)
-    assert torch.allclose(outputs[0.5].log_probs, outputs[1.0].log_probs, atol=1e-5)
-    assert np.isfinite(trainer._compute_loss(trainer.core, batch).item())
+        outputs[rows and len(rows)] = forward(
+            input_ids=ids, attention_mask=mask, labels=labels, fused_lm_head=True, **images
+        )
+    assert torch.allclose(outputs[2].pred_masks, outputs[None].pred_masks[[1, 3]], atol=1e-5)
+    assert torch.allclose(outputs[2].log_probs, outputs[None].log_probs, atol=1e-5)
+
+
+def test_the_responses_supervised_are_those_of_the_best_masks(tmp_path):
+    losses = {}
+    for fraction in (0.5, 0.01, 1.0):
+        trainer = make_trainer(tmp_path, supervised_fraction=fraction, beta=0.0)
+        batch = micro_batch(trainer)
+        assert batch["mask_scores"].shape == (4,)
+        batch["mask_scores"] = torch.tensor([0.1, 0.9, 0.8, 0.3])
+        losses[fraction] = trainer._compute_loss(trainer.core, batch).item()
+        rows = trainer._supervised_rows(batch["mask_scores"])
+        assert rows == {0.5: [1, 2], 0.01: [1], 1.0: None}[fraction]
+    assert np.isfinite(list(losses.values())).all() and len(set(losses.values())) == 3
 
 
 # -- exact resume ------------------------------------------------------------------------------------------------------
