@@ -38,9 +38,10 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "test": ["pytest>=9", "ruff", "tensorboard"],
+        "test": ["pytest>=9", "ruff", "tensorboard", "bitsandbytes>=0.46"],
         "demo": ["gradio>=6"],
         "browser": ["gradio>=6", "selenium>=4.40"],  # the Space's test; also Debian's chromium and chromium-driver
+        "qlora": ["bitsandbytes>=0.46"],
         "vllm": ["vllm>=0.27,<0.31"],  # TRL 1.16 stops at 0.31, and 0.31 wants an older transformers
         "sam": ["segment-anything", "torchvision"],
         "peers": ["sae-lens", "eai-sparsify"],  # what benchmarks/ compares with

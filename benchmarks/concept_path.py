@@ -123,7 +123,7 @@ def main(argv=None):
     given = sys.argv[1:] if argv is None else argv
     for path in tqdm(PATHS, unit="path"):
         command = [sys.executable, __file__, *given, "--path", path]
-        # Freed tensors leave the resident memory at once: what a heap keeps of them would hide what the next step needs.
+        # Freed tensors leave the resident memory at once: what a heap keeps would hide what the next step needs.
         environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
         measured[path] = json.loads(done.stdout.splitlines()[-1])

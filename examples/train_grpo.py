@@ -3,6 +3,7 @@
     python examples/train_grpo.py --config examples/recipes/mini/grpo.yaml
     accelerate launch examples/train_grpo.py --config RECIPE.yaml
     accelerate launch examples/train_grpo.py --config RECIPE.yaml --use_peft --lora_r 64
+    accelerate launch examples/train_grpo.py --config RECIPE.yaml --use_peft --load_in_4bit      # QLoRA
 
 An interrupted run goes on from its last checkpoint when the command is repeated.
 """
@@ -10,8 +11,9 @@ An interrupted run goes on from its last checkpoint when the command is repeated
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from transformers.trainer_utils import get_last_checkpoint
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig, TrlParser, get_quantization_config
 
 from loaders import load_rows
 from modeling_segcompass import SegCompassModel, SegCompassProcessor
@@ -33,10 +35,10 @@ class ScriptArguments:
 def main():
     parser = TrlParser((ScriptArguments, SegCompassGRPOConfig, ModelConfig))
     arguments, training, extra = parser.parse_args_and_config()
-    for name in ("load_in_4bit", "load_in_8bit"):
-        if getattr(extra, name):
-            raise SystemExit(f"--{name} is not supported: quantized training was never run here; use --use_peft alone.")
-    model = SegCompassModel.from_pretrained(arguments.model, dtype="float32")
+    quantization = get_quantization_config(extra)
+    if extra.load_in_4bit and training.bf16:
+        quantization.bnb_4bit_compute_dtype = torch.bfloat16  # TRL takes the weights' dtype, which is float32 here
+    model = SegCompassModel.from_pretrained(arguments.model, dtype="float32", quantization_config=quantization)
     if extra.attn_implementation:
         model.set_attn_implementation(extra.attn_implementation)
     adapters = None

@@ -74,7 +74,7 @@ class EncoderBlock(nn.Module):
         return self._finish(x, nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None]))
 
     def read(self, x, valid, rows):
-        """The first `rows` elements of `forward`, (B, rows, width), and their attention (B, rows, N), mean over heads."""
+        """The first `rows` elements of `forward`, and their attention (B, rows, N), averaged over heads."""
         width, normed = x.shape[-1], self.attention_norm(x)
         (q,) = self._heads(nn.functional.linear(normed[:, :rows], self.qkv.weight[:width], self.qkv.bias[:width]))
         k, v = self._heads(nn.functional.linear(normed, self.qkv.weight[width:], self.qkv.bias[width:]))

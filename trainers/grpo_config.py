@@ -54,7 +54,8 @@ class SegCompassGRPOConfig(GRPOConfig):
         },
     )
     token_dropout: float = field(
-        default=0.0, metadata={"help": "Share of samples whose queries are built from concepts alone; not in the paper."}
+        default=0.0,
+        metadata={"help": "Share of samples whose queries are built from concepts alone; not in the paper."},
     )
     image_features: str | None = field(
         default=None,

@@ -30,7 +30,7 @@ from .image_features import open_image_features
 from .losses import segmentation_loss
 from .optimization import SEGMENTATION_MODULES, check_adapters, one_cycle, parameter_groups
 from .overlays import draw_overlays
-from .policy import freeze
+from .policy import freeze, is_quantized, restore_masters
 from .rewards import make_format_reward, mask_reward, mask_scores
 from .targets import mask_targets, valid_extent
 from .vllm_policy import policy_engine
@@ -165,6 +165,11 @@ class SegCompassGRPOTrainer(GRPOTrainer):
         with_adapters = peft_config is not None or is_peft_model(model)
         _check_model(model, processing_class)
         _check_rows(train_dataset, eval_dataset, args)
+        if is_quantized(model) and not with_adapters:
+            raise ValueError(
+                "the MLLM is quantised, and its weights of 4 or 8 bits cannot be trained; pass peft_config="
+                "trainers.policy.lora_config(model), or load the model without quantization_config."
+            )
         if args.reward_mask_source == "reference" and (with_adapters or ref_model is not None):
             raise ValueError(
                 "reward_mask_source='reference' needs the trainer's own copy of the MLLM, which adapters (whose "
@@ -189,6 +194,9 @@ class SegCompassGRPOTrainer(GRPOTrainer):
         self._seconds, self._phases, self._timed_steps = {}, [], 0
         self._overlays = []
         beta = args.beta
+        quantized, trained = is_quantized(model), {}
+        if quantized and is_peft_model(model):
+            trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         engine = policy_engine(model, processing_class, args) if args.use_vllm else nullcontext()
         if not with_adapters:
             args.beta = 0.0  # or TRL would load a whole second model by name; ours is made below
@@ -206,6 +214,8 @@ class SegCompassGRPOTrainer(GRPOTrainer):
                 )
         finally:
             args.beta = beta
+        if quantized:
+            restore_masters(self.model, trained)
         if with_adapters:
             check_adapters(self.model)
         elif beta != 0.0:

@@ -1,5 +1,7 @@
 """Which parts of a SegCompass model learn."""
 
+import re
+
 import torch
 
 LANGUAGE_LINEAR = r".*mllm\.model\.language_model\..*\.(q|k|v|o|gate|up|down)_proj"
@@ -71,3 +73,27 @@ def lora_config(model, **settings):
         "trainable_token_indices": {"embed_tokens": tokens},
     }
     return LoraConfig(**{**defaults, **settings})
+
+
+def is_quantized(model):
+    """Whether the MLLM's weights are of 4 or 8 bits, which adapters only can train."""
+    return getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
+
+
+def restore_masters(model, trained):
+    """Give what learns beside a quantised MLLM its float32 weights back, unrounded: TRL casts it to bfloat16.
+
+    Args:
+        model: the PeftModel, after TRL's trainer took it.
+        trained: {name: weight} of what it trained before that; {} if TRL made the adapters. What PEFT copied is then
+            read off the originals, and LoRA's matrices, random or zero, are taken as they are.
+    """
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad or parameter.dtype != torch.bfloat16:
+            continue
+        value = trained.get(name, parameter)
+        if not trained and ".modules_to_save." in name:
+            value = model.get_parameter(re.sub(r"\.modules_to_save\.[^.]+\.", ".original_module.", name))
+        elif not trained and ".trainable_tokens_delta." in name:
+            value = model.get_buffer(name.replace("trainable_tokens_delta", "trainable_tokens_original"))
+        parameter.data = value.detach().float().clone()

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from peft import get_peft_model
 from PIL import Image
+from transformers import BitsAndBytesConfig
 from trl import GRPOTrainer
 
 from modeling_segcompass import SegCompassModel
@@ -435,6 +437,50 @@ def test_rows_of_the_head_alone_are_refused(tmp_path):
 def test_reference_masks_are_refused_with_adapters(tmp_path):
     with pytest.raises(ValueError, match="reward_mask_source='policy'"):
         make_trainer(tmp_path, reward_mask_source="reference", trainer_kwargs={"peft_config": lora()})
+
+
+@pytest.fixture
+def quantized(tmp_path):
+    """A tiny Qwen2.5-VL composite whose MLLM is loaded in 4 bits, its weights as saved, its processor."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is missing: pip install -e '.[test]'")
+    model, processor = tiny_segcompass("qwen2_5_vl", num_slots=SLOTS)
+    model.save_pretrained(tmp_path / "model")
+    settings_of_qlora = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    low = type(model).from_pretrained(tmp_path / "model", dtype="float32", quantization_config=settings_of_qlora)
+    script_responses(low, processor)
+    return low, dict(model.named_parameters()), processor
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_adapters_train_beside_a_quantised_mllm(tmp_path, quantized, wrapped):
+    model, saved, processor = quantized
+    config = lora_config(model, r=2)
+    kwargs = {"processing_class": processor, "train_dataset": scenes(8), "args": settings(tmp_path, max_steps=1)}
+    if wrapped:
+        trainer = SegCompassGRPOTrainer(get_peft_model(model, config), **kwargs)
+    else:
+        trainer = SegCompassGRPOTrainer(model, peft_config=config, **kwargs)
+    before = weights(trainer.model)
+    learning = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in learning.values()} == {torch.float32}
+    copied = [name for name in learning if ".modules_to_save." in name]
+    for name in copied:  # to the last bit: not by way of bfloat16
+        plain = name.removeprefix("base_model.model.").replace("modules_to_save.default.", "")
+        assert torch.equal(before[name], saved[plain]), name
+    rows = next(before[name] for name in learning if "trainable_tokens_delta" in name)
+    embeddings = saved["mllm.model.language_model.embed_tokens.weight"]
+    assert torch.equal(rows, embeddings[[model.config.think_end_id, model.config.ref_token_id]])
+    trainer.train()
+    moved = {name for name, value in weights(trainer.model).items() if not torch.equal(value, before[name])}
+    for part in ("lora_B", "query_codebook", "slot_mapper", "mask_decoder", "lm_head", "trainable_tokens_delta"):
+        assert any(part in name for name in moved), part
+    assert moved <= set(learning) and any(value.dtype == torch.uint8 for value in before.values())
+
+
+def test_a_quantised_mllm_without_adapters_is_refused(tmp_path, quantized):
+    model, _, processor = quantized
+    with pytest.raises(ValueError, match="is quantised.*pass peft_config"):
+        SegCompassGRPOTrainer(model, args=settings(tmp_path), train_dataset=scenes(8), processing_class=processor)
 
 
 # -- errors before the first step -------------------------------------------------------------------------------------
