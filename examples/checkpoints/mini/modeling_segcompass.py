@@ -392,7 +392,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             reshaped_input_sizes: long (B, 2), the image's (H, W) inside SAM's frame.
             labels: long (B, T), -100 outside the response.
             response_mask: bool (B, T), response positions; taken from labels when absent.
-            mask_rows: decode masks of the first so many samples only; image_embeddings and reshaped_input_sizes then
+            mask_rows: list of int, decode masks of these samples only; image_embeddings and reshaped_input_sizes then
                 belong to these.
             concept_scale, query_source: see `decode_masks`.
             erase_concepts: decode a second time without this many of the heaviest concepts of each confident slot (of
@@ -429,15 +429,16 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             if image_embeddings is None:
                 image_embeddings = self.get_image_embeddings(sam_pixel_values)
             grid = mllm_inputs.get("image_grid_thw")
+            rows = slice(None) if mask_rows is None else mask_rows
             read = (
-                input_ids[:mask_rows],
-                attention_mask[:mask_rows],
-                response_mask[:mask_rows],
-                states["z"][0][:mask_rows],
-                states["last"][0][:mask_rows],
+                input_ids[rows],
+                attention_mask[rows],
+                response_mask[rows],
+                states["z"][0][rows],
+                states["last"][0][rows],
                 image_embeddings,
                 reshaped_input_sizes,
-                None if grid is None else grid[:mask_rows],
+                None if grid is None else grid[rows],
             )
             output = self.decode_masks(*read, concept_scale, query_source)
             if erase_concepts:

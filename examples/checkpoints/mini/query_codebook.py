@@ -21,7 +21,7 @@ WHERE_DIM = 3 + 2 * TEXT_FREQUENCIES + 4 * IMAGE_FREQUENCIES
 class Concepts(NamedTuple):
     """The concept representations of a batch with their provenance."""
 
-    representations: torch.Tensor
+    representations: torch.Tensor | None
     """r_k, float (B, K_s, d_c)."""
     indices: torch.Tensor | None = None
     """j in S(z): long (B, M), features of the SAE, strongest relative to their usual strength first."""
@@ -56,7 +56,7 @@ def where_features(token_types, image_xy, distance):
 
 
 class EncoderBlock(nn.Module):
-    """Pre-norm transformer encoder block that also returns its attention, averaged over heads."""
+    """Pre-norm transformer encoder block."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -69,17 +69,28 @@ class EncoderBlock(nn.Module):
         self.mlp_out = nn.Linear(4 * width, width)
 
     def forward(self, x, valid):
-        """x (B, N, width), valid (B, N) bool -> (x, attention (B, N, N))."""
-        batch, length, width = x.shape
-        qkv = self.qkv(self.attention_norm(x)).view(batch, length, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        scores = (q @ k.mT) * (width // self.heads) ** -0.5
+        """x (B, N, width), valid (B, N) bool -> x."""
+        q, k, v = self._heads(self.qkv(self.attention_norm(x)))
+        return self._finish(x, nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None]))
+
+    def read(self, x, valid, rows):
+        """The first `rows` elements of `forward`, and their attention (B, rows, N), averaged over heads."""
+        width, normed = x.shape[-1], self.attention_norm(x)
+        (q,) = self._heads(nn.functional.linear(normed[:, :rows], self.qkv.weight[:width], self.qkv.bias[:width]))
+        k, v = self._heads(nn.functional.linear(normed, self.qkv.weight[width:], self.qkv.bias[width:]))
+        scores = (q @ k.mT) * q.shape[-1] ** -0.5
         scores = scores.masked_fill(~valid[:, None, None], float("-inf"))
         attention = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-        mixed = (attention.to(v.dtype) @ v).transpose(1, 2).reshape(batch, length, width)
-        x = x + self.out(mixed)
-        x = x + self.mlp_out(nn.functional.gelu(self.mlp_in(self.mlp_norm(x))))
-        return x, attention.mean(1)
+        return self._finish(x[:, :rows], attention.to(v.dtype) @ v), attention.mean(1)
+
+    def _heads(self, projected):
+        """(B, N, n·width) -> n tensors (B, heads, N, width / heads)."""
+        width = self.out.in_features
+        return projected.unflatten(-1, (-1, self.heads, width // self.heads)).permute(2, 0, 3, 1, 4)
+
+    def _finish(self, x, mixed):
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        return x + self.mlp_out(nn.functional.gelu(self.mlp_in(self.mlp_norm(x))))
 
 
 class QueryCodebook(nn.Module):
@@ -110,6 +121,29 @@ class QueryCodebook(nn.Module):
         Returns:
             Concepts.
         """
+        tokens, valid, concepts = self.concept_tokens(sae, z, mask, where, scale)
+        batch, slots = len(z), len(self.slot_queries)
+        x = torch.cat([self.slot_queries.expand(batch, -1, -1), tokens], 1)
+        valid = torch.cat([valid.new_ones(batch, slots), valid], 1)
+        for block in self.blocks[:-1]:
+            x = block(x, valid)
+        r, attention = self.blocks[-1].read(x, valid, slots)
+        weights = attention[:, :, slots:]
+        if self.reading == "token":
+            strength = self.codebook[concepts.indices].norm(dim=-1)
+            share = (concepts.activations * strength[:, None]).to(weights.dtype)
+            weights = weights @ (share / share.sum(-1, keepdim=True).clamp_min(1e-6))
+        weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-12)
+        return concepts._replace(representations=self.norm(r), weights=weights)
+
+    def concept_tokens(self, sae, z, mask, where, scale=None):
+        """Eq. 4's decoding of the active features, up to the encoder blocks; arguments as `forward`'s.
+
+        Returns:
+            tokens: float (B, N, d_c), h_j C_j and where it fired for each of N = M features, or, with the "token"
+            reading, the sum of the codes of each of N = T tokens; valid: bool (B, N), those with something active;
+            Concepts without `representations` and `weights`.
+        """
         indices, threshold = self.select(sae, z, mask, scale)
         activations = self.activate(sae, z, mask, indices, threshold, scale)
         values = activations.amax(1)
@@ -120,24 +154,14 @@ class QueryCodebook(nn.Module):
             tokens, valid = values[..., None] * codes + self.where(fired_at), values > 0
         else:
             tokens, valid = activations @ codes + self.where(where), mask & (activations > 0).any(-1)
-        batch, slots = len(z), len(self.slot_queries)
-        x = torch.cat([self.slot_queries.expand(batch, -1, -1), tokens], 1)
-        valid = torch.cat([valid.new_ones(batch, slots), valid], 1)
-        for block in self.blocks:
-            x, attention = block(x, valid)
-        weights = attention[:, :slots, slots:]
-        if self.reading == "token":
-            share = (activations * codes.norm(dim=-1)[:, None]).to(weights.dtype)
-            weights = weights @ (share / share.sum(-1, keepdim=True).clamp_min(1e-6))
-        weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-12)
-        return Concepts(self.norm(x[:, :slots]), indices, values, weights, activations)
+        return tokens, valid, Concepts(None, indices, values, None, activations)
 
     @torch.no_grad()
     def select(self, sae, z, mask, scale=None, max_elements=2**23):
         """Choose each sample's M concepts by strength relative to the feature's usual strength, a chunk at a time.
 
         With a "relu" SAE only the maximum over tokens of each feature counts, and it is found in half precision where
-        the machine multiplies faster in it; the best 4 M are then measured exactly, and of these the best M taken.
+        the machine multiplies faster in it; the best 2 M are then measured exactly, and of these the best M taken.
 
         Returns:
             indices: long (B, M); threshold: None, or float (B, T), the smallest activation that counts as active at
@@ -150,7 +174,7 @@ class QueryCodebook(nn.Module):
             relative = relative * scale
         if threshold is not None:
             return relative.topk(self.num_concepts, dim=-1).indices, threshold
-        likely = relative.topk(min(4 * self.num_concepts, sae.config.d_sae), dim=-1).indices
+        likely = relative.topk(min(2 * self.num_concepts, sae.config.d_sae), dim=-1).indices
         relative = self.activate(sae, z, mask, likely, scale=scale).amax(1) / sae.usual_strength[likely].clamp_min(1e-6)
         return likely.gather(1, relative.topk(self.num_concepts, dim=-1).indices), None
 
@@ -159,14 +183,14 @@ class QueryCodebook(nn.Module):
         """Each feature's greatest activation, (B, d_sae), in chunks of features."""
         batch, length, _ = z.shape
         halves = z.is_cuda or torch.cpu._is_avx512_bf16_supported()
-        low = z.to(torch.bfloat16 if halves else sae.W_enc.dtype)
-        hidden = ~mask[..., None]
-        strength = sae.b_enc.expand(batch, -1).clone()
+        # A masked token stands in as the first valid one, which leaves the maximum as it is.
+        stand_in = torch.where(mask, torch.arange(length, device=z.device), mask.int().argmax(1, keepdim=True))
+        low = z.to(torch.bfloat16 if halves else sae.W_enc.dtype).gather(1, stand_in[..., None].expand_as(z))
+        strength = sae.b_enc.masked_fill(~mask.any(1, keepdim=True), float("-inf"))
         step = max(1, max_elements // (batch * length))
         for start in range(0, sae.config.d_sae, step):
             columns = slice(start, start + step)
-            h = low @ sae.W_enc[:, columns].to(low.dtype)
-            strength[:, columns] += h.masked_fill_(hidden, float("-inf")).amax(1)
+            strength[:, columns] += (low @ sae.W_enc[:, columns].to(low.dtype)).amax(1)
         return sae.gate(strength.relu_()), None
 
     @staticmethod
@@ -184,8 +208,8 @@ class QueryCodebook(nn.Module):
 
     def activate(self, sae, z, mask, indices, threshold=None, scale=None):
         """h_j(z_t) of the selected concepts only, differentiable in z: float (B, T, M)."""
-        encoder = sae.W_enc.mT[indices]
-        h = torch.relu(z.to(encoder.dtype) @ encoder.mT + sae.b_enc[indices][:, None])
+        encoder = sae.W_enc[:, indices].transpose(0, 1)  # (B, d_π, M); along the rows of W_enc, as they lie in memory
+        h = torch.relu(z.to(encoder.dtype) @ encoder + sae.b_enc[indices][:, None])
         h = sae.gate(h, indices[:, None])
         if threshold is not None:
             h = h * (h >= threshold[..., None] * (1 - 1e-5))
