@@ -75,7 +75,7 @@ def theirs(model, inputs, prompt, args):
     x = torch.cat([model.query_codebook.slot_queries.expand(batch, -1, -1), tokens], 1)
     valid = torch.ones(x.shape[:2], dtype=torch.bool)
     for block in model.query_codebook.blocks:
-        x, _ = block(x, valid)
+        x = block(x, valid)
     r = model.query_codebook.norm(x[:, :slots])
     positions = (ids == model.config.ref_token_id).nonzero()[:, 1].view(batch, slots)
     e = first.hidden_states[-1][torch.arange(batch)[:, None], positions]

@@ -70,23 +70,20 @@ class EncoderBlock(nn.Module):
 
     def forward(self, x, valid):
         """x (B, N, width), valid (B, N) bool -> x."""
-        q, k, v = self._heads(self.qkv(self.attention_norm(x)))
+        q, k, v = self._project(x)
         return self._finish(x, nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None]))
 
     def read(self, x, valid, rows):
         """The first `rows` elements of `forward`, and their attention (B, rows, N), averaged over heads."""
-        width, normed = x.shape[-1], self.attention_norm(x)
-        (q,) = self._heads(nn.functional.linear(normed[:, :rows], self.qkv.weight[:width], self.qkv.bias[:width]))
-        k, v = self._heads(nn.functional.linear(normed, self.qkv.weight[width:], self.qkv.bias[width:]))
-        scores = (q @ k.mT) * q.shape[-1] ** -0.5
+        q, k, v = self._project(x)
+        scores = (q[:, :, :rows] @ k.mT) * q.shape[-1] ** -0.5
         scores = scores.masked_fill(~valid[:, None, None], float("-inf"))
         attention = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
         return self._finish(x[:, :rows], attention.to(v.dtype) @ v), attention.mean(1)
 
-    def _heads(self, projected):
-        """(B, N, n·width) -> n tensors (B, heads, N, width / heads)."""
-        width = self.out.in_features
-        return projected.unflatten(-1, (-1, self.heads, width // self.heads)).permute(2, 0, 3, 1, 4)
+    def _project(self, x):
+        """q, k, v: each (B, heads, N, width / heads)."""
+        return self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
     def _finish(self, x, mixed):
         x = x + self.out(mixed.transpose(1, 2).flatten(2))
