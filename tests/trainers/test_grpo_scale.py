@@ -259,6 +259,12 @@ def test_the_responses_supervised_are_those_of_the_best_masks(tmp_path):
     assert np.isfinite(list(losses.values())).all() and len(set(losses.values())) == 3
 
 
+def test_token_dropout_is_the_recipes_and_not_left_over_from_the_cold_start(tmp_path):
+    for asked in ({}, {"token_dropout": 0.25}):
+        trainer = make_trainer(tmp_path, model_config={"token_dropout": 1.0}, beta=0.0, **asked)
+        assert trainer.core.config.token_dropout == asked.get("token_dropout", 0.0)
+
+
 # -- exact resume ------------------------------------------------------------------------------------------------------
 
 
