@@ -80,3 +80,5 @@ def main(mode, output):
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # gloo threads left at exit now and then abort the process

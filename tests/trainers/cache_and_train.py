@@ -75,3 +75,5 @@ def _paused(step, seconds):
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # gloo threads left at exit now and then abort the process
