@@ -1,25 +1,39 @@
-"""Install SegCompass: `pip install -c constraints.txt -e .`"""
+"""Install SegCompass: `pip install -c constraints.txt -e .`
 
+The parts lie at the top of the repository and are installed inside the one package `segcompass`.
+"""
+
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
-FOLDERS = ("modeling_segcompass", "trainers", "loaders", "hub_cards")
+ROOT = Path(__file__).resolve().parent
+PARTS = ("modeling_segcompass", "trainers", "loaders", "hub_cards")
 
 setup(
     name="segcompass",
-    version="0.1.0",
+    version=re.search(r'^__version__ = "(.+)"$', (ROOT / "segcompass" / "__init__.py").read_text(), re.M)[1],
     description="Reasoning segmentation whose path from words to masks can be looked at and intervened on",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     author="SegCompass developers",
     license="Apache-2.0",
     python_requires=">=3.11",  # as transformers 5.23 and TRL 1.16 do
+    package_dir={"segcompass": "segcompass"} | {f"segcompass.{part}": part for part in (*PARTS, "examples")},
     packages=[
-        *find_packages(include=[pattern for folder in FOLDERS for pattern in (folder, f"{folder}.*")]),
-        "loaders.reasoning_segmentation",  # a script folder for evaluate.load, so it has no __init__.py
+        *find_packages(include=["segcompass", "segcompass.*"]),
+        *(f"segcompass.{part}" for part in PARTS),
+        "segcompass.loaders.reasoning_segmentation",  # a script folder for evaluate.load, so it has no __init__.py
+        "segcompass.examples",  # recipes, the small model and its scene, as data
     ],
-    package_data={"loaders.reasoning_segmentation": ["README.md"], "hub_cards": ["templates/*.md", "space/*"]},
+    package_data={
+        "segcompass": ["py.typed"],
+        "segcompass.loaders.reasoning_segmentation": ["README.md"],
+        "segcompass.hub_cards": ["templates/*.md", "space/*"],
+        "segcompass.examples": ["accelerate/*.yaml", "recipes/*/*", "checkpoints/mini/*", "scene.*"],
+    },
+    entry_points={"console_scripts": ["segcompass = segcompass.cli:main"]},
     install_requires=[
         "torch>=2.6",
         "transformers>=5.23,<5.24",
@@ -38,7 +52,7 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "test": ["pytest>=9", "ruff", "tensorboard", "bitsandbytes>=0.46"],
+        "test": ["pytest>=9", "ruff", "mypy", "pydoclint", "tensorboard", "bitsandbytes>=0.46"],
         "demo": ["gradio>=6"],
         "browser": ["gradio>=6", "selenium>=4.40"],  # the Space's test; also Debian's chromium and chromium-driver
         "qlora": ["bitsandbytes>=0.46"],

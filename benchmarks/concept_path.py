@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from modeling_segcompass import SegCompassConfig, SparseAutoencoder, SparseAutoencoderConfig
-from modeling_segcompass.query_codebook import INSTRUCTION, QueryCodebook, where_features
+from segcompass.modeling_segcompass import SegCompassConfig, SparseAutoencoder, SparseAutoencoderConfig
+from segcompass.modeling_segcompass.query_codebook import INSTRUCTION, QueryCodebook, token_position_features
 
 PATHS = ("dense", "sparse")
 
@@ -77,7 +77,7 @@ def measure(args):
     sae, codebook, z = build(args)
     mask = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
     kinds = torch.full(z.shape[:2], INSTRUCTION, device=z.device)
-    where = where_features(kinds, z.new_zeros(*z.shape[:2], 2), z.new_zeros(z.shape[:2]))
+    where = token_position_features(kinds, z.new_zeros(*z.shape[:2], 2), z.new_zeros(z.shape[:2]))
     with torch.no_grad():
         active = float((sae.encode(z[:, :32]) > 0).sum(-1).float().mean())
     step = {"dense": dense_step, "sparse": sparse_step}[args.path]

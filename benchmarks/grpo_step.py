@@ -20,8 +20,8 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 from workload import benchmark_model, benchmark_rows, scripted_ids
 
-from trainers import SegCompassGRPOConfig, SegCompassGRPOTrainer
-from trainers.policy import freeze
+from segcompass.trainers import SegCompassGRPOConfig, SegCompassGRPOTrainer
+from segcompass.trainers.policy import freeze
 
 
 def parse(argv):

@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import SamVisionConfig, SamVisionModel
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
-from trainers.image_features import ImageFeatures, ImageFeatureWriter, encoder_id, image_key
+from segcompass.trainers.image_features import ImageFeatures, ImageFeatureWriter, encoder_id, image_key
 
 
 def parse(argv):

@@ -33,7 +33,7 @@ print(time.process_time() - began)
 LOAD = """
 import resource, sys, time
 import datasets, torch
-from loaders import load_refcoco
+from segcompass.loaders import load_refcoco
 datasets.config.HF_DATASETS_CACHE = sys.argv[2]
 datasets.disable_progress_bars()
 began = time.process_time()

@@ -16,7 +16,7 @@ import time
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from loaders.reasoning_segmentation.reasoning_segmentation import sample_counts, sample_iou, summarise
+from segcompass.loaders.reasoning_segmentation.reasoning_segmentation import sample_counts, sample_iou, summarise
 
 HEIGHT, WIDTH = 480, 640
 DISTINCT = 250  # pairs in memory as arrays; they are gone through again and again

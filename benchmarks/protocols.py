@@ -13,8 +13,8 @@ import json
 
 import numpy as np
 
-from loaders.masks import decode_mask, encode_mask
-from loaders.reasoning_segmentation.reasoning_segmentation import PROTOCOLS, sample_counts, summarise
+from segcompass.loaders.masks import decode_mask, encode_mask
+from segcompass.loaders.reasoning_segmentation.reasoning_segmentation import PROTOCOLS, sample_counts, summarise
 
 SIZES = ((120, 160), (160, 120), (90, 200), (240, 320))  # of the images: height, width
 SENTENCES = 3

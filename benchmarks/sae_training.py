@@ -28,9 +28,9 @@ from concept_path import status_bytes
 from torch.utils.data import IterableDataset
 from transformers import LlavaConfig, LlavaForConditionalGeneration, TrainerCallback
 
-from modeling_segcompass import SparseAutoencoder, SparseAutoencoderConfig
-from trainers.activations import layer_hidden_states
-from trainers.sae_trainer import SparseAutoencoderTrainer, SparseAutoencoderTrainerConfig
+from segcompass.modeling_segcompass import SparseAutoencoder, SparseAutoencoderConfig
+from segcompass.trainers.activations import layer_hidden_states
+from segcompass.trainers.sae_trainer import SparseAutoencoderTrainer, SparseAutoencoderTrainerConfig
 
 K, L1, LR = 32, 0.5, 1e-3
 

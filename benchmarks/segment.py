@@ -58,7 +58,7 @@ def main(argv=None):
 
         def bare(inputs=inputs):
             model.generate(**inputs, do_sample=False, **length)
-            model.get_image_embeddings(inputs["sam_pixel_values"])
+            model.get_image_embeddings(inputs["encoder_pixel_values"])
 
         def segment(inputs=inputs):
             model.segment(**inputs, **length)
@@ -71,11 +71,11 @@ def main(argv=None):
 
     one = inputs_of([rows[0]])
     many = inputs_of([rows[0]] * args.questions)
-    many.pop("sam_pixel_values")
+    many.pop("encoder_pixel_values")
     medians = alternate(
         {
             "together": lambda: model.segment(
-                **many, image_embeddings=model.get_image_embeddings(one["sam_pixel_values"]), **length
+                **many, image_embeddings=model.get_image_embeddings(one["encoder_pixel_values"]), **length
             ),
             "apart": lambda: [model.segment(**one, **length) for _ in range(args.questions)],
         },

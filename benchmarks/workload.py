@@ -5,8 +5,13 @@ from pathlib import Path
 import torch
 from transformers import LlavaConfig, LlavaForConditionalGeneration, SamVisionModel
 
-from loaders import load_scenes
-from modeling_segcompass import SegCompassConfig, SegCompassModel, SegCompassProcessor, SparseAutoencoderConfig
+from segcompass.loaders import load_scenes
+from segcompass.modeling_segcompass import (
+    SegCompassConfig,
+    SegCompassModel,
+    SegCompassProcessor,
+    SparseAutoencoderConfig,
+)
 
 MINI = Path(__file__).resolve().parents[1] / "examples" / "checkpoints" / "mini"
 
@@ -36,7 +41,12 @@ def benchmark_model(hidden=512, layers=8, seed=0):
     mllm.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     sae = SparseAutoencoderConfig(d_in=hidden, d_sae=8 * hidden, layer=layers // 2)
     model = SegCompassModel.from_backbones(
-        mllm, SamVisionModel(mini.sam_config), processor=processor, sae_config=sae, d_c=256, max_response_length=64
+        mllm,
+        SamVisionModel(mini.image_encoder_config),
+        processor=processor,
+        sae_config=sae,
+        d_c=256,
+        max_response_length=64,
     )
     return model.eval(), processor
 

@@ -26,11 +26,11 @@ from journal import Journal, weights_of
 from segment import load, patch_extent
 from tqdm import tqdm
 
-from loaders import load_rows
-from loaders.scenes import COLOURS, SHAPES, SIZES, scene_question
-from modeling_segcompass.concept_dictionary import PARTS, DictionaryBuilder, best_detectors
-from modeling_segcompass.query_codebook import IMAGE
-from trainers.activations import layer_hidden_states
+from segcompass.loaders import load_rows
+from segcompass.loaders.scenes import COLOURS, SHAPES, SIZES, scene_question
+from segcompass.modeling_segcompass.concept_dictionary import PARTS, DictionaryBuilder, best_detectors
+from segcompass.modeling_segcompass.query_codebook import IMAGE
+from segcompass.trainers.activations import layer_hidden_states
 
 ATTRIBUTES = (*COLOURS, *SHAPES, *SIZES)
 READINGS = ("scene", "patch", "word")
@@ -109,7 +109,7 @@ class Reader:
             images=[row["image"] for row in rows],
             text=[row["instruction"] for row in rows],
             response=responses,
-            sam=False,
+            image_encoder=False,
         ).to(self.model.device)
         z = layer_hidden_states(self.model, inputs, self.model.config.sae_config.layer)
         keep = self.model.concept_tokens(inputs["input_ids"], inputs["attention_mask"])

@@ -37,13 +37,25 @@ from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from tqdm import tqdm
 
-from loaders import BENCHMARKS, load_rows
-from loaders.masks import encode_mask
-from loaders.predictions import merge_parts, part_path, predicted_masks, read_parts, read_predictions, write_text
-from loaders.reasoning_segmentation.reasoning_segmentation import PROTOCOLS, sample_counts, sample_iou, summarise
-from modeling_segcompass import SegCompassModel, SegCompassProcessor
-from trainers.image_features import open_image_features
-from trainers.rewards import format_score
+from segcompass.loaders import BENCHMARKS, load_rows
+from segcompass.loaders.masks import encode_mask
+from segcompass.loaders.predictions import (
+    merge_parts,
+    part_path,
+    predicted_masks,
+    read_parts,
+    read_predictions,
+    write_text,
+)
+from segcompass.loaders.reasoning_segmentation.reasoning_segmentation import (
+    PROTOCOLS,
+    sample_counts,
+    sample_iou,
+    summarise,
+)
+from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
+from segcompass.trainers.image_features import open_image_features
+from segcompass.trainers.rewards import format_score
 
 REPORTED = ("gIoU", "cIoU", "N-acc", "T-acc")
 
@@ -177,7 +189,7 @@ def predict(args, model, processor, batch, features=None):
         check_image(row)
     began = time.perf_counter()
     images, instructions = [row["image"] for row in batch], [row["instruction"] for row in batch]
-    inputs = processor(images=images, text=instructions, sam=not features)
+    inputs = processor(images=images, text=instructions, image_encoder=not features)
     if features:
         inputs.update(features.inputs(images))
     inputs = inputs.to(model.device)

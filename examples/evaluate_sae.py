@@ -26,11 +26,11 @@ from tqdm import tqdm
 from train_sae import load
 from transformers import AutoConfig
 
-from loaders.image_text import image_text, load_image_text
-from modeling_segcompass import SparseAutoencoder
-from trainers.activations import SPECIAL, TOKEN_TYPES, batch_activations, model_special_tokens, token_types
-from trainers.collator import ImageTextCollator
-from trainers.sae_trainer import evaluate_sae
+from segcompass.loaders.image_text import image_text, load_image_text
+from segcompass.modeling_segcompass import SparseAutoencoder
+from segcompass.trainers.activations import SPECIAL, TOKEN_TYPES, batch_activations, model_special_tokens, token_types
+from segcompass.trainers.collator import ImageTextCollator
+from segcompass.trainers.sae_trainer import evaluate_sae
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (the backend must be chosen first)

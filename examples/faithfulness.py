@@ -28,10 +28,17 @@ from pycocotools import mask as coco_mask
 from segment import load
 from tqdm import tqdm
 
-from loaders import load_rows
-from loaders.reasoning_segmentation.reasoning_segmentation import sample_counts, summarise
-from modeling_segcompass.faithfulness import FRACTIONS, ORDERS, area_under, bootstrap, overlap, slot_faithfulness
-from trainers.targets import mask_targets
+from segcompass.loaders import load_rows
+from segcompass.loaders.reasoning_segmentation.reasoning_segmentation import sample_counts, summarise
+from segcompass.modeling_segcompass.faithfulness import (
+    FRACTIONS,
+    ORDERS,
+    area_under,
+    bootstrap,
+    overlap,
+    slot_faithfulness,
+)
+from segcompass.trainers.targets import mask_targets
 
 SOURCES = ("both", "tokens", "concepts")
 CONFIDENT, RIGHT = 0.5, 0.5  # a mask is measured from this confidence and this IoU with a target
@@ -90,7 +97,7 @@ def measure(args, model, processor, batch):
     inputs = processor(images=[row["image"] for row in batch], text=[row["instruction"] for row in batch])
     _, states = model.reason(**inputs.to(model.device))
     sizes = [(row["height"], row["width"]) for row in batch]
-    frame, side = model.config.sam_config.image_size, 4 * model.config.key_grid
+    frame, side = model.config.image_encoder_config.image_size, 4 * model.config.key_grid
     decoded = {source: model.decode_masks(**states, query_source=source) for source in SOURCES}
     found = {
         source: processor.post_process_instance_segmentation(outputs, CONFIDENT, target_sizes=sizes)

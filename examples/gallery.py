@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from loaders.masks import decode_mask
-from loaders.reasoning_segmentation.reasoning_segmentation import sample_iou
+from segcompass.loaders.masks import decode_mask
+from segcompass.loaders.reasoning_segmentation.reasoning_segmentation import sample_iou
 
 PREDICTED, WANTED, IGNORED = (255, 140, 0), (0, 200, 255), (128, 128, 128)
 SIDE = 320

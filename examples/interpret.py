@@ -26,11 +26,11 @@ from scipy import stats
 from segment import load, patch_extent
 from tqdm import tqdm
 
-from loaders import load_rows
-from modeling_segcompass.faithfulness import overlap
-from modeling_segcompass.query_codebook import IMAGE, INSTRUCTION
-from trainers.losses import segmentation_loss
-from trainers.targets import mask_targets, valid_extent
+from segcompass.loaders import load_rows
+from segcompass.modeling_segcompass.faithfulness import overlap
+from segcompass.modeling_segcompass.query_codebook import IMAGE, INSTRUCTION
+from segcompass.trainers.losses import segmentation_loss
+from segcompass.trainers.targets import mask_targets, valid_extent
 
 KINDS = ("question", "reasoning", "instance", "background")
 LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # thresholds, in units of the SAE's usual strength
@@ -89,8 +89,8 @@ def measure(model, processor, batch, seed):
     _, states = model.reason(**inputs.to(model.device))
     outputs = model.decode_masks(**states)
     fires = model.concept_tokens(states["input_ids"], states["attention_mask"])
-    unit = usual_strength(model.sae)
-    frame, side = model.config.sam_config.image_size, 4 * model.config.key_grid
+    unit = mean_active_activation(model.sae)
+    frame, side = model.config.image_encoder_config.image_size, 4 * model.config.key_grid
     for place, row in enumerate(batch):
         rng = np.random.default_rng([seed, place])
         z = states["z"][place].float()
@@ -127,9 +127,9 @@ def measure(model, processor, batch, seed):
         yield record
 
 
-def usual_strength(sae):
+def mean_active_activation(sae):
     """Mean of the features' usual strengths, the unit of Figure 4's thresholds."""
-    return float(sae.usual_strength.float().mean())
+    return float(sae.mean_active_activation.float().mean())
 
 
 def patches_of_pixels(image_processor, image, grid):

@@ -15,10 +15,10 @@ import torch
 import yaml
 from backbones import backbone_configs
 
-from modeling_segcompass import SegCompassConfig, SegCompassModel, SparseAutoencoderConfig
-from trainers import SegCompassGRPOConfig
-from trainers.optimization import SEGMENTATION_MODULES
-from trainers.policy import LANGUAGE_LINEAR, freeze, lora_config
+from segcompass.modeling_segcompass import SegCompassConfig, SegCompassModel, SparseAutoencoderConfig
+from segcompass.trainers import SegCompassGRPOConfig
+from segcompass.trainers.optimization import SEGMENTATION_MODULES
+from segcompass.trainers.policy import LANGUAGE_LINEAR, freeze, lora_config
 
 STRATEGIES = ("ddp", "zero2", "fsdp2", "zero3")
 MASTER, GRADIENT, MOMENTS, COMPUTE = 4, 4, 8, 2  # bytes a parameter: float32, float32, two of Adam's, bfloat16
@@ -26,7 +26,7 @@ HEAD_CHUNK = 2048  # positions whose logits exist at once, float32, with their g
 SELECTION = 3 * 4 * 2**25  # the SAE's chunk of activations, its running maximum and a temporary, float32
 RESERVE = 0.10  # share of a GPU left to the allocator, NCCL and CUDA
 GB = 1e9
-COMPONENTS = ("mllm vision", "mllm language", "mllm head", "sam", "sae", *SEGMENTATION_MODULES)
+COMPONENTS = ("mllm vision", "mllm language", "mllm head", "image_encoder", "sae", *SEGMENTATION_MODULES)
 
 
 def parse(argv):
@@ -51,12 +51,12 @@ def recipe_config(path):
         if not beside.exists():
             raise SystemExit(f"{path}: {recipe['model']} is not there yet and no {beside} names its backbones.")
         source = yaml.safe_load(beside.read_text())
-    mllm, sam = backbone_configs(source["mllm"], source["sam"])
+    mllm, sam = backbone_configs(source["mllm"], source["image_encoder"])
     fields = dict(source.get("model_config") or {})
     sae = SparseAutoencoderConfig(**fields.pop("sae_config"))
     tokens = {"ref_token_id": mllm.get_text_config().vocab_size - 1, "think_end_id": 5}  # placeholders
     return SegCompassConfig(
-        mllm_config=mllm, sam_config=sam, sae_config=sae, attn_implementation="sdpa", **tokens, **fields
+        mllm_config=mllm, image_encoder_config=sam, sae_config=sae, attn_implementation="sdpa", **tokens, **fields
     )
 
 
@@ -76,7 +76,7 @@ def build(config, lora_rank=0, train_below_sae_layer=False):
 def component(name):
     """Which part of the model a parameter belongs to."""
     parts = name.split(".")
-    for part in (*SEGMENTATION_MODULES, "sam", "sae"):
+    for part in (*SEGMENTATION_MODULES, "image_encoder", "sae"):
         if part in parts:
             return part
     if "lm_head" in parts:
@@ -132,7 +132,7 @@ def activation_bytes(model, batch, length):
     with SavedBytes(block) as of_block:
         block(x, position_embeddings=rotary)
 
-    grid, width = config.key_grid, config.sam_config.output_channels
+    grid, width = config.key_grid, config.image_encoder_config.output_channels
     meta["dtype"] = torch.float32  # under autocast part of it is half as large
     e = torch.empty(batch, config.num_slots, text.hidden_size, requires_grad=True, **meta)
     r = torch.empty(batch, config.num_slots, config.d_c, requires_grad=True, **meta)
@@ -163,7 +163,7 @@ def plan(config, training, args):
     block_bytes, segmentation_bytes = activation_bytes(model, batch, length)
     core = model.get_base_model() if args.lora_rank else model
     layer = sum(p.numel() for p in core.mllm.model.language_model.layers[-1].parameters())
-    root = total - text.num_hidden_layers * layer - counts["mllm vision"][0] - counts["sam"][0]
+    root = total - text.num_hidden_layers * layer - counts["mllm vision"][0] - counts["image_encoder"][0]
     gathered = 0 if shard_all == 1 else COMPUTE * (root + 2 * layer)
     static = [
         ("master weights", MASTER * total / shard_all),

@@ -13,9 +13,9 @@ import argparse
 import torch
 from tqdm import tqdm
 
-from loaders import load_rows
-from modeling_segcompass import SegCompassModel, SegCompassProcessor
-from trainers.image_features import ImageFeatureWriter, encoder_id, image_key
+from segcompass.loaders import load_rows
+from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
+from segcompass.trainers.image_features import ImageFeatureWriter, encoder_id, image_key
 
 
 def parse(argv):
@@ -42,16 +42,16 @@ def main(argv=None):
         rows = load_rows(args.dataset, args.split, args.seed, args.num_samples)
         processor = SegCompassProcessor.from_pretrained(args.model)
         model = SegCompassModel.from_pretrained(args.model, dtype="float32")
-        sam_id = encoder_id(model.sam, processor.sam_image_processor)
-        writer = ImageFeatureWriter(args.output, sam_id, model.config.sam_config.image_size, args.shard_size)
+        sam_id = encoder_id(model.image_encoder, processor.encoder_image_processor)
+        writer = ImageFeatureWriter(args.output, sam_id, model.config.image_encoder_config.image_size, args.shard_size)
     except (OSError, ValueError, KeyError) as error:
         raise SystemExit(str(error)) from error
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     found, batch = len(writer.known), {}
 
     def encode():
-        inputs = processor.sam_inputs(list(batch.values()))
-        features = model.get_image_embeddings(inputs["sam_pixel_values"].to(model.device))
+        inputs = processor.encoder_inputs(list(batch.values()))
+        features = model.get_image_embeddings(inputs["encoder_pixel_values"].to(model.device))
         for key, feature in zip(batch, features, strict=True):
             writer.add(key, feature)
         batch.clear()

@@ -22,12 +22,12 @@ from datasets.table import embed_table_storage
 from PIL import Image
 from tqdm import tqdm
 
-from loaders import BENCHMARKS, load_rows
-from loaders.obelics import image_name, open_documents
-from loaders.predictions import write_text
-from loaders.published import SPLITS, compare
-from loaders.reasonseg import upright_size
-from loaders.refcoco import SPLIT_BY
+from segcompass.loaders import BENCHMARKS, load_rows
+from segcompass.loaders.obelics import image_name, open_documents
+from segcompass.loaders.predictions import write_text
+from segcompass.loaders.published import SPLITS, compare
+from segcompass.loaders.reasonseg import upright_size
+from segcompass.loaders.refcoco import SPLIT_BY
 
 LARGEST = 20_000_000  # bytes of a downloaded image
 

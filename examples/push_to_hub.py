@@ -16,9 +16,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from hub_cards import Evaluation, push_dataset, push_metric, push_model, push_sae
-from loaders import load_rows
-from modeling_segcompass import SegCompassModel, SegCompassProcessor, SparseAutoencoder
+from segcompass.hub_cards import Evaluation, push_dataset, push_metric, push_model, push_sae
+from segcompass.loaders import load_rows
+from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor, SparseAutoencoder
 
 HERE = Path(__file__).parent
 

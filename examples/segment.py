@@ -26,9 +26,9 @@ from figure import draw_overlay, label_image
 from pycocotools import mask as coco_mask
 from transformers.image_utils import load_image
 
-from modeling_segcompass import SegCompassModel, SegCompassProcessor
-from modeling_segcompass.concept_dictionary import ConceptDictionary
-from modeling_segcompass.explanation import render_html
+from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
+from segcompass.modeling_segcompass.concept_dictionary import ConceptDictionary
+from segcompass.modeling_segcompass.explanation import render_html
 
 HERE = Path(__file__).parent
 NO_TOKENS = "no mask: the response had no concentration tokens"

@@ -15,10 +15,10 @@ import torch
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, TrlParser, get_quantization_config
 
-from loaders import load_rows
-from modeling_segcompass import SegCompassModel, SegCompassProcessor
-from trainers import SegCompassGRPOConfig, SegCompassGRPOTrainer
-from trainers.policy import lora_config
+from segcompass.loaders import load_rows
+from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
+from segcompass.trainers import SegCompassGRPOConfig, SegCompassGRPOTrainer
+from segcompass.trainers.policy import lora_config
 
 
 @dataclass

@@ -18,14 +18,19 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, SamImageProcessorPil
 from trl import TrlParser
 
-from loaders.image_text import image_text, load_image_text
-from modeling_segcompass import SegCompassModel, SegCompassProcessor, SparseAutoencoder, SparseAutoencoderConfig
-from trainers import SparseAutoencoderTrainer, SparseAutoencoderTrainerConfig
-from trainers.activation_cache import CachedActivations, cache_activations
-from trainers.activations import ActivationDataset
-from trainers.collator import ImageTextCollator
-from trainers.sae_estimate import estimate_sae_training
-from trainers.sae_trainer import evaluate_sae, last_checkpoint, take_tokens
+from segcompass.loaders.image_text import image_text, load_image_text
+from segcompass.modeling_segcompass import (
+    SegCompassModel,
+    SegCompassProcessor,
+    SparseAutoencoder,
+    SparseAutoencoderConfig,
+)
+from segcompass.trainers import SparseAutoencoderTrainer, SparseAutoencoderTrainerConfig
+from segcompass.trainers.activation_cache import CachedActivations, cache_activations
+from segcompass.trainers.activations import ActivationDataset
+from segcompass.trainers.collator import ImageTextCollator
+from segcompass.trainers.sae_estimate import estimate_sae_training
+from segcompass.trainers.sae_trainer import evaluate_sae, last_checkpoint, take_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +132,7 @@ def load(name, model_config, training):
     processor = SegCompassProcessor(
         image_processor=parts.image_processor,
         tokenizer=parts.tokenizer,
-        sam_image_processor=SamImageProcessorPil(),
+        encoder_image_processor=SamImageProcessorPil(),
         chat_template=parts.chat_template,
         prompt_template="{instruction}",
         **{field: getattr(parts, field) for field in llava if getattr(parts, field, None) is not None},

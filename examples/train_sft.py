@@ -3,7 +3,8 @@
     python examples/train_sft.py --config examples/recipes/mini/sft.yaml
     accelerate launch examples/train_sft.py --config RECIPE.yaml --learning_rate 1e-5
 
-A recipe names either `model` (a SegCompass folder to go on from) or `mllm` and `sam` (backbones to build one from).
+A recipe names either `model` (a SegCompass folder to go on from) or `mllm` and `image_encoder` (backbones to build one
+from).
 An interrupted run goes on from its last checkpoint when the command is repeated.
 """
 
@@ -13,9 +14,9 @@ from pathlib import Path
 from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
 
-from loaders import load_rows
-from modeling_segcompass import SegCompassModel, SegCompassProcessor
-from trainers import SegCompassSFTConfig, SegCompassSFTTrainer
+from segcompass.loaders import load_rows
+from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
+from segcompass.trainers import SegCompassSFTConfig, SegCompassSFTTrainer
 
 
 @dataclass
@@ -24,7 +25,7 @@ class ScriptArguments:
 
     model: str | None = field(default=None, metadata={"help": "SegCompass folder or Hub id to go on from"})
     mllm: str | None = field(default=None, metadata={"help": "MLLM to build from; its folder holds a processor too"})
-    sam: str | None = field(default=None, metadata={"help": "SAM vision encoder to build from"})
+    image_encoder: str | None = field(default=None, metadata={"help": "SAM vision encoder to build from"})
     sae: str | None = field(default=None, metadata={"help": "SAE to put in (own repo or folder)"})
     model_config: dict | str | None = field(default=None, metadata={"help": "fields of SegCompassConfig"})
     dataset: str = field(default="scenes", metadata={"help": "'scenes' or a folder written by save_to_disk"})
@@ -40,11 +41,11 @@ def build(arguments):
         processor = SegCompassProcessor.from_pretrained(arguments.model)
         model = SegCompassModel.from_pretrained(arguments.model, dtype="float32")
         return model, processor
-    if not (arguments.mllm and arguments.sam):
-        raise ValueError("name either model, or mllm and sam, in the recipe or on the command line.")
+    if not (arguments.mllm and arguments.image_encoder):
+        raise ValueError("name either model, or mllm and image_encoder, in the recipe or on the command line.")
     processor = SegCompassProcessor.from_pretrained(arguments.mllm)
     model = SegCompassModel.from_backbones(
-        arguments.mllm, arguments.sam, arguments.sae, processor, **(arguments.model_config or {})
+        arguments.mllm, arguments.image_encoder, arguments.sae, processor, **(arguments.model_config or {})
     )
     return model, processor
 

@@ -114,7 +114,7 @@ def model_card(
 
 def backbones(config):
     """Hub ids among the names that the config's backbones were loaded under."""
-    names = [config.mllm_config._name_or_path, config.sam_config._name_or_path]
+    names = [config.mllm_config._name_or_path, config.image_encoder_config._name_or_path]
     return [name for name in names if name and name.count("/") == 1 and not Path(name).exists()]
 
 

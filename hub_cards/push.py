@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 from huggingface_hub import DatasetCard, HfApi, RepoCard
 
-from modeling_segcompass.modeling_segcompass import PARTS
+from segcompass.modeling_segcompass.modeling_segcompass import PARTS
 
 from .cards import dataset_card, metric_card, model_card, sae_card
 
@@ -25,8 +25,9 @@ def push_model(
     Args:
         model, processor: as `save_pretrained` saves them.
         example: (PIL image, instruction) that the card's snippet asks about; the image becomes `example.png`.
-        references: {"mllm" | "sam" | "sae": "repo_id" or "repo_id@revision"}, parts to refer to instead of carrying
-            them. The revision is pinned to the commit it names now, and the part must be the same there, bit for bit.
+        references: {"mllm" | "image_encoder" | "sae": "repo_id" or "repo_id@revision"}, parts to refer to instead of
+            carrying them. The revision is pinned to the commit it names now, and the part must be the same there,
+            bit for bit.
         branch: where to push, made from main when it is new. tag: name for the commit afterwards.
         card: what else `model_card` tells (evaluations, license, training, limitations, ...).
 

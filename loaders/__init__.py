@@ -12,6 +12,8 @@ from .refcoco import SPLIT_BY, load_refcoco
 from .scenes import NUM_SHARDS, load_scenes
 
 BENCHMARKS = (*SPLIT_BY, "reasonseg")
+METRIC = str(Path(__file__).resolve().parent / "reasoning_segmentation")
+"""Where `evaluate.load(METRIC)` finds the metric."""
 
 
 def load_rows(
@@ -76,6 +78,7 @@ def _load_folder(folder, split):
 
 __all__ = [
     "BENCHMARKS",
+    "METRIC",
     "load_jsonl",
     "load_obelics",
     "load_parquet",

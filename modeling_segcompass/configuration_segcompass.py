@@ -3,6 +3,8 @@
 from transformers import AutoConfig, PreTrainedConfig, SamVisionConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .old_names import with_new_names
+
 CONCEPT_READINGS = ("feature", "token")
 SAE_ACTIVATIONS = ("relu", "topk", "batchtopk", "jumprelu")
 
@@ -75,7 +77,7 @@ class SegCompassConfig(PreTrainedConfig):
 
     Attributes:
         mllm_config: configuration of the MLLM policy π_θ (`llava` or `qwen2_5_vl`).
-        sam_config: configuration of SAM's vision encoder F_enc (ViT-B/L/H, or a tiny one).
+        image_encoder_config: configuration of SAM's vision encoder F_enc (ViT-B/L/H, or a tiny one).
         sae_config: configuration of the sparse autoencoder E_sae; its `layer` says which hidden states it reads.
         num_slots: K_s, the number of concentration tokens and of slots.
         d_c: width of the concept representations r_k.
@@ -91,14 +93,14 @@ class SegCompassConfig(PreTrainedConfig):
         token_dropout: probability, in training, that a sample's queries are built without e_k, so that the concepts
             must carry the mask.
         max_response_length: tokens `segment` may write when the caller names no limit.
-        references: {"mllm" | "sam" | "sae": {"repo_id", "revision"}}, parts whose weights this checkpoint leaves to
-            other repositories; None when it carries them whole.
+        references: {"mllm" | "image_encoder" | "sae": {"repo_id", "revision"}}, parts whose weights this checkpoint
+            leaves to other repositories; None when it carries them whole.
     """
 
     model_type = "segcompass"
     sub_configs_defaults = {
         "mllm_config": SubConfigSpec(AutoConfig, model_type="llava"),
-        "sam_config": SamVisionConfig,
+        "image_encoder_config": SamVisionConfig,
         "sae_config": SparseAutoencoderConfig,
     }
     auto_map = {}
@@ -106,7 +108,7 @@ class SegCompassConfig(PreTrainedConfig):
     def __init__(
         self,
         mllm_config=None,
-        sam_config=None,
+        image_encoder_config=None,
         sae_config=None,
         num_slots=6,
         d_c=512,
@@ -129,7 +131,7 @@ class SegCompassConfig(PreTrainedConfig):
         **kwargs,
     ):
         self.mllm_config = mllm_config
-        self.sam_config = sam_config
+        self.image_encoder_config = image_encoder_config
         self.sae_config = sae_config
         if concept_reading not in CONCEPT_READINGS:
             raise ValueError(f"concept_reading is {concept_reading!r}; choose one of {CONCEPT_READINGS}.")
@@ -158,6 +160,11 @@ class SegCompassConfig(PreTrainedConfig):
         super().__init__(**kwargs)
         self.check_sae(self.sae_config)
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As transformers', and reads what earlier versions saved."""
+        return super().from_dict(with_new_names(config_dict), **kwargs)
+
     def check_sae(self, sae_config):
         """Refuse an SAE of another width, layer or backbone than this model's. Raises ValueError."""
         text = self.mllm_config.get_text_config()
@@ -182,4 +189,4 @@ class SegCompassConfig(PreTrainedConfig):
     @property
     def key_grid(self):
         """Side of the (square) grid of image keys K: 64 for SAM at 1024 pixels."""
-        return self.sam_config.image_size // self.sam_config.patch_size
+        return self.image_encoder_config.image_size // self.image_encoder_config.patch_size

@@ -144,7 +144,7 @@ def explain_slot(
     if outputs.concept_weights is None:
         raise ValueError(
             "these outputs have no concepts: they were decoded with query_source='tokens', or hold no masks; call "
-            "segment(...), or forward(...) with sam_pixel_values, and query_source 'both' or 'concepts'."
+            "segment(...), or forward(...) with encoder_pixel_values, and query_source 'both' or 'concepts'."
         )
     samples, slots = outputs.slot_mask.shape
     for name, value, limit in (("sample", sample, samples), ("slot", slot, slots)):

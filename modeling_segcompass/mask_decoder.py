@@ -18,7 +18,7 @@ class MaskDecoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        width = config.sam_config.output_channels
+        width = config.image_encoder_config.output_channels
         decoder = SamMaskDecoderConfig(
             hidden_size=width,
             num_hidden_layers=config.decoder_layers,

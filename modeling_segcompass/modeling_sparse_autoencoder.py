@@ -16,6 +16,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_segcompass import SparseAutoencoderConfig
+from .old_names import OLD_WEIGHTS
 
 THRESHOLD_RATE = 0.01
 """How far "batchtopk" moves its threshold towards that of each training batch."""
@@ -48,8 +49,8 @@ class SparseAutoencoder(PreTrainedModel):
 
     Parameters are `W_enc` (d_in, d_sae), `b_enc` (d_sae,), `W_dec` (d_sae, d_in), whose rows are the dictionary atoms,
     and `b_dec` (d_in,). "batchtopk" and "jumprelu" also have `threshold` (d_sae,): features at or below it are off. The
-    buffer `usual_strength` (d_sae,) is each feature's mean activation over the tokens where it is active: ones until it
-    is measured. A concept's strength means little beside another's; its ratio to the usual strength does, so concepts
+    buffer `mean_active_activation` (d_sae,) is each feature's mean activation over the tokens where it is active: ones
+    until it is measured. A concept's strength means little beside another's; its ratio to this mean does, so concepts
     are ranked by it.
     """
 
@@ -68,8 +69,17 @@ class SparseAutoencoder(PreTrainedModel):
             self.threshold = nn.Parameter(torch.empty(config.d_sae))
         elif config.activation == "batchtopk":
             self.register_buffer("threshold", torch.empty(config.d_sae))
-        self.register_buffer("usual_strength", torch.empty(config.d_sae))
+        self.register_buffer("mean_active_activation", torch.empty(config.d_sae))
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As transformers', and reads what earlier versions saved."""
+        return super().from_pretrained(*args, **{"key_mapping": OLD_WEIGHTS, **kwargs})
+
+    def save_pretrained(self, *args, **kwargs):
+        """As transformers', under today's names."""
+        super().save_pretrained(*args, **{**kwargs, "save_original_format": False})
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -87,7 +97,7 @@ class SparseAutoencoder(PreTrainedModel):
                 init.constant_(module.threshold, module.config.bandwidth)
             elif module.config.activation == "batchtopk":
                 init.zeros_(module.threshold)
-            init.ones_(module.usual_strength)
+            init.ones_(module.mean_active_activation)
 
     def encode(self, z: torch.Tensor) -> torch.Tensor:
         """Encode hidden states into sparse activations, h(z) of section 3.2.
@@ -321,16 +331,16 @@ class SparseAutoencoder(PreTrainedModel):
                 sae.W_enc.mul_(norm)
                 sae.b_enc.mul_(norm)
                 sae.W_dec.div_(norm[:, None])
-            strength = folder / "usual_strength.safetensors"
+            strength = folder / "mean_active_activation.safetensors"
             if strength.exists():
-                sae.usual_strength.copy_(load_file(strength)["usual_strength"])
+                sae.mean_active_activation.copy_(load_file(strength)["mean_active_activation"])
         return sae.to(getattr(torch, dtype))
 
     def save_saelens(self, folder: str | Path) -> None:
         """Write the SAE so that SAELens loads it (`SAE.load_from_disk`), and all that is built on SAELens.
 
-        "batchtopk" becomes SAELens' "jumprelu", as SAELens saves its own. `usual_strength`, which SAELens does not
-        have, goes to a third file, from which `from_saelens` takes it back.
+        "batchtopk" becomes SAELens' "jumprelu", as SAELens saves its own. `mean_active_activation`, which SAELens
+        does not have, goes to a third file, from which `from_saelens` takes it back.
         """
         from safetensors.torch import save_file
 
@@ -362,7 +372,9 @@ class SparseAutoencoder(PreTrainedModel):
             {name: getattr(self, name).detach().cpu().contiguous() for name in names},
             folder / "sae_weights.safetensors",
         )
-        save_file({"usual_strength": self.usual_strength.cpu()}, folder / "usual_strength.safetensors")
+        save_file(
+            {"mean_active_activation": self.mean_active_activation.cpu()}, folder / "mean_active_activation.safetensors"
+        )
         (folder / "cfg.json").write_text(json.dumps(cfg, indent=2) + "\n")
 
     def _checked(self, z):

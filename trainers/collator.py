@@ -25,7 +25,7 @@ class SegCompassCollator:
         self.processor = processor
         self.mask_side = mask_side
         self.image_features = image_features
-        self.frame = processor.sam_image_processor.size["longest_edge"]
+        self.frame = processor.encoder_image_processor.size["longest_edge"]
 
     def __call__(self, rows):
         """rows -> model inputs (see the processor) and `mask_targets`, a list of (G_i, s, s) float in [0, 1].
@@ -43,7 +43,7 @@ class SegCompassCollator:
             images=[row["image"] for row in rows],
             text=[row["instruction"] for row in rows],
             response=[self.processor.format_response(row["reasoning"]) for row in rows],
-            sam=self.mask_side is not None and self.image_features is None,
+            image_encoder=self.mask_side is not None and self.image_features is None,
         )
         if self.mask_side is None:
             return batch
@@ -72,7 +72,10 @@ class ImageTextCollator:
         self.token_window = token_window
 
     def __call__(self, rows):
-        """rows -> model inputs (see the processor, `sam=False`) and `skipped`; only `skipped` if no row is usable."""
+        """rows -> model inputs (see the processor, `image_encoder=False`) and `skipped`.
+
+        Only `skipped` if no row is usable.
+        """
         skipped, images, texts, responses = Counter(), [], [], []
         for row in rows:
             try:
@@ -111,7 +114,7 @@ class ImageTextCollator:
                     images=images,
                     text=texts,
                     response=[response or "" for response in responses] if some else None,
-                    sam=False,
+                    image_encoder=False,
                 )
             )
         finally:

@@ -333,7 +333,11 @@ class SegCompassGRPOTrainer(GRPOTrainer):
         for row in rows:
             if (key := _sample_key(row)) not in targets:
                 target = mask_targets(
-                    row["masks"], row["height"], row["width"], config.sam_config.image_size, 4 * config.key_grid
+                    row["masks"],
+                    row["height"],
+                    row["width"],
+                    config.image_encoder_config.image_size,
+                    4 * config.key_grid,
                 )
                 targets[key] = target.to(self.accelerator.device)
         embeddings, sizes = zip(*(embedded[_image_key(row)] for row in rows), strict=True)
@@ -364,9 +368,9 @@ class SegCompassGRPOTrainer(GRPOTrainer):
             register_fsdp_forward_method(core, "get_image_embeddings")  # gathers the weights under FSDP2, else nothing
         pairs = []
         for start in range(0, len(images), self.args.per_device_train_batch_size):
-            inputs = self.processing_class.sam_inputs(images[start : start + self.args.per_device_train_batch_size])
+            inputs = self.processing_class.encoder_inputs(images[start : start + self.args.per_device_train_batch_size])
             with self.accelerator.autocast():
-                embeddings = core.get_image_embeddings(inputs["sam_pixel_values"].to(device))
+                embeddings = core.get_image_embeddings(inputs["encoder_pixel_values"].to(device))
             pairs += zip(embeddings, inputs["reshaped_input_sizes"].to(device), strict=True)
         return pairs
 
@@ -513,7 +517,7 @@ class SegCompassGRPOTrainer(GRPOTrainer):
     def _valid(self, output, segmentation, rows=slice(None)):
         """The unpadded part of the mask frame, in its cells: long (B, 2)."""
         sizes = segmentation["reshaped_input_sizes"][rows]
-        return valid_extent(sizes, self.core.config.sam_config.image_size, output.pred_masks.shape[-1])
+        return valid_extent(sizes, self.core.config.image_encoder_config.image_size, output.pred_masks.shape[-1])
 
     # -- loss ---------------------------------------------------------------------------------------------------------
 

@@ -28,14 +28,14 @@ def image_key(image: Image.Image) -> str:
     return hashlib.blake2b(repr(image.size).encode() + image.tobytes(), digest_size=16).hexdigest()
 
 
-def encoder_id(sam, sam_image_processor) -> str:
+def encoder_id(sam, encoder_image_processor) -> str:
     """Which encoder makes the features: a hash of its weights, its shape and how images are prepared for it.
 
     Args:
         sam: a SamVisionModel with its weights whole (before sharding), of any floating dtype.
-        sam_image_processor: its image processor.
+        encoder_image_processor: its image processor.
     """
-    settings = sam_image_processor.to_dict()
+    settings = encoder_image_processor.to_dict()
     kept = ("size", "pad_size", "image_mean", "image_std", "rescale_factor", "resample", "do_normalize", "do_rescale")
     digest = hashlib.blake2b(json.dumps({name: settings.get(name) for name in kept}, default=str).encode())
     for name, value in sorted(sam.state_dict().items()):
@@ -192,7 +192,7 @@ class ImageFeatures:
         return torch.from_numpy(values)
 
     def inputs(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
-        """In place of `processor.sam_inputs(images)`.
+        """In place of `processor.encoder_inputs(images)`.
 
         Returns:
             image_embeddings float16 (B, d_k, h, w); original_sizes and reshaped_input_sizes long (B, 2), (H, W).
@@ -207,4 +207,4 @@ class ImageFeatures:
 
 def open_image_features(folder, model, processor) -> ImageFeatures:
     """The cache at `folder`, for a SegCompass model with whole weights and its processor. Raises ValueError."""
-    return ImageFeatures(folder, encoder_id(model.sam, processor.sam_image_processor))
+    return ImageFeatures(folder, encoder_id(model.image_encoder, processor.encoder_image_processor))

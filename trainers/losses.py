@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainers.matching import match_slots, pad_targets, valid_region
+from .matching import match_slots, pad_targets, valid_region
 
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
 

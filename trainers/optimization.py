@@ -44,7 +44,7 @@ def check_adapters(model: nn.Module) -> None:
             "the PEFT config trains single rows of lm_head, which sampling uses and the log-probabilities do not; put "
             "'lm_head' into modules_to_save instead."
         )
-    reached = [name for name in ("sam", "sae") if name in learning]
+    reached = [name for name in ("image_encoder", "sae") if name in learning]
     if reached:
         raise ValueError(
             f"the PEFT config trains parts of {', '.join(reached)}, but SAM's encoder and the SAE stay frozen; "

@@ -7,7 +7,7 @@ import torch
 LANGUAGE_LINEAR = r".*mllm\.model\.language_model\..*\.(q|k|v|o|gate|up|down)_proj"
 
 
-def freeze(model, below_sae_layer=True, vision_tower=True, sam=True):
+def freeze(model, below_sae_layer=True, vision_tower=True, image_encoder=True):
     """Set `requires_grad` for training; the SAE and the positional code stay frozen always.
 
     Args:
@@ -16,11 +16,11 @@ def freeze(model, below_sae_layer=True, vision_tower=True, sam=True):
             decoder blocks 1 ... L, and the embeddings but for the rows of `</think>` and the concentration token,
             which learn in any case (the other rows of a tied embedding still see weight decay).
         vision_tower: freeze the MLLM's vision tower.
-        sam: freeze SAM's encoder.
+        image_encoder: freeze SAM's encoder.
     """
     model.requires_grad_(True)
     model.freeze_encoders()
-    model.sam.requires_grad_(not sam)
+    model.image_encoder.requires_grad_(not image_encoder)
     core = model.mllm.model
     vision = core.vision_tower if hasattr(core, "vision_tower") else core.visual
     vision.requires_grad_(not vision_tower)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from trainers.matching import hungarian, pad_targets, soft_iou
+from .matching import hungarian, pad_targets, soft_iou
 
 MAX_THINK_CHARACTERS = 2048
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"

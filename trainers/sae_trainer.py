@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from modeling_segcompass.modeling_sparse_autoencoder import SparseAutoencoder
+from segcompass.modeling_segcompass.modeling_sparse_autoencoder import SparseAutoencoder
 
 from .activations import SPECIAL, TOKEN_TYPES, keep_finite
 
@@ -79,7 +79,7 @@ class SparseAutoencoderTrainerConfig(TrainingArguments):
         default=65_536, metadata={"help": "Tokens from which the hidden states' mean and scale are measured."}
     )
     strength_tokens: int = field(
-        default=262_144, metadata={"help": "Tokens over which `usual_strength` is measured after training."}
+        default=262_144, metadata={"help": "Tokens over which `mean_active_activation` is measured after training."}
     )
 
 
@@ -198,7 +198,7 @@ def _quality(sums, fired, group):
 
 @torch.no_grad()
 def measure_usual_strength(sae: SparseAutoencoder, activations: Iterable) -> None:
-    """Set `sae.usual_strength` to each feature's mean activation over the tokens where it is active.
+    """Set `sae.mean_active_activation` to each feature's mean activation over the tokens where it is active.
 
     A feature that is never active keeps 1.
     """
@@ -208,7 +208,7 @@ def measure_usual_strength(sae: SparseAutoencoder, activations: Iterable) -> Non
         h = sae.encode(split_batch(batch)[0].to(sae.device))
         total += h.sum(0)
         counts += torch.count_nonzero(h, dim=0)
-    sae.usual_strength.copy_(torch.where(counts > 0, total / counts.clamp(min=1), 1.0))
+    sae.mean_active_activation.copy_(torch.where(counts > 0, total / counts.clamp(min=1), 1.0))
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
@@ -294,7 +294,7 @@ class SparseAutoencoderTrainer(Trainer):
         self._last_batch = None
 
     def train(self, resume_from_checkpoint=None, **kwargs):
-        """Train, as `Trainer.train`; then bring the weights to raw hidden states and measure `usual_strength`.
+        """Train, as `Trainer.train`; then bring the weights to raw hidden states and measure `mean_active_activation`.
 
         Args:
             resume_from_checkpoint: a checkpoint, or True for the newest whole one in the output folder.
@@ -317,7 +317,7 @@ class SparseAutoencoderTrainer(Trainer):
                 self._frame = None
         self.model.eval()
         measure_usual_strength(self.model, take_tokens(self.train_dataset.one_pass(), self.args.strength_tokens))
-        self.model.usual_strength.copy_(broadcast(self.model.usual_strength))
+        self.model.mean_active_activation.copy_(broadcast(self.model.mean_active_activation))
         return output
 
     def get_train_dataloader(self):

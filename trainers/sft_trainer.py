@@ -33,7 +33,7 @@ class SegCompassSFTConfig(TrainingArguments):
     segmentation_lr_multiplier: float = field(
         default=1.0, metadata={"help": "rate of codebook, slot mapper and decoder relative to the rest's"}
     )
-    erase_concepts: int = field(
+    num_erased_concepts: int = field(
         default=0, metadata={"help": "heaviest concepts of a slot to take away in a second decoding; 0 = none"}
     )
     lambda_e: float = field(
@@ -45,7 +45,9 @@ class SegCompassSFTConfig(TrainingArguments):
     train_vision_tower: bool = field(
         default=False, metadata={"help": "train the MLLM's vision tower (for one made from nothing)"}
     )
-    train_sam: bool = field(default=False, metadata={"help": "train SAM's encoder (for one made from nothing)"})
+    train_image_encoder: bool = field(
+        default=False, metadata={"help": "train SAM's encoder (for one made from nothing)"}
+    )
     image_features: str | None = field(
         default=None,
         metadata={"help": "folder that examples/precompute_image_features.py wrote; None encodes images as they come"},
@@ -67,15 +69,15 @@ class SegCompassSFTTrainer(Trainer):
             model,
             below_sae_layer=not args.train_below_sae_layer,
             vision_tower=not args.train_vision_tower,
-            sam=not args.train_sam,
+            image_encoder=not args.train_image_encoder,
         )
         self.with_masks = args.lambda_s > 0 or args.lambda_c > 0
         features = None
         if args.image_features and self.with_masks:
-            if args.train_sam:
+            if args.train_image_encoder:
                 raise ValueError(
-                    f"image_features={args.image_features!r} are of the encoder as it is now, but train_sam=True "
-                    "changes it; set one of them only."
+                    f"image_features={args.image_features!r} are of the encoder as it is now, but "
+                    "train_image_encoder=True changes it; set one of them only."
                 )
             features = open_image_features(args.image_features, model, processing_class)
         mask_side = 4 * model.config.key_grid if self.with_masks else None
@@ -103,11 +105,13 @@ class SegCompassSFTTrainer(Trainer):
         """Language loss + λ_s·(BCE + λ_D·dice) + λ_c·confidence BCE (+ λ_e·erasure); the parts are logged."""
         targets = inputs.pop("mask_targets", None)
         outputs = model(
-            **inputs, query_source=self.args.query_source, erase_concepts=self.args.erase_concepts * self.with_masks
+            **inputs,
+            query_source=self.args.query_source,
+            num_erased_concepts=self.args.num_erased_concepts * self.with_masks,
         )
         loss, parts = outputs.loss, {}
         if self.with_masks:
-            image_size = self.processing_class.sam_image_processor.size["longest_edge"]
+            image_size = self.processing_class.encoder_image_processor.size["longest_edge"]
             valid = valid_extent(inputs["reshaped_input_sizes"], image_size, outputs.pred_masks.shape[-1])
             segmentation, parts = segmentation_loss(
                 outputs.pred_masks,

@@ -2,9 +2,9 @@
 
 import pytest
 
-from modeling_segcompass import SegCompassModel
-from tests.scripted import Script, lively_segcompass
-from tests.tiny import BACKBONES
+from segcompass.modeling_segcompass import SegCompassModel
+from tests.support.scripted import Script, lively_segcompass
+from tests.support.tiny import BACKBONES
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Runs examples/evaluate.py with a model that writes a given response, slowly: a tiny random one writes no sense.
 
-    python tests/examples/forced_evaluate.py RESPONSE SECONDS_A_BATCH [arguments of evaluate.py]
+python tests/examples/forced_evaluate.py RESPONSE SECONDS_A_BATCH [arguments of evaluate.py]
 """
 
 import importlib.util
@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[2]
 sys.path[0] = str(ROOT)
 sys.path.append(str(ROOT / "examples"))
 
-from modeling_segcompass import SegCompassModel, SegCompassProcessor  # noqa: E402
-from tests.scripted import Script  # noqa: E402
+from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor  # noqa: E402
+from tests.support.scripted import Script  # noqa: E402
 
 response, pause = sys.argv[1], float(sys.argv[2])
 arguments = sys.argv[3:]

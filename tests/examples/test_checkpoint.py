@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from loaders.scenes import scene_question
-from modeling_segcompass import SegCompassModel, SegCompassProcessor
+from segcompass.loaders.scenes import scene_question
+from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MINI = EXAMPLES / "checkpoints" / "mini"

@@ -14,8 +14,8 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from loaders import load_scenes
-from tests.refer import image_name, ref, write_images, write_instances
+from segcompass.loaders import load_scenes
+from tests.support.refer import image_name, ref, write_images, write_instances
 
 ROOT = Path(__file__).parents[2]
 N = 14

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.scripted import lively_segcompass
+from tests.support.scripted import lively_segcompass
 
 ROOT = Path(__file__).parents[2]
 N = 17

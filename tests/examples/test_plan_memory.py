@@ -9,9 +9,9 @@ import torch
 import yaml
 from trl import TrlParser
 
-from modeling_segcompass import SegCompassConfig
-from trainers import SegCompassGRPOConfig, SegCompassSFTConfig
-from trainers.optimization import SEGMENTATION_MODULES, parameter_groups
+from segcompass.modeling_segcompass import SegCompassConfig
+from segcompass.trainers import SegCompassGRPOConfig, SegCompassSFTConfig
+from segcompass.trainers.optimization import SEGMENTATION_MODULES, parameter_groups
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "examples" / "recipes"
@@ -34,7 +34,7 @@ def test_the_model_builds_on_meta_and_its_groups_have_the_papers_rates(name, cap
     for part, (total, learning) in counts.items():
         print(f"{name:<16}{part:<18}{total:>16,}{learning:>16,}")
     assert capsys.readouterr().out.count(name) == len(counts)
-    for part in ("sam", "sae", "mllm vision"):
+    for part in ("image_encoder", "sae", "mllm vision"):
         assert counts[part][1] == 0
     for part in (*SEGMENTATION_MODULES, "mllm language"):
         assert counts[part][1] > 0
@@ -42,7 +42,7 @@ def test_the_model_builds_on_meta_and_its_groups_have_the_papers_rates(name, cap
         whole = sum(total for part, (total, _) in counts.items() if part.startswith("mllm"))
         assert whole == pytest.approx(MLLM[name], rel=0.01)
         assert counts["sae"][0] == 2 * 65536 * config.sae_config.d_in + 65536 + config.sae_config.d_in
-        assert counts["sam"][0] == pytest.approx(637e6, rel=0.01)
+        assert counts["image_encoder"][0] == pytest.approx(637e6, rel=0.01)
     layer = config.sae_config.layer
     for number, block in enumerate(model.mllm.model.language_model.layers, 1):
         assert all(p.requires_grad == (number > layer) for p in block.parameters())

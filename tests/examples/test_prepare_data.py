@@ -19,10 +19,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from loaders import load_obelics, load_refcoco, load_rows
-from loaders.obelics import image_name as stored_name
-from loaders.published import compare
-from tests.refer import image_name, ref, write_images, write_instances
+from segcompass.loaders import load_obelics, load_refcoco, load_rows
+from segcompass.loaders.obelics import image_name as stored_name
+from segcompass.loaders.published import compare
+from tests.support.refer import image_name, ref, write_images, write_instances
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,11 +8,11 @@ from evaluate_sae import language_losses, next_token_loss
 from evaluate_sae import main as evaluate
 from train_sae import main as train
 
-from loaders.image_text import image_text, load_image_text
-from modeling_segcompass import SparseAutoencoder
-from tests.tiny import BACKBONES, tiny_segcompass
-from trainers.activations import TOKEN_TYPES, token_types
-from trainers.collator import ImageTextCollator
+from segcompass.loaders.image_text import image_text, load_image_text
+from segcompass.modeling_segcompass import SparseAutoencoder
+from segcompass.trainers.activations import TOKEN_TYPES, token_types
+from segcompass.trainers.collator import ImageTextCollator
+from tests.support.tiny import BACKBONES, tiny_segcompass
 
 
 @pytest.fixture(scope="module", params=BACKBONES)

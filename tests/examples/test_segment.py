@@ -109,7 +109,7 @@ def test_too_long_instruction_is_told_without_a_traceback(saved, photo, tmp_path
 
 
 def test_default_scene_is_the_row_it_says():
-    from loaders.scenes import scene_question
+    from segcompass.loaders.scenes import scene_question
 
     noted = json.loads((EXAMPLES / "scene.json").read_text())
     scene, question = scene_question(noted["split"], noted["seed"], noted["index"])

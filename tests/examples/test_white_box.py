@@ -17,9 +17,9 @@ import segment
 from PIL import Image
 from scipy import stats
 
-from loaders.scenes import draw_scene, scene_question
-from modeling_segcompass.concept_dictionary import ConceptDictionary
-from modeling_segcompass.faithfulness import FRACTIONS, ORDERS
+from segcompass.loaders.scenes import draw_scene, scene_question
+from segcompass.modeling_segcompass.concept_dictionary import ConceptDictionary
+from segcompass.modeling_segcompass.faithfulness import FRACTIONS, ORDERS
 
 GOOD = "<think>a red ball</think>" + "<REF_POS>" * 3
 N = 3

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.hub_client import ROOT, TOKEN, LocalHub
+from tests.support.hub_client import ROOT, TOKEN, LocalHub
 
 
 @pytest.fixture(scope="package")
@@ -13,7 +13,7 @@ def hub(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
     log, hold = folder / "requests.log", folder / "hold"
     server = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "hub_server.py"), "--token", TOKEN, "--log", log, "--hold", hold],
+        [sys.executable, str(ROOT / "tests" / "support" / "hub_server.py"), "--token", TOKEN, "--log", log, "--hold", hold],
         stdout=subprocess.PIPE,
         text=True,
     )

@@ -9,8 +9,8 @@ import time
 import pytest
 import torch
 
-from tests.hub_client import ROOT, finish
-from tests.scripted import noise_images
+from tests.support.hub_client import ROOT, finish
+from tests.support.scripted import noise_images
 
 OWNER = "tester"
 MODEL, PARTS, SAE = f"{OWNER}/segcompass-tiny", f"{OWNER}/segcompass-parts", f"{OWNER}/sae-tiny"
@@ -22,10 +22,10 @@ RESPONSE = "<think>left of it</think><REF_POS><REF_POS><REF_POS>"
 PUSH = f"""
 import json, sys
 import torch
-from hub_cards import Evaluation, push_dataset, push_metric, push_model, push_sae
-from loaders import load_scenes
-from modeling_segcompass import SegCompassModel
-from tests.scripted import lively_segcompass, noise_images
+from segcompass.hub_cards import Evaluation, push_dataset, push_metric, push_model, push_sae
+from segcompass.loaders import load_scenes
+from segcompass.modeling_segcompass import SegCompassModel
+from tests.support.scripted import lively_segcompass, noise_images
 
 torch.set_num_threads(1)
 folder = sys.argv[1]
@@ -219,8 +219,8 @@ print(json.dumps(dict(masks=list(rows["masks"]), instructions=list(rows["instruc
 
 def test_a_push_cut_off_leaves_the_old_revision(hub, pushed):
     code = f"""
-from hub_cards import push_model
-from tests.scripted import lively_segcompass, noise_images
+from segcompass.hub_cards import push_model
+from tests.support.scripted import lively_segcompass, noise_images
 model, processor = lively_segcompass("llava", seed=5)
 push_model(model, processor, {MODEL!r}, (noise_images()[1], {INSTRUCTION!r}))
 """
@@ -244,10 +244,10 @@ push_model(model, processor, {MODEL!r}, (noise_images()[1], {INSTRUCTION!r}))
 def test_the_hubs_own_errors_reach_the_user(hub, pushed):
     code = f"""
 import json
-from hub_cards import push_sae
+from segcompass.hub_cards import push_sae
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
-from modeling_segcompass import SegCompassModel, SparseAutoencoder, SparseAutoencoderConfig
+from segcompass.modeling_segcompass import SegCompassModel, SparseAutoencoder, SparseAutoencoderConfig
 raised = {{}}
 def catch(name, call, *arguments, **keywords):
     try:

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling_segcompass import SegCompassModel, SegCompassProcessor
-from tests.hub_client import ROOT
+from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
+from tests.support.hub_client import ROOT
 
 pytest.importorskip("gradio", reason='gradio is missing: pip install -e ".[browser]"')
 pytest.importorskip("selenium", reason='selenium is missing: pip install -e ".[browser]"')

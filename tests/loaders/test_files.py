@@ -5,8 +5,8 @@ import pickle
 
 import pytest
 
-from loaders.files import read_json, read_pickle
-from tests.refer import python2_pickle
+from segcompass.loaders.files import read_json, read_pickle
+from tests.support.refer import python2_pickle
 
 PLAIN = [{"ref_id": 1, "sent": "a café", "ids": [1, 2, -1], "inner": {"x": "y"}}]
 

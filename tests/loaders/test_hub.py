@@ -8,9 +8,9 @@ from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 from pycocotools import mask as coco_mask
 
-from loaders import load_parquet
-from loaders.rows import FEATURES
-from tests.refer import ANNOTATIONS, HEIGHT, WIDTH, box, image_name, write_images
+from segcompass.loaders import load_parquet
+from segcompass.loaders.rows import FEATURES
+from tests.support.refer import ANNOTATIONS, HEIGHT, WIDTH, box, image_name, write_images
 
 
 def write(folder, rows, name="test-00000-of-00001.parquet", features=None):

@@ -5,9 +5,9 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from loaders.image_text import image_text, load_image_text
-from tests.tiny import tiny_processor
-from trainers.collator import ImageTextCollator, open_image
+from segcompass.loaders.image_text import image_text, load_image_text
+from segcompass.trainers.collator import ImageTextCollator, open_image
+from tests.support.tiny import tiny_processor
 
 
 @pytest.fixture

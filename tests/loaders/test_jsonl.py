@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from loaders import load_jsonl
-from loaders.masks import encode_mask
-from loaders.rows import FEATURES
-from tests.refer import HEIGHT, WIDTH, box, rectangle, run_lengths
+from segcompass.loaders import load_jsonl
+from segcompass.loaders.masks import encode_mask
+from segcompass.loaders.rows import FEATURES
+from tests.support.refer import HEIGHT, WIDTH, box, rectangle, run_lengths
 
 MASK, OTHER = box(2, 3, 10, 9), box(20, 1, 30, 22)
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from loaders import load_obelics, load_rows, load_scenes
-from loaders.rows import FEATURES, expressions
-from tests.refer import ref, write_images, write_instances
+from segcompass.loaders import load_obelics, load_rows, load_scenes
+from segcompass.loaders.rows import FEATURES, expressions
+from tests.support.refer import ref, write_images, write_instances
 
 
 def test_names_lead_to_their_loaders(tmp_path):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from loaders.masks import coco_rle, decode_mask, encode_mask, paint_polygon
-from tests.refer import ANNOTATIONS, CROWD, HEIGHT, WIDTH, box, rectangle, run_lengths
+from segcompass.loaders.masks import coco_rle, decode_mask, encode_mask, paint_polygon
+from tests.support.refer import ANNOTATIONS, CROWD, HEIGHT, WIDTH, box, rectangle, run_lengths
 
 
 @pytest.mark.parametrize("name", [name for name, case in ANNOTATIONS.items() if case[2] is not None])

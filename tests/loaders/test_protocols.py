@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from loaders.reasoning_segmentation.reasoning_segmentation import PROTOCOLS, sample_counts, sample_iou, summarise
+from segcompass.loaders.reasoning_segmentation.reasoning_segmentation import (
+    PROTOCOLS,
+    sample_counts,
+    sample_iou,
+    summarise,
+)
 
 ROOT = Path(__file__).parents[2]
 METRIC = str(ROOT / "loaders" / "reasoning_segmentation")

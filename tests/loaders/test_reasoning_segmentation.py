@@ -6,7 +6,11 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from loaders.reasoning_segmentation.reasoning_segmentation import intersection_union, sample_counts, summarise
+from segcompass.loaders.reasoning_segmentation.reasoning_segmentation import (
+    intersection_union,
+    sample_counts,
+    summarise,
+)
 
 METRIC = Path(__file__).parents[2] / "loaders" / "reasoning_segmentation"
 EMPTY = np.zeros((4, 5), dtype=bool)

@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from loaders import load_reasonseg
-from loaders.rows import FEATURES
-from tests.refer import box
+from segcompass.loaders import load_reasonseg
+from segcompass.loaders.rows import FEATURES
+from tests.support.refer import box
 
 HEIGHT, WIDTH = 20, 30
 

@@ -1,4 +1,4 @@
-"""RefCOCO and gRefCOCO in the released formats, with the odd cases of tests/refer.py."""
+"""RefCOCO and gRefCOCO in the released formats, with the odd cases of tests/support/refer.py."""
 
 import json
 import pickle
@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from loaders import load_refcoco
-from loaders.rows import FEATURES
-from tests.refer import (
+from segcompass.loaders import load_refcoco
+from segcompass.loaders.rows import FEATURES
+from tests.support.refer import (
     ANNOTATIONS,
     HEIGHT,
     WIDTH,

@@ -11,8 +11,8 @@ import pytest
 from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader
 
-from loaders import scenes
-from loaders.scenes import COLOURS, KINDS, SHAPES, SIZES, ask, draw_scene, load_scenes, scene_question
+from segcompass.loaders import scenes
+from segcompass.loaders.scenes import COLOURS, KINDS, SHAPES, SIZES, ask, draw_scene, load_scenes, scene_question
 
 NUM_CHECKED = 500
 RANK = {"small": 0, "large": 1}

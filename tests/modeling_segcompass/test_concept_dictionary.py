@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_segcompass.concept_dictionary import (
+from segcompass.modeling_segcompass.concept_dictionary import (
     ConceptDictionary,
     Context,
     DictionaryBuilder,
@@ -14,7 +14,7 @@ from modeling_segcompass.concept_dictionary import (
     score,
     short_label,
 )
-from modeling_segcompass.query_codebook import IMAGE, INSTRUCTION, RESPONSE
+from segcompass.modeling_segcompass.query_codebook import IMAGE, INSTRUCTION, RESPONSE
 
 TOKENS, FEATURES = 60, 7
 WORDS = ["red", "blue", "ball"]

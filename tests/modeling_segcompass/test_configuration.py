@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import LlavaConfig, Qwen2_5_VLConfig, SamVisionConfig
 
-from modeling_segcompass import SegCompassConfig, SparseAutoencoderConfig
+from segcompass.modeling_segcompass import SegCompassConfig, SparseAutoencoderConfig
 
 FULL_SIZE = {
     "llava-1.5-7b": (LlavaConfig(), SparseAutoencoderConfig(d_in=4096, layer=16)),
@@ -30,7 +30,7 @@ def test_config_round_trips(name, tmp_path):
     mllm, sae = FULL_SIZE[name]
     config = SegCompassConfig(
         mllm_config=mllm,
-        sam_config=SamVisionConfig(),
+        image_encoder_config=SamVisionConfig(),
         sae_config=sae,
         num_slots=4,
         ref_token_id=7,

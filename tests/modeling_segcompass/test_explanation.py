@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_segcompass.explanation import render_html
-from tests.scripted import lively_segcompass, noise_image
-from tests.tiny import BACKBONES
+from segcompass.modeling_segcompass.explanation import render_html
+from tests.support.scripted import lively_segcompass, noise_image
+from tests.support.tiny import BACKBONES
 
 RESPONSES = ["<think>a red box</think><REF_POS><REF_POS><REF_POS>", "<think>b</think><REF_POS>"]
 SIZES = [(40, 40), (30, 44)]
@@ -109,7 +109,7 @@ def test_heatmap_covers_the_image_without_the_padding(told):
 
 def test_segment_can_be_explained(told):
     model, processor, images, _, _ = told
-    from tests.scripted import Script
+    from tests.support.scripted import Script
 
     inputs = processor(images=images, text=["the red box", "it"])
     script = Script(processor.tokenizer, RESPONSES)
@@ -138,7 +138,7 @@ def test_outputs_without_concepts_are_refused(told):
     model, _, _, inputs, _ = told
     with torch.no_grad():
         tokens = model(**inputs, query_source="tokens")
-        language = model(**{name: value for name, value in inputs.items() if name != "sam_pixel_values"})
+        language = model(**{name: value for name, value in inputs.items() if name != "encoder_pixel_values"})
     for outputs in (tokens, language):
         with pytest.raises(ValueError, match="these outputs have no concepts"):
             model.explain(outputs)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy import stats
 
-from modeling_segcompass.faithfulness import (
+from segcompass.modeling_segcompass.faithfulness import (
     ORDERS,
     area_under,
     bootstrap,
@@ -16,8 +16,8 @@ from modeling_segcompass.faithfulness import (
     single_sample,
     slot_faithfulness,
 )
-from tests.scripted import Script, lively_segcompass, noise_image
-from tests.tiny import BACKBONES
+from tests.support.scripted import Script, lively_segcompass, noise_image
+from tests.support.tiny import BACKBONES
 
 RESPONSES = ["<think>a red box</think><REF_POS><REF_POS><REF_POS>", "<think>b</think><REF_POS>"]
 SIZES = [(40, 40), (30, 44)]

@@ -9,10 +9,10 @@ from safetensors import safe_open
 from transformers import AutoModel, BitsAndBytesConfig, TorchAoConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from modeling_segcompass import SegCompassModel
-from modeling_segcompass.modeling_segcompass import UNQUANTIZED, spare_from_quantization
-from tests.scripted import INSTRUCTIONS, lively_segcompass, noise_images
-from tests.tiny import BACKBONES
+from segcompass.modeling_segcompass import SegCompassModel
+from segcompass.modeling_segcompass.modeling_segcompass import UNQUANTIZED, spare_from_quantization
+from tests.support.scripted import INSTRUCTIONS, lively_segcompass, noise_images
+from tests.support.tiny import BACKBONES
 
 RESPONSES = ["<think>left of it</think><REF_POS><REF_POS><REF_POS>"] * 2
 
@@ -63,10 +63,12 @@ def test_device_map_auto_gives_the_same_masks(saved):
 
 def test_parts_offloaded_by_device_map_come_back_when_needed_except_the_sae(saved, tmp_path):
     folder, processor, masks = saved
-    places = dict.fromkeys(("mllm", "sam", "sae", "query_codebook", "slot_mapper", "mask_decoder"), "cpu")
+    places = dict.fromkeys(("mllm", "image_encoder", "sae", "query_codebook", "slot_mapper", "mask_decoder"), "cpu")
     places["image_positions"] = "cpu"
-    model = SegCompassModel.from_pretrained(folder, device_map={**places, "sam": "disk"}, offload_folder=tmp_path)
-    assert any(weight.is_meta for weight in model.sam.parameters())
+    model = SegCompassModel.from_pretrained(
+        folder, device_map={**places, "image_encoder": "disk"}, offload_folder=tmp_path
+    )
+    assert any(weight.is_meta for weight in model.image_encoder.parameters())
     torch.testing.assert_close(masks_of(model, processor), masks)
     with pytest.raises(ValueError, match="device_map left no memory for the SAE"):
         SegCompassModel.from_pretrained(folder, device_map={**places, "sae": "disk"}, offload_folder=tmp_path)
@@ -92,7 +94,7 @@ def test_quantisation_leaves_everything_but_the_mllm_alone(saved, make):
     converted = {name for name in linear if should_convert_module(name, skipped)}
     assert converted and all(name.startswith("mllm.model.") for name in converted)
     assert {name.split(".")[0] for name in linear} - {name.split(".")[0] for name in converted} >= {
-        "sam",
+        "image_encoder",
         "slot_mapper",
     }
 
@@ -110,7 +112,7 @@ def test_quantised_model_still_segments(saved):
     model = SegCompassModel.from_pretrained(folder, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
     kinds = {type(module).__name__ for module in model.mllm.modules()}
     assert "Linear8bitLt" in kinds
-    spared = [model.sam, model.sae, model.query_codebook, model.slot_mapper, model.mask_decoder]
+    spared = [model.image_encoder, model.sae, model.query_codebook, model.slot_mapper, model.mask_decoder]
     assert not any(type(module).__name__ == "Linear8bitLt" for part in spared for module in part.modules())
     low = masks_of(model, processor)
     assert low.isfinite().all() and not torch.equal(low, masks)
@@ -126,7 +128,7 @@ def apart(saved, tmp_path_factory):
     model = SegCompassModel.from_pretrained(folder)
     root = tmp_path_factory.mktemp("apart")
     references = {}
-    for part in ("sae", "sam", "mllm"):
+    for part in ("sae", "image_encoder", "mllm"):
         getattr(model, part).save_pretrained(root / part)
         references[part] = {"repo_id": str(root / part), "revision": "main"}
     model.save_pretrained(root / "whole", references=references)
@@ -136,7 +138,7 @@ def apart(saved, tmp_path_factory):
 def test_parts_kept_elsewhere_are_fetched_and_the_masks_are_the_same(saved, apart):
     _, processor, masks = saved
     with safe_open(apart / "whole" / "model.safetensors", "pt") as file:
-        assert not {key.split(".")[0] for key in file.keys()} & {"sae", "sam", "mllm"}  # noqa: SIM118
+        assert not {key.split(".")[0] for key in file.keys()} & {"sae", "image_encoder", "mllm"}  # noqa: SIM118
     model, info = SegCompassModel.from_pretrained(apart / "whole", output_loading_info=True)
     assert not info["missing_keys"]
     torch.testing.assert_close(masks_of(model, processor), masks)
@@ -153,7 +155,7 @@ def test_a_model_fetched_in_parts_is_saved_whole(saved, apart, tmp_path):
 def test_bad_references_are_refused(saved, apart, tmp_path):
     model = SegCompassModel.from_pretrained(saved[0])
     for references in ({"decoder": {"repo_id": "a/b", "revision": "main"}}, {"sae": {"repo_id": "a/b"}}):
-        with pytest.raises(ValueError, match="name one of .'mllm', 'sam', 'sae'."):
+        with pytest.raises(ValueError, match="name one of .'mllm', 'image_encoder', 'sae'."):
             model.save_pretrained(tmp_path, references=references)
     with pytest.raises(ValueError, match="device_map needs a checkpoint that carries its weights whole"):
         SegCompassModel.from_pretrained(apart / "whole", device_map="auto")

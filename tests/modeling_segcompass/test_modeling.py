@@ -4,9 +4,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from modeling_segcompass import SegCompassModel, SparseAutoencoder, SparseAutoencoderConfig
-from tests.scripted import INSTRUCTIONS, Script, lively_segcompass, noise_image, noise_images
-from tests.tiny import BACKBONES, tiny_mllm, tiny_processor, tiny_segcompass
+from segcompass.modeling_segcompass import SegCompassModel, SparseAutoencoder, SparseAutoencoderConfig
+from tests.support.scripted import INSTRUCTIONS, Script, lively_segcompass, noise_image, noise_images
+from tests.support.tiny import BACKBONES, tiny_mllm, tiny_processor, tiny_segcompass
 
 MASKS = ("pred_masks", "pred_logits", "heatmaps")
 RESPONSES = [
@@ -93,7 +93,7 @@ def passes(parts):
         model.mllm.model.language_model.register_forward_hook(
             lambda module, inputs, output: lengths.append(output.last_hidden_state.shape[1])
         ),
-        model.sam.register_forward_hook(lambda *_: encoded.append(1)),
+        model.image_encoder.register_forward_hook(lambda *_: encoded.append(1)),
     ]
     yield lengths, encoded
     for handle in handles:
@@ -148,7 +148,7 @@ def test_segment_runs_nothing_twice(parts, passes):
 
 def test_language_alone_needs_no_sam(parts, passes):
     model, processor = parts
-    outputs = model(**processor(images=noise_image(8, 8), text="it", response="no", sam=False))
+    outputs = model(**processor(images=noise_image(8, 8), text="it", response="no", image_encoder=False))
     assert outputs.pred_masks is None and outputs.loss.isfinite() and passes[1] == []
 
 
@@ -228,16 +228,16 @@ def test_one_image_embedding_serves_many_questions(parts):
     inputs = processor(images=[image] * 2, text=INSTRUCTIONS[:2], response=RESPONSES[:2])
     with torch.no_grad():
         expected = model(**inputs)
-        embedding = model.get_image_embeddings(inputs["sam_pixel_values"][:1])
+        embedding = model.get_image_embeddings(inputs["encoder_pixel_values"][:1])
         assert embedding.shape == (1, 16, 8, 8)
-        shared = model(**{**inputs, "sam_pixel_values": None}, image_embeddings=embedding)
+        shared = model(**{**inputs, "encoder_pixel_values": None}, image_embeddings=embedding)
     torch.testing.assert_close(shared.pred_masks, expected.pred_masks, atol=1e-5, rtol=0)
 
 
 def test_padding_of_the_frame_does_not_reach_the_confidences(parts):
     model, processor = parts
     inputs = processor(images=noise_image(20, 64), text="it", response=RESPONSES[0])  # 10 x 32 of the 32 x 32 frame
-    embedding = model.get_image_embeddings(inputs.pop("sam_pixel_values")).detach()
+    embedding = model.get_image_embeddings(inputs.pop("encoder_pixel_values")).detach()
     changed = {}
     for row in (2, 3):  # 10 pixels are 2.5 cells of the key grid: rows 0, 1 and 2
         other = embedding.clone()
@@ -330,7 +330,7 @@ def test_erasing_is_decoding_without_the_heaviest_concepts_of_the_sure_slots(par
     model, processor = parts
     inputs = processor(images=noise_images(), text=INSTRUCTIONS, response=RESPONSES)
     with torch.no_grad():
-        outputs = model(**inputs, erase_concepts=2)
+        outputs = model(**inputs, num_erased_concepts=2)
         for sample in range(4):
             sure = [k for k in range(3) if outputs.slot_mask[sample, k] and outputs.pred_logits[sample, k] >= 0]
             found = [k for k in range(3) if outputs.slot_mask[sample, k]]
@@ -344,8 +344,8 @@ def test_erasing_is_decoding_without_the_heaviest_concepts_of_the_sure_slots(par
             scaled = model(**inputs, concept_scale=dict.fromkeys(heaviest, 0.0))
             torch.testing.assert_close(outputs.erased.heatmaps[sample], scaled.heatmaps[sample])
             torch.testing.assert_close(outputs.erased.pred_logits[sample], scaled.pred_logits[sample])
-        with pytest.raises(ValueError, match="erase_concepts needs concepts"):
-            model(**inputs, erase_concepts=2, query_source="tokens")
+        with pytest.raises(ValueError, match="num_erased_concepts needs concepts"):
+            model(**inputs, num_erased_concepts=2, query_source="tokens")
 
 
 @pytest.mark.parametrize("source", ["tokens", "concepts"])
@@ -369,8 +369,8 @@ def test_forward_without_a_response_is_refused(parts):
 
 def test_segment_without_the_image_is_refused(parts):
     model, processor = parts
-    with pytest.raises(ValueError, match="pass sam_pixel_values or image_embeddings"):
-        model.segment(**processor(images=noise_image(8, 8), text="it", sam=False))
+    with pytest.raises(ValueError, match="pass encoder_pixel_values or image_embeddings"):
+        model.segment(**processor(images=noise_image(8, 8), text="it", image_encoder=False))
 
 
 @pytest.mark.parametrize("name", ["num_beams", "num_return_sequences"])
@@ -412,7 +412,7 @@ def test_gradient_of_the_masks_reaches_all_but_the_frozen(backbone):
     assert reached["mask_decoder.mask_token"] and reached["slot_mapper.map_in.weight"]
     frozen = [name for name in reached if name.startswith(("sae.", "sam.", "image_positions."))]
     assert frozen and not any(reached[name] for name in frozen)
-    assert not any(p.requires_grad for module in (model.sae, model.sam) for p in module.parameters())
+    assert not any(p.requires_grad for module in (model.sae, model.image_encoder) for p in module.parameters())
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -453,9 +453,9 @@ def test_whole_model_works_in_half_precision(reading):
 def test_backbones_are_loaded_with_float32_master_weights(tmp_path):
     mllm, sam, processor = backbones()
     mllm.to(torch.bfloat16).save_pretrained(tmp_path / "mllm")
-    sam.to(torch.float16).save_pretrained(tmp_path / "sam")
+    sam.to(torch.float16).save_pretrained(tmp_path / "image_encoder")
     model = SegCompassModel.from_backbones(
-        str(tmp_path / "mllm"), str(tmp_path / "sam"), processor=processor, d_c=16, decoder_heads=4
+        str(tmp_path / "mllm"), str(tmp_path / "image_encoder"), processor=processor, d_c=16, decoder_heads=4
     )
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
@@ -477,7 +477,7 @@ def test_checkpoint_loads_bit_identical_every_time(backbone, tmp_path):
         state = loaded.state_dict()
         assert state.keys() == expected.keys()
         assert all(torch.equal(state[name], expected[name]) for name in expected)
-    assert not any(p.requires_grad for module in (once.sae, once.sam) for p in module.parameters())
+    assert not any(p.requires_grad for module in (once.sae, once.image_encoder) for p in module.parameters())
     files = [tmp_path / name / "model.safetensors" for name in ("first", "second")]
     assert files[0].read_bytes() == files[1].read_bytes()
     inputs = processor(images=noise_images(), text=INSTRUCTIONS, response=RESPONSES)
@@ -524,7 +524,7 @@ def backbones(name=None):
     mllm = tiny_mllm("llava", processor)
     if name:
         mllm.config._name_or_path = name
-    return mllm, tiny_segcompass("llava")[0].sam, processor
+    return mllm, tiny_segcompass("llava")[0].image_encoder, processor
 
 
 def test_sae_of_another_backbone_is_refused():

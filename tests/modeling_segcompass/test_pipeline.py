@@ -6,8 +6,8 @@ from datasets import Dataset
 from PIL import Image
 from transformers import pipeline
 
-from tests.scripted import INSTRUCTIONS, Script, lively_segcompass, noise_images
-from tests.tiny import BACKBONES
+from tests.support.scripted import INSTRUCTIONS, Script, lively_segcompass, noise_images
+from tests.support.tiny import BACKBONES
 
 TASK = "reasoning-segmentation"
 ANSWER = "<think>left of it</think><REF_POS><REF_POS><REF_POS>"

@@ -5,10 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling_segcompass import SegCompassOutput, SegCompassProcessor
-from modeling_segcompass.processing_segcompass import PROMPT
-from tests.scripted import IMAGE_SIZES, INSTRUCTIONS, noise_image, noise_images
-from tests.tiny import BACKBONES, tiny_processor
+from segcompass.modeling_segcompass import SegCompassOutput, SegCompassProcessor
+from segcompass.modeling_segcompass.processing_segcompass import PROMPT
+from tests.support.scripted import IMAGE_SIZES, INSTRUCTIONS, noise_image, noise_images
+from tests.support.tiny import BACKBONES, tiny_processor
 
 REASONING = "left of the ring"
 
@@ -81,14 +81,14 @@ def test_template_with_the_concentration_token_is_refused(processor):
         SegCompassProcessor(
             processor.image_processor,
             processor.tokenizer,
-            processor.sam_image_processor,
+            processor.encoder_image_processor,
             prompt_template="{instruction} <REF_POS>",
         )
 
 
 def test_image_too_narrow_for_the_frame_is_refused(processor):
     with pytest.raises(ValueError, match=r"image 0 is 1 x 200 pixels; the limit is a ratio of 64 .*crop it"):
-        processor.sam_inputs(noise_image(200, 1))
+        processor.encoder_inputs(noise_image(200, 1))
 
 
 # -- prompts and responses ---------------------------------------------------------------------------------------------
@@ -108,7 +108,7 @@ def test_prompt_never_contains_the_concentration_token(processor):
 def test_inputs_have_the_documented_shapes_and_sizes(processor):
     inputs = processor(images=noise_images(), text=INSTRUCTIONS)
     assert inputs["input_ids"].shape == inputs["attention_mask"].shape
-    assert inputs["sam_pixel_values"].shape == (4, 3, 32, 32)
+    assert inputs["encoder_pixel_values"].shape == (4, 3, 32, 32)
     assert inputs["original_sizes"].tolist() == [list(size) for size in IMAGE_SIZES]
     assert inputs["reshaped_input_sizes"].tolist() == [[32, 32], [22, 32], [32, 20], [10, 32]]
     image_tokens = (inputs["input_ids"] == processor.image_token_id).sum(1)
@@ -133,11 +133,13 @@ def test_images_may_come_in_any_usual_form(processor, kind, tmp_path):
     inputs = processor(images=given, text="the box")
     assert inputs["original_sizes"].tolist() == [[30, 44]]
     if kind != "grey array":
-        assert torch.equal(inputs["sam_pixel_values"], processor(images=image, text="the box")["sam_pixel_values"])
+        assert torch.equal(
+            inputs["encoder_pixel_values"], processor(images=image, text="the box")["encoder_pixel_values"]
+        )
 
 
 def test_sam_inputs_can_be_left_out(processor):
-    assert "sam_pixel_values" not in processor(images=noise_image(8, 8), text="the box", sam=False)
+    assert "encoder_pixel_values" not in processor(images=noise_image(8, 8), text="the box", image_encoder=False)
 
 
 def test_finished_prompt_passes_through_unchanged(processor):
@@ -149,7 +151,7 @@ def test_finished_prompt_passes_through_unchanged(processor):
     ours = processor(images=image, text="the box")
     assert torch.equal(finished["input_ids"], ours["input_ids"])
     assert torch.equal(finished["pixel_values"], ours["pixel_values"])
-    assert "sam_pixel_values" not in finished
+    assert "encoder_pixel_values" not in finished
 
 
 def test_chat_template_tokenises_the_same_prompt(processor):
@@ -246,7 +248,7 @@ def test_mask_drawn_on_the_frame_comes_back_pixel_for_pixel(processor, size):
 def test_any_size_agrees_with_an_independent_resampling(processor, size, cells):
     frame = np.random.default_rng(0).standard_normal((cells, cells))
     (logits,) = processor.post_process_masks(torch.tensor(frame, dtype=torch.float32)[None, None], [size])
-    inside = processor.sam_inputs(noise_image(*size))["reshaped_input_sizes"][0].tolist()
+    inside = processor.encoder_inputs(noise_image(*size))["reshaped_input_sizes"][0].tolist()
     expected = bilinear(bilinear(frame, 32, 32)[: inside[0], : inside[1]], *size)
     np.testing.assert_allclose(logits[0].numpy(), expected, atol=1e-5)
 

@@ -4,8 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from modeling_segcompass import SegCompassConfig, SparseAutoencoder, SparseAutoencoderConfig
-from modeling_segcompass.query_codebook import IMAGE, INSTRUCTION, RESPONSE, QueryCodebook, where_features
+from segcompass.modeling_segcompass import SegCompassConfig, SparseAutoencoder, SparseAutoencoderConfig
+from segcompass.modeling_segcompass.query_codebook import (
+    IMAGE,
+    INSTRUCTION,
+    RESPONSE,
+    QueryCodebook,
+    token_position_features,
+)
 
 BATCH, TOKENS, WIDTH, FEATURES, SLOTS, SELECTED = 3, 17, 12, 60, 2, 10
 READINGS = ("feature", "token")
@@ -27,7 +33,7 @@ def build(reading, activation, seed=0):
     sae, codebook = SparseAutoencoder(config.sae_config).double(), QueryCodebook(config).double()
     with torch.no_grad():
         sae.b_enc.copy_(0.3 * torch.randn(FEATURES) - 0.5)
-        sae.usual_strength.copy_(torch.rand(FEATURES) + 0.5)
+        sae.mean_active_activation.copy_(torch.rand(FEATURES) + 0.5)
         for parameter in codebook.parameters():
             parameter.copy_(0.3 * torch.randn_like(parameter))
     return sae.requires_grad_(False), codebook
@@ -40,7 +46,7 @@ def sample(seed=0):
     types = torch.randint(0, 3, (BATCH, TOKENS), generator=generator)
     xy = torch.rand(BATCH, TOKENS, 2, generator=generator, dtype=torch.float64)
     distance = torch.arange(TOKENS, 0, -1, dtype=torch.float64).expand(BATCH, -1)
-    return z, mask, where_features(types, xy, distance)
+    return z, mask, token_position_features(types, xy, distance)
 
 
 def attention_block(block, x, valid):
@@ -62,7 +68,7 @@ def dense(codebook, sae, z, mask, where):
             kept = h >= h.topk(sae.config.k, dim=-1).values[:, -1:]
             h = h * kept
         h = h * mask[row][:, None]  # (T, d_sae)
-        selected = (h.amax(0) / sae.usual_strength).topk(SELECTED).indices
+        selected = (h.amax(0) / sae.mean_active_activation).topk(SELECTED).indices
         outside = torch.ones(FEATURES, dtype=torch.bool).index_fill(0, selected, False)
         h = h.masked_fill(outside, 0)  # still (T, d_sae)
         if codebook.reading == "feature":
@@ -131,7 +137,7 @@ def test_provenance_is_the_saes_own_activations(activation):
     for row in range(BATCH):
         torch.testing.assert_close(concepts.activations[row], h[row][:, concepts.indices[row]], atol=1e-12, rtol=0)
     torch.testing.assert_close(concepts.values, concepts.activations.amax(1), atol=0, rtol=0)
-    relative = concepts.values / sae.usual_strength[concepts.indices]
+    relative = concepts.values / sae.mean_active_activation[concepts.indices]
     assert (relative.diff(dim=1) <= 1e-12).all(), "strongest relative to its usual strength first"
 
 
@@ -189,9 +195,9 @@ def test_scaling_a_concept_scales_its_strength():
 
 def test_where_features_tell_image_from_text():
     types = torch.tensor([[IMAGE, INSTRUCTION, RESPONSE]])
-    near = where_features(types, torch.full((1, 3, 2), 0.2), torch.full((1, 3), 3.0))
-    moved = where_features(types, torch.full((1, 3, 2), 0.7), torch.full((1, 3), 3.0))
-    later = where_features(types, torch.full((1, 3, 2), 0.2), torch.full((1, 3), 9.0))
+    near = token_position_features(types, torch.full((1, 3, 2), 0.2), torch.full((1, 3), 3.0))
+    moved = token_position_features(types, torch.full((1, 3, 2), 0.7), torch.full((1, 3), 3.0))
+    later = token_position_features(types, torch.full((1, 3, 2), 0.2), torch.full((1, 3), 9.0))
     assert (near != moved).any(-1).tolist() == [[True, False, False]]
     assert (near != later).any(-1).tolist() == [[False, True, True]]
     assert (near[0, 1] != near[0, 2]).any()

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
-import modeling_segcompass
-from modeling_segcompass import SegCompassConfig, SegCompassModel, SegCompassProcessor
-from tests.scripted import INSTRUCTIONS, lively_segcompass, noise_images
-from tests.tiny import BACKBONES
+import segcompass.modeling_segcompass as modeling_segcompass
+from segcompass.modeling_segcompass import SegCompassConfig, SegCompassModel, SegCompassProcessor
+from tests.support.scripted import INSTRUCTIONS, lively_segcompass, noise_images
+from tests.support.tiny import BACKBONES
 
 PACKAGE = Path(modeling_segcompass.__file__).parent
 TOOLS = {"concept_dictionary.py", "faithfulness.py"}  # for examining a model: none needs them to run
@@ -22,7 +22,7 @@ RESPONSES = ["<think>left of it</think><REF_POS><REF_POS><REF_POS>"] * 4
 ELSEWHERE = """
 import importlib.util, json, sys
 sys.path += json.loads(sys.argv[1])
-for name in ("modeling_segcompass", "trainers", "loaders"):
+for name in ("segcompass", "modeling_segcompass", "trainers"):
     assert importlib.util.find_spec(name) is None, f"{name} can be imported here"
 
 import torch

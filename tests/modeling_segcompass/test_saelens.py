@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from modeling_segcompass import SparseAutoencoder
+from segcompass.modeling_segcompass import SparseAutoencoder
 from tests.modeling_segcompass.saelens.ours import CASES, export
 
 RECORDED = Path(__file__).parent / "saelens"

@@ -15,9 +15,14 @@ import pytest
 import torch
 from transformers import SamConfig, SamModel, SamVisionModel
 
-from modeling_segcompass import SegCompassModel
-from modeling_segcompass.sam_weights import convert_original_sam, read_sam, sam_vision_config, start_mask_decoder
-from tests.tiny import tiny_mllm, tiny_processor
+from segcompass.modeling_segcompass import SegCompassModel
+from segcompass.modeling_segcompass.sam_weights import (
+    convert_original_sam,
+    read_sam,
+    sam_vision_config,
+    start_mask_decoder,
+)
+from tests.support.tiny import tiny_mllm, tiny_processor
 
 RECORDED = json.loads(Path(__file__).with_name("sam_vit_b_keys.json").read_text())
 WIDTH = 16

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
-from modeling_segcompass.configuration_segcompass import SparseAutoencoderConfig
-from modeling_segcompass.modeling_sparse_autoencoder import SparseAutoencoder
+from segcompass.modeling_segcompass.configuration_segcompass import SparseAutoencoderConfig
+from segcompass.modeling_segcompass.modeling_sparse_autoencoder import SparseAutoencoder
 
 D_IN, D_SAE = 16, 96
 
@@ -18,7 +18,7 @@ def build_sae(dtype=torch.float32, **kwargs):
         for parameter in (sae.b_enc, sae.b_dec):
             parameter.normal_(std=0.3)
         sae.W_dec.mul_(torch.linspace(0.5, 2, D_SAE)[:, None])
-        sae.usual_strength.uniform_(1, 3)
+        sae.mean_active_activation.uniform_(1, 3)
         if hasattr(sae, "threshold"):
             sae.threshold.copy_(torch.linspace(0.2, 1.2, D_SAE))
     return sae
@@ -37,7 +37,7 @@ def test_fresh_atoms_have_norm_one_and_the_encoder_is_their_transpose():
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(D_SAE))
     assert torch.equal(sae.W_enc, sae.W_dec.T)
     assert not sae.b_enc.any() and not sae.b_dec.any()
-    assert torch.equal(sae.usual_strength, torch.ones(D_SAE))
+    assert torch.equal(sae.mean_active_activation, torch.ones(D_SAE))
 
 
 def test_forward_gives_eq_7_with_the_penalty_weighted_by_decoder_norms(z):
@@ -268,7 +268,7 @@ def test_saving_and_loading_is_exact(z, tmp_path, options):
     sae.save_pretrained(tmp_path)
     loads = [SparseAutoencoder.from_pretrained(tmp_path) for _ in range(2)]
     for loaded in loads:
-        assert loaded.state_dict().keys() == sae.state_dict().keys() >= {"usual_strength"}
+        assert loaded.state_dict().keys() == sae.state_dict().keys() >= {"mean_active_activation"}
         assert all(torch.equal(value, sae.state_dict()[name]) for name, value in loaded.state_dict().items())
         assert torch.equal(loaded.eval()(z).loss, sae.eval()(z).loss)
         assert (loaded.config.backbone, loaded.config.layer) == ("tiny/backbone", 2)
@@ -311,11 +311,11 @@ def test_inside_another_model_it_is_loaded_exactly(tmp_path):
 
 def test_parts_missing_from_a_checkpoint_are_initialised_and_the_rest_kept(tmp_path):
     sae = build_sae()
-    state = {name: value for name, value in sae.state_dict().items() if name != "usual_strength"}
+    state = {name: value for name, value in sae.state_dict().items() if name != "mean_active_activation"}
     sae.save_pretrained(tmp_path, state_dict=state)
     loaded = SparseAutoencoder.from_pretrained(tmp_path)
     assert torch.equal(loaded.W_dec, sae.W_dec) and torch.equal(loaded.W_enc, sae.W_enc)
-    assert torch.equal(loaded.usual_strength, torch.ones(D_SAE))
+    assert torch.equal(loaded.mean_active_activation, torch.ones(D_SAE))
 
 
 def test_configurations_written_before_the_newer_fields_load_unchanged(z, tmp_path):

@@ -13,12 +13,12 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from loaders.image_text import image_text
-from modeling_segcompass import SparseAutoencoder, SparseAutoencoderConfig
-from tests.tiny import tiny_mllm, tiny_processor
-from trainers.activation_cache import CachedActivations, cache_activations
-from trainers.collator import ImageTextCollator
-from trainers.sae_trainer import SparseAutoencoderTrainer, SparseAutoencoderTrainerConfig, last_checkpoint
+from segcompass.loaders.image_text import image_text
+from segcompass.modeling_segcompass import SparseAutoencoder, SparseAutoencoderConfig
+from segcompass.trainers.activation_cache import CachedActivations, cache_activations
+from segcompass.trainers.collator import ImageTextCollator
+from segcompass.trainers.sae_trainer import SparseAutoencoderTrainer, SparseAutoencoderTrainerConfig, last_checkpoint
+from tests.support.tiny import tiny_mllm, tiny_processor
 
 
 class Rows(list):

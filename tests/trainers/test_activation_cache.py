@@ -7,12 +7,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from loaders.image_text import image_text
-from tests.tiny import tiny_mllm, tiny_processor
-from trainers import activation_cache
-from trainers.activation_cache import CachedActivations, cache_activations
-from trainers.activations import SPECIAL, batch_activations
-from trainers.collator import ImageTextCollator
+from segcompass.loaders.image_text import image_text
+from segcompass.trainers import activation_cache
+from segcompass.trainers.activation_cache import CachedActivations, cache_activations
+from segcompass.trainers.activations import SPECIAL, batch_activations
+from segcompass.trainers.collator import ImageTextCollator
+from tests.support.tiny import tiny_mllm, tiny_processor
 
 LAYER, HIDDEN, SAMPLES = 2, 32, 10
 

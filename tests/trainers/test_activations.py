@@ -2,8 +2,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.tiny import BACKBONES, tiny_mllm, tiny_processor
-from trainers.activations import ActivationDataset, layer_hidden_states, stream_activations
+from segcompass.trainers.activations import ActivationDataset, layer_hidden_states, stream_activations
+from tests.support.tiny import BACKBONES, tiny_mllm, tiny_processor
 
 LAYERS, LAYER = 4, 2
 
@@ -20,7 +20,7 @@ def parts(request):
         texts = [f"find the mug number {number}", "the cat" + number * " sat"]
         responses = [f"<think>it is {number}</think>", "<think>no</think>"]
         batches.append(dict(processor(images=images, text=texts, response=responses, return_tensors="pt")))
-    assert all("labels" in batch and "sam_pixel_values" in batch for batch in batches)
+    assert all("labels" in batch and "encoder_pixel_values" in batch for batch in batches)
     assert not all(batch["attention_mask"].all() for batch in batches)
     return mllm, batches
 
@@ -33,7 +33,9 @@ def reference(mllm, batches, dropped=()):
     """Hidden states of each real token, from a whole forward pass."""
     kept = []
     for batch in batches:
-        inputs = {name: batch[name] for name in batch if name not in ("labels", "sam_pixel_values", "original_sizes")}
+        inputs = {
+            name: batch[name] for name in batch if name not in ("labels", "encoder_pixel_values", "original_sizes")
+        }
         inputs.pop("reshaped_input_sizes")
         with torch.no_grad():
             hidden = mllm(**inputs, output_hidden_states=True).hidden_states[LAYER]

@@ -11,13 +11,13 @@ from PIL import Image
 from safetensors import safe_open
 from trl.trainer.utils import split_pixel_values_by_grid, split_tensor_dict, unsplit_pixel_values_by_grid
 
-from modeling_segcompass import SegCompassModel
-from tests.grpo import SLOTS, make_trainer, rollout, scenes, script_responses, settings, weights
-from tests.tiny import BACKBONES, tiny_segcompass
-from trainers import grpo_trainer
-from trainers.grpo_trainer import SegCompassGRPOTrainer, _check_rollout_policy
-from trainers.policy import lora_config
-from trainers.vllm_policy import PolicyEngine, export_policy, policy_engine
+from segcompass.modeling_segcompass import SegCompassModel
+from segcompass.trainers import grpo_trainer
+from segcompass.trainers.grpo_trainer import SegCompassGRPOTrainer, _check_rollout_policy
+from segcompass.trainers.policy import lora_config
+from segcompass.trainers.vllm_policy import PolicyEngine, export_policy, policy_engine
+from tests.support.grpo import SLOTS, make_trainer, rollout, scenes, script_responses, settings, weights
+from tests.support.tiny import BACKBONES, tiny_segcompass
 
 SEGMENTATION = ("query_codebook", "slot_mapper", "mask_decoder")
 
@@ -160,7 +160,7 @@ def test_vllm_gets_every_weight_of_the_checkpoint_it_loaded_and_no_other(tmp_pat
     # what was sent, loaded into a bare MLLM, is the policy
     bare, _ = tiny_segcompass(backbone, num_slots=SLOTS, seed=1)
     bare.mllm.load_state_dict(weights_sent, strict=False)
-    inputs = processor(images=Image.new("RGB", (30, 30), "red"), text="the box", sam=False)
+    inputs = processor(images=Image.new("RGB", (30, 30), "red"), text="the box", image_encoder=False)
     core = model.get_base_model() if adapters else model
     with torch.no_grad():
         expected = core.eval().mllm(**inputs).logits

@@ -8,15 +8,24 @@ from PIL import Image
 from transformers import BitsAndBytesConfig
 from trl import GRPOTrainer
 
-from modeling_segcompass import SegCompassModel
-from tests.grpo import SLOTS, force_responses, make_trainer, rollout, scenes, script_responses, settings, weights
-from tests.tiny import BACKBONES, tiny_mllm, tiny_processor, tiny_segcompass
-from trainers.grpo_config import SegCompassGRPOConfig
-from trainers.grpo_trainer import SegCompassGRPOTrainer
-from trainers.losses import segmentation_loss
-from trainers.policy import lora_config
-from trainers.rewards import mask_scores
-from trainers.targets import valid_extent
+from segcompass.modeling_segcompass import SegCompassModel
+from segcompass.trainers.grpo_config import SegCompassGRPOConfig
+from segcompass.trainers.grpo_trainer import SegCompassGRPOTrainer
+from segcompass.trainers.losses import segmentation_loss
+from segcompass.trainers.policy import lora_config
+from segcompass.trainers.rewards import mask_scores
+from segcompass.trainers.targets import valid_extent
+from tests.support.grpo import (
+    SLOTS,
+    force_responses,
+    make_trainer,
+    rollout,
+    scenes,
+    script_responses,
+    settings,
+    weights,
+)
+from tests.support.tiny import BACKBONES, tiny_mllm, tiny_processor, tiny_segcompass
 
 
 class Passes:
@@ -48,7 +57,7 @@ def test_joint_steps_move_what_learns_and_nothing_else(tmp_path, backbone, beta)
     trainer = make_trainer(tmp_path, backbone, beta=beta)
     model, before = trainer.model, weights(trainer.model)
     vision = model.mllm.model.get_encoder("image")
-    counted = Passes(mllm=model.mllm, backbone=model.mllm.model, sam=model.sam)
+    counted = Passes(mllm=model.mllm, backbone=model.mllm.model, image_encoder=model.image_encoder)
     reference = Passes(reference=trainer.ref_model) if beta else None
     trainer.train()
 
@@ -66,7 +75,7 @@ def test_joint_steps_move_what_learns_and_nothing_else(tmp_path, backbone, beta)
     for group in ("query_codebook", "slot_mapper", "mask_decoder", upper_block, "mllm.lm_head"):
         assert any(name.startswith(group) for name in moved), group
     layers = tuple(f"mllm.model.language_model.layers.{layer}." for layer in range(model.config.sae_config.layer))
-    frozen = {id(p) for module in (model.sae, model.sam, vision) for p in module.parameters()}
+    frozen = {id(p) for module in (model.sae, model.image_encoder, vision) for p in module.parameters()}
     for name, parameter in model.named_parameters():
         if id(parameter) in frozen or name.startswith(layers):
             assert name not in moved

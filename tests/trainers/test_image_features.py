@@ -13,10 +13,16 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.grpo import make_trainer, scenes, weights
-from tests.tiny import tiny_segcompass
-from trainers.collator import SegCompassCollator
-from trainers.image_features import ImageFeatures, ImageFeatureWriter, encoder_id, image_key, open_image_features
+from segcompass.trainers.collator import SegCompassCollator
+from segcompass.trainers.image_features import (
+    ImageFeatures,
+    ImageFeatureWriter,
+    encoder_id,
+    image_key,
+    open_image_features,
+)
+from tests.support.grpo import make_trainer, scenes, weights
+from tests.support.tiny import tiny_segcompass
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,12 +33,14 @@ def pictures(count, seed=0):
 
 
 def write(folder, images, model, processor, shard_size=2):
-    sam_id = encoder_id(model.sam, processor.sam_image_processor)
-    writer = ImageFeatureWriter(folder, sam_id, model.config.sam_config.image_size, shard_size)
+    sam_id = encoder_id(model.image_encoder, processor.encoder_image_processor)
+    writer = ImageFeatureWriter(folder, sam_id, model.config.image_encoder_config.image_size, shard_size)
     for image in images:
         if (key := image_key(image)) not in writer:
             with torch.no_grad():
-                writer.add(key, model.get_image_embeddings(processor.sam_inputs([image])["sam_pixel_values"])[0])
+                writer.add(
+                    key, model.get_image_embeddings(processor.encoder_inputs([image])["encoder_pixel_values"])[0]
+                )
     writer.close()
     return writer
 
@@ -44,9 +52,9 @@ def test_cached_inputs_are_what_the_encoder_gives(tmp_path):
     cache = open_image_features(tmp_path, model, processor)
     assert len(cache) == 5 and len(list(tmp_path.glob("shard-*.npy"))) == 3
     inputs = cache.inputs([images[3], images[0]])
-    direct = processor.sam_inputs([images[3], images[0]])
+    direct = processor.encoder_inputs([images[3], images[0]])
     with torch.no_grad():
-        expected = model.get_image_embeddings(direct["sam_pixel_values"])
+        expected = model.get_image_embeddings(direct["encoder_pixel_values"])
     assert inputs["image_embeddings"].dtype == torch.float16
     assert torch.allclose(inputs["image_embeddings"].float(), expected, rtol=1e-3, atol=1e-3)
     assert torch.equal(inputs["reshaped_input_sizes"], direct["reshaped_input_sizes"])
@@ -66,10 +74,10 @@ def test_an_image_is_known_by_what_it_shows(tmp_path):
 def test_features_of_another_encoder_are_refused_by_name(tmp_path):
     model, processor = tiny_segcompass("llava")
     write(tmp_path, pictures(2), model, processor)
-    ours = encoder_id(model.sam, processor.sam_image_processor)
+    ours = encoder_id(model.image_encoder, processor.encoder_image_processor)
     with torch.no_grad():
-        next(model.sam.parameters()).flatten()[0] += 1e-3
-    theirs = encoder_id(model.sam, processor.sam_image_processor)
+        next(model.image_encoder.parameters()).flatten()[0] += 1e-3
+    theirs = encoder_id(model.image_encoder, processor.encoder_image_processor)
     with pytest.raises(ValueError, match=f"features of encoder '{ours}', this model's is '{theirs}'"):
         open_image_features(tmp_path, model, processor)
     with pytest.raises(ValueError, match=f"features of encoder '{ours}'"):
@@ -78,12 +86,12 @@ def test_features_of_another_encoder_are_refused_by_name(tmp_path):
 
 def test_the_encoder_id_covers_weights_and_preparation_but_not_dtype():
     model, processor = tiny_segcompass("llava")
-    first = encoder_id(model.sam, processor.sam_image_processor)
-    half = model.sam.to(torch.bfloat16)
-    rounded = encoder_id(half, processor.sam_image_processor)
-    assert rounded == encoder_id(half.float(), processor.sam_image_processor) != first
-    processor.sam_image_processor.image_mean = [0.0, 0.0, 0.0]
-    assert encoder_id(half, processor.sam_image_processor) != rounded
+    first = encoder_id(model.image_encoder, processor.encoder_image_processor)
+    half = model.image_encoder.to(torch.bfloat16)
+    rounded = encoder_id(half, processor.encoder_image_processor)
+    assert rounded == encoder_id(half.float(), processor.encoder_image_processor) != first
+    processor.encoder_image_processor.image_mean = [0.0, 0.0, 0.0]
+    assert encoder_id(half, processor.encoder_image_processor) != rounded
 
 
 def test_what_is_missing_or_damaged_is_said(tmp_path):
@@ -124,7 +132,7 @@ def test_a_second_run_adds_only_what_is_new_and_clears_what_was_left(tmp_path):
 
 WORKER = """
 import sys, time, torch
-from trainers.image_features import ImageFeatureWriter
+from segcompass.trainers.image_features import ImageFeatureWriter
 writer = ImageFeatureWriter(sys.argv[1], "encoder", 32, shard_size=2)
 for number in range(1000):
     if (key := f"{number:032x}") not in writer:
@@ -161,7 +169,7 @@ def test_joint_training_with_a_cache_encodes_nothing_and_learns_the_same(tmp_pat
     for features in (None, str(tmp_path / "cache")):
         trainer = make_trainer(tmp_path / "run", beta=0.0, max_steps=1, image_features=features)
         encoded = []
-        trainer.model.sam.register_forward_hook(lambda *_, encoded=encoded: encoded.append(1))
+        trainer.model.image_encoder.register_forward_hook(lambda *_, encoded=encoded: encoded.append(1))
         trainer.train()
         assert bool(encoded) == (features is None)
         results.append((trainer.state.log_history[0], weights(trainer.model)))
@@ -179,7 +187,7 @@ def test_the_supervised_collator_reads_a_cache(tmp_path):
     side = 4 * model.config.key_grid
     plain = SegCompassCollator(processor, side)(rows)
     cached = SegCompassCollator(processor, side, open_image_features(tmp_path, model, processor))(rows)
-    assert "sam_pixel_values" not in cached and torch.equal(cached["input_ids"], plain["input_ids"])
+    assert "encoder_pixel_values" not in cached and torch.equal(cached["input_ids"], plain["input_ids"])
     for batch in (plain, cached):
         batch.pop("mask_targets")
     with torch.no_grad():

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from trainers.losses import erasure_loss, segmentation_loss
+from segcompass.trainers.losses import erasure_loss, segmentation_loss
 
 
 def random_batch(seed=0, counts=(2, 1, 0), slots=3, grid=4, factor=4):

@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from trainers.matching import match_slots, soft_iou, valid_region
+from segcompass.trainers.matching import match_slots, soft_iou, valid_region
 
 
 def logits_of(probabilities):

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from trainers.rewards import format_score, make_format_reward, mask_reward, mask_score, mask_scores
+from segcompass.trainers.rewards import format_score, make_format_reward, mask_reward, mask_score, mask_scores
 
 RUN = "<REF_POS>" * 3
 ALL = torch.ones(3, dtype=torch.bool)

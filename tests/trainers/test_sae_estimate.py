@@ -10,13 +10,13 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaConfig, Qwen2_5_VLConfig
 
-from loaders.image_text import image_text
-from modeling_segcompass import SparseAutoencoder, SparseAutoencoderConfig
-from tests.tiny import BACKBONES, tiny_mllm, tiny_processor
-from trainers.activation_cache import cache_activations
-from trainers.activations import batch_activations
-from trainers.collator import ImageTextCollator
-from trainers.sae_estimate import estimate_sae_training
+from segcompass.loaders.image_text import image_text
+from segcompass.modeling_segcompass import SparseAutoencoder, SparseAutoencoderConfig
+from segcompass.trainers.activation_cache import cache_activations
+from segcompass.trainers.activations import batch_activations
+from segcompass.trainers.collator import ImageTextCollator
+from segcompass.trainers.sae_estimate import estimate_sae_training
+from tests.support.tiny import BACKBONES, tiny_mllm, tiny_processor
 
 RECIPES = Path(__file__).resolve().parents[2] / "examples" / "recipes"
 SAMPLES = 6

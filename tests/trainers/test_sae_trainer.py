@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.utils.data import IterableDataset
 
-from modeling_segcompass.configuration_segcompass import SparseAutoencoderConfig
-from modeling_segcompass.modeling_sparse_autoencoder import SparseAutoencoder
-from trainers.sae_trainer import (
+from segcompass.modeling_segcompass.configuration_segcompass import SparseAutoencoderConfig
+from segcompass.modeling_segcompass.modeling_sparse_autoencoder import SparseAutoencoder
+from segcompass.trainers.sae_trainer import (
     SparseAutoencoderTrainer,
     SparseAutoencoderTrainerConfig,
     evaluate_sae,
@@ -93,7 +93,7 @@ def test_saved_weights_read_raw_hidden_states_at_a_checkpoint_and_at_the_end(tmp
     checkpoint = SparseAutoencoder.from_pretrained(tmp_path / "checkpoint-100")
     for name, value in sae.state_dict().items():
         assert torch.equal(final.state_dict()[name], value)
-        if name != "usual_strength":
+        if name != "mean_active_activation":
             assert torch.equal(checkpoint.state_dict()[name], value)
     assert evaluate_sae(final, data)["explained_variance"] > 0.7
 
@@ -218,17 +218,17 @@ def test_usual_strength_is_the_mean_over_the_tokens_where_a_feature_is_active():
     measure_usual_strength(sae, z.split(7))
     h = sae.encode(z)
     for j in (0, 17, 63):
-        torch.testing.assert_close(sae.usual_strength[j], h[:, j][h[:, j] > 0].mean())
-    assert sae.usual_strength[5] == 1  # never active: not measured
+        torch.testing.assert_close(sae.mean_active_activation[j], h[:, j][h[:, j] > 0].mean())
+    assert sae.mean_active_activation[5] == 1  # never active: not measured
 
 
 def test_training_measures_usual_strength(tmp_path):
     sae = build_sae(**TOPK)
     data = Mixtures(scale=20.0)
     build_trainer(tmp_path, sae, data, max_steps=100).train()
-    trained = sae.usual_strength.clone()
+    trained = sae.mean_active_activation.clone()
     measure_usual_strength(sae, take_tokens(data, 8192))
-    assert torch.equal(trained, sae.usual_strength)
+    assert torch.equal(trained, sae.mean_active_activation)
     assert trained.median() > 5  # in units of the raw hidden states, not of the training frame
 
 

@@ -5,17 +5,17 @@ import math
 import pytest
 import torch
 
-from loaders import load_scenes
-from modeling_segcompass import SegCompassModel, SegCompassProcessor, SparseAutoencoder
-from tests.tiny import BACKBONES, tiny_segcompass
-from trainers import (
+from segcompass.loaders import load_scenes
+from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor, SparseAutoencoder
+from segcompass.trainers import (
     SegCompassSFTConfig,
     SegCompassSFTTrainer,
     SparseAutoencoderTrainer,
     SparseAutoencoderTrainerConfig,
 )
-from trainers.activations import ActivationDataset
-from trainers.collator import SegCompassCollator
+from segcompass.trainers.activations import ActivationDataset
+from segcompass.trainers.collator import SegCompassCollator
+from tests.support.tiny import BACKBONES, tiny_segcompass
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_supervised_steps_move_what_learns_and_nothing_else_then_the_model_saves
     for part in (*MODULES, f"{layers}.2", f"{layers}.3", "mllm.lm_head", "mllm.model.language_model.embed_tokens"):
         assert moved(model, before, part), part
     vision = "mllm.model.vision_tower" if backbone == "llava" else "mllm.model.visual"
-    for part in ("sae", "sam", "image_positions", vision, f"{layers}.0", f"{layers}.1"):
+    for part in ("sae", "image_encoder", "image_positions", vision, f"{layers}.0", f"{layers}.1"):
         assert not moved(model, before, part), part
 
     trainer.save_model()
@@ -89,8 +89,10 @@ def test_below_the_sae_only_the_concentration_tokens_rows_learn(rows, tmp_path):
 def test_everything_learns_when_the_recipe_says_so(rows, tmp_path):
     model, processor = tiny_segcompass("llava")
     before = snapshot(model)
-    train(model, processor, rows, tmp_path, train_below_sae_layer=True, train_vision_tower=True, train_sam=True)
-    for part in ("mllm.model.vision_tower", "sam", "mllm.model.language_model.layers.0", *MODULES):
+    train(
+        model, processor, rows, tmp_path, train_below_sae_layer=True, train_vision_tower=True, train_image_encoder=True
+    )
+    for part in ("mllm.model.vision_tower", "image_encoder", "mllm.model.language_model.layers.0", *MODULES):
         assert moved(model, before, part), part
     assert not moved(model, before, "sae")
 
@@ -149,7 +151,7 @@ def test_rows_without_reasoning_and_another_number_of_slots_are_refused(rows, tm
 def test_erasure_is_trained_and_logged(rows, tmp_path):
     model, processor = tiny_segcompass("llava")
     before = snapshot(model)
-    trainer = train(model, processor, rows, tmp_path, erase_concepts=3, lambda_e=1.0)
+    trainer = train(model, processor, rows, tmp_path, num_erased_concepts=3, lambda_e=1.0)
     plain, same = tiny_segcompass("llava")
     without = train(plain, same, rows, tmp_path / "plain")
     entries = [[entry for entry in t.state.log_history if "loss" in entry] for t in (trainer, without)]
@@ -178,5 +180,5 @@ def test_sae_trains_on_the_models_own_states_and_goes_back_into_the_model(backbo
     assert torch.equal(model.sae.W_dec, sae.W_dec)
     assert not any(parameter.requires_grad for parameter in model.sae.parameters())
     batches[0].pop("labels")
-    images = processor.sam_inputs([row["image"] for row in rows[:4]])
+    images = processor.encoder_inputs([row["image"] for row in rows[:4]])
     assert model(**batches[0], **images).concept_weights.sum(-1).allclose(torch.ones(4, 3), atol=1e-5)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
-from trainers.targets import mask_targets, reshaped_size, valid_extent
+from segcompass.trainers.targets import mask_targets, reshaped_size, valid_extent
 
 
 def encode(mask):

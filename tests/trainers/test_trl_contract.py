@@ -16,8 +16,8 @@ from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import add_fused_lm_head, pad, shuffle_sequence_dict, split_tensor_dict
 
-from trainers.grpo_config import SegCompassGRPOConfig
-from trainers.grpo_trainer import SegCompassGRPOTrainer
+from segcompass.trainers.grpo_config import SegCompassGRPOConfig
+from segcompass.trainers.grpo_trainer import SegCompassGRPOTrainer
 
 OVERRIDDEN = {
     "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],

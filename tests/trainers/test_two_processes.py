@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from modeling_segcompass import SegCompassModel
+from segcompass.modeling_segcompass import SegCompassModel
 
 ROOT = Path(__file__).resolve().parents[2]
 CURVE = ("loss", "grpo_loss", "kl", "reward", "grad_norm", "seg/heatmap_bce", "seg/mask_dice", "seg/conf_bce")
@@ -23,7 +23,7 @@ def launch(mode, processes, folder):
         command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
     run = subprocess.run(
-        [*command, str(ROOT / "tests" / "two_processes.py"), mode, str(folder)],
+        [*command, str(ROOT / "tests" / "support" / "two_processes.py"), mode, str(folder)],
         cwd=ROOT,
         env=environment,
         capture_output=True,

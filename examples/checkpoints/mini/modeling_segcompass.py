@@ -26,8 +26,9 @@ from .configuration_segcompass import SegCompassConfig, SparseAutoencoderConfig
 from .explanation import explain_slot
 from .mask_decoder import MaskDecoder
 from .modeling_sparse_autoencoder import SparseAutoencoder
+from .old_names import OLD_WEIGHTS
 from .pipeline_segcompass import CUSTOM_PIPELINES
-from .query_codebook import IMAGE, INSTRUCTION, RESPONSE, Concepts, QueryCodebook, where_features
+from .query_codebook import IMAGE, INSTRUCTION, RESPONSE, Concepts, QueryCodebook, token_position_features
 from .sam_weights import read_sam, start_mask_decoder
 from .slot_mapper import SlotMapper
 
@@ -38,10 +39,10 @@ AUTO_MAP = {
     "AutoModelForImageTextToText": "modeling_segcompass.SegCompassModel",
     "AutoProcessor": "processing_segcompass.SegCompassProcessor",
 }
-PARTS = {"mllm": AutoModelForImageTextToText, "sam": SamVisionModel, "sae": SparseAutoencoder}
+PARTS = {"mllm": AutoModelForImageTextToText, "image_encoder": SamVisionModel, "sae": SparseAutoencoder}
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token")
 # Only the MLLM is quantised: these are small, or their output is a mask's edge. The head is named as by default.
-UNQUANTIZED = ("lm_head", "sam", "sae", "query_codebook", "slot_mapper", "image_positions", "mask_decoder")
+UNQUANTIZED = ("lm_head", "image_encoder", "sae", "query_codebook", "slot_mapper", "image_positions", "mask_decoder")
 
 
 @dataclass
@@ -85,7 +86,7 @@ class SegCompassOutput(ModelOutput):
     reshaped_input_sizes: torch.Tensor | None = None
     """long (B, 2), (H, W) of the image inside SAM's frame."""
     erased: object | None = None
-    """SegCompassOutput without the heaviest concepts, with `erase_concepts`."""
+    """SegCompassOutput without the heaviest concepts, with `num_erased_concepts`."""
     erased_slots: torch.Tensor | None = None
     """bool (B, K), the slots whose heaviest concepts `erased` lacks."""
     log_probs: torch.Tensor | None = None
@@ -107,15 +108,17 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True
     _supports_flash_attn = True
 
-    def __init__(self, config, mllm=None, sam=None, sae=None):
+    def __init__(self, config, mllm=None, image_encoder=None, sae=None):
         super().__init__(config)
         self.mllm = AutoModelForImageTextToText.from_config(config.mllm_config) if mllm is None else mllm
-        self.sam = SamVisionModel._from_config(config.sam_config) if sam is None else sam
+        self.image_encoder = (
+            SamVisionModel._from_config(config.image_encoder_config) if image_encoder is None else image_encoder
+        )
         self.sae = SparseAutoencoder(config.sae_config) if sae is None else sae
         self.query_codebook = QueryCodebook(config)
         self.slot_mapper = SlotMapper(config)
         self.image_positions = SamPositionalEmbedding(
-            SimpleNamespace(scale=1.0, num_pos_feats=config.sam_config.output_channels // 2)
+            SimpleNamespace(scale=1.0, num_pos_feats=config.image_encoder_config.output_channels // 2)
         )
         self.mask_decoder = MaskDecoder(config)
         self._states = None
@@ -131,7 +134,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
 
     def freeze_encoders(self):
         """The SAE, SAM's encoder and the positional code never learn (appendix A.1)."""
-        for module in (self.sae, self.sam, self.image_positions):
+        for module in (self.sae, self.image_encoder, self.image_positions):
             module.requires_grad_(False)
 
     @torch.no_grad()
@@ -176,9 +179,9 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
 
     # -- the paper's path --------------------------------------------------------------------------------------------
 
-    def get_image_embeddings(self, sam_pixel_values):
+    def get_image_embeddings(self, encoder_pixel_values):
         """K = F_enc(x_img), to be shared by many questions: float (B, 3, S, S) -> (B, d_k, h, w)."""
-        return self.sam(sam_pixel_values.to(self.sam.dtype)).last_hidden_state
+        return self.image_encoder(encoder_pixel_values.to(self.image_encoder.dtype)).last_hidden_state
 
     def find_slots(self, input_ids, response_mask):
         """Locate the first K_s concentration tokens of the response, after `</think>`.
@@ -298,7 +301,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         steps = torch.arange(types.shape[1], device=types.device)
         last = (attention_mask * steps).amax(1)
         end = torch.where(slot_mask[:, 0], positions[:, 0], last)[:, None]
-        return where_features(types, xy, (end - steps).clamp_min(0).to(xy.dtype))
+        return token_position_features(types, xy, (end - steps).clamp_min(0).to(xy.dtype))
 
     def _scale_vector(self, concept_scale, z):
         d_sae = self.config.sae_config.d_sae
@@ -326,7 +329,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
     def _without_heaviest(self, output, count):
         """Factors float (B, d_sae) that switch off each confident slot's heaviest concepts, and those slots (B, K)."""
         if output.concept_weights is None:
-            raise ValueError("erase_concepts needs concepts; use query_source='both' or 'concepts'.")
+            raise ValueError("num_erased_concepts needs concepts; use query_source='both' or 'concepts'.")
         sure = output.pred_logits.masked_fill(~output.slot_mask, float("-inf"))
         slots = (sure >= 0) | (sure == sure.amax(1, keepdim=True))
         slots = slots & output.slot_mask
@@ -345,7 +348,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         if reshaped_input_sizes is None:
             return torch.ones(batch, *grid, dtype=torch.bool, device=device)
         sides = torch.tensor(grid, device=device)
-        extent = (reshaped_input_sizes.to(device) * sides / self.config.sam_config.image_size).ceil()
+        extent = (reshaped_input_sizes.to(device) * sides / self.config.image_encoder_config.image_size).ceil()
         rows, columns = (torch.arange(side, device=device) for side in grid)
         return (rows < extent[:, :1])[:, :, None] & (columns < extent[:, 1:])[:, None]
 
@@ -365,7 +368,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         input_ids=None,
         attention_mask=None,
         pixel_values=None,
-        sam_pixel_values=None,
+        encoder_pixel_values=None,
         image_embeddings=None,
         original_sizes=None,
         reshaped_input_sizes=None,
@@ -374,7 +377,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         mask_rows=None,
         concept_scale=None,
         query_source="both",
-        erase_concepts=0,
+        num_erased_concepts=0,
         fused_lm_head=False,
         skip_lm_head=False,
         output_hidden_states=None,
@@ -386,7 +389,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         Args:
             input_ids, attention_mask: long (B, T).
             pixel_values (and `image_grid_thw`, `mm_token_type_ids` for Qwen2.5-VL): the MLLM's image.
-            sam_pixel_values: float (B, 3, S, S), or image_embeddings: float (B, d_k, h, w) from
+            encoder_pixel_values: float (B, 3, S, S), or image_embeddings: float (B, d_k, h, w) from
                 `get_image_embeddings`. With neither, only the language part runs.
             original_sizes: accepted and ignored, so that a processor's output can be passed whole.
             reshaped_input_sizes: long (B, 2), the image's (H, W) inside SAM's frame.
@@ -395,15 +398,16 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             mask_rows: list of int, decode masks of these samples only; image_embeddings and reshaped_input_sizes then
                 belong to these.
             concept_scale, query_source: see `decode_masks`.
-            erase_concepts: decode a second time without this many of the heaviest concepts of each confident slot (of
-                the surest, when none is); the result is `erased`. Training uses it to make concepts necessary.
+            num_erased_concepts: decode a second time without this many of the heaviest concepts of each confident
+                slot (of the most confident one, when none is); the result is `erased`. Training uses
+                it to make concepts necessary.
             fused_lm_head: the MLLM carries TRL's fused head: return log_probs and entropy instead of logits.
             skip_lm_head: run the backbone only; no logits, no language loss.
 
         Raises:
             ValueError: masks are asked for without labels or response_mask; bad intervention or query source.
         """
-        wants_masks = sam_pixel_values is not None or image_embeddings is not None
+        wants_masks = encoder_pixel_values is not None or image_embeddings is not None
         if response_mask is None and labels is not None:
             response_mask = labels != -100
         if wants_masks and response_mask is None:
@@ -427,7 +431,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         output = SegCompassOutput()
         if wants_masks:
             if image_embeddings is None:
-                image_embeddings = self.get_image_embeddings(sam_pixel_values)
+                image_embeddings = self.get_image_embeddings(encoder_pixel_values)
             grid = mllm_inputs.get("image_grid_thw")
             rows = slice(None) if mask_rows is None else mask_rows
             read = (
@@ -441,8 +445,8 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
                 None if grid is None else grid[rows],
             )
             output = self.decode_masks(*read, concept_scale, query_source)
-            if erase_concepts:
-                scale, output.erased_slots = self._without_heaviest(output, erase_concepts)
+            if num_erased_concepts:
+                scale, output.erased_slots = self._without_heaviest(output, num_erased_concepts)
                 output.erased = self.decode_masks(*read, scale, query_source)
         for name in ("loss", "logits", "past_key_values", "log_probs", "entropy", "aux_loss"):
             if getattr(policy, name, None) is not None:
@@ -455,7 +459,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
 
     def generate(self, inputs=None, **kwargs):
         """Write the response with the MLLM: ids long (B, T), like any transformers model."""
-        for name in ("sam_pixel_values", "image_embeddings", "original_sizes", "reshaped_input_sizes", "labels"):
+        for name in ("encoder_pixel_values", "image_embeddings", "original_sizes", "reshaped_input_sizes", "labels"):
             kwargs.pop(name, None)
         if inputs is not None:
             kwargs["input_ids"] = inputs
@@ -490,7 +494,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             an empty `slot_mask` and so no mask.
 
         Raises:
-            ValueError: neither sam_pixel_values nor image_embeddings; beams or several sequences per prompt.
+            ValueError: neither encoder_pixel_values nor image_embeddings; beams or several sequences per prompt.
         """
         sequences, states = self.reason(input_ids, **inputs)
         with torch.no_grad():
@@ -504,7 +508,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         self,
         input_ids,
         attention_mask=None,
-        sam_pixel_values=None,
+        encoder_pixel_values=None,
         image_embeddings=None,
         original_sizes=None,
         reshaped_input_sizes=None,
@@ -515,17 +519,17 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids, attention_mask, pixel_values, ...: a processor's output for images and instructions.
-            sam_pixel_values or image_embeddings, reshaped_input_sizes: see `forward`.
+            encoder_pixel_values or image_embeddings, reshaped_input_sizes: see `forward`.
             do_sample: greedy when False. Other keywords go to `generate` (`max_new_tokens`, `streamer`, ...).
 
         Returns:
             sequences, long (B, T), and the states, a dict of the arguments of `decode_masks`.
 
         Raises:
-            ValueError: neither sam_pixel_values nor image_embeddings; beams or several sequences per prompt.
+            ValueError: neither encoder_pixel_values nor image_embeddings; beams or several sequences per prompt.
         """
-        if sam_pixel_values is None and image_embeddings is None:
-            raise ValueError("segment needs the image: pass sam_pixel_values or image_embeddings.")
+        if encoder_pixel_values is None and image_embeddings is None:
+            raise ValueError("segment needs the image: pass encoder_pixel_values or image_embeddings.")
         for name in ("num_beams", "num_return_sequences"):
             if kwargs.get(name, 1) != 1:
                 raise ValueError(f"{name} is {kwargs[name]}; segment follows one sequence per prompt, use {name}=1.")
@@ -534,13 +538,13 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         with self.reading_states() as states:
             sequences = self.generate(input_ids=input_ids, attention_mask=attention_mask, do_sample=do_sample, **kwargs)
         if image_embeddings is None:
-            image_embeddings = self.get_image_embeddings(sam_pixel_values)
+            image_embeddings = self.get_image_embeddings(encoder_pixel_values)
         image = {"image_embeddings": image_embeddings, "reshaped_input_sizes": reshaped_input_sizes}
         return sequences, {**states["written"], **image}
 
     def explain(self, outputs, slot=0, sample=0, top=10, labels=None, processor=None):
         """Say which concepts made a slot's mask, and from which words and patches: see `explanation.explain_slot`."""
-        return explain_slot(outputs, slot, sample, top, labels, processor, self.config.sam_config.image_size)
+        return explain_slot(outputs, slot, sample, top, labels, processor, self.config.image_encoder_config.image_size)
 
     def predict_forward(
         self,
@@ -613,12 +617,13 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
     # -- building, saving, loading -----------------------------------------------------------------------------------
 
     @classmethod
-    def from_backbones(cls, mllm, sam, sae=None, processor=None, dtype="float32", **config):
+    def from_backbones(cls, mllm, image_encoder, sae=None, processor=None, dtype="float32", **config):
         """Build a fresh model from an MLLM, a SAM vision encoder and, if there is one, a trained SAE.
 
         Args:
-            mllm, sam, sae: model ids, folders, or loaded models; `sam` also an original segment-anything `.pth` file. A
-                whole SAM gives the mask decoder its start where shapes match. Without `sae` an untrained one is made.
+            mllm, image_encoder, sae: model ids, folders, or loaded models; `image_encoder` also an original
+                segment-anything `.pth` file. A whole SAM gives the mask decoder its start where shapes match. Without
+                `sae` an untrained one is made.
             processor: a SegCompassProcessor; its new tokens get embedding rows (the mean of the others), and its
                 token ids enter the config.
             dtype: of the parts loaded here. Training needs float32 master weights, under autocast if it is to be fast;
@@ -630,7 +635,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         """
         if isinstance(mllm, str):
             mllm = AutoModelForImageTextToText.from_pretrained(mllm, dtype=dtype)
-        sam, sam_weights = read_sam(sam, dtype)
+        image_encoder, sam_weights = read_sam(image_encoder, dtype)
         if isinstance(sae, str):
             sae = SparseAutoencoder.from_pretrained(sae, dtype=dtype)
         name = mllm.config._name_or_path or None
@@ -652,11 +657,11 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
                 mllm.resize_token_embeddings(len(processor.tokenizer), mean_resizing=True)
         config = SegCompassConfig(
             mllm_config=mllm.config,
-            sam_config=sam.config,
+            image_encoder_config=image_encoder.config,
             attn_implementation=mllm.config._attn_implementation,
             **config,
         )
-        model = cls(config, mllm=mllm, sam=sam, sae=sae)
+        model = cls(config, mllm=mllm, image_encoder=image_encoder, sae=sae)
         start_mask_decoder(model, sam_weights)
         return model
 
@@ -691,6 +696,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
                 `quantization_config` with a checkpoint that refers to its parts; a `device_map` that offloads the SAE.
         """
         hub = {name: kwargs[name] for name in HUB_KEYWORDS if name in kwargs}
+        kwargs.setdefault("key_mapping", OLD_WEIGHTS)
         config = kwargs.get("config")
         if not isinstance(config, SegCompassConfig):
             of_config = {name: kwargs[name] for name in ("revision", "subfolder") if kwargs.get(name) is not None}
@@ -733,8 +739,8 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         """As transformers', with our own key names (resuming a Trainer needs them) and the code beside the weights.
 
         Args:
-            references: {"mllm" | "sam" | "sae": {"repo_id", "revision"}}, parts to leave out of the weights because
-                they are kept elsewhere, unchanged. Loading fetches them from there.
+            references: {"mllm" | "image_encoder" | "sae": {"repo_id", "revision"}}, parts to leave out of the weights
+                because they are kept elsewhere, unchanged. Loading fetches them from there.
 
         Raises:
             ValueError: a reference to another part, or without a revision.

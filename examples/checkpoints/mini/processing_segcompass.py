@@ -8,6 +8,8 @@ import torch
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_utils import load_image
 
+from .old_names import with_new_names
+
 REF_TOKEN, THINK, THINK_END = "<REF_POS>", "<think>", "</think>"
 
 PROMPT = (
@@ -23,7 +25,7 @@ class SegCompassProcessor(ProcessorMixin):
     Args:
         image_processor: the MLLM's (CLIP for LLaVA-1.5, Qwen2-VL's for Qwen2.5-VL).
         tokenizer: the MLLM's; `<think>`, `</think>` and `<REF_POS>` are added as ordinary tokens when absent.
-        sam_image_processor: SAM's (longest side to S, padded right and bottom to a square).
+        encoder_image_processor: SAM's (longest side to S, padded right and bottom to a square).
         prompt_template: text with `{instruction}` and optionally `{num_slots}`; it must not contain `<REF_POS>`.
         num_slots: K_s, how many concentration tokens a response ends with.
         max_prompt_length: longest prompt in tokens, image tokens included.
@@ -34,7 +36,7 @@ class SegCompassProcessor(ProcessorMixin):
         self,
         image_processor=None,
         tokenizer=None,
-        sam_image_processor=None,
+        encoder_image_processor=None,
         chat_template=None,
         prompt_template=PROMPT,
         num_slots=6,
@@ -61,7 +63,13 @@ class SegCompassProcessor(ProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         self.ref_token_id = tokenizer.convert_tokens_to_ids(REF_TOKEN)
         self.think_end_id = tokenizer.convert_tokens_to_ids(THINK_END)
-        super().__init__(image_processor, tokenizer, sam_image_processor, chat_template=chat_template)
+        super().__init__(image_processor, tokenizer, encoder_image_processor, chat_template=chat_template)
+
+    @classmethod
+    def get_processor_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As transformers', and reads what earlier versions saved."""
+        fields, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        return with_new_names(fields), kwargs
 
     def model_tokens(self):
         """The token ids that SegCompassConfig needs."""
@@ -94,7 +102,7 @@ class SegCompassProcessor(ProcessorMixin):
 
     # -- inputs ------------------------------------------------------------------------------------------------------
 
-    def __call__(self, images=None, text=None, response=None, sam=True, return_tensors=None, **kwargs):
+    def __call__(self, images=None, text=None, response=None, image_encoder=True, return_tensors=None, **kwargs):
         """Make model inputs.
 
         Args:
@@ -102,12 +110,13 @@ class SegCompassProcessor(ProcessorMixin):
             text: one instruction or a list of as many. A text that already holds the image token is a finished prompt
                 (as `apply_chat_template` makes): then this is the MLLM's own processor and SAM's inputs are left out.
             response: optional responses (without the end token) to append; adds `labels` and `response_mask`.
-            sam: False leaves out SAM's inputs (for language alone, or with cached image embeddings).
+            image_encoder: False leaves out SAM's inputs (for language alone, or with cached image embeddings).
 
         Returns:
             BatchFeature: input_ids, attention_mask (B, T) long, prompts padded left, responses right; pixel_values
-            (and image_grid_thw, mm_token_type_ids for Qwen2.5-VL); sam_pixel_values (B, 3, S, S); original_sizes and
-            reshaped_input_sizes (B, 2) long, (H, W); labels (B, T) long and response_mask (B, T) bool with `response`.
+            (and image_grid_thw, mm_token_type_ids for Qwen2.5-VL); encoder_pixel_values (B, 3, S, S); original_sizes
+            and reshaped_input_sizes (B, 2) long, (H, W); labels (B, T) long and response_mask (B, T) bool with
+            `response`.
 
         Raises:
             ValueError: no or empty image, empty or too long text, lengths that differ.
@@ -133,27 +142,27 @@ class SegCompassProcessor(ProcessorMixin):
                 f"a prompt has {longest} tokens, the limit is {self.max_prompt_length}; shorten the instruction or "
                 "raise processor.max_prompt_length."
             )
-        if sam:
-            inputs.update(self.sam_inputs(images))
+        if image_encoder:
+            inputs.update(self.encoder_inputs(images))
         if response is not None:
             self._append_responses(inputs, [response] if isinstance(response, str) else list(response))
         return BatchFeature(dict(inputs), tensor_type=return_tensors or "pt")
 
-    def sam_inputs(self, images):
-        """SAM's part of the inputs: sam_pixel_values (B, 3, S, S), original_sizes, reshaped_input_sizes (B, 2)."""
+    def encoder_inputs(self, images):
+        """SAM's part of the inputs: encoder_pixel_values (B, 3, S, S), original_sizes, reshaped_input_sizes (B, 2)."""
         images = self._check_images(images)
-        side = self.sam_image_processor.size["longest_edge"]
+        side = self.encoder_image_processor.size["longest_edge"]
         for number, image in enumerate(images):
             if max(image.size) > 2 * side * min(image.size):
                 raise ValueError(
                     f"image {number} is {image.size[0]} x {image.size[1]} pixels; the limit is a ratio of {2 * side} "
                     f"(its longest side becomes {side} pixels, and nothing would be left of the other): crop it."
                 )
-        sam = self.sam_image_processor(images, return_tensors="pt")
+        encoder = self.encoder_image_processor(images, return_tensors="pt")
         return {
-            "sam_pixel_values": sam["pixel_values"],
-            "original_sizes": torch.as_tensor(sam["original_sizes"]),
-            "reshaped_input_sizes": torch.as_tensor(sam["reshaped_input_sizes"]),
+            "encoder_pixel_values": encoder["pixel_values"],
+            "original_sizes": torch.as_tensor(encoder["original_sizes"]),
+            "reshaped_input_sizes": torch.as_tensor(encoder["reshaped_input_sizes"]),
         }
 
     def _check_images(self, images):
@@ -219,7 +228,7 @@ class SegCompassProcessor(ProcessorMixin):
         Returns:
             list of B float tensors (K, H, W).
         """
-        side = self.sam_image_processor.size["longest_edge"]
+        side = self.encoder_image_processor.size["longest_edge"]
         sizes = [tuple(int(n) for n in size) for size in original_sizes]
         if len(sizes) != len(pred_masks):
             raise ValueError(f"{len(pred_masks)} predictions but {len(sizes)} target sizes; give one (H, W) per image.")

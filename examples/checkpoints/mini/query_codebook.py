@@ -33,7 +33,7 @@ class Concepts(NamedTuple):
     """concept -> token: float (B, T, M), h_j at each token."""
 
 
-def where_features(token_types, image_xy, distance):
+def token_position_features(token_types, image_xy, distance):
     """Describe where each token sits, so that a concept can carry where it fired.
 
     Args:
@@ -112,7 +112,7 @@ class QueryCodebook(nn.Module):
             sae: the frozen SparseAutoencoder.
             z: float (B, T, d_π), hidden states at the SAE's layer.
             mask: bool (B, T), tokens that may fire concepts (no padding, no special tokens).
-            where: float (B, T, WHERE_DIM) from `where_features`.
+            where: float (B, T, WHERE_DIM) from `token_position_features`.
             scale: optional float (d_sae,) or (B, d_sae) factors on h_j, 1 but at the concepts intervened on.
 
         Returns:
@@ -166,13 +166,15 @@ class QueryCodebook(nn.Module):
         """
         search = self._search_topk if sae.config.activation == "topk" else self._search_relu
         strength, threshold = search(sae, z, mask, max_elements)
-        relative = strength / sae.usual_strength.clamp_min(1e-6)
+        relative = strength / sae.mean_active_activation.clamp_min(1e-6)
         if scale is not None:
             relative = relative * scale
         if threshold is not None:
             return relative.topk(self.num_concepts, dim=-1).indices, threshold
         likely = relative.topk(min(2 * self.num_concepts, sae.config.d_sae), dim=-1).indices
-        relative = self.activate(sae, z, mask, likely, scale=scale).amax(1) / sae.usual_strength[likely].clamp_min(1e-6)
+        relative = self.activate(sae, z, mask, likely, scale=scale).amax(1) / sae.mean_active_activation[
+            likely
+        ].clamp_min(1e-6)
         return likely.gather(1, relative.topk(self.num_concepts, dim=-1).indices), None
 
     @staticmethod

@@ -14,7 +14,7 @@ class SlotMapper(nn.Module):
     def __init__(self, config):
         super().__init__()
         d_pi = config.get_text_config().hidden_size
-        d_k = config.sam_config.output_channels
+        d_k = config.image_encoder_config.output_channels
         self.heads, self.head_dim = config.slot_heads, config.slot_head_dim
         self.token_norm = nn.LayerNorm(d_pi)
         self.concept_norm = nn.LayerNorm(config.d_c)

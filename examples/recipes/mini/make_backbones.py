@@ -33,8 +33,8 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
-from loaders.scenes import BOARD, COLOURS, KINDS, SHAPES, SIZES, ask, draw_scene
-from modeling_segcompass import SegCompassProcessor
+from segcompass.loaders.scenes import BOARD, COLOURS, KINDS, SHAPES, SIZES, ask, draw_scene
+from segcompass.modeling_segcompass import SegCompassProcessor
 
 IMAGE_SIZE, PATCH, SAM_PATCH, WIDTH, SAM_WIDTH, NUM_SLOTS = 128, 16, 8, 192, 96, 4
 CHAT = (
@@ -80,7 +80,7 @@ def make_processor(tokenizer):
     return SegCompassProcessor(
         image_processor=CLIPImageProcessorPil(size=size, do_center_crop=False),
         tokenizer=tokenizer,
-        sam_image_processor=SamImageProcessorPil(
+        encoder_image_processor=SamImageProcessorPil(
             size={"longest_edge": IMAGE_SIZE}, pad_size=size, image_mean=MEAN, image_std=STD
         ),
         chat_template=CHAT,
@@ -228,7 +228,7 @@ class Conversations(LabelledScenes):
             images=[scene.image for scene in scenes for _ in KINDS],
             text=[question.instruction for question in questions],
             response=[self.processor.format_response(question.reasoning) for question in questions],
-            sam=False,
+            image_encoder=False,
         )
         rows = []
         for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"].bool(), strict=True):
@@ -358,7 +358,7 @@ def train(pupil, make_batches, minutes, state_file):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("backbone", choices=["mllm", "sam"])
+    parser.add_argument("backbone", choices=["mllm", "image_encoder"])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=10)
     args = parser.parse_args()
@@ -384,7 +384,7 @@ def main():
     else:
         model, cells = make_sam(), IMAGE_SIZE // SAM_PATCH
         seeing = Seeing(model, lambda pixels: model(pixels).last_hidden_state.flatten(2).mT, SAM_WIDTH)
-        scenes = processor.sam_image_processor
+        scenes = processor.encoder_image_processor
         train(seeing, lambda seed: LabelledScenes(scenes, cells, 32, seed), args.minutes, states[0])
     if distributed.is_initialized() and distributed.get_rank() > 0:
         return

@@ -1,6 +1,6 @@
 """Write a model as the embedded checkpoint: weights rounded to float16 on disk, computing in float32 when loaded.
 
-    python examples/recipes/mini/save_checkpoint.py --model runs/mini/masks --output examples/checkpoints/mini
+python examples/recipes/mini/save_checkpoint.py --model runs/mini/masks --output examples/checkpoints/mini
 """
 
 import argparse
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from modeling_segcompass import SegCompassModel, SegCompassProcessor
+from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
 
 
 def main():

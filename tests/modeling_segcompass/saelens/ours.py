@@ -2,7 +2,7 @@
 
 import torch
 
-from modeling_segcompass import SparseAutoencoder, SparseAutoencoderConfig
+from segcompass.modeling_segcompass import SparseAutoencoder, SparseAutoencoderConfig
 
 D_IN, D_SAE = 8, 24
 CASES = {"relu": {}, "topk": {"k": 5}, "batchtopk": {"k": 5}, "jumprelu": {}}
@@ -22,7 +22,7 @@ def build(activation):
             sae.threshold.uniform_(0.1, 1.0)
         elif activation == "batchtopk":
             sae.threshold.fill_(0.7)
-        sae.usual_strength.uniform_(1, 3)
+        sae.mean_active_activation.uniform_(1, 3)
     return sae
 
 

@@ -1,6 +1,6 @@
 """Joint training as one process, as two DDP processes, or as two FSDP2 processes: torchrun runs this file.
 
-    torchrun --nproc_per_node 2 tests/two_processes.py fsdp2 OUTPUT
+    torchrun --nproc_per_node 2 tests/support/two_processes.py fsdp2 OUTPUT
 
 Accelerate keeps FSDP for accelerators; `fsdp2` tells it that this machine's gloo processes are such.
 """
@@ -10,12 +10,12 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from tests.grpo import SLOTS, scenes, script_responses, settings
-from tests.tiny import tiny_segcompass
+from tests.support.grpo import SLOTS, scenes, script_responses, settings
+from tests.support.tiny import tiny_segcompass
 
 RESPONSES = 4
 
@@ -48,7 +48,7 @@ def complete_responses(model, processor):
 
 
 def main(mode, output):
-    from trainers.grpo_trainer import SegCompassGRPOTrainer
+    from segcompass.trainers.grpo_trainer import SegCompassGRPOTrainer
 
     torch.set_num_threads(1)
     processes = int(os.environ.get("WORLD_SIZE", 1))

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from transformers import LogitsProcessor
 
-from tests.tiny import tiny_segcompass
+from tests.support.tiny import tiny_segcompass
 
 IMAGE_SIZES = [(40, 40), (30, 44), (44, 28), (20, 64)]
 INSTRUCTIONS = ["the red box", "it", "whatever stands left of the ring", "a mug?"]
@@ -23,7 +23,7 @@ def noise_images():
 def lively_segcompass(backbone, **config):
     """A tiny model with larger weights, and its processor. As initialised, its masks hardly depend on the input."""
     model, processor = tiny_segcompass(backbone, **config)
-    factors = {"mllm": 8, "sam": 10, "mask_decoder": 1.3}
+    factors = {"mllm": 8, "image_encoder": 10, "mask_decoder": 1.3}
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() > 1:

@@ -1,4 +1,4 @@
-"""Processes that talk to the Hub on localhost (tests/hub_server.py) with the real client."""
+"""Processes that talk to the Hub on localhost (tests/support/hub_server.py) with the real client."""
 
 import json
 import os
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TOKEN = "hf_localtoken"
 
 
@@ -58,7 +58,7 @@ class LocalHub(SimpleNamespace):
 
 ALONE = """
 import importlib.util
-for name in ("modeling_segcompass", "trainers", "loaders", "hub_cards"):
+for name in ("segcompass", "modeling_segcompass", "trainers", "loaders", "hub_cards"):
     assert importlib.util.find_spec(name) is None, f"{name} can be imported here"
 import torch
 torch.set_num_threads(1)

@@ -15,7 +15,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
-from modeling_segcompass import SegCompassModel, SegCompassProcessor, SparseAutoencoderConfig
+from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor, SparseAutoencoderConfig
 
 BACKBONES = ("llava", "qwen2_5_vl")
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>"]
@@ -62,7 +62,7 @@ def tiny_processor(backbone, num_slots=3):
     return SegCompassProcessor(
         image_processor=images,
         tokenizer=tiny_tokenizer(backbone),
-        sam_image_processor=SamImageProcessorPil(size={"longest_edge": 32}, pad_size={"height": 32, "width": 32}),
+        encoder_image_processor=SamImageProcessorPil(size={"longest_edge": 32}, pad_size={"height": 32, "width": 32}),
         chat_template=CHAT[backbone],
         prompt_template="{instruction}",
         num_slots=num_slots,

@@ -1,6 +1,6 @@
 """A server on localhost that speaks enough of the Hugging Face Hub's HTTP interface for its real client.
 
-    python tests/hub_server.py --token SECRET --log FILE [--hold FILE]
+    python tests/support/hub_server.py --token SECRET --log FILE [--hold FILE]
 
 Prints its address, then serves until it is ended. Repositories are commits over content-addressed blobs, in memory.
 Reading is public; a wrong token is refused everywhere and writing needs the right one, as on the Hub. `--hold` names a

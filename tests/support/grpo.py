@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from tests.tiny import tiny_segcompass
-from trainers.grpo_config import SegCompassGRPOConfig
-from trainers.grpo_trainer import SegCompassGRPOTrainer
+from segcompass.trainers.grpo_config import SegCompassGRPOConfig
+from segcompass.trainers.grpo_trainer import SegCompassGRPOTrainer
+from tests.support.tiny import tiny_segcompass
 
 SLOTS = 3
 SIZES = [(40, 40), (30, 44), (44, 28)]

@@ -1,0 +1,38 @@
+"""Names of earlier versions, and what they are called now: saved folders of any version load through this one table.
+
+It knows names only; what the values mean is the business of the configuration, the processor and the model.
+"""
+
+OLD_FIELDS = {
+    "sam_config": "image_encoder_config",
+    "sam_image_processor": "encoder_image_processor",
+}
+"""Fields of config.json and processor_config.json."""
+
+OLD_PARTS = {"sam": "image_encoder"}
+"""Parts of the model, as `references` in config.json names them."""
+
+OLD_WEIGHTS = {
+    r"^sam\.": "image_encoder.",
+    r"^sae\.usual_strength$": "sae.mean_active_activation",
+    r"^usual_strength$": "mean_active_activation",
+}
+"""Regular expressions of weight names, as transformers' `key_mapping` takes them."""
+
+
+def with_new_names(fields: dict) -> dict:
+    """The fields of a saved JSON under today's names.
+
+    Args:
+        fields: a configuration's or processor's fields, as read from the file.
+
+    Raises:
+        ValueError: a field is there under its old and its new name.
+    """
+    for old, new in OLD_FIELDS.items():
+        if old in fields and new in fields:
+            raise ValueError(f"both {old!r} and {new!r} (its new name) are given; keep {new!r} only.")
+    fields = {OLD_FIELDS.get(name, name): value for name, value in fields.items()}
+    if fields.get("references"):
+        fields["references"] = {OLD_PARTS.get(part, part): where for part, where in fields["references"].items()}
+    return fields
