@@ -27,7 +27,8 @@ from segment import load, patch_extent
 from tqdm import tqdm
 
 from segcompass.loaders import load_rows
-from segcompass.loaders.scenes import COLOURS, SHAPES, SIZES, scene_question
+from segcompass.loaders.scene_drawing import COLOURS, SHAPES, SIZES
+from segcompass.loaders.scenes import scene_question
 from segcompass.modeling_segcompass.concept_dictionary import PARTS, DictionaryBuilder, best_detectors
 from segcompass.modeling_segcompass.query_codebook import IMAGE
 from segcompass.trainers.activations import layer_hidden_states

@@ -26,8 +26,8 @@ from segcompass.loaders import BENCHMARKS, load_rows
 from segcompass.loaders.obelics import image_name, open_documents
 from segcompass.loaders.predictions import write_text
 from segcompass.loaders.published import SPLITS, compare
-from segcompass.loaders.reasonseg import upright_size
 from segcompass.loaders.refcoco import SPLIT_BY
+from segcompass.modeling_segcompass.images import upright_size
 
 LARGEST = 20_000_000  # bytes of a downloaded image
 

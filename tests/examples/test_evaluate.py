@@ -262,7 +262,7 @@ def test_folder_of_rows_without_kinds(script, saved, tmp_path, writes):
         (["--num-samples", "0"], "--num-samples is 0"),
         (["--threshold", "2"], "--threshold is 2.0"),
         (["--split", "dev"], "split='dev'"),
-        (["--dataset", "nowhere"], "neither 'scenes', one of refcoco"),
+        (["--dataset", "nowhere"], "is not known; give one of obelics, reasonseg, refcoco"),
     ],
 )
 def test_wrong_arguments_are_named(run, options, message, capsys):

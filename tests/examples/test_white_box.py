@@ -17,7 +17,8 @@ import segment
 from PIL import Image
 from scipy import stats
 
-from segcompass.loaders.scenes import draw_scene, scene_question
+from segcompass.loaders.scene_drawing import draw_scene
+from segcompass.loaders.scenes import scene_question
 from segcompass.modeling_segcompass.concept_dictionary import ConceptDictionary
 from segcompass.modeling_segcompass.faithfulness import FRACTIONS, ORDERS
 
@@ -248,7 +249,7 @@ def test_damaged_line_is_named(tmp_path):
     [
         (["--num-samples", "0"], "--num-samples is 0"),
         (["--split", "dev"], "split='dev'"),
-        (["--dataset", "nowhere"], "neither 'scenes'"),
+        (["--dataset", "nowhere"], "is not known; give one of"),
         (["--model", "nowhere"], "nowhere' is no folder or Hub id of a SegCompass model"),
     ],
 )
