@@ -109,7 +109,7 @@ def push_metric(folder, repo_id, *, branch=None, tag=None, private=None, token=N
     """
     folder = Path(folder)
     text = RepoCard.load(folder / "README.md").text
-    card = metric_card(repo_id, text.replace("loaders/reasoning_segmentation", repo_id))
+    card = metric_card(repo_id, text.replace("segcompass.METRIC", f'"{repo_id}"'))
     with TemporaryDirectory() as copy:
         shutil.copyfile(folder / f"{folder.name}.py", Path(copy, f"{repo_id.split('/')[-1]}.py"))
         return upload(HfApi(token=token), copy, card, repo_id, "space", "Push metric", branch, tag, private)
