@@ -13,8 +13,6 @@ from pathlib import Path
 import pytest
 
 import segcompass
-from segcompass.cli import COMMANDS
-from segcompass.cli import main as run_command
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("modeling_segcompass", "trainers", "loaders", "hub_cards")
@@ -260,6 +258,8 @@ def commands_in_pages() -> list[tuple[str, str, str]]:
 
 
 def test_commands_and_options_in_the_pages_exist():
+    from segcompass.cli import COMMANDS
+
     helps: dict[str, str] = {}
     for page, words, _ in commands_in_pages():
         if not re.match(r"[a-z]", words):  # `segcompass …`, `segcompass --help`
@@ -276,8 +276,10 @@ def test_commands_and_options_in_the_pages_exist():
 
 def help_of(command: str) -> str:
     """What `segcompass COMMAND --help` prints; with the help of its parts, where it has any (`push model`)."""
+    from segcompass.cli import main
+
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         for part in ([], *([kind] for kind in ("model", "sae", "dataset", "metric") if command == "push")):
             with contextlib.suppress(SystemExit):
-                run_command([*command.split(), *part, "--help"])
+                main([*command.split(), *part, "--help"])
     return printed.getvalue()
