@@ -118,7 +118,7 @@ def match_slots(
     """Match each sample's slots with its targets by the overlap of heatmap and target (paper section 3.3).
 
     Slots without a target have no heatmap to learn, so they repeat another slot's; which of the equals is matched
-    would be chance, and their confidences could not be learned (docs/experiments.md). `pred_logits` settles it: the
+    would be chance, and their confidences could not be learned (dev/log.md). `pred_logits` settles it: the
     surer slot is preferred, by `CONFIDENCE_WEIGHT` times its probability.
 
     Args:

@@ -95,7 +95,7 @@ def make_processor(tokenizer):
 def grid_waves(side, width):
     """Sines and cosines of a side x side grid's coordinates: (side², width), the start of a position embedding.
 
-    From small random embeddings the towers here did not learn where anything is (docs/experiments.md).
+    From small random embeddings the towers here did not learn where anything is (dev/log.md).
     """
     y, x = torch.meshgrid(torch.arange(side) / side, torch.arange(side) / side, indexing="ij")
     frequencies = torch.pi * 2.0 ** torch.linspace(0, 4, width // 4)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole story of the embedded model, in order: backbones, reasoning, SAE, masks, joint GRPO, evaluation.
-# Two CPU cores, about two and a quarter hours; run stage by stage with these settings, not yet in one go (docs/experiments.md).
+# Two CPU cores, about two and a quarter hours; run stage by stage with these settings, not yet in one go (dev/log.md).
 # Repeat the command after an interruption: finished stages are skipped and an unfinished training goes on from its last
 # checkpoint. Everything lies under runs/mini.
 set -euo pipefail
