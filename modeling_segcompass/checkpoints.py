@@ -4,7 +4,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-from torch import nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel, SamVisionModel
 from transformers import initialization as init
 from transformers.quantizers import AutoQuantizationConfig

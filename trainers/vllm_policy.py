@@ -60,8 +60,8 @@ class PolicyEngine(VLLMGeneration):
         if sent != expected:
             differing = ", ".join(sorted(sent ^ expected)[:3])
             raise RuntimeError(
-                f"vLLM was sent {len(sent)} tensors, the policy has {len(expected)} (differing: {differing} ...); it would "
-                "sample from other weights than those trained."
+                f"vLLM was sent {len(sent)} tensors, the policy has {len(expected)} (differing: {differing} ...); it "
+                "would sample from other weights than those trained."
             )
 
 
