@@ -118,16 +118,16 @@ class SegCompassConfig(PreTrainedConfig):
     model_type = "segcompass"
     sub_configs_defaults = {
         "mllm_config": SubConfigSpec(AutoConfig, model_type="llava"),
-        "image_encoder_config": SamVisionConfig,
-        "sae_config": SparseAutoencoderConfig,
+        "image_encoder_config": SamVisionConfig,  # type: ignore[dict-item]
+        "sae_config": SparseAutoencoderConfig,  # type: ignore[dict-item]
     }
     auto_map = {}  # type: ignore[var-annotated]  # an annotation would make it a field
 
     def __init__(
         self,
-        mllm_config: PreTrainedConfig | dict[str, Any] | None = None,
-        image_encoder_config: PreTrainedConfig | dict[str, Any] | None = None,
-        sae_config: SparseAutoencoderConfig | dict[str, Any] | None = None,
+        mllm_config: Any = None,
+        image_encoder_config: Any = None,
+        sae_config: Any = None,
         num_slots: int = 6,
         d_c: int = 512,
         num_concepts: int = 256,

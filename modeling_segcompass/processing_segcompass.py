@@ -49,6 +49,8 @@ class SegCompassProcessor(ProcessorMixin):
         result = processor.post_process_instance_segmentation(outputs, target_sizes=[(image.height, image.width)])[0]
     """
 
+    encoder_image_processor: Any  # ProcessorMixin sets what its constructor is given
+
     def __init__(
         self,
         image_processor: Any = None,

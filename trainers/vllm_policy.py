@@ -99,8 +99,9 @@ def policy_engine(model: Any, processor: Any, args: Any) -> Iterator[None]:
             if PartialState().is_main_process:
                 export_policy(core, processor, folder)
         core.name_or_path = str(folder)
-    engine, grpo_trainer.VLLMGeneration = grpo_trainer.VLLMGeneration, PolicyEngine
+    engine, name = grpo_trainer.VLLMGeneration, core.name_or_path
+    grpo_trainer.VLLMGeneration = PolicyEngine  # type: ignore[misc]
     try:
         yield
     finally:
-        grpo_trainer.VLLMGeneration, core.name_or_path = engine, name
+        grpo_trainer.VLLMGeneration, core.name_or_path = engine, name  # type: ignore[misc]
