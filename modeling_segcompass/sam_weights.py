@@ -141,7 +141,7 @@ def read_sam(
             dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
             weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
         vision = SamVisionModel(sam_vision_config(weights))
-        vision.to(dtype=weights["vision_encoder.pos_embed"].dtype)
+        vision.to(weights["vision_encoder.pos_embed"].dtype)  # type: ignore[arg-type]
         part = {name: tensor for name, tensor in weights.items() if name.startswith("vision_encoder.")}
         vision.load_state_dict(part)
         vision.config._name_or_path = source
