@@ -6,7 +6,7 @@
 Everything is given for all tokens but special ones, which the SAE is not made for, and for each token type (image,
 instruction, response, special). Writes
     quality.json   explained variance, FVU, L0, dead share, density histogram, L2 ratio, relative reconstruction bias
-                   (`trainers.sae_trainer.evaluate_sae` names the formulas), and the language-model loss
+                   (`trainers.sae_quality.evaluate_sae` names the formulas), and the language-model loss
     quality.png    explained variance and L0 by type, the density histogram
     quality.md     the table of the card
 
@@ -30,7 +30,7 @@ from segcompass.loaders.image_text import image_text, load_image_text
 from segcompass.modeling_segcompass import SparseAutoencoder
 from segcompass.trainers.activations import SPECIAL, TOKEN_TYPES, batch_activations, model_special_tokens, token_types
 from segcompass.trainers.collator import ImageTextCollator
-from segcompass.trainers.sae_trainer import evaluate_sae
+from segcompass.trainers.sae_quality import evaluate_sae
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (the backend must be chosen first)

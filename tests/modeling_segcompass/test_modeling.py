@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from segcompass.modeling_segcompass import SegCompassModel, SparseAutoencoder, SparseAutoencoderConfig
+from segcompass.modeling_segcompass.token_layout import find_slots
 from tests.support.scripted import INSTRUCTIONS, Script, lively_segcompass, noise_image, noise_images
 from tests.support.tiny import BACKBONES, tiny_mllm, tiny_processor, tiny_segcompass
 
@@ -35,7 +36,7 @@ def slots_of(parts, text, prompt="where"):
     model, processor = parts
     ids = [processor.tokenizer(part, add_special_tokens=False).input_ids for part in (prompt, text)]
     response_mask = torch.tensor([[False] * len(ids[0]) + [True] * len(ids[1])])
-    positions, slot_mask = model.find_slots(torch.tensor([ids[0] + ids[1]]), response_mask)
+    positions, slot_mask = find_slots(torch.tensor([ids[0] + ids[1]]), response_mask, model.config)
     return (positions[slot_mask] - len(ids[0])).tolist(), slot_mask[0].tolist()
 
 
@@ -76,7 +77,7 @@ def test_unknown_token_ids_are_refused(parts):
     ref_token_id, config.ref_token_id = config.ref_token_id, None
     try:
         with pytest.raises(ValueError, match="ref_token_id and config.think_end_id are None.*from_backbones"):
-            model.find_slots(torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.bool))
+            find_slots(torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.bool), config)
     finally:
         config.ref_token_id = ref_token_id
 
@@ -86,7 +87,7 @@ def test_unknown_token_ids_are_refused(parts):
 
 @pytest.fixture
 def passes(parts):
-    """The number of tokens of each pass through the language model, and the passes of SAM's encoder."""
+    """The number of tokens of each pass through the language model, and the passes of the image encoder."""
     model, _ = parts
     lengths, encoded = [], []
     handles = [
@@ -146,7 +147,7 @@ def test_segment_runs_nothing_twice(parts, passes):
     assert passes == ([outputs.prompt_length] + [1] * (written - 1), [1])
 
 
-def test_language_alone_needs_no_sam(parts, passes):
+def test_language_alone_needs_no_image_encoder(parts, passes):
     model, processor = parts
     outputs = model(**processor(images=noise_image(8, 8), text="it", response="no", image_encoder=False))
     assert outputs.pred_masks is None and outputs.loss.isfinite() and passes[1] == []
@@ -410,7 +411,7 @@ def test_gradient_of_the_masks_reaches_all_but_the_frozen(backbone):
         assert not [name for name in missed if name.endswith("weight") and "conv" not in name], missed
     assert reached["query_codebook.codebook"] and reached["query_codebook.slot_queries"]
     assert reached["mask_decoder.mask_token"] and reached["slot_mapper.map_in.weight"]
-    frozen = [name for name in reached if name.startswith(("sae.", "sam.", "image_positions."))]
+    frozen = [name for name in reached if name.startswith(("sae.", "image_encoder.", "image_positions."))]
     assert frozen and not any(reached[name] for name in frozen)
     assert not any(p.requires_grad for module in (model.sae, model.image_encoder) for p in module.parameters())
 

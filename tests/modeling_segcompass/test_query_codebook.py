@@ -5,13 +5,8 @@ import torch
 from torch import nn
 
 from segcompass.modeling_segcompass import SegCompassConfig, SparseAutoencoder, SparseAutoencoderConfig
-from segcompass.modeling_segcompass.query_codebook import (
-    IMAGE,
-    INSTRUCTION,
-    RESPONSE,
-    QueryCodebook,
-    token_position_features,
-)
+from segcompass.modeling_segcompass.query_codebook import QueryCodebook
+from segcompass.modeling_segcompass.token_layout import IMAGE, INSTRUCTION, RESPONSE, token_position_features
 
 BATCH, TOKENS, WIDTH, FEATURES, SLOTS, SELECTED = 3, 17, 12, 60, 2, 10
 READINGS = ("feature", "token")
@@ -138,7 +133,7 @@ def test_provenance_is_the_saes_own_activations(activation):
         torch.testing.assert_close(concepts.activations[row], h[row][:, concepts.indices[row]], atol=1e-12, rtol=0)
     torch.testing.assert_close(concepts.values, concepts.activations.amax(1), atol=0, rtol=0)
     relative = concepts.values / sae.mean_active_activation[concepts.indices]
-    assert (relative.diff(dim=1) <= 1e-12).all(), "strongest relative to its usual strength first"
+    assert (relative.diff(dim=1) <= 1e-12).all(), "strongest relative to its mean active activation first"
 
 
 @pytest.mark.parametrize("reading", READINGS)
@@ -193,7 +188,7 @@ def test_scaling_a_concept_scales_its_strength():
     torch.testing.assert_close(after.values[0][after.indices[0] == index], 2.5 * before.values[0, 3:4])
 
 
-def test_where_features_tell_image_from_text():
+def test_position_features_distinguish_image_from_text():
     types = torch.tensor([[IMAGE, INSTRUCTION, RESPONSE]])
     near = token_position_features(types, torch.full((1, 3, 2), 0.2), torch.full((1, 3), 3.0))
     moved = token_position_features(types, torch.full((1, 3, 2), 0.7), torch.full((1, 3), 3.0))

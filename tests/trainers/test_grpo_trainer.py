@@ -312,7 +312,7 @@ def test_reference_masks_come_from_the_frozen_mllm_in_its_own_pass(tmp_path):
     counted = Passes(backbone=own.model, reference=trainer.ref_model.model)
     states = []
     original = trainer.core.decode_masks
-    trainer.core.decode_masks = lambda *args, **kwargs: states.append(args[3]) or original(*args, **kwargs)
+    trainer.core.decode_masks = lambda **kwargs: states.append(kwargs["z"]) or original(**kwargs)
     rollout(trainer)
     assert counted.counts == {"reference no grad": 2} and trainer.core.mllm is own
     first = list(states)
