@@ -86,7 +86,7 @@ def test_joint_steps_move_what_learns_and_nothing_else(tmp_path, backbone, beta)
         "mllm train": 4,
         "backbone train": 4,
         "backbone no grad": 4,
-        "sam no grad": 2,
+        "image_encoder no grad": 2,
     }
     if beta:
         assert reference.counts == {"reference no grad": 4}
