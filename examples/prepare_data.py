@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from segcompass.loaders import BENCHMARKS, load_rows
 from segcompass.loaders.obelics import image_name, open_documents
-from segcompass.loaders.predictions import write_text
+from segcompass.journal import write_text
 from segcompass.loaders.published import SPLITS, compare
 from segcompass.loaders.reasonseg import upright_size
 from segcompass.loaders.refcoco import SPLIT_BY

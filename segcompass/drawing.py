@@ -16,13 +16,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+from segcompass.modeling_segcompass.palette import SLOT_COLOURS
+
 PAGE, MARGIN, GAP, DPI = 1600, 36, 22, 100
 HEADLINE, TITLE, LINE = 40, 32, 27  # heights of one line of each kind, pixels
 MIN_PANEL, MAX_PANEL = 240, 520  # panel heights, pixels
 MAX_HEADLINES, MAX_LINES = 3, 14
 LONGEST_SIDE = 1000  # images are shown no larger, whatever their size
 INK, SOFT, FRAME = "#1b1f27", "#5b6472", "#c9ced6"
-SLOT_COLOURS = ("#ff6b1a", "#12b5cb", "#e8338b", "#8bc61f", "#5b6ef5", "#f2b90f", "#a04be0", "#c0744a")
 
 
 class Panel(NamedTuple):
@@ -37,7 +38,8 @@ class Panel(NamedTuple):
 
 def slot_colour(slot: int) -> str:
     """The colour of a slot in every picture, "#rrggbb"."""
-    return SLOT_COLOURS[slot % len(SLOT_COLOURS)]
+    red, green, blue = SLOT_COLOURS[slot % len(SLOT_COLOURS)]
+    return f"#{red:02x}{green:02x}{blue:02x}"
 
 
 def label_image(masks: np.ndarray, scores: list[float], slots: list[int]) -> Image.Image:
@@ -247,3 +249,25 @@ def _outline(axes: Axes, instance: dict, mask: np.ndarray, frame: tuple):
         bbox={"facecolor": colour, "edgecolor": "none", "pad": 1.5},
         annotation_clip=False,
     )
+
+
+# -- where the MLLM's patches lie --------------------------------------------------------------------------------------
+
+
+def patch_extent(image_processor, image: Image.Image) -> tuple[float, float, float, float]:
+    """The part of the image that the MLLM sees: LLaVA-1.5 crops the centre.
+
+    Args:
+        image_processor: the MLLM's.
+        image: the image as it was given to the processor.
+
+    Returns:
+        (left, top, right, bottom) in pixels of the image.
+    """
+    width, height = image.size
+    if not getattr(image_processor, "do_center_crop", False):
+        return 0, 0, width, height
+    scale = image_processor.size["shortest_edge"] / min(width, height)
+    half_width = image_processor.crop_size["width"] / scale / 2
+    half_height = image_processor.crop_size["height"] / scale / 2
+    return width / 2 - half_width, height / 2 - half_height, width / 2 + half_width, height / 2 + half_height

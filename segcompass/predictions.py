@@ -1,45 +1,19 @@
-"""predictions.jsonl: one line a sample, written while a run goes on, read again by a resumed run or from other models.
+"""predictions.jsonl: one line per sample, written during a run, read again by a resumed run or from other models.
 
 A line of any model's predictions is {"sample_id": str} with one of
     "masks"   list of COCO RLE dicts, compressed or not; their union is the prediction, [] is "nothing"
     "mask"    one RLE dict
-    "slots"   list of {"segmentation": RLE dict}, as `examples/evaluate.py` writes them
+    "slots"   list of {"segmentation": RLE dict}, as `segcompass evaluate` writes them
 and may have "no_target" (bool: the answer of a separate "nothing there" output) and "text".
 """
 
 import json
-import os
 from pathlib import Path
 
-from .masks import coco_rle
+from segcompass.journal import read_records, write_text
+from segcompass.loaders.masks import coco_rle
 
 OWN, OTHERS = "predictions.jsonl", "predictions.rank*.jsonl"
-
-
-def read_records(path: Path, repair: bool = False) -> dict[str, dict]:
-    """The records of a file by sample_id; {} when there is no file. A last line that was cut off is left out.
-
-    Args:
-        path: a JSONL file.
-        repair: cut the torn line off the file too, so that it can be appended to.
-
-    Raises:
-        ValueError: a damaged line, or one without sample_id; it is named.
-    """
-    if not path.exists():
-        return {}
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if repair and len(whole) < len(content):
-        os.truncate(path, len(whole))
-    records = {}
-    for number, line in enumerate(whole.splitlines(), 1):
-        try:
-            record = json.loads(line)
-            records[record["sample_id"]] = record
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number} is damaged ({error!r}); delete it and start again.") from error
-    return records
 
 
 def part_path(folder: Path, rank: int) -> Path:
@@ -61,13 +35,6 @@ def merge_parts(folder: Path, names: list[str], records: dict[str, dict]) -> Non
         write_text(folder / OWN, "".join(json.dumps(records[name]) + "\n" for name in names))
     for path in folder.glob(OTHERS):
         path.unlink()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file in one step: a reader sees the old content or the new."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def read_predictions(path: Path, names: list[str]) -> dict[str, dict]:

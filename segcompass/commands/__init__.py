@@ -1,0 +1,1 @@
+"""One module per subcommand of `segcompass`, each with `main(argv=None)`; segcompass/cli.py has their table."""
