@@ -38,14 +38,21 @@ def merge_parts(folder: Path, names: list[str], records: dict[str, dict]) -> Non
 
 
 def read_predictions(path: Path, names: list[str]) -> dict[str, dict]:
-    """The predictions of any model for these samples, by sample_id.
+    """The predictions of any model, by sample_id.
+
+    Args:
+        path: a JSONL file.
+        names: the sample ids of the rows to score.
+
+    Returns:
+        sample_id -> the line's object, for each of `names`.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: a damaged line, samples without a prediction, predictions of unknown samples, or repeated ones.
     """
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing; give a file with one JSON object a sample.")
+        raise FileNotFoundError(f"{path} is missing; give a file with one JSON object per sample.")
     found, wanted = {}, set(names)
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
@@ -70,6 +77,14 @@ def read_predictions(path: Path, names: list[str]) -> dict[str, dict]:
 
 def predicted_masks(record: dict, height: int, width: int) -> list[dict]:
     """A prediction's masks as compressed RLE; those without a pixel are left out.
+
+    Args:
+        record: a line of predictions.
+        height: of the sample's image, in pixels.
+        width: of the sample's image, in pixels.
+
+    Returns:
+        COCO RLE dicts whose union is the prediction.
 
     Raises:
         ValueError: no masks, masks in no known form, or of another size than the image.

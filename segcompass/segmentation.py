@@ -69,7 +69,13 @@ def segment_image(
 
 
 def read_image(source: str) -> Image.Image:
-    """An image in RGB, from a file or a URL.
+    """An image in RGB.
+
+    Args:
+        source: file or URL.
+
+    Returns:
+        PIL image of mode "RGB".
 
     Raises:
         ValueError: it cannot be read.
