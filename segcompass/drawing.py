@@ -182,8 +182,8 @@ def _darkened(image: np.ndarray) -> np.ndarray:
 
 def _glow(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
     """Blend a heat in [0, 1] over an image, clear where it is 0."""
-    heat = Image.fromarray(np.float32(heat)).resize(image.shape[1::-1], Image.Resampling.BILINEAR)
-    colours = _heat_colours(np.asarray(heat))
+    resized = Image.fromarray(heat.astype(np.float32)).resize(image.shape[1::-1], Image.Resampling.BILINEAR)
+    colours = _heat_colours(np.asarray(resized))
     return (1 - colours[..., 3:]) * image + colours[..., 3:] * colours[..., :3]
 
 
@@ -207,8 +207,8 @@ def _show_patches(axes: Axes, image: np.ndarray, frame: tuple, heat: np.ndarray,
 
 def _show_masks(axes: Axes, image: np.ndarray, frame: tuple, instances: list[dict], masks: np.ndarray, verdict: str):
     picture = _darkened(image)
-    small = [_shrink(Image.fromarray(np.uint8(mask) * 255), Image.Resampling.BOX) for mask in masks]
-    small = [np.asarray(mask) / 255 for mask in small]
+    shrunk = (_shrink(Image.fromarray(mask.astype(np.uint8) * 255), Image.Resampling.BOX) for mask in masks)
+    small = [np.asarray(mask) / 255 for mask in shrunk]
     for instance, mask in zip(instances, small, strict=True):
         tint = 0.7 * image + 0.3 * np.array(slot_colour(instance["slot"])) / 255
         picture = np.where(mask[..., None] >= 0.5, tint, picture)
@@ -216,7 +216,7 @@ def _show_masks(axes: Axes, image: np.ndarray, frame: tuple, instances: list[dic
     for instance, mask in zip(instances, small, strict=True):
         _outline(axes, instance, mask, frame)
     if not instances:
-        style = {"ha": "center", "va": "center", "color": "white", "size": 13, "weight": "bold"}
+        style: dict[str, Any] = {"ha": "center", "va": "center", "color": "white", "size": 13, "weight": "bold"}
         axes.text(0.5, 0.5, textwrap.fill(verdict, 22), transform=axes.transAxes, **style)
 
 

@@ -1,6 +1,7 @@
 """Loads a model together with its processor, as every command does."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, SamImageProcessorPil
@@ -56,4 +57,5 @@ def load_mllm(
         prompt_template="{instruction}",
         **{field: getattr(parts, field) for field in llava if getattr(parts, field, None) is not None},
     )
-    return AutoModelForImageTextToText.from_pretrained(path, dtype=dtype).to(device), processor
+    mllm: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
+    return mllm.to(device), processor

@@ -6,6 +6,7 @@ fragmentation of the allocator are estimates (below, as constants). Nothing here
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -64,7 +65,7 @@ def recipe_config(path: Path) -> SegCompassConfig:
     )
 
 
-def build(config: SegCompassConfig, lora_rank: int = 0, train_below_sae_layer: bool = False) -> nn.Module:
+def build(config: SegCompassConfig, lora_rank: int = 0, train_below_sae_layer: bool = False) -> Any:
     """The model on the meta device, frozen as the trainers freeze it, or with adapters.
 
     Args:
@@ -99,7 +100,7 @@ def component(name: str) -> str:
 
 def count(model: nn.Module) -> dict[str, tuple[int, int]]:
     """component -> (all parameters, trainable ones)."""
-    counts = {}
+    counts: dict[str, tuple[int, int]] = {}
     for name, parameter in model.named_parameters():
         total, learning = counts.get(component(name), (0, 0))
         counts[component(name)] = (
@@ -123,7 +124,8 @@ class SavedBytes:
 
     def __init__(self, module: nn.Module):
         self.parameters = {id(p) for p in module.parameters()}
-        self.bytes, self.seen = 0, set()
+        self.bytes = 0
+        self.seen: set[int] = set()
 
     def __enter__(self):
         self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
@@ -142,7 +144,7 @@ class SavedBytes:
         return tensor
 
 
-def activation_bytes(model: nn.Module, batch: int, length: int) -> tuple[int, int]:
+def activation_bytes(model: Any, batch: int, length: int) -> tuple[int, int]:
     """What autograd saves for a micro-batch of the longest sequences.
 
     Args:
@@ -155,7 +157,7 @@ def activation_bytes(model: nn.Module, batch: int, length: int) -> tuple[int, in
     """
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     config, text = core.config, core.config.get_text_config()
-    meta = dict(device="meta", dtype=torch.bfloat16)
+    meta: dict[str, Any] = dict(device="meta", dtype=torch.bfloat16)
     block = core.mllm.model.language_model.layers[-1].to(torch.bfloat16)
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     x = torch.empty(batch, length, text.hidden_size, requires_grad=True, **meta)

@@ -23,7 +23,7 @@ def part_path(folder: Path, rank: int) -> Path:
 
 def read_parts(folder: Path, repair: bool = False) -> dict[str, dict]:
     """The records that all processes of the runs so far have written, by sample_id. Raises ValueError."""
-    records = {}
+    records: dict[str, dict] = {}
     for path in sorted(folder.glob(OTHERS)):
         records |= read_records(path, repair)
     return records | read_records(folder / OWN, repair)

@@ -5,7 +5,7 @@ Every image's size is compared with its masks', every count with the published o
 
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -41,8 +41,8 @@ class Conversion:
     """a benchmark's name, "obelics" or a .jsonl file."""
     output: Path
     """folder of the parquet files."""
-    split: list[str] | None = None
-    """None converts all splits that the data set has."""
+    split: list[str] = field(default_factory=list)
+    """none converts all splits that the data set has."""
     root: str | None = None
     """see `load_rows`, as for the next four."""
     image_dir: Path | None = None
@@ -79,7 +79,7 @@ def prepare_data(conversion: Conversion) -> list[dict]:
     """
     table = []
     claim_conversion(conversion)
-    if conversion.download is not None:
+    if conversion.download is not None and conversion.root and conversion.image_dir:
         download(conversion.root, conversion.image_dir, conversion.download)
     named = {name: getattr(conversion, name) for name in ("root", "split_by", "unit", "image_dir")}
     for split in conversion.split:

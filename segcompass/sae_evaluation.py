@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
@@ -129,12 +130,12 @@ class LossSums:
         print(sums.summary()["all"]["recovered"])
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.losses: Counter = Counter()
-        self.tokens = 0
+        self.tokens = 0.0
         self.skipped: Counter = Counter()
 
-    def add(self, losses: dict) -> None:
+    def add(self, losses: dict[str | tuple[str, str], float]) -> None:
         """Add what `language_losses` returned for a batch."""
         self.tokens += losses.pop("tokens")
         self.losses.update(losses)
@@ -148,7 +149,7 @@ class LossSums:
         if not self.tokens:
             return None
         mean = {name: loss / self.tokens for name, loss in self.losses.items()}
-        summary = {"clean": mean["clean"], "tokens": self.tokens}
+        summary: dict[str, Any] = {"clean": mean["clean"], "tokens": int(self.tokens)}
         for name in ("all", *TOKEN_TYPES):
             if (name, "spliced") in mean:
                 spliced, zero = mean[name, "spliced"], mean[name, "zero"]
@@ -183,7 +184,10 @@ def language_losses(
     else:
         predicted = real & (types == TOKEN_TYPES.index("instruction"))
     predicted = predicted[:, 1:] & real[:, :-1]
-    losses = {"tokens": int(predicted.sum()), "clean": next_token_loss(mllm, inputs, predicted)}
+    losses: dict[str | tuple[str, str], float] = {
+        "tokens": int(predicted.sum()),
+        "clean": next_token_loss(mllm, inputs, predicted),
+    }
     for name in ("all", *TOKEN_TYPES):
         where = real & ((types != SPECIAL) if name == "all" else (types == TOKEN_TYPES.index(name)))
         if not where.any():

@@ -1,6 +1,7 @@
 """Options that several commands share, so that they are spelled, checked and explained in one way."""
 
 import argparse
+from typing import Any
 
 ROWS = "'scenes', a benchmark (with --root), a .jsonl file, or a folder of `segcompass prepare-data` or save_to_disk"
 TRAINING_ROWS = "'scenes', a .jsonl file, or a folder of `segcompass prepare-data` or Dataset.save_to_disk"
@@ -64,15 +65,22 @@ class RecipeHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
     """Help of the commands that read a recipe: hundreds of options, each with its default."""
 
 
-def recipe_parser(command: str, description: str | None) -> dict:
-    """What a TrlParser needs to describe a command that reads a recipe, as keyword arguments."""
+def recipe_parser(command: str, description: str | None, dataclasses: Any) -> Any:
+    """The parser of a command that reads a recipe.
+
+    Args:
+        command: its name.
+        description: its module's docstring, shown as it is written.
+        dataclasses: whose fields are the options and the recipe's fields.
+
+    Returns:
+        A TrlParser.
+    """
+    from trl import TrlParser
+
     prog = f"segcompass {command}"
-    return {
-        "prog": prog,
-        "usage": f"{prog} --config RECIPE [--option value …]",
-        "description": description,
-        "formatter_class": RecipeHelp,
-    }
+    usage = f"{prog} --config RECIPE [--option value …]"
+    return TrlParser(dataclasses, prog=prog, usage=usage, description=description, formatter_class=RecipeHelp)
 
 
 def positive(text: str) -> int:

@@ -9,6 +9,7 @@ split or data set: images that are there already are skipped.
 """
 
 import argparse
+from typing import Any
 
 from . import options
 
@@ -45,7 +46,8 @@ def main(argv: list[str] | None = None) -> None:
     model, processor = load(args.model)
     encoder = encoder_id(model.image_encoder, processor.encoder_image_processor)
     writer = ImageFeatureWriter(args.output, encoder, model.config.image_encoder_config.image_size, args.shard_size)
-    found, batch = len(writer.known), {}
+    found = len(writer.known)
+    batch: dict[str, Any] = {}  # key -> image
 
     @torch.no_grad()
     def encode() -> None:
