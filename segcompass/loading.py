@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, SamImageProcessorPil
 
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
 
@@ -26,3 +27,33 @@ def load(path: str | Path, device: str | torch.device | None = None) -> tuple[Se
     except (OSError, ValueError) as error:
         raise ValueError(f"{str(path)!r} is no folder or Hub id of a SegCompass model: {error}") from error
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), processor
+
+
+def load_mllm(
+    path: str, dtype: str = "float32", device: str | torch.device | None = None
+) -> tuple[PreTrainedModel, SegCompassProcessor]:
+    """What a sparse autoencoder reads: a SegCompass model, or an MLLM alone.
+
+    Args:
+        path: folder or Hub id of either.
+        dtype: of the weights.
+        device: where the model goes; by default the GPU, or the CPU where there is none.
+
+    Returns:
+        The model, and a SegCompassProcessor that makes its inputs (without a prompt of ours for an MLLM alone).
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if AutoConfig.from_pretrained(path).model_type == "segcompass":
+        model = SegCompassModel.from_pretrained(path, dtype=dtype)
+        return model.to(device), SegCompassProcessor.from_pretrained(path)
+    parts = AutoProcessor.from_pretrained(path)
+    llava = ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens")
+    processor = SegCompassProcessor(
+        image_processor=parts.image_processor,
+        tokenizer=parts.tokenizer,
+        encoder_image_processor=SamImageProcessorPil(),
+        chat_template=parts.chat_template,
+        prompt_template="{instruction}",
+        **{field: getattr(parts, field) for field in llava if getattr(parts, field, None) is not None},
+    )
+    return AutoModelForImageTextToText.from_pretrained(path, dtype=dtype).to(device), processor

@@ -1,11 +1,12 @@
 """Joint training: GRPO on the reasoning and supervised losses on the masks, one backward pass (Eq. 6).
 
-    python examples/train_grpo.py --config examples/recipes/mini/grpo.yaml
-    accelerate launch examples/train_grpo.py --config RECIPE.yaml
-    accelerate launch examples/train_grpo.py --config RECIPE.yaml --use_peft --lora_r 64
-    accelerate launch examples/train_grpo.py --config RECIPE.yaml --use_peft --load_in_4bit      # QLoRA
+    segcompass train grpo --config mini/grpo
+    accelerate launch -m segcompass train grpo --config RECIPE.yaml
+    accelerate launch -m segcompass train grpo --config RECIPE.yaml --use-peft --lora-r 64
+    accelerate launch -m segcompass train grpo --config RECIPE.yaml --use-peft --load-in-4bit      # QLoRA
 
-An interrupted run goes on from its last checkpoint when the command is repeated.
+A recipe is a YAML file, or a name that `segcompass recipes` lists; options replace its values. Repeat the command to
+resume an interrupted run from its last checkpoint.
 """
 
 from dataclasses import dataclass, field
@@ -17,24 +18,30 @@ from trl import ModelConfig, TrlParser, get_quantization_config
 
 from segcompass.loaders import load_rows
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
+from segcompass.recipes import parse_with_recipe
 from segcompass.trainers import SegCompassGRPOConfig, SegCompassGRPOTrainer
 from segcompass.trainers.policy import lora_config
 
+from . import options
+
 
 @dataclass
-class ScriptArguments:
+class GRPOArguments:
     """What to train, on what."""
 
     model: str = field(metadata={"help": "SegCompass folder or Hub id, after cold start and with a trained SAE"})
-    dataset: str = field(default="scenes", metadata={"help": "'scenes' or a folder written by save_to_disk"})
-    split: str = "train"
-    dataset_seed: int = 0
-    num_samples: int = 10_000
+    dataset: str = field(default="scenes", metadata={"help": options.TRAINING_ROWS})
+    split: str = field(default="train", metadata={"help": "split of the data set"})
+    dataset_seed: int = field(default=0, metadata={"help": "seed of the procedural scenes, ignored for other data"})
+    num_samples: int = field(default=10_000, metadata={"help": "use only the first N rows"})
 
 
-def main():
-    parser = TrlParser((ScriptArguments, SegCompassGRPOConfig, ModelConfig))
-    arguments, training, extra = parser.parse_args_and_config()
+def main(argv: list[str] | None = None) -> None:
+    """Run the command with these options; None takes the process's own."""
+    parser = TrlParser(
+        (GRPOArguments, SegCompassGRPOConfig, ModelConfig), **options.recipe_parser("train grpo", __doc__)
+    )
+    arguments, training, extra = parse_with_recipe(parser, argv)
     quantization = get_quantization_config(extra)
     if extra.load_in_4bit and training.bf16:
         quantization.bnb_4bit_compute_dtype = torch.bfloat16  # TRL takes the weights' dtype, which is float32 here
@@ -57,7 +64,3 @@ def main():
     Path(training.output_dir).mkdir(parents=True, exist_ok=True)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(training.output_dir))
     trainer.save_model()
-
-
-if __name__ == "__main__":
-    main()

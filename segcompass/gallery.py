@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 
 import numpy as np
+from datasets import Dataset
 from PIL import Image
 
 from segcompass.loaders.masks import decode_mask
@@ -24,16 +25,16 @@ code {{ color: #555; }} b.swatch {{ display: inline-block; width: 1em; height: 1
 """
 
 
-def write_gallery(path: Path, rows, records: list[dict], protocol: str, title: str, count: int = 12) -> None:
+def write_gallery(path: Path, rows: Dataset, records: list[dict], protocol: str, title: str, count: int = 12) -> None:
     """Write the page.
 
     Args:
         path: the HTML file.
-        rows: data set with the columns image, masks, ignore, instruction.
+        rows: with the columns image, masks, ignore, instruction.
         records: of the same samples in the same order, with "slots" and pixel counts.
         protocol: whose IoU ranks them; samples it leaves out are not shown among best and worst.
         title: heading.
-        count: samples a section.
+        count: samples per section.
     """
     ious = {index: sample_iou(record, protocol) for index, record in enumerate(records)}
     ranked = sorted((i for i in ious if ious[i] is not None), key=lambda i: (ious[i], records[i]["U"]))
@@ -50,11 +51,12 @@ def write_gallery(path: Path, rows, records: list[dict], protocol: str, title: s
     path.write_text(PAGE.format(title=escape(title), legend=legend, sections=sections), encoding="utf-8")
 
 
-def _card(row, record, iou):
-    told = "left out by the protocol" if iou is None else f"IoU {iou:.3f}"
+def _card(row: dict, record: dict, iou: float | None) -> str:
+    """One sample as an HTML figure."""
+    verdict = "left out by the protocol" if iou is None else f"IoU {iou:.3f}"
     scores = ", ".join(f"{slot['score']:.2f}" for slot in record["slots"] if "score" in slot)
     lines = [
-        f"<strong>{told}</strong> <code>{escape(record['sample_id'])}</code>",
+        f"<strong>{verdict}</strong> <code>{escape(record['sample_id'])}</code>",
         escape(row["instruction"]),
         f"<em>{escape(record.get('text') or '')}</em>",
         f"{len(record['slots'])} masks" + (f", confidence {scores}" if scores else ""),
@@ -64,7 +66,7 @@ def _card(row, record, iou):
     return f"<figure>{image}<figcaption>{'<br>'.join(lines)}</figcaption></figure>"
 
 
-def _picture(row, record):
+def _picture(row: dict, record: dict) -> bytes:
     """JPEG bytes of the image under its masks."""
     height, width = row["height"], row["width"]
     scale = SIDE / max(height, width)
@@ -85,7 +87,7 @@ def _picture(row, record):
     return file.getvalue()
 
 
-def _outline(mask):
+def _outline(mask: np.ndarray) -> np.ndarray:
     """The pixels of a mask that touch its outside, two pixels wide."""
     inner = mask
     for _ in range(2):

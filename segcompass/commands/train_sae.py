@@ -1,10 +1,11 @@
 """Train a sparse autoencoder on the hidden states of an MLLM over image, instruction and response tokens.
 
-    python examples/train_sae.py --config examples/recipes/mini/sae.yaml
-    python examples/train_sae.py --config examples/recipes/llava-1.5-7b/sae.yaml --estimate true   # what it will take
+    segcompass train sae --config mini/sae
+    segcompass train sae --config llava-1.5-7b/sae --estimate    # what it will take
 
-The hidden states are streamed from the model while it trains, up to the layer the SAE reads, or gathered once into a
-folder (--cache_dir). Repeat the command after an interruption: caching and training go on where they were cut off.
+A recipe is a YAML file, or a name that `segcompass recipes` lists; options replace its values. The hidden states are
+streamed from the model while the SAE trains, or gathered once into a folder (--cache-dir). Repeat the command to resume
+an interrupted run: both gathering and training continue where they stopped.
 """
 
 import json
@@ -13,18 +14,15 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, SamImageProcessorPil
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from trl import TrlParser
 
 from segcompass.loaders.image_text import image_text, load_image_text
-from segcompass.modeling_segcompass import (
-    SegCompassModel,
-    SegCompassProcessor,
-    SparseAutoencoder,
-    SparseAutoencoderConfig,
-)
+from segcompass.loading import load_mllm
+from segcompass.modeling_segcompass import SparseAutoencoder, SparseAutoencoderConfig
+from segcompass.recipes import parse_with_recipe
 from segcompass.trainers import SparseAutoencoderTrainer, SparseAutoencoderTrainerConfig
 from segcompass.trainers.activation_cache import CachedActivations, cache_activations
 from segcompass.trainers.activations import ActivationDataset
@@ -32,53 +30,63 @@ from segcompass.trainers.collator import ImageTextCollator
 from segcompass.trainers.sae_estimate import estimate_sae_training
 from segcompass.trainers.sae_trainer import evaluate_sae, last_checkpoint, take_tokens
 
+from . import options
+
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class ScriptArguments:
+class SAEArguments:
     """Whose hidden states, over which rows, into what autoencoder."""
 
-    model: str = field(metadata={"help": "SegCompass folder or Hub id, or a LLaVA-1.5 / Qwen2.5-VL model"})
-    dataset: str = field(default="scenes", metadata={"help": "'scenes', a save_to_disk folder, a .jsonl, a Hub id"})
-    split: str = "train"
+    model: str = field(metadata={"help": "SegCompass model or LLaVA-1.5 / Qwen2.5-VL model, as a folder or Hub id"})
+    dataset: str = field(default="scenes", metadata={"help": options.TEXT_ROWS})
+    split: str = field(default="train", metadata={"help": "split to train on"})
     evaluation_split: str | None = field(
-        default="val", metadata={"help": "Split to score it on; null holds the first evaluation_samples rows out"}
+        default="val", metadata={"help": "split to score the SAE on; null holds out the first evaluation_samples rows"}
     )
-    dataset_seed: int = 0
-    num_samples: int | None = field(default=100_000, metadata={"help": "Rows at most; null takes all"})
-    token_window: int = field(default=3400, metadata={"help": "Longer samples are skipped and counted"})
-    d_sae: int | None = field(default=None, metadata={"help": "Width; null leaves what a SegCompass model says"})
-    layer: int | None = field(default=None, metadata={"help": "L: read the output of the L-th decoder block"})
+    dataset_seed: int = field(default=0, metadata={"help": "seed of the procedural scenes, ignored for other data"})
+    num_samples: int | None = field(
+        default=100_000, metadata={"help": "use only the first N rows; null takes all of them"}
+    )
+    token_window: int = field(default=3400, metadata={"help": "skip, and count, samples of more tokens than this"})
+    d_sae: int | None = field(default=None, metadata={"help": "features; null takes those of the SegCompass model"})
+    layer: int | None = field(default=None, metadata={"help": "L: the SAE reads the output of the L-th decoder block"})
     activation: str | None = field(default=None, metadata={"help": "relu, topk, batchtopk or jumprelu"})
-    k: int | None = field(default=None, metadata={"help": "Features a token keeps (topk, batchtopk)"})
-    samples_per_batch: int = field(default=64, metadata={"help": "samples the MLLM reads at a time"})
-    tokens_per_batch: int = field(default=4096, metadata={"help": "tokens in one step of the SAE, a process"})
-    buffer_size: int = field(default=32_768, metadata={"help": "tokens mixed with one another"})
-    evaluation_tokens: int = field(default=100_000, metadata={"help": "held-out tokens to score it on"})
-    evaluation_samples: int = field(default=1000, metadata={"help": "rows held out without evaluation_split"})
-    cache_dir: str | None = field(default=None, metadata={"help": "Gather hidden states there once; null streams"})
-    cache_gb: float = field(default=100.0, metadata={"help": "Size of the cache at which gathering stops"})
-    samples_per_shard: int = field(default=128, metadata={"help": "Samples in a file of the cache"})
-    estimate: bool = field(default=False, metadata={"help": "Print tokens, disk, memory and hours, and do nothing"})
-    image_tokens: int = field(default=576, metadata={"help": "--estimate: image tokens of a sample"})
-    text_tokens: int = field(default=100, metadata={"help": "--estimate: other tokens of a sample"})
-    tflops: float = field(default=300.0, metadata={"help": "--estimate: 10^12 operations a second of a process"})
-    processes: int = field(default=1, metadata={"help": "--estimate: number of processes"})
+    k: int | None = field(default=None, metadata={"help": "features that a token keeps (topk, batchtopk)"})
+    samples_per_batch: int = field(default=64, metadata={"help": "samples that the MLLM reads at once"})
+    tokens_per_batch: int = field(default=4096, metadata={"help": "tokens in one step of the SAE, per process"})
+    buffer_size: int = field(default=32_768, metadata={"help": "tokens that are shuffled together"})
+    evaluation_tokens: int = field(default=100_000, metadata={"help": "held-out tokens to score the SAE on"})
+    evaluation_samples: int = field(default=1000, metadata={"help": "rows held out where evaluation_split is null"})
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "folder to gather the hidden states in once; null streams them"}
+    )
+    cache_gb: float = field(default=100.0, metadata={"help": "stop gathering when the cache has this size"})
+    samples_per_shard: int = field(default=128, metadata={"help": "samples in each file of the cache"})
+    estimate: bool = field(
+        default=False, metadata={"help": "only print the tokens, disk, memory and hours that training will take"}
+    )
+    image_tokens: int = field(default=576, metadata={"help": "for the estimate: image tokens per sample"})
+    text_tokens: int = field(default=100, metadata={"help": "for the estimate: other tokens per sample"})
+    tflops: float = field(default=300.0, metadata={"help": "for the estimate: 10^12 operations per second and process"})
+    processes: int = field(default=1, metadata={"help": "for the estimate: number of processes"})
 
 
-def main():
-    arguments, training = TrlParser((ScriptArguments, SparseAutoencoderTrainerConfig)).parse_args_and_config()
+def main(argv: list[str] | None = None) -> None:
+    """Run the command with these options; None takes the process's own."""
+    parser = TrlParser((SAEArguments, SparseAutoencoderTrainerConfig), **options.recipe_parser("train sae", __doc__))
+    arguments, training = parse_with_recipe(parser, argv)
     model_config = AutoConfig.from_pretrained(arguments.model)
     sae_config = make_sae_config(arguments, model_config)
     if arguments.estimate:
         print_estimate(arguments, training, model_config, sae_config)
         return
-    model, processor = load(arguments.model, model_config, training)
+    model, processor = load_mllm(arguments.model, "bfloat16" if training.bf16 else "float32", training.device)
     collate = ImageTextCollator(processor, image_text, arguments.token_window)
     rows, held_out = read_rows(arguments)
 
-    def stream(rows):
+    def stream(rows: Dataset | IterableDataset) -> ActivationDataset:
         loader = DataLoader(
             rows, arguments.samples_per_batch, collate_fn=collate, num_workers=training.dataloader_num_workers
         )
@@ -108,7 +116,7 @@ def main():
         Path(training.output_dir, "quality.json").write_text(json.dumps(quality, indent=2))
 
 
-def make_sae_config(arguments, model_config):
+def make_sae_config(arguments: SAEArguments, model_config: PreTrainedConfig) -> SparseAutoencoderConfig:
     """The SAE's configuration: a SegCompass model's own, or that of a bare MLLM; options of the command win."""
     segcompass = model_config.model_type == "segcompass"
     mllm_config = model_config.mllm_config if segcompass else model_config
@@ -121,29 +129,10 @@ def make_sae_config(arguments, model_config):
     return SparseAutoencoderConfig(**fields)
 
 
-def load(name, model_config, training):
-    """The model on the training's device, and a SegCompassProcessor."""
-    dtype = "bfloat16" if training.bf16 else "float32"
-    if model_config.model_type == "segcompass":
-        model = SegCompassModel.from_pretrained(name, dtype=dtype)
-        return model.to(training.device), SegCompassProcessor.from_pretrained(name)
-    parts = AutoProcessor.from_pretrained(name)
-    llava = ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens")
-    processor = SegCompassProcessor(
-        image_processor=parts.image_processor,
-        tokenizer=parts.tokenizer,
-        encoder_image_processor=SamImageProcessorPil(),
-        chat_template=parts.chat_template,
-        prompt_template="{instruction}",
-        **{field: getattr(parts, field) for field in llava if getattr(parts, field, None) is not None},
-    )
-    return AutoModelForImageTextToText.from_pretrained(name, dtype=dtype).to(training.device), processor
-
-
-def read_rows(arguments):
+def read_rows(arguments: SAEArguments) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset]:
     """Rows to train on and rows to score on."""
 
-    def rows(split, num_samples):
+    def rows(split: str, num_samples: int | None) -> Dataset | IterableDataset:
         return load_image_text(arguments.dataset, split, arguments.dataset_seed, num_samples)
 
     if arguments.evaluation_split:
@@ -152,7 +141,15 @@ def read_rows(arguments):
     return everything.skip(arguments.evaluation_samples), everything.take(arguments.evaluation_samples)
 
 
-def cached(arguments, training, model, collate, rows, sae_config):
+def cached(
+    arguments: SAEArguments,
+    training: SparseAutoencoderTrainerConfig,
+    model: PreTrainedModel,
+    collate: ImageTextCollator,
+    rows: Dataset | IterableDataset,
+    sae_config: SparseAutoencoderConfig,
+) -> CachedActivations:
+    """The activations of a cache, which is filled first as far as it is not."""
     names = ("model", "dataset", "split", "evaluation_split", "evaluation_samples", "dataset_seed", "token_window")
     report = cache_activations(
         arguments.cache_dir,
@@ -172,8 +169,26 @@ def cached(arguments, training, model, collate, rows, sae_config):
     )
 
 
-def count_steps(arguments, training, rows, collate):
-    """Steps of `num_train_epochs` passes, from the length of the first samples."""
+def count_steps(
+    arguments: SAEArguments,
+    training: SparseAutoencoderTrainerConfig,
+    rows: Dataset | IterableDataset,
+    collate: ImageTextCollator,
+) -> int:
+    """Steps of `num_train_epochs` passes, from the length of the first samples.
+
+    Args:
+        arguments: the command's options.
+        training: the trainer's.
+        rows: rows to train on.
+        collate: makes inputs of them.
+
+    Returns:
+        At least 1.
+
+    Raises:
+        ValueError: the number of rows is unknown, or none of the first can be used.
+    """
     samples = arguments.num_samples if isinstance(rows, IterableDataset) else len(rows)
     if samples is None:
         raise ValueError("num_samples is null and the rows are streamed, so their number is unknown; give max_steps.")
@@ -188,7 +203,13 @@ def count_steps(arguments, training, rows, collate):
     return max(1, round(training.num_train_epochs * tokens / arguments.tokens_per_batch / training.world_size))
 
 
-def print_estimate(arguments, training, model_config, sae_config):
+def print_estimate(
+    arguments: SAEArguments,
+    training: SparseAutoencoderTrainerConfig,
+    model_config: PreTrainedConfig,
+    sae_config: SparseAutoencoderConfig,
+) -> None:
+    """Print what training will take, as JSON."""
     mllm_config = model_config.mllm_config if model_config.model_type == "segcompass" else model_config
     names = ("image_tokens", "text_tokens", "tokens_per_batch", "buffer_size", "tflops", "processes")
     held_out = 0 if arguments.evaluation_split else arguments.evaluation_samples
@@ -201,7 +222,3 @@ def print_estimate(arguments, training, model_config, sae_config):
         **{name: getattr(arguments, name) for name in names},
     )
     print(json.dumps(asdict(expected), indent=2))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """The published dimensions of the backbones that the recipes name, so that a plan needs no network and no weights."""
 
-from transformers import AutoConfig, LlavaConfig, Qwen2_5_VLConfig, SamVisionConfig
+from transformers import AutoConfig, LlavaConfig, PreTrainedConfig, Qwen2_5_VLConfig, SamVisionConfig
 
 CLIP = dict(
     model_type="clip_vision_model",
@@ -14,7 +14,7 @@ CLIP = dict(
 )
 
 
-def _llava(hidden, intermediate, layers, heads):
+def _llava(hidden: int, intermediate: int, layers: int, heads: int) -> LlavaConfig:
     text = dict(
         model_type="llama",
         hidden_size=hidden,
@@ -30,7 +30,7 @@ def _llava(hidden, intermediate, layers, heads):
     return LlavaConfig(vision_config=CLIP, text_config=text, image_token_index=32000, tie_word_embeddings=False)
 
 
-def _qwen():
+def _qwen() -> Qwen2_5_VLConfig:
     text = dict(
         hidden_size=3584,
         intermediate_size=18944,
@@ -46,7 +46,7 @@ def _qwen():
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=151655, tie_word_embeddings=False)
 
 
-def _sam_huge():
+def _sam_huge() -> SamVisionConfig:
     return SamVisionConfig(
         hidden_size=1280,
         num_hidden_layers=32,
@@ -64,14 +64,20 @@ PUBLISHED = {
 }
 
 
-def backbone_configs(mllm, sam):
-    """Configurations of an MLLM and a SAM vision encoder, by Hub id (published dimensions) or folder.
+def backbone_configs(mllm: str, image_encoder: str) -> tuple[PreTrainedConfig, PreTrainedConfig]:
+    """Configurations of an MLLM and an image encoder, without weights.
+
+    Args:
+        mllm: Hub id (one that is listed here needs no network) or folder.
+        image_encoder: the same of the image encoder, or of a model that holds one as its `vision_config`.
+
+    Returns:
+        The MLLM's configuration and the image encoder's.
 
     Raises:
         OSError: an id that is not listed here and cannot be reached.
     """
-    configs = []
-    for name in (mllm, sam):
-        config = PUBLISHED[name]() if name in PUBLISHED else AutoConfig.from_pretrained(name)
-        configs.append(getattr(config, "vision_config", config) if name == sam else config)
-    return tuple(configs)
+    configs = [
+        PUBLISHED[name]() if name in PUBLISHED else AutoConfig.from_pretrained(name) for name in (mllm, image_encoder)
+    ]
+    return configs[0], getattr(configs[1], "vision_config", configs[1])

@@ -1,27 +1,24 @@
-"""Does a recipe fit? Prints what each GPU holds, and what learns, without downloading or allocating any weight.
-
-    python examples/plan_memory.py --recipe examples/recipes/llava-1.5-7b/grpo.yaml --strategy fsdp2
-    python examples/plan_memory.py --recipe examples/recipes/qwen2.5-vl-7b/grpo.yaml --strategy ddp --lora-rank 64
+"""Plans a training's memory without weights: the work of `segcompass plan-memory`.
 
 Parameters are counted on the meta device, at the backbones' real dimensions. Activations are what autograd saves when
 one decoder block and the segmentation modules run there, at the recipe's longest sequence; the LM head and the
 fragmentation of the allocator are estimates (below, as constants). Nothing here was compared with a GPU.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
 import yaml
-from backbones import backbone_configs
+from torch import nn
 
 from segcompass.modeling_segcompass import SegCompassConfig, SegCompassModel, SparseAutoencoderConfig
+from segcompass.published_backbones import backbone_configs
 from segcompass.trainers import SegCompassGRPOConfig
 from segcompass.trainers.optimization import SEGMENTATION_MODULES
 from segcompass.trainers.policy import LANGUAGE_LINEAR, freeze, lora_config
 
 STRATEGIES = ("ddp", "zero2", "fsdp2", "zero3")
-MASTER, GRADIENT, MOMENTS, COMPUTE = 4, 4, 8, 2  # bytes a parameter: float32, float32, two of Adam's, bfloat16
+MASTER, GRADIENT, MOMENTS, COMPUTE = 4, 4, 8, 2  # bytes per parameter: float32, float32, two of Adam's, bfloat16
 HEAD_CHUNK = 2048  # positions whose logits exist at once, float32, with their gradient
 SELECTION = 3 * 4 * 2**25  # the SAE's chunk of activations, its running maximum and a temporary, float32
 RESERVE = 0.10  # share of a GPU left to the allocator, NCCL and CUDA
@@ -29,19 +26,18 @@ GB = 1e9
 COMPONENTS = ("mllm vision", "mllm language", "mllm head", "image_encoder", "sae", *SEGMENTATION_MODULES)
 
 
-def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", type=Path, required=True)
-    parser.add_argument("--strategy", choices=STRATEGIES, default="fsdp2")
-    parser.add_argument("--gpus", type=int, default=8)
-    parser.add_argument("--gpu-memory", type=float, default=80.0, help="GB of one GPU")
-    parser.add_argument("--lora-rank", type=int, default=0, help="rank of adapters; 0 trains the weights themselves")
-    parser.add_argument("--prompt-length", type=int, default=1400)
-    return parser.parse_args(argv)
+def recipe_config(path: Path) -> SegCompassConfig:
+    """The configuration a recipe trains: of its own backbones, or of those that its folder's sft.yaml names.
 
+    Args:
+        path: the recipe.
 
-def recipe_config(path):
-    """The SegCompassConfig a recipe trains: of its own backbones, or of those its folder's sft.yaml names."""
+    Returns:
+        A SegCompassConfig with placeholders for token ids.
+
+    Raises:
+        ValueError: the recipe's model does not exist yet, and no sft.yaml names its backbones.
+    """
     recipe = yaml.safe_load(path.read_text())
     source = recipe
     if "mllm" not in recipe:
@@ -49,19 +45,36 @@ def recipe_config(path):
             return SegCompassConfig.from_pretrained(recipe["model"])
         beside = path.with_name("sft.yaml")
         if not beside.exists():
-            raise SystemExit(f"{path}: {recipe['model']} is not there yet and no {beside} names its backbones.")
+            raise ValueError(
+                f"{path}: {recipe['model']!r} does not exist yet and no {beside} names its backbones; train the stages "
+                "before this one first."
+            )
         source = yaml.safe_load(beside.read_text())
-    mllm, sam = backbone_configs(source["mllm"], source["image_encoder"])
+    mllm, image_encoder = backbone_configs(source["mllm"], source["image_encoder"])
     fields = dict(source.get("model_config") or {})
     sae = SparseAutoencoderConfig(**fields.pop("sae_config"))
     tokens = {"ref_token_id": mllm.get_text_config().vocab_size - 1, "think_end_id": 5}  # placeholders
     return SegCompassConfig(
-        mllm_config=mllm, image_encoder_config=sam, sae_config=sae, attn_implementation="sdpa", **tokens, **fields
+        mllm_config=mllm,
+        image_encoder_config=image_encoder,
+        sae_config=sae,
+        attn_implementation="sdpa",
+        **tokens,
+        **fields,
     )
 
 
-def build(config, lora_rank=0, train_below_sae_layer=False):
-    """The model on the meta device, frozen as the trainers freeze it, or with adapters."""
+def build(config: SegCompassConfig, lora_rank: int = 0, train_below_sae_layer: bool = False) -> nn.Module:
+    """The model on the meta device, frozen as the trainers freeze it, or with adapters.
+
+    Args:
+        config: of the model.
+        lora_rank: rank of adapters; 0 trains the weights themselves.
+        train_below_sae_layer: whether the decoder blocks up to the SAE's layer learn.
+
+    Returns:
+        A SegCompassModel, or a PeftModel around one.
+    """
     with torch.device("meta"):
         model = SegCompassModel(config)
     if not lora_rank:
@@ -73,7 +86,7 @@ def build(config, lora_rank=0, train_below_sae_layer=False):
         return get_peft_model(model, lora_config(model, r=lora_rank, target_modules=LANGUAGE_LINEAR))
 
 
-def component(name):
+def component(name: str) -> str:
     """Which part of the model a parameter belongs to."""
     parts = name.split(".")
     for part in (*SEGMENTATION_MODULES, "image_encoder", "sae"):
@@ -84,8 +97,8 @@ def component(name):
     return "mllm vision" if {"vision_tower", "visual", "multi_modal_projector"} & set(parts) else "mllm language"
 
 
-def count(model):
-    """{component: (all parameters, trainable ones)}."""
+def count(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """component -> (all parameters, trainable ones)."""
     counts = {}
     for name, parameter in model.named_parameters():
         total, learning = counts.get(component(name), (0, 0))
@@ -97,9 +110,18 @@ def count(model):
 
 
 class SavedBytes:
-    """What autograd keeps for the backward pass of whatever runs within, in bytes, parameters left out."""
+    """What autograd keeps for the backward pass of whatever runs within, in bytes, without parameters.
 
-    def __init__(self, module):
+    Args:
+        module: whose parameters are not counted.
+
+    Example:
+        with SavedBytes(linear) as saved:
+            linear(torch.ones(3, 4))
+        print(saved.bytes)
+    """
+
+    def __init__(self, module: nn.Module):
         self.parameters = {id(p) for p in module.parameters()}
         self.bytes, self.seen = 0, set()
 
@@ -120,8 +142,17 @@ class SavedBytes:
         return tensor
 
 
-def activation_bytes(model, batch, length):
-    """(one decoder block, the segmentation modules) for a micro-batch of the longest sequences."""
+def activation_bytes(model: nn.Module, batch: int, length: int) -> tuple[int, int]:
+    """What autograd saves for a micro-batch of the longest sequences.
+
+    Args:
+        model: on the meta device, maybe with adapters.
+        batch: sequences at once.
+        length: tokens of each.
+
+    Returns:
+        Bytes of one decoder block, and of the segmentation modules.
+    """
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     config, text = core.config, core.config.get_text_config()
     meta = dict(device="meta", dtype=torch.bfloat16)
@@ -146,22 +177,44 @@ def activation_bytes(model, batch, length):
     return of_block.bytes, of_masks.bytes + concepts
 
 
-def plan(config, training, args):
-    """Rows of (what, GB on each GPU) and the number of responses a GPU can generate at once."""
-    model = build(config, args.lora_rank, training.get("train_below_sae_layer", False))
+def plan(
+    config: SegCompassConfig,
+    training: dict,
+    strategy: str = "fsdp2",
+    gpus: int = 8,
+    gpu_memory: float = 80.0,
+    lora_rank: int = 0,
+    prompt_length: int = 1400,
+) -> dict:
+    """What each GPU holds, and how many responses it can generate at once.
+
+    Args:
+        config: of the model.
+        training: the recipe's fields.
+        strategy: one of `STRATEGIES`.
+        gpus: how many there are.
+        gpu_memory: of one of them, in GB.
+        lora_rank: rank of adapters; 0 trains the weights themselves.
+        prompt_length: tokens of image and instruction.
+
+    Returns:
+        "counts": see `count`; "static", "update", "rollout": rows of (what, bytes on each GPU); "peak" and "room":
+        bytes; "responses" and "responses_that_fit": how many are wanted at once, and for how many there is room.
+    """
+    model = build(config, lora_rank, training.get("train_below_sae_layer", False))
     counts = count(model)
     total, learning = (sum(part[index] for part in counts.values()) for index in (0, 1))
     mllm = sum(counts[name][0] for name in counts if name.startswith("mllm"))
     text = config.get_text_config()
     batch = training["per_device_train_batch_size"]
     grpo = "num_generations" in training
-    length = args.prompt_length + (training.get("max_completion_length", 2000) if grpo else config.max_response_length)
-    shard_all = args.gpus if args.strategy in ("fsdp2", "zero3") else 1
-    shard_states = args.gpus if args.strategy != "ddp" else 1
-    reference = grpo and training.get("beta", SegCompassGRPOConfig.beta) > 0 and not args.lora_rank
+    length = prompt_length + (training.get("max_completion_length", 2000) if grpo else config.max_response_length)
+    shard_all = gpus if strategy in ("fsdp2", "zero3") else 1
+    shard_states = gpus if strategy != "ddp" else 1
+    reference = grpo and training.get("beta", SegCompassGRPOConfig.beta) > 0 and not lora_rank
 
     block_bytes, segmentation_bytes = activation_bytes(model, batch, length)
-    core = model.get_base_model() if args.lora_rank else model
+    core = model.get_base_model() if lora_rank else model
     layer = sum(p.numel() for p in core.mllm.model.language_model.layers[-1].parameters())
     root = total - text.num_hidden_layers * layer - counts["mllm vision"][0] - counts["image_encoder"][0]
     gathered = 0 if shard_all == 1 else COMPUTE * (root + 2 * layer)
@@ -187,7 +240,7 @@ def plan(config, training, args):
     rollout = [(f"key-value cache of {responses} responses of {length} tokens", response * responses)] if grpo else []
     held = sum(value for _, value in static)
     peak = held + max(sum(value for _, value in part) for part in (update, rollout or [("", 0)]))
-    room = args.gpu_memory * GB * (1 - RESERVE)
+    room = gpu_memory * GB * (1 - RESERVE)
     fit = int(max(0, room - held) // response)
     return {
         "counts": counts,
@@ -201,30 +254,19 @@ def plan(config, training, args):
     }
 
 
-def report(result, args):
-    print(f"{args.recipe}: {args.strategy} on {args.gpus} GPUs of {args.gpu_memory:g} GB\n")
+def report(result: dict, title: str) -> None:
+    """Print a plan under a title."""
+    print(f"{title}\n")
     print(f"{'part':<18}{'parameters':>16}{'learning':>16}")
     for name in COMPONENTS:
         if name in result["counts"]:
             total, learning = result["counts"][name]
             print(f"{name:<18}{total:>16,}{learning:>16,}")
-    for title in ("static", "update", "rollout"):
-        print(f"\n{title}, GB a GPU")
-        for name, value in result[title]:
+    for part in ("static", "update", "rollout"):
+        print(f"\n{part}, GB per GPU")
+        for name, value in result[part]:
             print(f"  {name:<52}{value / GB:>8.2f}")
     print(f"\npeak {result['peak'] / GB:.1f} GB of {result['room'] / GB:.1f} GB usable: ", end="")
     print("fits" if result["peak"] <= result["room"] else "does NOT fit")
     if result["responses"]:
-        print(f"responses at once on a GPU: {result['responses']} asked for, {result['responses_that_fit']} fit")
-
-
-def main(argv=None):
-    args = parse(argv)
-    training = yaml.safe_load(args.recipe.read_text())
-    result = plan(recipe_config(args.recipe), training, args)
-    report(result, args)
-    return result
-
-
-if __name__ == "__main__":
-    main()
+        print(f"responses at once on a GPU: {result['responses']} wanted, {result['responses_that_fit']} fit")

@@ -1,0 +1,93 @@
+"""Options that several commands share, so that they are spelled, checked and explained in one way."""
+
+import argparse
+
+ROWS = "'scenes', a benchmark (with --root), a .jsonl file, or a folder of `segcompass prepare-data` or save_to_disk"
+TRAINING_ROWS = "'scenes', a .jsonl file, or a folder of `segcompass prepare-data` or Dataset.save_to_disk"
+TEXT_ROWS = "'scenes', a .jsonl file, a folder that Dataset.save_to_disk wrote, or a Hub id"
+MODEL = "SegCompass folder or Hub id"
+
+
+def command_parser(command: str, description: str | None) -> argparse.ArgumentParser:
+    """The parser of a command, whose module's docstring is shown as it is written."""
+    return argparse.ArgumentParser(
+        prog=f"segcompass {command}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_rows(
+    parser: argparse.ArgumentParser,
+    split: str,
+    num_samples: int | None,
+    all_rows: str = "",
+    seed: int = 0,
+    dataset: str = TRAINING_ROWS,
+) -> None:
+    """Add --dataset, --split, --dataset-seed (also --seed; `args.seed`) and --num-samples.
+
+    Args:
+        parser: of the command.
+        split: default of --split.
+        num_samples: default of --num-samples.
+        all_rows: what the default of --num-samples means where it is None.
+        seed: default of --dataset-seed.
+        dataset: what --dataset may be.
+    """
+    parser.add_argument("--dataset", default="scenes", help=f"{dataset}; default: %(default)s")
+    parser.add_argument("--split", default=split, help="split of the data set; default: %(default)s")
+    parser.add_argument(
+        "--dataset-seed",
+        "--seed",
+        dest="seed",
+        type=int,
+        default=seed,
+        help="seed of the procedural scenes, ignored for other data; default: %(default)s",
+    )
+    parser.add_argument(
+        "--num-samples",
+        type=positive,
+        default=num_samples,
+        help=f"use only the first N rows; default: {num_samples or all_rows}",
+    )
+
+
+def add_benchmark(parser: argparse.ArgumentParser) -> None:
+    """Add --root, --image-dir and --split-by: where a benchmark's files are."""
+    parser.add_argument("--root", help="of a benchmark: the folder with the files its authors released")
+    parser.add_argument("--image-dir", help="of the RefCOCO family: COCO's train2014 images")
+    parser.add_argument("--split-by", help="of the RefCOCO family: unc, umd or google")
+
+
+class RecipeHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Help of the commands that read a recipe: hundreds of options, each with its default."""
+
+
+def recipe_parser(command: str, description: str | None) -> dict:
+    """What a TrlParser needs to describe a command that reads a recipe, as keyword arguments."""
+    prog = f"segcompass {command}"
+    return {
+        "prog": prog,
+        "usage": f"{prog} --config RECIPE [--option value …]",
+        "description": description,
+        "formatter_class": RecipeHelp,
+    }
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, as an option's type."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"it is {text!r}; it must be a whole number of at least 1.")
+    return int(text)
+
+
+def probability(text: str) -> float:
+    """A number from 0 to 1, as an option's type."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"it is {text!r}; it is a probability, choose a value from 0 to 1.")
+    return value
