@@ -8,7 +8,7 @@ from itertools import islice
 
 from transformers import Pipeline
 
-TOP_CONCEPTS = 8
+from .explanation import heaviest_concepts
 
 
 class Segments(list):
@@ -122,27 +122,14 @@ class ReasoningSegmentationPipeline(Pipeline):
                     "text": text,
                 }
                 if explain:
-                    segment["concepts"] = strongest_concepts(outputs, row, slot)
+                    segment["concepts"] = [
+                        {"index": concept.index, "weight": concept.weight, "value": concept.value}
+                        for concept in heaviest_concepts(outputs, slot, row)
+                    ]
                 segments.append(segment)
             no_target = not segments and bool(outputs.slot_mask[row].any())
             answers.append(Segments(segments, text, no_target))
         return answers
-
-
-def strongest_concepts(outputs, row, slot, count=TOP_CONCEPTS):
-    """The concepts that weigh most in a slot: list of {"index", "weight", "value"}; [] if the queries used none."""
-    if outputs.concept_indices is None:
-        return []
-    weights = outputs.concept_weights[row, slot]
-    columns = weights.topk(min(count, len(weights))).indices
-    return [
-        {
-            "index": int(outputs.concept_indices[row, column]),
-            "weight": float(weights[column]),
-            "value": float(outputs.concept_values[row, column]),
-        }
-        for column in columns[weights[columns] > 0].tolist()
-    ]
 
 
 CUSTOM_PIPELINES = {

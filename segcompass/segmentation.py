@@ -13,8 +13,8 @@ from segcompass.drawing import draw_overlay, label_image, patch_extent
 from segcompass.loaders.masks import encode_mask
 from segcompass.loading import load
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassOutput, SegCompassProcessor
-from segcompass.modeling_segcompass.concept_dictionary import ConceptDictionary
-from segcompass.modeling_segcompass.explanation import render_html
+from segcompass.modeling_segcompass.explanation_page import render_html
+from segcompass.white_box import ConceptDictionary
 
 NO_TOKENS = "no mask: the response had no concentration tokens"
 TOP_CONCEPTS = 8

@@ -25,6 +25,7 @@ def add_rows(
     all_rows: str = "",
     seed: int = 0,
     dataset: str = TRAINING_ROWS,
+    seed_of: str = "the procedural scenes, ignored for other data",
 ) -> None:
     """Add --dataset, --split, --dataset-seed (also --seed; `args.seed`) and --num-samples.
 
@@ -35,6 +36,7 @@ def add_rows(
         all_rows: what the default of --num-samples means where it is None.
         seed: default of --dataset-seed.
         dataset: what --dataset may be.
+        seed_of: what --dataset-seed is the seed of.
     """
     parser.add_argument("--dataset", default="scenes", help=f"{dataset}; default: %(default)s")
     parser.add_argument("--split", default=split, help="split of the data set; default: %(default)s")
@@ -44,7 +46,7 @@ def add_rows(
         dest="seed",
         type=int,
         default=seed,
-        help="seed of the procedural scenes, ignored for other data; default: %(default)s",
+        help=f"seed of {seed_of}; default: %(default)s",
     )
     parser.add_argument(
         "--num-samples",
