@@ -56,7 +56,7 @@ def claim_folder(folder: Path, run: dict, file: str = "run.json", holds: str = "
     run = json.loads(json.dumps(run))
     if note.exists():
         theirs = json.loads(note.read_text())
-        for name in sorted(run.keys() | theirs.keys()):
+        for name in run | theirs:
             if theirs.get(name) != run.get(name):
                 raise ValueError(
                     f"{folder} holds {holds} with {name}={theirs.get(name)!r}, this run has {run.get(name)!r}; "

@@ -13,11 +13,11 @@ from segcompass.drawing import draw_overlay, label_image, patch_extent
 from segcompass.loaders.masks import encode_mask
 from segcompass.loading import load
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassOutput, SegCompassProcessor
+from segcompass.modeling_segcompass.explanation import heaviest_concepts
 from segcompass.modeling_segcompass.explanation_page import render_html
 from segcompass.white_box import ConceptDictionary
 
 NO_TOKENS = "no mask: the response had no concentration tokens"
-TOP_CONCEPTS = 8
 
 
 def segment_image(
@@ -118,25 +118,11 @@ def describe(instruction: str, outputs: SegCompassOutput, processor: SegCompassP
             )
         ],
         "concepts": [
-            {
-                "slot": slot,
-                "index": outputs.concept_indices[0, column].item(),
-                "weight": outputs.concept_weights[0, slot, column].item(),
-                "value": outputs.concept_values[0, column].item(),
-            }
+            {"slot": slot, "index": concept.index, "weight": concept.weight, "value": concept.value}
             for slot in slots
-            for column in top_concepts(outputs, slot)
+            for concept in heaviest_concepts(outputs, slot)
         ],
     }
-
-
-def top_concepts(outputs: SegCompassOutput, slot: int) -> list[int]:
-    """Columns of the concepts that weigh most in a slot, heaviest first; [] when the queries used no concepts."""
-    if outputs.concept_weights is None:
-        return []
-    weights = outputs.concept_weights[0, slot]
-    order = weights.topk(min(TOP_CONCEPTS, len(weights))).indices
-    return order[weights[order] > 0].tolist()
 
 
 def reasoning_of(text: str) -> str:
@@ -204,7 +190,7 @@ def concept_heat(
     activations = activations[outputs.sequences[0, : len(activations)] == model.config.image_token_id]  # (patches, M)
     heat = activations.new_zeros(len(activations))
     for slot in slots:
-        columns = top_concepts(outputs, slot)
+        columns = [concept.column for concept in heaviest_concepts(outputs, slot)]
         heat += activations[:, columns] @ outputs.concept_weights[0, slot, columns]
     if "image_grid_thw" in inputs:  # Qwen2.5-VL: patches in the image's own aspect
         merge = model.config.mllm_config.vision_config.spatial_merge_size

@@ -3,6 +3,9 @@
 import argparse
 from typing import Any
 
+from segcompass.shipped import MODEL as SHIPPED
+from segcompass.shipped import default_scene
+
 ROWS = "'scenes', a benchmark (with --root), a .jsonl file, or a folder of `segcompass prepare-data` or save_to_disk"
 TRAINING_ROWS = "'scenes', a .jsonl file, or a folder of `segcompass prepare-data` or Dataset.save_to_disk"
 TEXT_ROWS = "'scenes', a .jsonl file, a folder that Dataset.save_to_disk wrote, or a Hub id"
@@ -16,6 +19,22 @@ def command_parser(command: str, description: str | None) -> argparse.ArgumentPa
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def add_image(parser: argparse.ArgumentParser) -> None:
+    """Add an image, an instruction and --model; `fill_image` puts the shipped scene where none is named."""
+    parser.add_argument("image", nargs="?", help="file or URL; default: the scene that ships with the package")
+    parser.add_argument("instruction", nargs="?", help="what to segment; required with an image of your own")
+    parser.add_argument("--model", default=str(SHIPPED), help=f"{MODEL}; default: the small model that ships")
+
+
+def fill_image(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Put the shipped scene where no image is named; an image without an instruction ends the command."""
+    if args.image is None:
+        image, args.instruction = default_scene()
+        args.image = str(image)
+    if args.instruction is None:
+        parser.error(f'no instruction; say what to segment in {args.image}, e.g. "the mug nearest the sink".')
 
 
 def add_rows(
