@@ -25,7 +25,8 @@ TOP_CONCEPTS = 8
 """How many concepts of a slot are listed where nobody says how many."""
 
 
-class HeavyConcept(NamedTuple):
+@dataclass(frozen=True)
+class HeavyConcept:
     """A concept that weighs much in a slot."""
 
     column: int
@@ -113,6 +114,9 @@ class Explanation:
             image: PIL image or uint8 (H, W, 3).
             mask: bool (H, W), or None.
             extent: the part of the image that the patches cover; None = the whole image.
+
+        Returns:
+            The text of an HTML file.
         """
         from .explanation_page import render_html
 
@@ -128,6 +132,9 @@ class Explanation:
             mask: bool (H, W), or None.
             instruction: the title.
             extent: the part of the image that the patches cover; None = the whole image.
+
+        Returns:
+            The figure.
 
         Raises:
             ImportError: matplotlib is not installed.

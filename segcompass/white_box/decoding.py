@@ -50,6 +50,9 @@ def decode(
         states: of a batch.
         query_source: see `decode_masks`.
         concept_scale: float (B, d_sae), factors on h_j; None leaves them as they are.
+
+    Returns:
+        The decoded masks with their provenance.
     """
     return model.decode_masks(**states, concept_scale=concept_scale, query_source=query_source)
 

@@ -92,6 +92,9 @@ class TokenReader:
 
         Args:
             ids: token ids.
+
+        Returns:
+            One text per token.
         """
         return [self.processor.tokenizer.decode([token]).strip() for token in ids]
 
@@ -115,6 +118,9 @@ def build_dictionary(
         contexts: how many of the strongest places to keep of each feature.
         batch_size: rows read at a time.
         patch_words: (number of the row, grid) -> what each image patch shows; None where that is unknown.
+
+    Returns:
+        The dictionary.
 
     Raises:
         ValueError: `partial` was written by another version of this project.

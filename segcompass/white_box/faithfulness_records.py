@@ -1,10 +1,12 @@
 """Faithfulness over a data set: what interventions do to every right mask, and what is left without e_k or r_k.
 
-The model writes its own reasoning, greedily; a mask is right where its confidence reaches `CONFIDENT` and its IoU with a
-target `RIGHT`. `measure` makes one record per row, `summarise_records` sums them up with 95 % intervals over scenes.
+The model writes its own reasoning, greedily; a mask is right when its confidence reaches `CONFIDENT` and its IoU with a
+target reaches `RIGHT`. `measure` makes one record per row; `summarise_records` sums them up with 95 % intervals over
+scenes.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -90,6 +92,10 @@ def _plain(measured: SlotFaithfulness) -> dict[str, Any]:
     return {**measured._asdict(), **curves}
 
 
+def _ratio_of(statistic: Callable[..., float], lost: np.ndarray) -> float:
+    return ratio(statistic(lost[:, 0]), statistic(lost[:, 1]))
+
+
 def summarise_records(records: list[dict[str, Any]], top: int, seed: int = 0) -> dict[str, Any]:
     """Sum up the records of `measure`.
 
@@ -122,7 +128,7 @@ def summarise_records(records: list[dict[str, Any]], top: int, seed: int = 0) ->
     for name, statistic in (("median", np.median), ("mean", np.mean)):
         metrics[f"drop_top_{name}"] = interval(lost[:, 0], statistic)
         metrics[f"drop_random_{name}"] = interval(lost[:, 1], statistic)
-        metrics[f"ratio_of_{name}s"] = interval(lost, lambda rows, s=statistic: ratio(s(rows[:, 0]), s(rows[:, 1])))
+        metrics[f"ratio_of_{name}s"] = interval(lost, partial(_ratio_of, statistic))
     metrics["comprehensiveness"], metrics["comprehensiveness_random"] = interval(lost[:, 0]), interval(lost[:, 1])
     metrics["sufficiency"], metrics["sufficiency_random"] = interval(left[:, 0]), interval(left[:, 1])
     for name in ("deletion", "insertion"):
