@@ -29,7 +29,7 @@ from tqdm import tqdm
 from segcompass.loaders import load_rows
 from segcompass.loaders.scenes import COLOURS, SHAPES, SIZES, scene_question
 from segcompass.modeling_segcompass.concept_dictionary import PARTS, DictionaryBuilder, best_detectors
-from segcompass.modeling_segcompass.query_codebook import IMAGE
+from segcompass.modeling_segcompass.token_layout import IMAGE, token_types
 from segcompass.trainers.activations import layer_hidden_states
 
 ATTRIBUTES = (*COLOURS, *SHAPES, *SIZES)
@@ -112,9 +112,10 @@ class Reader:
             image_encoder=False,
         ).to(self.model.device)
         z = layer_hidden_states(self.model, inputs, self.model.config.sae_config.layer)
-        keep = self.model.concept_tokens(inputs["input_ids"], inputs["attention_mask"])
-        grid = inputs.get("image_grid_thw")
-        types, grids = self.model.token_layout(inputs["input_ids"], inputs["response_mask"], grid)
+        keep = self.model.concept_token_mask(inputs["input_ids"], inputs["attention_mask"])
+        config = self.model.config
+        types = token_types(inputs["input_ids"], inputs["response_mask"], config.image_token_id)
+        grids = self.model.backbone.patch_grid(config.mllm_config, inputs["input_ids"], inputs)
         for place, row in enumerate(rows):
             chosen = keep[place]
             activations = self.model.sae.encode(z[place, chosen]).float().cpu()

@@ -95,7 +95,7 @@ def main(argv=None):
 def measure(args, model, processor, batch):
     """One record a row: pixel counts under each query source, and what interventions do to each right mask."""
     inputs = processor(images=[row["image"] for row in batch], text=[row["instruction"] for row in batch])
-    _, states = model.reason(**inputs.to(model.device))
+    states = model.reason(**inputs.to(model.device))[1]._asdict()
     sizes = [(row["height"], row["width"]) for row in batch]
     frame, side = model.config.image_encoder_config.image_size, 4 * model.config.key_grid
     decoded = {source: model.decode_masks(**states, query_source=source) for source in SOURCES}

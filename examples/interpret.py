@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from segcompass.loaders import load_rows
 from segcompass.modeling_segcompass.faithfulness import overlap
-from segcompass.modeling_segcompass.query_codebook import IMAGE, INSTRUCTION
+from segcompass.modeling_segcompass.token_layout import IMAGE, INSTRUCTION
 from segcompass.trainers.losses import segmentation_loss
 from segcompass.trainers.targets import mask_targets, valid_extent
 
@@ -87,13 +87,13 @@ def measure(model, processor, batch, seed):
     """One record a row: what all figures need of it."""
     inputs = processor(images=[row["image"] for row in batch], text=[row["instruction"] for row in batch])
     _, states = model.reason(**inputs.to(model.device))
-    outputs = model.decode_masks(**states)
-    fires = model.concept_tokens(states["input_ids"], states["attention_mask"])
+    outputs = model.decode_masks(**states._asdict())
+    fires = model.concept_token_mask(states.input_ids, states.attention_mask)
     unit = mean_active_activation(model.sae)
     frame, side = model.config.image_encoder_config.image_size, 4 * model.config.key_grid
     for place, row in enumerate(batch):
         rng = np.random.default_rng([seed, place])
-        z = states["z"][place].float()
+        z = states.z[place].float()
         h = model.sae.encode(z).float() * fires[place][:, None]
         types = outputs.token_types[place]
         targets = mask_targets(row["masks"], row["height"], row["width"], frame, side)

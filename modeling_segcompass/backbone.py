@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 
 PER_TOKEN_INPUTS = ("input_ids", "attention_mask", "labels", "token_type_ids", "mm_token_type_ids")
@@ -49,12 +50,18 @@ class Backbone:
 
     # -- parts of the model ------------------------------------------------------------------------------------------
 
-    def language_model(self, mllm: nn.Module) -> nn.Module:
+    def language_model(self, mllm: PreTrainedModel) -> nn.Module:
         """The decoder: its output's `last_hidden_state` is (B, T, d_π)."""
         return mllm.get_decoder()
 
-    def blocks(self, mllm: nn.Module) -> nn.ModuleList:
+    def blocks(self, mllm: PreTrainedModel) -> nn.ModuleList:
         """The decoder blocks; the output of block L (from 1) is `hidden_states[L]`.
+
+        Args:
+            mllm: transformers' model.
+
+        Returns:
+            nn.ModuleList: all blocks, in order.
 
         Raises:
             ValueError: the MLLM's decoder is no stack of blocks.
@@ -67,12 +74,18 @@ class Backbone:
             )
         return layers
 
-    def without_head(self, mllm: nn.Module) -> nn.Module:
+    def without_head(self, mllm: PreTrainedModel) -> nn.Module:
         """The MLLM without its LM head: takes the same inputs, returns hidden states only."""
         return mllm.base_model
 
-    def vision_tower(self, mllm: nn.Module) -> nn.Module:
+    def vision_tower(self, mllm: PreTrainedModel) -> nn.Module:
         """The MLLM's own image encoder.
+
+        Args:
+            mllm: transformers' model.
+
+        Returns:
+            nn.Module: the tower, without the projector in most families.
 
         Raises:
             ValueError: the MLLM has none.
@@ -82,17 +95,17 @@ class Backbone:
             raise ValueError(f"{type(mllm).__name__} has no vision tower; choose an MLLM that takes images.")
         return tower
 
-    def projector(self, mllm: nn.Module) -> nn.Module | None:
+    def projector(self, mllm: PreTrainedModel) -> nn.Module | None:
         """What carries image features to the language model's width; None where the family has no such module."""
         modules = dict(self.without_head(mllm).named_modules())
         return next((modules[name] for name in self.projector_names if name in modules), None)
 
-    def vision_names(self, mllm: nn.Module) -> tuple[str, ...]:
+    def vision_names(self, mllm: PreTrainedModel) -> tuple[str, ...]:
         """Where vision tower and projector are in the MLLM: prefixes of its weights' names."""
         parts = [self.vision_tower(mllm), self.projector(mllm)]
         return tuple(name for name, module in mllm.named_modules() if any(module is part for part in parts))
 
-    def lora_targets(self, mllm: nn.Module) -> str:
+    def lora_targets(self, mllm: PreTrainedModel) -> str:
         """A regular expression of the language model's linear layers, by their names in a SegCompassModel."""
         decoder = self.language_model(mllm)
         name = next(name for name, module in mllm.named_modules() if module is decoder)
@@ -147,7 +160,7 @@ class Backbone:
 
     # -- inputs ------------------------------------------------------------------------------------------------------
 
-    def mllm_inputs(self, mllm: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    def mllm_inputs(self, mllm: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Of a processor's inputs those that the MLLM's forward takes, without labels."""
         taken = set(inspect.signature(mllm.forward).parameters) - {"labels"}
         return {name: value for name, value in inputs.items() if name in taken and value is not None}
@@ -162,8 +175,11 @@ class Backbone:
         Args:
             inputs: tensors of B samples with one image each; None stays None.
             rows: places in the batch.
+
+        Returns:
+            dict: the same names; B is now the number of rows.
         """
-        taken = {}
+        taken: dict[str, Any] = {}
         for name, value in inputs.items():
             if value is not None and name in self.per_patch_inputs:
                 images = value.split(inputs["image_grid_thw"].prod(-1).tolist())
@@ -188,6 +204,9 @@ class Backbone:
             processor: a SegCompassProcessor, with the attributes of the family's own.
             image_inputs: what the image processor returned.
             image_idx: which of its images.
+
+        Returns:
+            str: the text that replaces `image_token`.
         """
         family = processor_class_from_name(PROCESSOR_MAPPING_NAMES[self.model_types[0]])
         return family.replace_image_token(processor, image_inputs, image_idx)

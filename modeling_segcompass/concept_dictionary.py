@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from .query_codebook import IMAGE, INSTRUCTION, RESPONSE
+from .token_layout import IMAGE, INSTRUCTION, RESPONSE
 
 FILE = "concepts.json"
 PARTS = {IMAGE: "image", INSTRUCTION: "instruction", RESPONSE: "response"}

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .query_codebook import IMAGE, RESPONSE
+from .token_layout import IMAGE, RESPONSE
 
 
 class TokenHit(NamedTuple):
