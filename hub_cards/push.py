@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 from huggingface_hub import DatasetCard, HfApi, RepoCard
 
-from segcompass.modeling_segcompass.modeling_segcompass import PARTS
+from segcompass.modeling_segcompass.checkpoints import SUBMODELS
 
 from .cards import dataset_card, metric_card, model_card, sae_card
 
@@ -53,7 +53,7 @@ def pin(api, model, part, repo):
     """{"repo_id", "revision"} of a part kept elsewhere, once its weights there are known to be the model's."""
     repo_id, _, revision = repo.partition("@")
     revision = api.repo_info(repo_id, revision=revision or None).sha
-    theirs = PARTS[part].from_pretrained(repo_id, revision=revision, token=api.token).state_dict()
+    theirs = SUBMODELS[part].from_pretrained(repo_id, revision=revision, token=api.token).state_dict()
     ours = getattr(model, part).state_dict()
     for name in sorted(ours.keys() | theirs.keys()):
         if name not in ours or name not in theirs or not same(ours[name], theirs[name]):

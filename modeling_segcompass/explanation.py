@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .query_codebook import IMAGE, RESPONSE
+from .token_layout import IMAGE, RESPONSE
 
 if TYPE_CHECKING:
     import torch
 
-    from .modeling_segcompass import SegCompassOutput
     from .processing_segcompass import SegCompassProcessor
 
 Extent = tuple[float, float, float, float]
@@ -145,7 +144,7 @@ class Explanation:
 
 
 def heaviest_concepts(
-    outputs: "SegCompassOutput", slots: int | Sequence[int], sample: int = 0, count: int = TOP_CONCEPTS
+    outputs: Any, slots: int | Sequence[int], sample: int = 0, count: int = TOP_CONCEPTS
 ) -> list[HeavyConcept]:
     """The concepts that weigh most in a slot, or in any of several slots, heaviest first.
 
@@ -173,7 +172,7 @@ def heaviest_concepts(
 
 
 def explain_slot(
-    outputs: "SegCompassOutput",
+    outputs: Any,
     slot: int = 0,
     sample: int = 0,
     top: int = 10,
@@ -233,7 +232,7 @@ def explain_slot(
     )
 
 
-def _check_request(outputs: "SegCompassOutput", slot: int, sample: int, top: int) -> None:
+def _check_request(outputs: Any, slot: int, sample: int, top: int) -> None:
     if outputs.concept_weights is None:
         raise ValueError(
             "these outputs have no concepts: they were decoded with query_source='tokens', or hold no masks; call "
@@ -253,7 +252,7 @@ def _check_request(outputs: "SegCompassOutput", slot: int, sample: int, top: int
         )
 
 
-def _heatmap(outputs: "SegCompassOutput", sample: int, slot: int, frame: int | None) -> np.ndarray:
+def _heatmap(outputs: Any, sample: int, slot: int, frame: int | None) -> np.ndarray:
     heat = outputs.heatmaps[sample, slot].detach().float().sigmoid().cpu().numpy()  # (h, w)
     if outputs.reshaped_input_sizes is None or frame is None:
         return heat

@@ -94,7 +94,7 @@ class Demo:
 
     @torch.no_grad()
     def decode(self, answer):
-        return self.model.decode_masks(**answer.states, concept_scale=answer.factors)
+        return self.model.decode_masks(**answer.states._asdict(), concept_scale=answer.factors)
 
     def scale(self, answer, concept, factor, threshold):
         """Masks with the chosen concept scaled, beside those scaled before; the response stays."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from segcompass.modeling_segcompass.query_codebook import IMAGE, INSTRUCTION, RESPONSE
+from segcompass.modeling_segcompass.token_layout import IMAGE, INSTRUCTION, RESPONSE
 
 FILE = "concepts.json"
 TOKEN_KINDS = {IMAGE: "image", INSTRUCTION: "instruction", RESPONSE: "response"}

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from segcompass.drawing import patch_extent
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
-from segcompass.modeling_segcompass.query_codebook import IMAGE
+from segcompass.modeling_segcompass.token_layout import IMAGE, token_types
 from segcompass.trainers.activations import layer_hidden_states
 
 from .concept_dictionary import TOKEN_KINDS, ConceptDictionary, Context, DictionaryBuilder
@@ -74,9 +74,10 @@ class TokenReader:
             image_encoder=False,
         ).to(self.model.device)
         ids = inputs["input_ids"]
-        z = layer_hidden_states(self.model, inputs, self.model.config.sae_config.layer)  # (B, T, d_π)
-        may_fire = self.model.concept_tokens(ids, inputs["attention_mask"])  # (B, T)
-        types, grids = self.model.token_layout(ids, inputs["response_mask"], inputs.get("image_grid_thw"))
+        z = layer_hidden_states(self.model, dict(inputs), self.model.config.sae_config.layer)  # (B, T, d_π)
+        may_fire = self.model.concept_token_mask(ids, inputs["attention_mask"])  # (B, T)
+        types = token_types(ids, inputs["response_mask"], self.model.config.image_token_id)  # (B, T)
+        grids = self.model.backbone.patch_grid(self.model.config.mllm_config, ids, inputs)  # (B, 2)
         for place, row in enumerate(rows):
             chosen = may_fire[place]
             yield SampleTokens(

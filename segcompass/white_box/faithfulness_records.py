@@ -17,7 +17,7 @@ from segcompass.loaders.reasoning_segmentation.reasoning_segmentation import sam
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
 from segcompass.trainers.targets import mask_targets
 
-from .decoding import overlap
+from .decoding import decode, overlap
 from .faithfulness import FRACTIONS, ORDERS, SlotFaithfulness, slot_faithfulness
 from .intervals import area_under, bootstrap, ratio
 
@@ -55,7 +55,7 @@ def measure(
     _, states = model.reason(**inputs.to(model.device))
     sizes = [(row["height"], row["width"]) for row in rows]
     frame, side = model.config.image_encoder_config.image_size, 4 * model.config.key_grid
-    decoded = {source: model.decode_masks(**states, query_source=source) for source in SOURCES}
+    decoded: dict[str, Any] = {source: decode(model, states, source) for source in SOURCES}
     found = {
         source: processor.post_process_instance_segmentation(outputs, CONFIDENT, target_sizes=sizes)
         for source, outputs in decoded.items()

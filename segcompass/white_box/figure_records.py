@@ -13,12 +13,12 @@ import torch
 from pycocotools import mask as coco_mask
 
 from segcompass.drawing import patch_extent
-from segcompass.modeling_segcompass import SegCompassModel, SegCompassOutput, SegCompassProcessor
-from segcompass.modeling_segcompass.query_codebook import IMAGE, INSTRUCTION
+from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
+from segcompass.modeling_segcompass.token_layout import IMAGE, INSTRUCTION
 from segcompass.trainers.losses import segmentation_loss
 from segcompass.trainers.targets import mask_targets, valid_extent
 
-from .decoding import overlap
+from .decoding import decode, overlap
 
 KINDS = ("question", "reasoning", "instance", "background")
 LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
@@ -48,20 +48,21 @@ def measure(
     """
     inputs = processor(images=[row["image"] for row in rows], text=[row["instruction"] for row in rows])
     _, states = model.reason(**inputs.to(model.device))
-    outputs = model.decode_masks(**states)
-    may_fire = model.concept_tokens(states["input_ids"], states["attention_mask"])  # (B, T)
-    unit = float(model.sae.mean_active_activation.float().mean())
+    outputs: Any = decode(model, states)
+    may_fire = model.concept_token_mask(states.input_ids, states.attention_mask)  # (B, T)
+    sae: Any = model.sae
+    unit = float(sae.mean_active_activation.float().mean())
     frame, side = model.config.image_encoder_config.image_size, 4 * model.config.key_grid
     for place, row in enumerate(rows):
-        z = states["z"][place].float()  # (T, d_π)
-        h = model.sae.encode(z).float() * may_fire[place][:, None]  # (T, d_sae)
+        z = states.z[place].float()  # (T, d_π)
+        h = sae.encode(z).float() * may_fire[place][:, None]  # (T, d_sae)
         types = outputs.token_types[place]  # (T,)
         targets = mask_targets(row["masks"], row["height"], row["width"], frame, side).to(z.device)  # (G, 4h, 4w)
         instances = coco_mask.decode(row["masks"]).astype(bool).transpose(2, 0, 1) if row["masks"] else []  # (G, H, W)
         patch_of = patches_of_pixels(processor.image_processor, row["image"], tuple(outputs.patch_grid[place].tolist()))
         kinds = kinds_of_tokens(types, may_fire[place], instances, patch_of)
         chosen = [h[kinds == number] for number in range(len(KINDS))]
-        error = (z - model.sae.decode(h)).square().sum(-1)  # (T,)
+        error = (z - sae.decode(h)).square().sum(-1)  # (T,)
         random = np.random.default_rng([seed, zlib.crc32(row["sample_id"].encode())])
         record = {
             "sample_id": row["sample_id"],
@@ -126,7 +127,7 @@ def kinds_of_tokens(
 
 def coverage(
     h: torch.Tensor,
-    outputs: SegCompassOutput,
+    outputs: Any,
     place: int,
     instances: Sequence[np.ndarray],
     patch_of: np.ndarray,
@@ -136,7 +137,7 @@ def coverage(
 
     Args:
         h: float (T, d_sae), the SAE's activations.
-        outputs: of the batch.
+        outputs: SegCompassOutput of the batch.
         place: the sample's place in it.
         instances: bool (H, W) masks.
         patch_of: int (H, W), from `patches_of_pixels`.
@@ -168,11 +169,11 @@ def coverage(
     return covered
 
 
-def heatmap_pairs(outputs: SegCompassOutput, place: int, targets: torch.Tensor) -> list[list[float]]:
+def heatmap_pairs(outputs: Any, place: int, targets: torch.Tensor) -> list[list[float]]:
     """Heatmap and mask beside each target, both of the slot whose mask overlaps it most.
 
     Args:
-        outputs: of the batch.
+        outputs: SegCompassOutput of the batch.
         place: the sample's place in it.
         targets: bool (G, 4h, 4w).
 
@@ -192,7 +193,7 @@ def heatmap_pairs(outputs: SegCompassOutput, place: int, targets: torch.Tensor) 
     return pairs
 
 
-def _dice_loss(outputs: SegCompassOutput, place: int, targets: torch.Tensor, frame: int, side: int) -> float:
+def _dice_loss(outputs: Any, place: int, targets: torch.Tensor, frame: int, side: int) -> float:
     one = slice(place, place + 1)
     _, parts = segmentation_loss(
         outputs.pred_masks[one],

@@ -190,7 +190,7 @@ def figure9(
     for row in rows:
         if not row["masks"]:
             continue
-        outputs = model.segment(**processor(images=row["image"], text=row["instruction"]).to(model.device))
+        outputs: Any = model.segment(**processor(images=row["image"], text=row["instruction"]).to(model.device))
         slots = outputs.slot_mask[0].nonzero()[:, 0].tolist()
         if not slots:
             continue

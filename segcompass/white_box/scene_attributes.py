@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from segcompass.loaders import load_rows
 from segcompass.loaders.scenes import COLOURS, SHAPES, SIZES, Scene, scene_question
-from segcompass.modeling_segcompass.query_codebook import IMAGE
+from segcompass.modeling_segcompass.token_layout import IMAGE
 
 from .detectors import best_detectors
 from .dictionary_reader import TokenReader

@@ -14,7 +14,7 @@ from segcompass.modeling_segcompass.concept_dictionary import (
     score,
     short_label,
 )
-from segcompass.modeling_segcompass.query_codebook import IMAGE, INSTRUCTION, RESPONSE
+from segcompass.modeling_segcompass.token_layout import IMAGE, INSTRUCTION, RESPONSE
 
 TOKENS, FEATURES = 60, 7
 WORDS = ["red", "blue", "ball"]
