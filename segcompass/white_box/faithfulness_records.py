@@ -54,7 +54,7 @@ def measure(
     inputs = processor(images=[row["image"] for row in rows], text=[row["instruction"] for row in rows])
     _, states = model.reason(**inputs.to(model.device))
     sizes = [(row["height"], row["width"]) for row in rows]
-    frame, side = model.config.image_encoder_config.image_size, 4 * model.config.key_grid
+    frame, side = model.config.frame, 4 * model.config.key_grid
     decoded: dict[str, Any] = {source: decode(model, states, source) for source in SOURCES}
     found = {
         source: processor.post_process_instance_segmentation(outputs, CONFIDENT, target_sizes=sizes)
@@ -67,7 +67,7 @@ def measure(
             )
             for source in SOURCES
         }
-        targets = mask_targets(row["masks"], row["height"], row["width"], frame, side) > 0.5  # (G, 4h, 4w)
+        targets = mask_targets(row["masks"], row["height"], row["width"], frame.side, side) > 0.5  # (G, 4h, 4w)
         targets = targets.to(model.device)
         slots = []
         for slot in found[query_source][place]["slots"].tolist():
