@@ -15,8 +15,8 @@ import torch
 from datasets import Dataset
 from tqdm import tqdm
 
-from segcompass.modeling_segcompass.backbone import backbone_of
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
+from segcompass.modeling_segcompass.backbone import backbone_of
 from segcompass.modeling_segcompass.token_layout import IMAGE, token_types
 from segcompass.trainers.activations import layer_hidden_states
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 
-from segcompass.modeling_segcompass.backbone import backbone_of
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
+from segcompass.modeling_segcompass.backbone import backbone_of
 from segcompass.modeling_segcompass.image_encoder import Frame
 from segcompass.modeling_segcompass.token_layout import IMAGE, INSTRUCTION
 from segcompass.trainers.losses import segmentation_loss

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from scipy import stats
 
-from segcompass.modeling_segcompass.backbone import backbone_of
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
+from segcompass.modeling_segcompass.backbone import backbone_of
 from segcompass.modeling_segcompass.explanation_page import draw_panels
 from segcompass.modeling_segcompass.palette import SLOT_COLOURS, css_colour
 
