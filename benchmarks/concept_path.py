@@ -23,7 +23,8 @@ import torch
 from tqdm import tqdm
 
 from segcompass.modeling_segcompass import SegCompassConfig, SparseAutoencoder, SparseAutoencoderConfig
-from segcompass.modeling_segcompass.query_codebook import INSTRUCTION, QueryCodebook, token_position_features
+from segcompass.modeling_segcompass.query_codebook import QueryCodebook
+from segcompass.modeling_segcompass.token_layout import INSTRUCTION, token_position_features
 
 PATHS = ("dense", "sparse")
 

@@ -20,6 +20,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 from workload import benchmark_model, benchmark_rows, scripted_ids
 
+from segcompass.modeling_segcompass.states import open_recorder
 from segcompass.trainers import SegCompassGRPOConfig, SegCompassGRPOTrainer
 from segcompass.trainers.policy import freeze
 
@@ -61,20 +62,22 @@ class Stepper:
 
 def script(model, ids):
     """Let `generate` return these responses at once, with the states that generating them would have left behind."""
-    written = {}
+    written = []
 
     def generate(input_ids, attention_mask, pixel_values, **kwargs):
         rows = ids[: len(input_ids)]
         sequences = torch.cat([input_ids, rows], 1)
-        if getattr(model, "_states", None) is None:
+        recorder = open_recorder(getattr(model, "mllm", model))
+        if recorder is None:
             return sequences
         if not written:
             mask = torch.cat([attention_mask, torch.ones_like(rows)], 1)
             inputs = {"input_ids": sequences[:, :-1], "attention_mask": mask[:, :-1], "pixel_values": pixel_values}
             with torch.no_grad():
                 model.mllm.model(**inputs)
-            written.update(model._read_back(sequences, input_ids, attention_mask))
-        model._states["written"] = dict(written)
+            eos = model.generation_config.eos_token_id
+            written.append(recorder.read_back(sequences, input_ids, attention_mask, eos))
+        recorder.states = written[0]
         return sequences
 
     model.generate = generate
@@ -101,9 +104,7 @@ def main(argv=None):
         gradient_checkpointing=False,
         disable_tqdm=True,
     )
-    mllm = copy.deepcopy(model.mllm, {id(model): model})
-    for module in (mllm.model.language_model, *mllm.model.language_model.layers):
-        module._forward_hooks.clear()  # those of the composite it was copied from
+    mllm = copy.deepcopy(model.mllm)
     freeze(model)
     for own, copied in zip(model.mllm.parameters(), mllm.parameters(), strict=True):
         copied.requires_grad_(own.requires_grad)  # both trainers train the same weights of the MLLM

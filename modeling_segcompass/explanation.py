@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .query_codebook import IMAGE, RESPONSE
+from .token_layout import IMAGE, RESPONSE
 
 if TYPE_CHECKING:
     import torch
 
-    from .modeling_segcompass import SegCompassOutput
     from .processing_segcompass import SegCompassProcessor
 
 Extent = tuple[float, float, float, float]
@@ -25,7 +24,8 @@ TOP_CONCEPTS = 8
 """How many concepts of a slot are listed where nobody says how many."""
 
 
-class HeavyConcept(NamedTuple):
+@dataclass(frozen=True)
+class HeavyConcept:
     """A concept that weighs much in a slot."""
 
     column: int
@@ -113,6 +113,9 @@ class Explanation:
             image: PIL image or uint8 (H, W, 3).
             mask: bool (H, W), or None.
             extent: the part of the image that the patches cover; None = the whole image.
+
+        Returns:
+            The text of an HTML file.
         """
         from .explanation_page import render_html
 
@@ -129,6 +132,9 @@ class Explanation:
             instruction: the title.
             extent: the part of the image that the patches cover; None = the whole image.
 
+        Returns:
+            The figure.
+
         Raises:
             ImportError: matplotlib is not installed.
         """
@@ -138,7 +144,7 @@ class Explanation:
 
 
 def heaviest_concepts(
-    outputs: "SegCompassOutput", slots: int | Sequence[int], sample: int = 0, count: int = TOP_CONCEPTS
+    outputs: Any, slots: int | Sequence[int], sample: int = 0, count: int = TOP_CONCEPTS
 ) -> list[HeavyConcept]:
     """The concepts that weigh most in a slot, or in any of several slots, heaviest first.
 
@@ -166,7 +172,7 @@ def heaviest_concepts(
 
 
 def explain_slot(
-    outputs: "SegCompassOutput",
+    outputs: Any,
     slot: int = 0,
     sample: int = 0,
     top: int = 10,
@@ -226,7 +232,7 @@ def explain_slot(
     )
 
 
-def _check_request(outputs: "SegCompassOutput", slot: int, sample: int, top: int) -> None:
+def _check_request(outputs: Any, slot: int, sample: int, top: int) -> None:
     if outputs.concept_weights is None:
         raise ValueError(
             "these outputs have no concepts: they were decoded with query_source='tokens', or hold no masks; call "
@@ -246,7 +252,7 @@ def _check_request(outputs: "SegCompassOutput", slot: int, sample: int, top: int
         )
 
 
-def _heatmap(outputs: "SegCompassOutput", sample: int, slot: int, frame: int | None) -> np.ndarray:
+def _heatmap(outputs: Any, sample: int, slot: int, frame: int | None) -> np.ndarray:
     heat = outputs.heatmaps[sample, slot].detach().float().sigmoid().cpu().numpy()  # (h, w)
     if outputs.reshaped_input_sizes is None or frame is None:
         return heat

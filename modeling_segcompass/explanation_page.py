@@ -68,7 +68,7 @@ def render_html(
             (f"heatmap, confidence {explanation.confidence:.2f}", heatmap),
         ]
         if masks is not None:
-            layers.append(("mask", _pixel_layer(np.float32(masks[number]), width, height, colour)))
+            layers.append(("mask", _pixel_layer(np.asarray(masks[number], np.float32), width, height, colour)))
         body.append(f"<h2>slot {explanation.slot}</h2><div class='row'>")
         body += [
             f"<figure>{_svg(layer, width, height)}<figcaption>{name}</figcaption></figure>" for name, layer in layers
@@ -150,7 +150,7 @@ def draw_panels(
         (None, whole),
         (explanation.patch_map / max(explanation.patch_map.max(), 1e-9), (left, right, bottom, top)),
         (explanation.heatmap, whole),
-        (None if mask is None else np.float32(mask), whole),
+        (None if mask is None else np.asarray(mask, np.float32), whole),
     ]
     for ax, (layer, area) in zip(axes, layers, strict=True):
         ax.imshow(picture, extent=whole, alpha=1 if layer is None else 0.6)

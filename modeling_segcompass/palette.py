@@ -20,12 +20,21 @@ def slot_colour(slot: int) -> Colour:
 
     Args:
         slot: k, from 0.
+
+    Returns:
+        (red, green, blue).
     """
     return SLOT_COLOURS[slot % len(SLOT_COLOURS)]
 
 
 def css_colour(colour: Colour) -> str:
     """The colour as CSS and matplotlib read it, "#rrggbb".
+
+    Args:
+        colour: (red, green, blue), 0 to 255 each.
+
+    Returns:
+        The text.
 
     Example:
         >>> css_colour(slot_colour(0))

@@ -12,10 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-IMAGE, INSTRUCTION, RESPONSE = 0, 1, 2
-TEXT_FREQUENCIES = 6
-IMAGE_FREQUENCIES = 5
-WHERE_DIM = 3 + 2 * TEXT_FREQUENCIES + 4 * IMAGE_FREQUENCIES
+from .token_layout import TOKEN_POSITION_DIM
 
 
 class Concepts(NamedTuple):
@@ -31,28 +28,6 @@ class Concepts(NamedTuple):
     """slot -> concept: float (B, K_s, M); each slot's weights sum to 1 (all 0 when no concept is active)."""
     activations: torch.Tensor | None = None
     """concept -> token: float (B, T, M), h_j at each token."""
-
-
-def token_position_features(token_types, image_xy, distance):
-    """Describe where each token sits, so that a concept can carry where it fired.
-
-    Args:
-        token_types: long (B, T), IMAGE, INSTRUCTION or RESPONSE.
-        image_xy: float (B, T, 2), centre of an image token's patch in [0, 1]; ignored for text.
-        distance: float (B, T), tokens from here to the first concentration token; ignored for image tokens.
-
-    Returns:
-        float (B, T, WHERE_DIM): type indicator, Fourier features of the patch position, of the text distance.
-    """
-    kind = nn.functional.one_hot(token_types, 3).to(image_xy.dtype)
-    octaves = 2.0 ** torch.arange(IMAGE_FREQUENCIES, device=image_xy.device) * torch.pi / 2
-    xy = (image_xy[..., None] * octaves).flatten(-2)
-    steps = torch.pi / 2.0 ** torch.arange(TEXT_FREQUENCIES, device=image_xy.device)
-    text = distance[..., None] * steps
-    is_image = kind[..., :1]
-    return torch.cat(
-        [kind, is_image * xy.sin(), is_image * xy.cos(), (1 - is_image) * text.sin(), (1 - is_image) * text.cos()], -1
-    )
 
 
 class EncoderBlock(nn.Module):
@@ -99,7 +74,7 @@ class QueryCodebook(nn.Module):
         self.num_concepts = min(config.num_concepts, config.sae_config.d_sae)
         self.codebook = nn.Parameter(torch.empty(config.sae_config.d_sae, config.d_c))
         self.slot_queries = nn.Parameter(torch.empty(config.num_slots, config.d_c))
-        self.where = nn.Linear(WHERE_DIM, config.d_c)
+        self.where = nn.Linear(TOKEN_POSITION_DIM, config.d_c)
         self.blocks = nn.ModuleList(
             EncoderBlock(config.d_c, config.codebook_heads) for _ in range(config.codebook_layers)
         )
@@ -112,7 +87,7 @@ class QueryCodebook(nn.Module):
             sae: the frozen SparseAutoencoder.
             z: float (B, T, d_π), hidden states at the SAE's layer.
             mask: bool (B, T), tokens that may fire concepts (no padding, no special tokens).
-            where: float (B, T, WHERE_DIM) from `token_position_features`.
+            where: float (B, T, TOKEN_POSITION_DIM) from `token_position_features`.
             scale: optional float (d_sae,) or (B, d_sae) factors on h_j, 1 but at the concepts intervened on.
 
         Returns:

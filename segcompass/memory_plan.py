@@ -16,7 +16,7 @@ from segcompass.modeling_segcompass import SegCompassConfig, SegCompassModel, Sp
 from segcompass.published_backbones import backbone_configs
 from segcompass.trainers import SegCompassGRPOConfig
 from segcompass.trainers.optimization import SEGMENTATION_MODULES
-from segcompass.trainers.policy import LANGUAGE_LINEAR, freeze, lora_config
+from segcompass.trainers.policy import freeze, lora_config
 
 STRATEGIES = ("ddp", "zero2", "fsdp2", "zero3")
 MASTER, GRADIENT, MOMENTS, COMPUTE = 4, 4, 8, 2  # bytes per parameter: float32, float32, two of Adam's, bfloat16
@@ -79,12 +79,12 @@ def build(config: SegCompassConfig, lora_rank: int = 0, train_below_sae_layer: b
     with torch.device("meta"):
         model = SegCompassModel(config)
     if not lora_rank:
-        freeze(model, below_sae_layer=not train_below_sae_layer)
+        freeze(model, train_below_sae_layer=train_below_sae_layer)
         return model
     from peft import get_peft_model
 
     with torch.device("meta"):
-        return get_peft_model(model, lora_config(model, r=lora_rank, target_modules=LANGUAGE_LINEAR))
+        return get_peft_model(model, lora_config(model, r=lora_rank))
 
 
 def component(name: str) -> str:

@@ -25,6 +25,9 @@ from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import add_fused_lm_head, pad
 
+from segcompass.modeling_segcompass.backbone import PER_TOKEN_INPUTS
+from segcompass.modeling_segcompass.states import ReasoningStates
+
 from .grpo_config import SegCompassGRPOConfig
 from .image_features import open_image_features
 from .losses import segmentation_loss
@@ -40,7 +43,6 @@ REF_TOKEN = "<REF_POS>"
 ROLLOUTS = "rollouts_{}.pt"
 
 
-PER_TOKEN_INPUTS = ("input_ids", "attention_mask", "labels", "token_type_ids", "mm_token_type_ids")
 SAE_TOKENS = 128  # enough to follow the SAE's explained variance
 CHECKED_ROWS = 2000  # whose masks are checked before the first step; the others when their turn comes
 MAX_SAMPLING_GAP = 0.2  # nats a token between vLLM's and the trained policy's log-probabilities; bf16 alone is ~0.02
@@ -104,7 +106,7 @@ class _Rollout:
     segmentation: dict
     """what joins TRL's batch: image_embeddings, mask_targets (lists of B tensors), reshaped_input_sizes (B, 2), and,
     once they are known, mask_scores (B,)."""
-    written: dict | None = None
+    written: ReasoningStates | None = None
     """what `decode_masks` takes, but for the image, of the responses as they were generated; None with vLLM."""
     scoring_inputs: tuple = ()
     """the tensors of TRL's last scoring pass: (positional arguments after the model, keyword arguments)."""
@@ -187,7 +189,7 @@ class SegCompassGRPOTrainer(GRPOTrainer):
             self.image_features = open_image_features(args.image_features, core, processing_class)
         model.config.token_dropout = args.token_dropout
         if not with_adapters:
-            freeze(model, below_sae_layer=not args.train_below_sae_layer)
+            freeze(model, train_below_sae_layer=args.train_below_sae_layer)
         more_rewards = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs else []
 
         self._rollout: _Rollout | None = None
@@ -240,8 +242,7 @@ class SegCompassGRPOTrainer(GRPOTrainer):
     def _make_reference(self, ref_model, beta):
         core = self.core
         if ref_model is None:
-            # The MLLM's hooks are methods of the composite: the memo keeps them there instead of copying it whole.
-            ref_model = copy.deepcopy(core.mllm, {id(core): core})
+            ref_model = copy.deepcopy(core.mllm)
         ref_model.requires_grad_(False).eval()
         self._add_fused_head(ref_model)
         if self.is_deepspeed_enabled:
@@ -297,10 +298,10 @@ class SegCompassGRPOTrainer(GRPOTrainer):
             self._rollout = None
 
     def _generate(self, *args, **kwargs):
-        with self._timed("rollout"), self.core.reading_states() as states:
+        with self._timed("rollout"), self.core.reading_states() as recorder:
             output = super()._generate(*args, **kwargs)
         if self.args.reward_mask_source == "policy":
-            self._rollout.written = states.get("written")
+            self._rollout.written = recorder.states
         return output
 
     def training_step(self, *args, **kwargs):
@@ -401,7 +402,7 @@ class SegCompassGRPOTrainer(GRPOTrainer):
     def _following_sae(self):
         """Log the SAE's explained variance at some tokens of the first pass made in here."""
         core = self.core
-        block = core.mllm.model.language_model.layers[core.config.sae_config.layer - 1]
+        block = core.backbone.blocks(core.mllm)[core.config.sae_config.layer - 1]
         seen = []
 
         def keep(module, args, output):
@@ -460,20 +461,20 @@ class SegCompassGRPOTrainer(GRPOTrainer):
         core = self.core
         if "decode_masks" not in vars(core):
             register_fsdp_forward_method(core, "decode_masks")
-        self._log_explained_variance(written["z"])
+        self._log_explained_variance(written.z)
         batch_size, outputs = self._batch_size(), []
-        for start in range(0, len(written["z"]), batch_size):
+        for start in range(0, len(written.z), batch_size):
             rows = slice(start, start + batch_size)
-            part = {name: None if value is None else value[rows] for name, value in written.items()}
-            used = part["attention_mask"].any(0).nonzero()[:, 0]
-            columns = slice(int(used[0]), int(used[-1]) + 1)
-            part |= {name: part[name][:, columns] for name in part if name != "image_grid_thw"}
-            with self.accelerator.autocast():
-                output = core.decode_masks(
-                    **part,
+            states = (
+                written.rows(rows)
+                .trimmed()
+                ._replace(
                     image_embeddings=torch.stack(segmentation["image_embeddings"][rows]),
                     reshaped_input_sizes=segmentation["reshaped_input_sizes"][rows],
                 )
+            )
+            with self.accelerator.autocast():
+                output = core.decode_masks(**states._asdict())
             outputs.append(output)
         return outputs
 
@@ -509,8 +510,7 @@ class SegCompassGRPOTrainer(GRPOTrainer):
         mask = pad([torch.ones_like(row) for row in completions], padding_value=0, padding_side="right")
         input_ids = torch.cat([inputs.pop("input_ids"), ids], 1)
         attention_mask = torch.cat([inputs.pop("attention_mask"), mask], 1)
-        if "mm_token_type_ids" in inputs:
-            inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(ids)], 1)
+        self.core.backbone.append_text(inputs, ids.shape[1])
         inputs.update(batch_size=self._batch_size(), num_images=[1] * len(prompts))
         return (input_ids, attention_mask, ids.shape[1]), inputs
 

@@ -1,34 +1,42 @@
 """Which parts of a SegCompass model learn."""
 
 import re
+from typing import Any
 
 import torch
 
-LANGUAGE_LINEAR = r".*mllm\.model\.language_model\..*\.(q|k|v|o|gate|up|down)_proj"
+from segcompass.modeling_segcompass.backbone import backbone_of
 
 
-def freeze(model, below_sae_layer=True, vision_tower=True, image_encoder=True):
-    """Set `requires_grad` for training; the SAE and the positional code stay frozen always.
+def freeze(
+    model: Any,
+    train_below_sae_layer: bool = False,
+    train_vision_tower: bool = False,
+    train_image_encoder: bool = False,
+) -> None:
+    """Leave trainable what is to learn: the segmentation modules, the decoder blocks above the SAE's layer, the LM head.
+
+    The SAE and the positional code stay frozen always.
 
     Args:
         model: a SegCompassModel.
-        below_sae_layer: freeze what the SAE's input is made of, so that the SAE keeps fitting: the projector, the
-            decoder blocks 1 ... L, and the embeddings but for the rows of `</think>` and the concentration token,
-            which learn in any case (the other rows of a tied embedding still see weight decay).
-        vision_tower: freeze the MLLM's vision tower.
-        image_encoder: freeze SAM's encoder.
+        train_below_sae_layer: also train what the SAE's input is made of, from which the SAE then drifts: the
+            projector, the decoder blocks 1 ... L, and the embeddings. Without it the embeddings' rows of `</think>` and
+            of the concentration token learn all the same (the other rows of a tied embedding still see weight decay).
+        train_vision_tower: also train the MLLM's vision tower.
+        train_image_encoder: also train the image encoder F_enc.
     """
     model.requires_grad_(True)
     model.freeze_encoders()
-    model.image_encoder.requires_grad_(not image_encoder)
-    core = model.mllm.model
-    vision = core.vision_tower if hasattr(core, "vision_tower") else core.visual
-    vision.requires_grad_(not vision_tower)
-    if not below_sae_layer:
+    model.image_encoder.requires_grad_(train_image_encoder)
+    backbone = backbone_of(model)
+    projector = backbone.projector(model.mllm)
+    if projector is not None:
+        projector.requires_grad_(train_below_sae_layer)
+    backbone.vision_tower(model.mllm).requires_grad_(train_vision_tower)  # with the projector, where it is a part of it
+    if train_below_sae_layer:
         return
-    if hasattr(core, "multi_modal_projector"):
-        core.multi_modal_projector.requires_grad_(False)
-    for block in core.language_model.layers[: model.config.sae_config.layer]:
+    for block in backbone.blocks(model.mllm)[: model.config.sae_config.layer]:
         block.requires_grad_(False)
     embeddings = model.get_input_embeddings()
     tokens = torch.tensor([model.config.think_end_id, model.config.ref_token_id])
@@ -45,7 +53,7 @@ def freeze(model, below_sae_layer=True, vision_tower=True, image_encoder=True):
         embeddings.weight.register_hook(lambda gradient: gradient * rows.to(gradient))
 
 
-def lora_config(model, **settings):
+def lora_config(model: Any, **settings: Any) -> Any:
     """PEFT's LoraConfig with everything that must learn beside the adapters.
 
     Adapters go on the language model's linear layers. The segmentation modules and the LM head are trained whole, and
@@ -54,7 +62,10 @@ def lora_config(model, **settings):
 
     Args:
         model: the SegCompassModel to be adapted.
-        settings: LoraConfig's fields (`r`, `lora_alpha`, `target_modules`, ...), which win over these.
+        **settings: LoraConfig's fields (`r`, `lora_alpha`, `target_modules`, ...), which win over these.
+
+    Returns:
+        LoraConfig: for `get_peft_model` or a trainer's `peft_config`.
 
     Raises:
         ValueError: the MLLM's embedding and LM head are one matrix, whose rows cannot be trained beside adapters.
@@ -68,19 +79,19 @@ def lora_config(model, **settings):
         )
     tokens = [model.config.think_end_id, model.config.ref_token_id]
     defaults = {
-        "target_modules": LANGUAGE_LINEAR,
+        "target_modules": backbone_of(model).lora_targets(model.mllm),
         "modules_to_save": ["query_codebook", "slot_mapper", "mask_decoder", "lm_head"],
         "trainable_token_indices": {"embed_tokens": tokens},
     }
     return LoraConfig(**{**defaults, **settings})
 
 
-def is_quantized(model):
-    """Whether the MLLM's weights are of 4 or 8 bits, which adapters only can train."""
+def is_quantized(model: Any) -> bool:
+    """Whether the MLLM's weights are of 4 or 8 bits; then only adapters can be trained."""
     return getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
 
 
-def restore_masters(model, trained):
+def restore_masters(model: torch.nn.Module, trained: dict[str, torch.Tensor]) -> None:
     """Give what learns beside a quantised MLLM its float32 weights back, unrounded: TRL casts it to bfloat16.
 
     Args:

@@ -67,9 +67,9 @@ class SegCompassSFTTrainer(Trainer):
         model.config.token_dropout = args.token_dropout
         freeze(
             model,
-            below_sae_layer=not args.train_below_sae_layer,
-            vision_tower=not args.train_vision_tower,
-            image_encoder=not args.train_image_encoder,
+            train_below_sae_layer=args.train_below_sae_layer,
+            train_vision_tower=args.train_vision_tower,
+            train_image_encoder=args.train_image_encoder,
         )
         self.with_masks = args.lambda_s > 0 or args.lambda_c > 0
         features = None

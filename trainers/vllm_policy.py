@@ -5,42 +5,36 @@ MLLM, so `export_policy` writes the MLLM (with the added tokens' rows) as vLLM r
 what belongs there. A real vLLM needs a GPU; tests stand an engine with strict names in its place.
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer import grpo_trainer
 
+from segcompass.modeling_segcompass.backbone import backbone_of
+
 PREFIX = "mllm."
 SUPPRESSED = -100.0
 
 
-def export_policy(model, processor, folder) -> None:
+def export_policy(model: Any, processor: Any, folder: str | Path) -> None:
     """Write a SegCompass model's MLLM, tokenizer and image processor as a plain transformers folder.
 
     Weights carry the Hub checkpoint's names. With `vllm_mode="server"`, serve this folder: `trl vllm-serve --model`.
 
     Args:
-        model: a SegCompassModel; processor: its SegCompassProcessor; folder: made if absent.
+        model: a SegCompassModel.
+        processor: its SegCompassProcessor.
+        folder: made if absent.
     """
     folder = Path(folder)
     model.mllm.save_pretrained(folder)
     processor.tokenizer.save_pretrained(folder)
-    if processor.merges_patches:  # Qwen2.5-VL: AutoProcessor finds the parts by the model's type
-        processor.image_processor.save_pretrained(folder)
-        return
-    from transformers import LlavaProcessor
-
-    LlavaProcessor(
-        processor.image_processor,
-        processor.tokenizer,
-        patch_size=processor.patch_size,
-        vision_feature_select_strategy=processor.vision_feature_select_strategy,
-        num_additional_image_tokens=processor.num_additional_image_tokens,
-        chat_template=processor.chat_template,
-    ).save_pretrained(folder)
+    backbone_of(model).save_processor(processor, folder)
 
 
 class PolicyEngine(VLLMGeneration):
@@ -64,9 +58,9 @@ class PolicyEngine(VLLMGeneration):
                 sent.add(name.removeprefix(PREFIX))
                 yield name.removeprefix(PREFIX), parameter
         if sent != expected:
-            told = ", ".join(sorted(sent ^ expected)[:3])
+            differing = ", ".join(sorted(sent ^ expected)[:3])
             raise RuntimeError(
-                f"vLLM was sent {len(sent)} tensors, the policy has {len(expected)} (differing: {told} ...); it would "
+                f"vLLM was sent {len(sent)} tensors, the policy has {len(expected)} (differing: {differing} ...); it would "
                 "sample from other weights than those trained."
             )
 
@@ -81,11 +75,19 @@ def _plain(name):
 
 
 @contextmanager
-def policy_engine(model, processor, args):
+def policy_engine(model: Any, processor: Any, args: Any) -> Iterator[None]:
     """While open, a GRPOTrainer that is built with `args.use_vllm` builds a PolicyEngine of this model's MLLM.
 
     Image tokens are suppressed in the sampler (transformers' generation does so by itself): a sampled one would leave
     more image tokens than features.
+
+    Args:
+        model: a SegCompassModel, or a PeftModel around one.
+        processor: its SegCompassProcessor.
+        args: SegCompassGRPOConfig; its `generation_kwargs` gets the suppression.
+
+    Yields:
+        nothing.
     """
     core = model.get_base_model() if is_peft_model(model) else model
     bias = {core.config.image_token_id: SUPPRESSED}

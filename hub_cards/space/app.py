@@ -119,7 +119,7 @@ class Demo:
     @torch.no_grad()
     def decode(self, answer: Answer) -> Any:
         """The masks with the concepts scaled as they are now: a SegCompassOutput."""
-        return self.model.decode_masks(**answer.states, concept_scale=answer.factors)
+        return self.model.decode_masks(**answer.states._asdict(), concept_scale=answer.factors)
 
     def scale(self, answer: Answer | None, concept: int | None, factor: float, threshold: float) -> tuple:
         """Masks with the chosen concept scaled, beside those scaled before; the response stays."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from segcompass.modeling_segcompass.query_codebook import IMAGE, INSTRUCTION, RESPONSE
+from segcompass.modeling_segcompass.token_layout import IMAGE, INSTRUCTION, RESPONSE
 
 FILE = "concepts.json"
 TOKEN_KINDS = {IMAGE: "image", INSTRUCTION: "instruction", RESPONSE: "response"}
@@ -143,6 +143,9 @@ class ConceptDictionary:
         Args:
             picture: gives a context's picture as a data URL, or None.
             title: the page's heading.
+
+        Returns:
+            The text of an HTML file.
         """
         rows = []
         for entry in sorted(self.entries, key=lambda entry: -entry.density):
@@ -222,6 +225,9 @@ class DictionaryBuilder:
         Args:
             describe: place -> the fields of its Context but the strength.
             source: what was read.
+
+        Returns:
+            The dictionary, with an entry for every feature.
         """
         entries = []
         count = self.fired.sum(0)  # (d_sae,)
@@ -255,6 +261,9 @@ def short_label(contexts: Sequence[Context]) -> str:
 
     Args:
         contexts: one or more, strongest first.
+
+    Returns:
+        The name, such as "red ball (patch)".
     """
     side = Counter("patch" if context.part == "image" else "word" for context in contexts).most_common(1)[0][0]
     same = [context for context in contexts if (context.part == "image") == (side == "patch")]

@@ -5,19 +5,17 @@ examination needs. What is taken away is not replaced by the next concept in lin
 no data set.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassOutput
-
-States = Mapping[str, Any]
-"""What `model.reason` returns with the sequences: the arguments of `model.decode_masks`, one row per sample."""
+from segcompass.modeling_segcompass.states import ReasoningStates
 
 
-def single_sample(states: States, sample: int) -> dict[str, Any]:
+def single_sample(states: ReasoningStates, sample: int) -> ReasoningStates:
     """The states of one sample; embeddings of an image that all questions share stay as they are.
 
     Args:
@@ -30,18 +28,18 @@ def single_sample(states: States, sample: int) -> dict[str, Any]:
     Raises:
         ValueError: there is no such sample.
     """
-    batch = len(states["input_ids"])
+    batch = len(states.input_ids)
     if not 0 <= sample < batch:
         raise ValueError(f"sample {sample} is out of range; these states hold samples 0 to {batch - 1}.")
-    return {
-        name: value if value is None or len(value) == 1 else value[sample : sample + 1]
-        for name, value in states.items()
-    }
+    return states.rows([sample])
 
 
 @torch.no_grad()
 def decode(
-    model: SegCompassModel, states: States, query_source: str = "both", concept_scale: torch.Tensor | None = None
+    model: SegCompassModel,
+    states: ReasoningStates,
+    query_source: str = "both",
+    concept_scale: torch.Tensor | None = None,
 ) -> SegCompassOutput:
     """Masks from states once more, under other factors on the concepts.
 
@@ -50,13 +48,16 @@ def decode(
         states: of a batch.
         query_source: see `decode_masks`.
         concept_scale: float (B, d_sae), factors on h_j; None leaves them as they are.
+
+    Returns:
+        The decoded masks with their provenance.
     """
-    return model.decode_masks(**states, concept_scale=concept_scale, query_source=query_source)
+    return model.decode_masks(**states._asdict(), concept_scale=concept_scale, query_source=query_source)
 
 
 def decode_with(
     model: SegCompassModel,
-    states: States,
+    states: ReasoningStates,
     indices: torch.Tensor,
     kept: Sequence[np.ndarray],
     slot: int,
@@ -80,14 +81,16 @@ def decode_with(
     masks = []
     for start in range(0, len(kept), batch_size):
         chosen = kept[start : start + batch_size]
-        scale = states["z"].new_zeros(len(chosen), model.config.sae_config.d_sae)  # (v, d_sae) 1 = keep
+        scale = states.z.new_zeros(len(chosen), model.config.sae_config.d_sae)  # (v, d_sae) 1 = keep
         for row, places in enumerate(chosen):
             scale[row, indices[torch.as_tensor(np.array(places), device=indices.device)]] = 1
-        rows = {
-            name: value if value is None else value.expand(len(chosen), *value.shape[1:])
-            for name, value in states.items()
+        rows: dict[str, Any] = {  # views of the one sample, no copies
+            name: value.expand(len(chosen), *value.shape[1:])
+            for name, value in states._asdict().items()
+            if value is not None
         }
-        masks.append(decode(model, rows, query_source, scale).pred_masks[:, slot] > 0)  # (v, 4h, 4w)
+        outputs: Any = decode(model, states._replace(**rows), query_source, scale)
+        masks.append(outputs.pred_masks[:, slot] > 0)  # (v, 4h, 4w)
     return torch.cat(masks)
 
 

@@ -5,12 +5,13 @@ the attributes come from.
 """
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
 
-class Detector(NamedTuple):
+@dataclass(frozen=True)
+class Detector:
     """The feature that detects an attribute best, and how well it does on samples it was not chosen on."""
 
     index: int

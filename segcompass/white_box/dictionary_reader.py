@@ -15,9 +15,9 @@ import torch
 from datasets import Dataset
 from tqdm import tqdm
 
-from segcompass.drawing import patch_extent
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
-from segcompass.modeling_segcompass.query_codebook import IMAGE
+from segcompass.modeling_segcompass.backbone import backbone_of
+from segcompass.modeling_segcompass.token_layout import IMAGE, token_types
 from segcompass.trainers.activations import layer_hidden_states
 
 from .concept_dictionary import TOKEN_KINDS, ConceptDictionary, Context, DictionaryBuilder
@@ -74,9 +74,10 @@ class TokenReader:
             image_encoder=False,
         ).to(self.model.device)
         ids = inputs["input_ids"]
-        z = layer_hidden_states(self.model, inputs, self.model.config.sae_config.layer)  # (B, T, d_π)
-        may_fire = self.model.concept_tokens(ids, inputs["attention_mask"])  # (B, T)
-        types, grids = self.model.token_layout(ids, inputs["response_mask"], inputs.get("image_grid_thw"))
+        z = layer_hidden_states(self.model, dict(inputs), self.model.config.sae_config.layer)  # (B, T, d_π)
+        may_fire = self.model.concept_token_mask(ids, inputs["attention_mask"])  # (B, T)
+        types = token_types(ids, inputs["response_mask"], self.model.config.image_token_id)  # (B, T)
+        grids = self.model.backbone.patch_grid(self.model.config.mllm_config, ids, inputs)  # (B, 2)
         for place, row in enumerate(rows):
             chosen = may_fire[place]
             yield SampleTokens(
@@ -92,6 +93,9 @@ class TokenReader:
 
         Args:
             ids: token ids.
+
+        Returns:
+            One text per token.
         """
         return [self.processor.tokenizer.decode([token]).strip() for token in ids]
 
@@ -115,6 +119,9 @@ def build_dictionary(
         contexts: how many of the strongest places to keep of each feature.
         batch_size: rows read at a time.
         patch_words: (number of the row, grid) -> what each image patch shows; None where that is unknown.
+
+    Returns:
+        The dictionary.
 
     Raises:
         ValueError: `partial` was written by another version of this project.
@@ -184,13 +191,14 @@ def patch_pictures(rows: Dataset, processor: SegCompassProcessor, side: int = 72
     Returns:
         Context -> data URL of a JPEG; None for a word.
     """
+    images = processor.image_processor
     places = {name: place for place, name in enumerate(rows["sample_id"])}
 
     def picture(context: Context) -> str | None:
         if context.cell is None:
             return None
         image = rows[places[context.sample]]["image"].convert("RGB")
-        left, top, right, bottom = patch_extent(processor.image_processor, image)
+        left, top, right, bottom = backbone_of(images).seen_extent(images, *image.size)
         row, column, rows_, columns = context.cell
         step_x, step_y = (right - left) / columns, (bottom - top) / rows_
         x, y = left + column * step_x, top + row * step_y

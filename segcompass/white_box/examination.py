@@ -19,6 +19,9 @@ def read_rows(dataset: str, split: str, seed: int, num_samples: int) -> Dataset:
         seed: of the scenes.
         num_samples: the first so many rows.
 
+    Returns:
+        The rows.
+
     Raises:
         ValueError: they cannot be loaded.
     """

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 
 from segcompass.modeling_segcompass import SegCompassModel
+from segcompass.modeling_segcompass.states import ReasoningStates
 
-from .decoding import States, decode, decode_with, overlap, single_sample
+from .decoding import decode, decode_with, overlap, single_sample
 
 ORDERS = ("weight", "random", "reverse")
 FRACTIONS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
@@ -39,7 +40,7 @@ class SlotFaithfulness(NamedTuple):
 
 def slot_faithfulness(
     model: SegCompassModel,
-    states: States,
+    states: ReasoningStates,
     slot: int,
     sample: int = 0,
     target: Any | None = None,
@@ -78,8 +79,8 @@ def slot_faithfulness(
         measured = slot_faithfulness(model, states, slot=0)
         print(measured.full - measured.without_top, measured.full - measured.without_random)
     """
-    states = single_sample(states, sample)
-    whole = decode(model, states, query_source)
+    states = single_sample(states, sample)  # a batch of one
+    whole: Any = decode(model, states, query_source)
     if whole.concept_weights is None or not whole.slot_mask[0, slot]:
         raise ValueError(
             f"slot {slot} of sample {sample} has no mask made of concepts; choose a found slot, and query_source "

@@ -1,10 +1,12 @@
 """Faithfulness over a data set: what interventions do to every right mask, and what is left without e_k or r_k.
 
-The model writes its own reasoning, greedily; a mask is right where its confidence reaches `CONFIDENT` and its IoU with a
-target `RIGHT`. `measure` makes one record per row, `summarise_records` sums them up with 95 % intervals over scenes.
+The model writes its own reasoning, greedily; a mask is right when its confidence reaches `CONFIDENT` and its IoU with a
+target reaches `RIGHT`. `measure` makes one record per row; `summarise_records` sums them up with 95 % intervals over
+scenes.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from segcompass.loaders.reasoning_segmentation.reasoning_segmentation import sam
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
 from segcompass.trainers.targets import mask_targets
 
-from .decoding import overlap
+from .decoding import decode, overlap
 from .faithfulness import FRACTIONS, ORDERS, SlotFaithfulness, slot_faithfulness
 from .intervals import area_under, bootstrap, ratio
 
@@ -52,8 +54,8 @@ def measure(
     inputs = processor(images=[row["image"] for row in rows], text=[row["instruction"] for row in rows])
     _, states = model.reason(**inputs.to(model.device))
     sizes = [(row["height"], row["width"]) for row in rows]
-    frame, side = model.config.image_encoder_config.image_size, 4 * model.config.key_grid
-    decoded = {source: model.decode_masks(**states, query_source=source) for source in SOURCES}
+    frame, side = model.config.frame, 4 * model.config.key_grid
+    decoded: dict[str, Any] = {source: decode(model, states, source) for source in SOURCES}
     found = {
         source: processor.post_process_instance_segmentation(outputs, CONFIDENT, target_sizes=sizes)
         for source, outputs in decoded.items()
@@ -65,7 +67,7 @@ def measure(
             )
             for source in SOURCES
         }
-        targets = mask_targets(row["masks"], row["height"], row["width"], frame, side) > 0.5  # (G, 4h, 4w)
+        targets = mask_targets(row["masks"], row["height"], row["width"], frame.side, side) > 0.5  # (G, 4h, 4w)
         targets = targets.to(model.device)
         slots = []
         for slot in found[query_source][place]["slots"].tolist():
@@ -88,6 +90,10 @@ def _plain(measured: SlotFaithfulness) -> dict[str, Any]:
         for name in ("deletion", "insertion")
     }
     return {**measured._asdict(), **curves}
+
+
+def _ratio_of(statistic: Callable[..., float], lost: np.ndarray) -> float:
+    return ratio(statistic(lost[:, 0]), statistic(lost[:, 1]))
 
 
 def summarise_records(records: list[dict[str, Any]], top: int, seed: int = 0) -> dict[str, Any]:
@@ -122,7 +128,7 @@ def summarise_records(records: list[dict[str, Any]], top: int, seed: int = 0) ->
     for name, statistic in (("median", np.median), ("mean", np.mean)):
         metrics[f"drop_top_{name}"] = interval(lost[:, 0], statistic)
         metrics[f"drop_random_{name}"] = interval(lost[:, 1], statistic)
-        metrics[f"ratio_of_{name}s"] = interval(lost, lambda rows, s=statistic: ratio(s(rows[:, 0]), s(rows[:, 1])))
+        metrics[f"ratio_of_{name}s"] = interval(lost, partial(_ratio_of, statistic))
     metrics["comprehensiveness"], metrics["comprehensiveness_random"] = interval(lost[:, 0]), interval(lost[:, 1])
     metrics["sufficiency"], metrics["sufficiency_random"] = interval(left[:, 0]), interval(left[:, 1])
     for name in ("deletion", "insertion"):

@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 
-from segcompass.drawing import patch_extent
-from segcompass.modeling_segcompass import SegCompassModel, SegCompassOutput, SegCompassProcessor
-from segcompass.modeling_segcompass.query_codebook import IMAGE, INSTRUCTION
+from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
+from segcompass.modeling_segcompass.backbone import backbone_of
+from segcompass.modeling_segcompass.image_encoder import Frame
+from segcompass.modeling_segcompass.token_layout import IMAGE, INSTRUCTION
 from segcompass.trainers.losses import segmentation_loss
-from segcompass.trainers.targets import mask_targets, valid_extent
+from segcompass.trainers.targets import mask_targets
 
-from .decoding import overlap
+from .decoding import decode, overlap
 
 KINDS = ("question", "reasoning", "instance", "background")
 LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
@@ -48,20 +49,21 @@ def measure(
     """
     inputs = processor(images=[row["image"] for row in rows], text=[row["instruction"] for row in rows])
     _, states = model.reason(**inputs.to(model.device))
-    outputs = model.decode_masks(**states)
-    may_fire = model.concept_tokens(states["input_ids"], states["attention_mask"])  # (B, T)
-    unit = float(model.sae.mean_active_activation.float().mean())
-    frame, side = model.config.image_encoder_config.image_size, 4 * model.config.key_grid
+    outputs: Any = decode(model, states)
+    may_fire = model.concept_token_mask(states.input_ids, states.attention_mask)  # (B, T)
+    sae: Any = model.sae
+    unit = float(sae.mean_active_activation.float().mean())
+    frame, side = model.config.frame, 4 * model.config.key_grid
     for place, row in enumerate(rows):
-        z = states["z"][place].float()  # (T, d_π)
-        h = model.sae.encode(z).float() * may_fire[place][:, None]  # (T, d_sae)
+        z = states.z[place].float()  # (T, d_π)
+        h = sae.encode(z).float() * may_fire[place][:, None]  # (T, d_sae)
         types = outputs.token_types[place]  # (T,)
-        targets = mask_targets(row["masks"], row["height"], row["width"], frame, side).to(z.device)  # (G, 4h, 4w)
+        targets = mask_targets(row["masks"], row["height"], row["width"], frame.side, side).to(z.device)  # (G, 4h, 4w)
         instances = coco_mask.decode(row["masks"]).astype(bool).transpose(2, 0, 1) if row["masks"] else []  # (G, H, W)
         patch_of = patches_of_pixels(processor.image_processor, row["image"], tuple(outputs.patch_grid[place].tolist()))
         kinds = kinds_of_tokens(types, may_fire[place], instances, patch_of)
         chosen = [h[kinds == number] for number in range(len(KINDS))]
-        error = (z - model.sae.decode(h)).square().sum(-1)  # (T,)
+        error = (z - sae.decode(h)).square().sum(-1)  # (T,)
         random = np.random.default_rng([seed, zlib.crc32(row["sample_id"].encode())])
         record = {
             "sample_id": row["sample_id"],
@@ -92,7 +94,7 @@ def patches_of_pixels(image_processor: Any, image: Any, grid: tuple[int, int]) -
     Returns:
         int (H, W), from 0 row by row; -1 outside what the MLLM sees.
     """
-    left, top, right, bottom = patch_extent(image_processor, image)
+    left, top, right, bottom = backbone_of(image_processor).seen_extent(image_processor, *image.size)
     rows, columns = grid
     row = np.floor((np.arange(image.height) + 0.5 - top) / (bottom - top) * rows).astype(int)[:, None]  # (H, 1)
     column = np.floor((np.arange(image.width) + 0.5 - left) / (right - left) * columns).astype(int)[None]  # (1, W)
@@ -126,7 +128,7 @@ def kinds_of_tokens(
 
 def coverage(
     h: torch.Tensor,
-    outputs: SegCompassOutput,
+    outputs: Any,
     place: int,
     instances: Sequence[np.ndarray],
     patch_of: np.ndarray,
@@ -136,7 +138,7 @@ def coverage(
 
     Args:
         h: float (T, d_sae), the SAE's activations.
-        outputs: of the batch.
+        outputs: SegCompassOutput of the batch.
         place: the sample's place in it.
         instances: bool (H, W) masks.
         patch_of: int (H, W), from `patches_of_pixels`.
@@ -168,11 +170,11 @@ def coverage(
     return covered
 
 
-def heatmap_pairs(outputs: SegCompassOutput, place: int, targets: torch.Tensor) -> list[list[float]]:
+def heatmap_pairs(outputs: Any, place: int, targets: torch.Tensor) -> list[list[float]]:
     """Heatmap and mask beside each target, both of the slot whose mask overlaps it most.
 
     Args:
-        outputs: of the batch.
+        outputs: SegCompassOutput of the batch.
         place: the sample's place in it.
         targets: bool (G, 4h, 4w).
 
@@ -192,7 +194,7 @@ def heatmap_pairs(outputs: SegCompassOutput, place: int, targets: torch.Tensor) 
     return pairs
 
 
-def _dice_loss(outputs: SegCompassOutput, place: int, targets: torch.Tensor, frame: int, side: int) -> float:
+def _dice_loss(outputs: Any, place: int, targets: torch.Tensor, frame: Frame, side: int) -> float:
     one = slice(place, place + 1)
     _, parts = segmentation_loss(
         outputs.pred_masks[one],
@@ -200,6 +202,6 @@ def _dice_loss(outputs: SegCompassOutput, place: int, targets: torch.Tensor, fra
         outputs.pred_logits[one],
         outputs.slot_mask[one],
         [targets],
-        valid_extent(outputs.reshaped_input_sizes[one], frame, side),
+        frame.valid_extent(outputs.reshaped_input_sizes[one], side),
     )
     return float(parts["mask_dice"])

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from scipy import stats
 
-from segcompass.drawing import patch_extent
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
+from segcompass.modeling_segcompass.backbone import backbone_of
 from segcompass.modeling_segcompass.explanation_page import draw_panels
 from segcompass.modeling_segcompass.palette import SLOT_COLOURS, css_colour
 
@@ -190,7 +190,7 @@ def figure9(
     for row in rows:
         if not row["masks"]:
             continue
-        outputs = model.segment(**processor(images=row["image"], text=row["instruction"]).to(model.device))
+        outputs: Any = model.segment(**processor(images=row["image"], text=row["instruction"]).to(model.device))
         slots = outputs.slot_mask[0].nonzero()[:, 0].tolist()
         if not slots:
             continue
@@ -200,7 +200,7 @@ def figure9(
         mask = processor.post_process_masks(outputs.pred_masks, size)[0][slot].cpu().numpy() > 0  # (H, W)
         first, *others = axes[count]
         first.text(0.5, 0.5, textwrap.fill(row["instruction"], 22), ha="center", va="center", parse_math=False)
-        extent = patch_extent(processor.image_processor, row["image"])
+        extent = backbone_of(model).seen_extent(processor.image_processor, *row["image"].size)
         draw_panels(others, explanation, row["image"].convert("RGB"), mask, extent)
         count += 1
         if count == panels:

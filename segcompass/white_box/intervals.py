@@ -61,5 +61,8 @@ def area_under(curve: Sequence[float] | np.ndarray, shares: Sequence[float]) -> 
     Args:
         curve: float (S,).
         shares: where it was measured, ascending.
+
+    Returns:
+        The area.
     """
     return float(np.trapezoid(curve, shares))

@@ -8,6 +8,7 @@ On scenes every object's colour, shape and size is known, so that a feature's na
 Image tokens come before the instruction, so in the first two readings no word can give the attribute away.
 """
 
+from dataclasses import asdict
 from functools import cache
 
 import numpy as np
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from segcompass.loaders import load_rows
 from segcompass.loaders.scenes import COLOURS, SHAPES, SIZES, Scene, scene_question
-from segcompass.modeling_segcompass.query_codebook import IMAGE
+from segcompass.modeling_segcompass.token_layout import IMAGE
 
 from .detectors import best_detectors
 from .dictionary_reader import TokenReader
@@ -80,6 +81,9 @@ def labelled_activations(reader: TokenReader, split: str, seed: int, count: int,
         seed: of the scenes.
         count: how many scenes.
         batch_size: scenes read at a time.
+
+    Returns:
+        For each reading the activations and the attributes.
     """
     values: dict[str, list[torch.Tensor]] = {reading: [] for reading in READINGS}
     truths: dict[str, list[torch.Tensor]] = {reading: [] for reading in READINGS}
@@ -125,5 +129,5 @@ def score_attributes(chosen: Labelled, held_out: Labelled) -> dict[str, dict[str
         known = [name for name in ATTRIBUTES if all(0 < t[name].float().mean() < 1 for t in (truth, other_truth))]
         truth, other_truth = ({name: table[name] for name in known} for table in (truth, other_truth))
         found = best_detectors(values, truth, other_values, other_truth) if known else {}
-        scores[reading] = {name: detector._asdict() for name, detector in found.items()}
+        scores[reading] = {name: asdict(detector) for name, detector in found.items()}
     return scores

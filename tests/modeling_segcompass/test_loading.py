@@ -10,7 +10,7 @@ from transformers import AutoModel, BitsAndBytesConfig, TorchAoConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from segcompass.modeling_segcompass import SegCompassModel
-from segcompass.modeling_segcompass.modeling_segcompass import UNQUANTIZED, spare_from_quantization
+from segcompass.modeling_segcompass.checkpoints import UNQUANTIZED, spare_from_quantization
 from tests.support.scripted import INSTRUCTIONS, lively_segcompass, noise_images
 from tests.support.tiny import BACKBONES
 

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from segcompass.modeling_segcompass import SegCompassModel, SparseAutoencoder, SparseAutoencoderConfig
+from segcompass.modeling_segcompass.token_layout import find_slots
 from tests.support.scripted import INSTRUCTIONS, Script, lively_segcompass, noise_image, noise_images
 from tests.support.tiny import BACKBONES, tiny_mllm, tiny_processor, tiny_segcompass
 
@@ -35,7 +36,7 @@ def slots_of(parts, text, prompt="where"):
     model, processor = parts
     ids = [processor.tokenizer(part, add_special_tokens=False).input_ids for part in (prompt, text)]
     response_mask = torch.tensor([[False] * len(ids[0]) + [True] * len(ids[1])])
-    positions, slot_mask = model.find_slots(torch.tensor([ids[0] + ids[1]]), response_mask)
+    positions, slot_mask = find_slots(torch.tensor([ids[0] + ids[1]]), response_mask, model.config)
     return (positions[slot_mask] - len(ids[0])).tolist(), slot_mask[0].tolist()
 
 
@@ -76,7 +77,7 @@ def test_unknown_token_ids_are_refused(parts):
     ref_token_id, config.ref_token_id = config.ref_token_id, None
     try:
         with pytest.raises(ValueError, match="ref_token_id and config.think_end_id are None.*from_backbones"):
-            model.find_slots(torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.bool))
+            find_slots(torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.bool), config)
     finally:
         config.ref_token_id = ref_token_id
 

@@ -5,13 +5,8 @@ import torch
 from torch import nn
 
 from segcompass.modeling_segcompass import SegCompassConfig, SparseAutoencoder, SparseAutoencoderConfig
-from segcompass.modeling_segcompass.query_codebook import (
-    IMAGE,
-    INSTRUCTION,
-    RESPONSE,
-    QueryCodebook,
-    token_position_features,
-)
+from segcompass.modeling_segcompass.query_codebook import QueryCodebook
+from segcompass.modeling_segcompass.token_layout import IMAGE, INSTRUCTION, RESPONSE, token_position_features
 
 BATCH, TOKENS, WIDTH, FEATURES, SLOTS, SELECTED = 3, 17, 12, 60, 2, 10
 READINGS = ("feature", "token")

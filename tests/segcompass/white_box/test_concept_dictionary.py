@@ -1,4 +1,4 @@
-"""The dictionary says where features fire, in any batches; detectors are scored on samples they were not chosen on."""
+"""The dictionary says where features fire, in any batches, and keeps what it says when it is saved."""
 
 import json
 
@@ -6,15 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from segcompass.modeling_segcompass.concept_dictionary import (
-    ConceptDictionary,
-    Context,
-    DictionaryBuilder,
-    best_detectors,
-    score,
-    short_label,
-)
-from segcompass.modeling_segcompass.query_codebook import IMAGE, INSTRUCTION, RESPONSE
+from segcompass.modeling_segcompass.token_layout import IMAGE, INSTRUCTION, RESPONSE
+from segcompass.white_box.concept_dictionary import ConceptDictionary, Context, DictionaryBuilder, short_label
 
 TOKENS, FEATURES = 60, 7
 WORDS = ["red", "blue", "ball"]
@@ -32,15 +25,15 @@ def describe(place):
 
 
 def build(batch):
-    h, parts = activations()
+    h, token_types = activations()
     builder = DictionaryBuilder(FEATURES, contexts=4)
     for start in range(0, TOKENS, batch):
-        builder.add(h[start : start + batch], parts[start : start + batch])
+        builder.add(h[start : start + batch], token_types[start : start + batch])
     return builder.finish(describe, "a test")
 
 
 def test_entries_are_what_a_look_at_all_activations_says():
-    h, parts = activations()
+    h, token_types = activations()
     for index, entry in enumerate(build(TOKENS).entries):
         column = h[:, index].numpy()
         fires = column > 0
@@ -49,8 +42,8 @@ def test_entries_are_what_a_look_at_all_activations_says():
             assert entry.label is None and entry.contexts == [] and not any(entry.profile.values())
             continue
         assert entry.strength == pytest.approx(column[fires].mean())
-        for name, part in (("image", IMAGE), ("instruction", INSTRUCTION), ("response", RESPONSE)):
-            assert entry.profile[name] == pytest.approx((parts.numpy()[fires] == part).mean())
+        for name, kind in (("image", IMAGE), ("instruction", INSTRUCTION), ("response", RESPONSE)):
+            assert entry.profile[name] == pytest.approx((token_types.numpy()[fires] == kind).mean())
         order = np.argsort(-column)[:4]
         assert [context.around for context in entry.contexts] == [f"token {place}" for place in order]
         assert [context.strength for context in entry.contexts] == pytest.approx(column[order], abs=1e-4)
@@ -62,13 +55,13 @@ def test_batches_change_nothing(batch):
 
 
 def test_building_can_be_cut_off_and_go_on(tmp_path):
-    h, parts = activations()
+    h, token_types = activations()
     builder = DictionaryBuilder(FEATURES, contexts=4)
-    builder.add(h[:25], parts[:25])
+    builder.add(h[:25], token_types[:25])
     torch.save(builder.state_dict(), tmp_path / "partial.pt")
     resumed = DictionaryBuilder(FEATURES, contexts=4)
     resumed.load_state_dict(torch.load(tmp_path / "partial.pt", weights_only=True))
-    resumed.add(h[25:], parts[25:])
+    resumed.add(h[25:], token_types[25:])
     assert resumed.finish(describe, "a test").entries == build(TOKENS).entries
 
 
@@ -109,42 +102,3 @@ def test_page_shows_every_feature_that_fired():
     page = build(TOKENS).to_html(lambda context: "data:image/png;base64,AA==" if "token 3" in context.around else None)
     assert page.count("<tr id=") == FEATURES - 1 and "<tr id='c5'" not in page
     assert "data:image/png" in page and "6 of 7 features fired on 60 tokens" in page and "http" not in page
-
-
-def brute_force(h, present):
-    """The best F1 over every feature and every threshold that separates its values."""
-    best = 0.0
-    for index in range(h.shape[1]):
-        for level in [0.0, *h[:, index].tolist()]:
-            best = max(best, score(h[:, index] > level, present)[2])
-    return best
-
-
-def test_detectors_are_the_best_feature_and_are_scored_elsewhere():
-    generator = torch.Generator().manual_seed(1)
-    h, other = (torch.rand(80, 9, generator=generator) for _ in range(2))
-    present, present_other = h[:, 4] > 0.7, other[:, 4] > 0.6  # the held-out truth is shifted
-    found = best_detectors(h, {"x": present}, other, {"x": present_other}, thresholds=80)["x"]
-    assert found.index == 4 and found.chosen_f1 == pytest.approx(brute_force(h, present)) == 1
-    fires = other[:, 4] > found.threshold
-    hits = (fires & present_other).sum().item()
-    assert found.precision == pytest.approx(hits / fires.sum().item())
-    assert found.recall == pytest.approx(hits / present_other.sum().item())
-    assert found.f1 < 1
-    assert found.f1 == pytest.approx(2 * found.precision * found.recall / (found.precision + found.recall))
-
-
-def test_noise_detects_nothing():
-    generator = torch.Generator().manual_seed(2)
-    h, other = (torch.rand(300, 20, generator=generator) for _ in range(2))
-    truth, other_truth = (torch.rand(300, generator=generator) < 0.2 for _ in range(2))
-    found = best_detectors(h, {"x": truth}, other, {"x": other_truth})["x"]
-    assert found.f1 < 0.5
-
-
-def test_attribute_that_never_or_always_holds_is_refused():
-    h = torch.rand(4, 2)
-    some = torch.tensor([True, False, True, False])
-    for wrong, word in ((some & False, "never"), (some | True, "always")):
-        with pytest.raises(ValueError, match=f"attribute 'x' is {word} present in the samples held out"):
-            best_detectors(h, {"x": some}, h, {"x": wrong})

@@ -7,15 +7,9 @@ import pytest
 import torch
 from scipy import stats
 
-from segcompass.modeling_segcompass.faithfulness import (
-    ORDERS,
-    area_under,
-    bootstrap,
-    decode_with,
-    overlap,
-    single_sample,
-    slot_faithfulness,
-)
+from segcompass.modeling_segcompass.states import ReasoningStates
+from segcompass.white_box.decoding import decode_with, overlap, single_sample
+from segcompass.white_box.faithfulness import ORDERS, slot_faithfulness
 from tests.support.scripted import Script, lively_segcompass, noise_image
 from tests.support.tiny import BACKBONES
 
@@ -39,7 +33,7 @@ def test_masks_from_kept_states_are_those_of_segment(parts):
     model, processor, inputs, sequences, states = parts
     script = Script(processor.tokenizer, RESPONSES)
     outputs = model.segment(**inputs, logits_processor=[script], max_new_tokens=80)
-    again = model.decode_masks(**states)
+    again = model.decode_masks(**states._asdict())
     assert torch.equal(outputs.sequences, sequences)
     for name in ("pred_masks", "pred_logits", "heatmaps", "concept_weights"):
         assert torch.equal(getattr(outputs, name), getattr(again, name)), name
@@ -50,12 +44,12 @@ def test_taking_concepts_away_equals_the_users_concept_scale(parts):
     model, _, _, _, states = parts
     for sample in (0, 1):
         one = single_sample(states, sample)
-        whole = model.decode_masks(**one)
+        whole = model.decode_masks(**one._asdict())
         indices = whole.concept_indices[0]
         taken = [0, 3, 7]
         kept = [place for place in range(len(indices)) if place not in taken]
         masks = decode_with(model, one, indices, [np.arange(len(indices)), np.array(kept)], 0)
-        scaled = model.decode_masks(**one, concept_scale={int(indices[place]): 0.0 for place in taken})
+        scaled = model.decode_masks(**one._asdict(), concept_scale={int(indices[place]): 0.0 for place in taken})
         assert torch.equal(masks[0], whole.pred_masks[0, 0] > 0)
         assert torch.equal(masks[1], scaled.pred_masks[0, 0] > 0)
 
@@ -67,10 +61,10 @@ def test_what_is_taken_away_is_not_replaced(parts):
     codebook = model.query_codebook
     whole, codebook.num_concepts = codebook.num_concepts, 10
     try:
-        indices = model.decode_masks(**one).concept_indices[0]
+        indices = model.decode_masks(**one._asdict()).concept_indices[0]
         scale = torch.zeros(1, model.config.sae_config.d_sae)
         scale[0, indices[4:]] = 1
-        left = model.decode_masks(**one, concept_scale=scale)
+        left = model.decode_masks(**one._asdict(), concept_scale=scale)
         assert set(left.concept_indices[0, left.concept_values[0] > 0].tolist()) <= set(indices[4:].tolist())
     finally:
         codebook.num_concepts = whole
@@ -103,7 +97,7 @@ class Row:
 
     config = SimpleNamespace(sae_config=SimpleNamespace(d_sae=12))
 
-    def decode_masks(self, z, input_ids, concept_scale=None, query_source="both"):
+    def decode_masks(self, concept_scale=None, query_source="both", **states):
         indices = torch.arange(2, 10)
         scale = torch.ones(1, 12) if concept_scale is None else concept_scale
         lit = scale[:, indices]
@@ -117,51 +111,25 @@ class Row:
 
 
 def test_numbers_of_a_mask_whose_cells_are_its_concepts():
-    states = {"z": torch.zeros(1, 3, 2), "input_ids": torch.zeros(1, 3)}
+    words = torch.zeros(1, 3)
+    states = ReasoningStates(words, words, words, z=torch.zeros(1, 3, 2), last_hidden=torch.zeros(1, 3, 2))
     target = torch.tensor([[True, True, True, True, False, False, False, False]])
-    told = slot_faithfulness(Row(), states, 0, target=target, top=2, draws=400, fractions=(0.0, 0.5, 1.0))
-    assert told.full == 0.5
-    assert told.deletion["weight"].tolist() == [0.5, 0.0, 0.0]
-    assert told.deletion["reverse"].tolist() == [0.5, 1.0, 0.0]
-    assert told.insertion["weight"].tolist() == [0.0, 1.0, 0.5]
-    assert told.insertion["reverse"].tolist() == [0.0, 0.0, 0.5]
-    assert told.without_top == pytest.approx(2 / 8) and told.only_top == pytest.approx(2 / 4)
+    measured = slot_faithfulness(Row(), states, 0, target=target, top=2, draws=400, fractions=(0.0, 0.5, 1.0))
+    assert measured.full == 0.5
+    assert measured.deletion["weight"].tolist() == [0.5, 0.0, 0.0]
+    assert measured.deletion["reverse"].tolist() == [0.5, 1.0, 0.0]
+    assert measured.insertion["weight"].tolist() == [0.0, 1.0, 0.5]
+    assert measured.insertion["reverse"].tolist() == [0.0, 0.0, 0.5]
+    assert measured.without_top == pytest.approx(2 / 8) and measured.only_top == pytest.approx(2 / 4)
     # two random cells of eight: how many of the four wanted ones are hit is hypergeometric
     hits = stats.hypergeom(8, 4, 2).pmf([0, 1, 2])
     without = sum(share * (4 - hit) / (6 + hit) for hit, share in enumerate(hits))
     only = sum(share * hit / (6 - hit) for hit, share in enumerate(hits))
-    assert told.without_random == pytest.approx(without, abs=0.03)
-    assert told.only_random == pytest.approx(only, abs=0.03)
+    assert measured.without_random == pytest.approx(without, abs=0.03)
+    assert measured.only_random == pytest.approx(only, abs=0.03)
 
 
 def test_overlap_of_empty_masks_is_one():
     masks = torch.tensor([[[False, False]], [[True, False]], [[True, True]]])
     assert overlap(masks, torch.tensor([[False, False]])).tolist() == [1, 0, 0]
     assert overlap(masks, torch.tensor([[True, False]])).tolist() == [0, 1, 0.5]
-
-
-def test_area_under_curves():
-    assert area_under([1, 1, 1], (0, 0.1, 1)) == pytest.approx(1)
-    assert area_under([1, 0], (0, 1)) == pytest.approx(0.5)
-
-
-def test_intervals_agree_with_scipy():
-    values = np.random.default_rng(3).gamma(2.0, size=120)
-    estimate, low, high = bootstrap(values, np.median, resamples=4000)
-    theirs = stats.bootstrap((values,), np.median, n_resamples=4000, method="percentile", rng=1).confidence_interval
-    assert estimate == np.median(values)
-    # the end points of 4,000 resamples scatter by a few percent of the interval's width
-    assert [low, high] == pytest.approx([theirs.low, theirs.high], abs=0.1 * (theirs.high - theirs.low))
-
-
-def test_values_of_one_group_are_drawn_together():
-    values = np.repeat(np.random.default_rng(0).normal(size=30), 10)
-    _, low, high = bootstrap(values, np.mean)
-    _, wide_low, wide_high = bootstrap(values, np.mean, groups=np.repeat(np.arange(30), 10))
-    # ten copies of 30 values carry the information of 30: the interval is sqrt(10) times as wide
-    assert (wide_high - wide_low) / (high - low) == pytest.approx(10**0.5, rel=0.2)
-
-
-def test_nothing_to_resample_is_said():
-    with pytest.raises(ValueError, match="nothing to resample"):
-        bootstrap([], np.mean)
