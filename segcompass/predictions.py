@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 from segcompass.journal import read_records, write_text
+from segcompass.loaders.files import read_jsonl
 from segcompass.loaders.masks import coco_rle
 
 OWN, OTHERS = "predictions.jsonl", "predictions.rank*.jsonl"
@@ -53,19 +54,15 @@ def read_predictions(path: Path, names: list[str]) -> dict[str, dict]:
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing; give a file with one JSON object per sample.")
-    found, wanted = {}, set(names)
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-                name = str(record["sample_id"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}, line {number} is no prediction: {error!r}.") from error
-            if name in found:
-                raise ValueError(f"{path}, line {number}: the sample id {name!r} repeats.")
-            found[name] = record
+    found: dict[str, dict] = {}
+    wanted = set(names)
+    for number, record in read_jsonl(path):
+        if "sample_id" not in record:
+            raise ValueError(f"{path}, line {number} is no prediction: it has no sample_id.")
+        name = str(record["sample_id"])
+        if name in found:
+            raise ValueError(f"{path}, line {number}: the sample id {name!r} repeats.")
+        found[name] = record
     for kind, odd in (("without a prediction", wanted - found.keys()), ("unknown", found.keys() - wanted)):
         if odd:
             raise ValueError(

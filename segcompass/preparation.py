@@ -19,8 +19,8 @@ from segcompass.journal import claim_folder
 from segcompass.loaders import load_rows
 from segcompass.loaders.obelics import image_name, open_documents
 from segcompass.loaders.published import SPLITS, compare
-from segcompass.loaders.reasonseg import upright_size
 from segcompass.loaders.refcoco import SPLIT_BY
+from segcompass.modeling_segcompass.images import upright_size
 
 LARGEST = 20_000_000  # bytes of a downloaded image
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from transformers.image_utils import load_image
 
 from segcompass.drawing import draw_overlay, label_image, patch_extent
 from segcompass.loaders.masks import encode_mask
@@ -15,6 +14,7 @@ from segcompass.loading import load
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassOutput, SegCompassProcessor
 from segcompass.modeling_segcompass.explanation import heaviest_concepts
 from segcompass.modeling_segcompass.explanation_page import render_html
+from segcompass.modeling_segcompass.images import read_image
 from segcompass.white_box import ConceptDictionary
 
 NO_TOKENS = "no mask: the response had no concentration tokens"
@@ -37,7 +37,8 @@ def segment_image(
         The content of result.json.
 
     Raises:
-        ValueError: an unreadable image, no such model, or an empty or too long instruction.
+        OSError: the image cannot be read.
+        ValueError: no such model, or an empty or too long instruction.
     """
     image = read_image(source)
     segcompass, processor = load(model)
@@ -66,24 +67,6 @@ def segment_image(
         dictionary = ConceptDictionary.from_pretrained(model)
         write_explanation(output, segcompass, processor, outputs, image, instruction, shown, dictionary)
     return result
-
-
-def read_image(source: str) -> Image.Image:
-    """An image in RGB.
-
-    Args:
-        source: file or URL.
-
-    Returns:
-        PIL image of mode "RGB".
-
-    Raises:
-        ValueError: it cannot be read.
-    """
-    try:
-        return load_image(source).convert("RGB")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"the image {source!r} cannot be read ({error}); give a picture file or a URL.") from error
 
 
 # -- results as text and JSON ------------------------------------------------------------------------------------------

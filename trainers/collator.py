@@ -2,10 +2,11 @@
 
 import logging
 from collections import Counter
-from io import BytesIO
+from typing import Any
 
 from PIL import Image
-from transformers.image_utils import load_image
+
+from segcompass.modeling_segcompass.images import read_image, upright
 
 from .targets import mask_targets
 
@@ -133,13 +134,11 @@ class ImageTextCollator:
         return self._fitting(*([part[place] for place in kept] for part in (images, texts, responses)), skipped)
 
 
-def open_image(image):
-    """An image as data sets hold it (PIL, path, URL, bytes, {"bytes", "path"}) -> PIL RGB. Raises OSError."""
+def open_image(image: Any) -> Image.Image:
+    """An image in any form that `read_image` reads -> upright PIL RGB. Raises OSError."""
     try:
-        if isinstance(image, dict):
-            image = image["bytes"] if image.get("bytes") else image["path"]
-        if isinstance(image, bytes):
-            image = Image.open(BytesIO(image))
-        return load_image(image).convert("RGB")
+        return upright(read_image(image))
+    except OSError:
+        raise
     except Exception as error:  # decoders raise whatever they like on damaged files
-        raise OSError(f"{str(image)[:80]!r} cannot be read as an image: {error}") from error
+        raise OSError(f"the image cannot be read as an image: {error}") from error

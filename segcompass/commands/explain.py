@@ -37,7 +37,8 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command with these options; None takes the process's own."""
     args = parse(argv)
     from segcompass.loading import load
-    from segcompass.segmentation import read_image, slot_heatmaps, write_explanation
+    from segcompass.modeling_segcompass.images import read_image
+    from segcompass.segmentation import slot_heatmaps, write_explanation
     from segcompass.white_box import ConceptDictionary
 
     image = read_image(args.image)

@@ -6,9 +6,15 @@ from typing import Any
 from segcompass.shipped import MODEL as SHIPPED
 from segcompass.shipped import default_scene
 
-ROWS = "'scenes', a benchmark (with --root), a .jsonl file, or a folder of `segcompass prepare-data` or save_to_disk"
-TRAINING_ROWS = "'scenes', a .jsonl file, or a folder of `segcompass prepare-data` or Dataset.save_to_disk"
-TEXT_ROWS = "'scenes', a .jsonl file, a folder that Dataset.save_to_disk wrote, or a Hub id"
+TRAINING_ROWS = (
+    "'scenes', a .jsonl file, a folder of `segcompass prepare-data` or Dataset.save_to_disk, or the dotted path of a "
+    "function that returns rows"
+)
+ROWS = f"a benchmark such as refcoco or reasonseg (with --root), {TRAINING_ROWS}"
+TEXT_ROWS = (
+    "'scenes', a .jsonl file, a folder that Dataset.save_to_disk wrote, the dotted path of a function that returns "
+    "rows, or a Hub id"
+)
 MODEL = "SegCompass folder or Hub id"
 
 

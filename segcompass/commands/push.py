@@ -98,10 +98,9 @@ def push(args: argparse.Namespace) -> "CommitInfo":
 
 def push_model_with_card(args: argparse.Namespace, where: dict) -> "CommitInfo":
     """Push a model, with what the options say about it on its card."""
-    from PIL import Image
-
     from segcompass.hub_cards import Evaluation, push_model
     from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
+    from segcompass.modeling_segcompass.images import read_image
 
     metrics = _read(args.evaluation)
     measured = (args.evaluation_name, args.evaluation_data, args.evaluation_split, args.evaluation_command)
@@ -117,7 +116,7 @@ def push_model_with_card(args: argparse.Namespace, where: dict) -> "CommitInfo":
         SegCompassModel.from_pretrained(args.source),
         SegCompassProcessor.from_pretrained(args.source),
         args.repo_id,
-        example=(Image.open(args.image).convert("RGB"), args.instruction),
+        example=(read_image(args.image), args.instruction),
         references=dict(part.split("=", 1) for part in args.refer),
         **card,
         **where,

@@ -250,7 +250,7 @@ def test_folder_of_rows_without_kinds(saved, tmp_path, writes):
         (["--num-samples", "0"], "--num-samples: it is '0'"),
         (["--threshold", "2"], "--threshold: it is '2'"),
         (["--split", "dev"], "split='dev'"),
-        (["--dataset", "nowhere"], "neither 'scenes', one of refcoco"),
+        (["--dataset", "nowhere"], "is not known; give one of obelics, reasonseg, refcoco"),
         (["--protocol", "mine"], "the protocol is 'mine'; choose one of rela, lisa"),
     ],
 )

@@ -86,7 +86,7 @@ def test_unreadable_image_is_named(saved, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
     for path in (broken, tmp_path / "missing.png"):
-        with pytest.raises(ValueError, match=path.name):
+        with pytest.raises(OSError, match=path.name):
             run(path, saved[0], tmp_path)
 
 

@@ -33,7 +33,8 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
-from segcompass.loaders.scenes import BOARD, COLOURS, KINDS, SHAPES, SIZES, ask, draw_scene
+from segcompass.loaders.scene_drawing import BOARD, COLOURS, SHAPES, SIZES, draw_scene
+from segcompass.loaders.scene_questions import KINDS, ask
 from segcompass.modeling_segcompass import SegCompassProcessor
 
 IMAGE_SIZE, PATCH, SAM_PATCH, WIDTH, SAM_WIDTH, NUM_SLOTS = 128, 16, 8, 192, 96, 4
