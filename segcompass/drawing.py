@@ -244,25 +244,3 @@ def _outline(axes: Axes, instance: dict, mask: np.ndarray, frame: tuple):
         bbox={"facecolor": colour, "edgecolor": "none", "pad": 1.5},
         annotation_clip=False,
     )
-
-
-# -- where the MLLM's patches lie --------------------------------------------------------------------------------------
-
-
-def patch_extent(image_processor: Any, image: Image.Image) -> tuple[float, float, float, float]:
-    """The part of the image that the MLLM sees: LLaVA-1.5 crops the centre.
-
-    Args:
-        image_processor: the MLLM's.
-        image: the image as it was given to the processor.
-
-    Returns:
-        (left, top, right, bottom) in pixels of the image.
-    """
-    width, height = image.size
-    if not getattr(image_processor, "do_center_crop", False):
-        return 0, 0, width, height
-    scale = image_processor.size["shortest_edge"] / min(width, height)
-    half_width = image_processor.crop_size["width"] / scale / 2
-    half_height = image_processor.crop_size["height"] / scale / 2
-    return width / 2 - half_width, height / 2 - half_height, width / 2 + half_width, height / 2 + half_height

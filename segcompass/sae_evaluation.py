@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from segcompass.loaders.image_text import image_text, load_image_text
 from segcompass.loading import load_mllm
 from segcompass.modeling_segcompass import SparseAutoencoder
+from segcompass.modeling_segcompass.backbone import backbone_of
 from segcompass.trainers.activations import SPECIAL, TOKEN_TYPES, batch_activations, model_special_tokens, token_types
 from segcompass.trainers.collator import ImageTextCollator
 from segcompass.trainers.sae_trainer import evaluate_sae
@@ -80,7 +81,7 @@ def judge_sae(
 def check(sae: SparseAutoencoder, model: PreTrainedModel) -> None:
     """Raises ValueError when the SAE is not of this model's width and depth."""
     mllm = getattr(model, "mllm", model)
-    width, depth = mllm.config.get_text_config().hidden_size, len(mllm.get_decoder().layers)
+    width, depth = mllm.config.get_text_config().hidden_size, len(backbone_of(mllm).blocks(mllm))
     if sae.config.d_in != width or sae.config.layer > depth:
         raise ValueError(
             f"the SAE reads {sae.config.d_in} numbers of layer {sae.config.layer}, but the MLLM is {width} wide and "
@@ -225,9 +226,11 @@ def next_token_loss(
         changed[where] = sae.decode(sae.encode(z[where])).to(z.dtype) if end == "spliced" else 0
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
-    names = {"input_ids", "attention_mask", "pixel_values", "image_grid_thw", "mm_token_type_ids"}
-    taken = {name: value.to(mllm.device) for name, value in inputs.items() if name in names}
-    hooks = [mllm.get_decoder().layers[sae.config.layer - 1].register_forward_hook(change)] if sae is not None else []
+    backbone = backbone_of(mllm)
+    taken = {name: value.to(mllm.device) for name, value in backbone.mllm_inputs(mllm, inputs).items()}
+    hooks = []
+    if sae is not None:
+        hooks.append(backbone.blocks(mllm)[sae.config.layer - 1].register_forward_hook(change))
     try:
         logits = mllm(**taken, use_cache=False).logits[:, :-1]
     finally:

@@ -5,10 +5,9 @@ import re
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
-from segcompass.drawing import draw_overlay, label_image, patch_extent
+from segcompass.drawing import draw_overlay, label_image
 from segcompass.loaders.masks import encode_mask
 from segcompass.loading import load
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassOutput, SegCompassProcessor
@@ -59,7 +58,7 @@ def segment_image(
     label_image(masks, scores, slots).save(output / "masks.png")
     heatmaps = slot_heatmaps(outputs, processor, image, slots)
     shown = [slot for slot, _, _ in heatmaps]
-    concepts = concept_heat(outputs, segcompass, processor, inputs, image, shown)
+    concepts = concept_heat(outputs, segcompass, processor, image, shown)
     figure = draw_overlay(np.asarray(image), result, reasoning, verdict, masks, heatmaps, concepts)
     figure.savefig(output / "overlay.png")
     print(f"wrote overlay.png, masks.png and result.json to {output}")
@@ -150,7 +149,6 @@ def concept_heat(
     outputs: SegCompassOutput,
     model: SegCompassModel,
     processor: SegCompassProcessor,
-    inputs: dict,
     image: Image.Image,
     slots: list[int],
 ) -> tuple[np.ndarray, tuple[float, float, float, float]] | None:
@@ -160,7 +158,6 @@ def concept_heat(
         outputs: of `model.segment` for one image.
         model: the model.
         processor: its processor.
-        inputs: what the processor made of the image.
         image: the image.
         slots: the slots whose concepts are added up.
 
@@ -175,12 +172,8 @@ def concept_heat(
     for slot in slots:
         columns = [concept.column for concept in heaviest_concepts(outputs, slot)]
         heat += activations[:, columns] @ outputs.concept_weights[0, slot, columns]
-    if "image_grid_thw" in inputs:  # Qwen2.5-VL: patches in the image's own aspect
-        merge = model.config.mllm_config.vision_config.spatial_merge_size
-        _, rows, columns = (inputs["image_grid_thw"][0] // torch.tensor([1, merge, merge], device=heat.device)).tolist()
-    else:
-        rows = columns = round(len(heat) ** 0.5)
-    return heat.view(rows, columns).cpu().numpy(), patch_extent(processor.image_processor, image)
+    rows, columns = outputs.patch_grid[0].tolist()
+    return heat.view(rows, columns).cpu().numpy(), model.backbone.seen_extent(processor.image_processor, *image.size)
 
 
 # -- explanation -------------------------------------------------------------------------------------------------------
@@ -215,7 +208,7 @@ def write_explanation(
     explanations = [model.explain(outputs, slot=slot, labels=labels, processor=processor) for slot in slots]
     logits = processor.post_process_masks(outputs.pred_masks, [(image.height, image.width)])[0]  # (K, H, W)
     masks = (logits[slots] > 0).cpu().numpy()
-    extent = patch_extent(processor.image_processor, image)
+    extent = model.backbone.seen_extent(processor.image_processor, *image.size)
     page = render_html(explanations, image, masks, extent, instruction)
     (folder / "explanation.html").write_text(page, encoding="utf-8")
     first = max(range(len(explanations)), key=lambda place: explanations[place].confidence)

@@ -219,18 +219,9 @@ class Demo:
     def over_image(self, answer: Answer, patches: np.ndarray) -> np.ndarray:
         """Values of the MLLM's patches (row by row) as float (H, W) over the image; 0 where it did not look."""
         width, height = answer.image.size
-        left, top, right, bottom = 0, 0, width, height
-        if "image_grid_thw" in answer.inputs:  # Qwen2.5-VL: patches in the image's own aspect
-            merge = self.model.config.mllm_config.vision_config.spatial_merge_size
-            _, rows, columns = (side // merge for side in answer.inputs["image_grid_thw"][0].tolist())
-        else:
-            rows = columns = round(len(patches) ** 0.5)
-            images = self.processor.image_processor
-            if getattr(images, "do_center_crop", False):  # LLaVA-1.5 sees the centre
-                scale = images.size["shortest_edge"] / min(width, height)
-                across, down = images.crop_size["width"] / scale, images.crop_size["height"] / scale
-                left, top = round((width - across) / 2), round((height - down) / 2)
-                right, bottom = left + round(across), top + round(down)
+        extent = self.model.backbone.seen_extent(self.processor.image_processor, width, height)
+        left, top, right, bottom = map(round, extent)
+        rows, columns = answer.outputs.patch_grid[0].tolist()
         seen = Image.fromarray(patches.reshape(rows, columns).astype(np.float32))
         canvas = Image.new("F", (width, height))
         canvas.paste(seen.resize((right - left, bottom - top), Image.Resampling.BILINEAR), (left, top))
