@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import Pipeline
 
-TOP_CONCEPTS = 8
+from .explanation import heaviest_concepts
 
 
 class Segments(list):
@@ -144,37 +144,14 @@ class ReasoningSegmentationPipeline(Pipeline):
                     "text": text,
                 }
                 if explain:
-                    segment["concepts"] = strongest_concepts(outputs, row, slot)
+                    segment["concepts"] = [
+                        {"index": concept.index, "weight": concept.weight, "value": concept.value}
+                        for concept in heaviest_concepts(outputs, slot, row)
+                    ]
                 segments.append(segment)
             no_target = not segments and bool(outputs.slot_mask[row].any())
             answers.append(Segments(segments, text, no_target))
         return answers
-
-
-def strongest_concepts(outputs: Any, row: int, slot: int, count: int = TOP_CONCEPTS) -> list[dict[str, Any]]:
-    """The concepts that weigh most in a slot.
-
-    Args:
-        outputs: SegCompassOutput.
-        row: place in the batch.
-        slot: k, from 0.
-        count: how many at most.
-
-    Returns:
-        list: {"index", "weight", "value"} of each, heaviest first; empty if the queries were built without concepts.
-    """
-    if outputs.concept_indices is None:
-        return []
-    weights = outputs.concept_weights[row, slot]
-    columns = weights.topk(min(count, len(weights))).indices
-    return [
-        {
-            "index": int(outputs.concept_indices[row, column]),
-            "weight": float(weights[column]),
-            "value": float(outputs.concept_values[row, column]),
-        }
-        for column in columns[weights[columns] > 0].tolist()
-    ]
 
 
 CUSTOM_PIPELINES = {

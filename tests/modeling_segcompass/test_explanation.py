@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from segcompass.modeling_segcompass.explanation import render_html
+from segcompass.modeling_segcompass.explanation import TOP_CONCEPTS, heaviest_concepts
+from segcompass.modeling_segcompass.explanation_page import render_html
+from segcompass.modeling_segcompass.palette import SLOT_COLOURS, css_colour, slot_colour
 from tests.support.scripted import lively_segcompass, noise_image
 from tests.support.tiny import BACKBONES
 
@@ -16,7 +18,7 @@ SIZES = [(40, 40), (30, 44)]
 
 
 @pytest.fixture(scope="module", params=BACKBONES)
-def told(request):
+def explained(request):
     """Model, processor, images and teacher-forced outputs of two samples."""
     model, processor = lively_segcompass(request.param)
     images = [noise_image(*size, seed) for seed, size in enumerate(SIZES)]
@@ -26,8 +28,8 @@ def told(request):
     return model, processor, images, inputs, outputs
 
 
-def test_weights_of_the_concepts_and_the_rest_sum_to_one(told):
-    model, _, _, _, outputs = told
+def test_weights_of_the_concepts_and_the_rest_sum_to_one(explained):
+    model, _, _, _, outputs = explained
     for slot in range(3):
         report = model.explain(outputs, slot=slot, top=4)
         weights = [concept.weight for concept in report.concepts]
@@ -38,9 +40,9 @@ def test_weights_of_the_concepts_and_the_rest_sum_to_one(told):
         assert [c.index for c in whole.concepts[:4]] == [c.index for c in report.concepts]
 
 
-def test_tokens_and_patches_are_where_the_sae_fires(told):
+def test_tokens_and_patches_are_where_the_sae_fires(explained):
     """Against the SAE run densely on the layer's hidden states, token by token."""
-    model, processor, images, inputs, outputs = told
+    model, processor, images, inputs, outputs = explained
     with torch.no_grad():
         hidden = model.mllm(
             **{
@@ -81,8 +83,8 @@ def test_tokens_and_patches_are_where_the_sae_fires(told):
                 assert strengths == sorted(strengths, reverse=True)
 
 
-def test_words_are_the_whole_text(told):
-    model, processor, _, _, outputs = told
+def test_words_are_the_whole_text(explained):
+    model, processor, _, _, outputs = explained
     report = model.explain(outputs, slot=0, processor=processor)
     text = "".join(word.text for word in report.words if word.part == "response")
     assert text.startswith(RESPONSES[0])
@@ -90,15 +92,29 @@ def test_words_are_the_whole_text(told):
     assert model.explain(outputs, slot=0).words[0].text.startswith("["), "ids stand in for words without a processor"
 
 
-def test_labels_come_from_the_dictionary(told):
-    model, _, _, _, outputs = told
+@torch.no_grad()
+def test_heaviest_concepts_are_those_of_the_explanation_for_one_slot_and_the_maximum_for_several(explained):
+    model, _, _, inputs, outputs = explained
+    shares = model.explain(outputs, slot=2, top=5).concepts
+    heavy = heaviest_concepts(outputs, 2, count=5)
+    assert [(c.index, c.weight, c.value) for c in heavy] == [(c.index, c.weight, c.value) for c in shares]
+    assert all(outputs.concept_indices[0, c.column] == c.index for c in heavy)
+    several = heaviest_concepts(outputs, [0, 2])
+    weights = outputs.concept_weights[0, [0, 2]].amax(0)
+    assert [c.weight for c in several] == sorted(weights.tolist(), reverse=True)[: len(several)]
+    assert len(several) == TOP_CONCEPTS
+    assert heaviest_concepts(outputs, []) == heaviest_concepts(model(**inputs, query_source="tokens"), 0) == []
+
+
+def test_labels_come_from_the_dictionary(explained):
+    model, _, _, _, outputs = explained
     first = model.explain(outputs).concepts[0].index
     labelled = model.explain(outputs, labels={first: "roundness"}).concepts
     assert labelled[0].label == "roundness" and labelled[1].label is None
 
 
-def test_heatmap_covers_the_image_without_the_padding(told):
-    model, _, _, inputs, outputs = told
+def test_heatmap_covers_the_image_without_the_padding(explained):
+    model, _, _, inputs, outputs = explained
     report = model.explain(outputs, slot=0, sample=1)
     height, width = inputs["reshaped_input_sizes"][1].tolist()  # of a frame of 32 pixels, 8 cells a side
     assert report.heatmap.shape == (-(-height // 4), -(-width // 4)) == (6, 8)
@@ -107,8 +123,8 @@ def test_heatmap_covers_the_image_without_the_padding(told):
     assert report.confidence == pytest.approx(float(outputs.pred_logits[1, 0].sigmoid()))
 
 
-def test_segment_can_be_explained(told):
-    model, processor, images, _, _ = told
+def test_segment_can_be_explained(explained):
+    model, processor, images, _, _ = explained
     from tests.support.scripted import Script
 
     inputs = processor(images=images, text=["the red box", "it"])
@@ -128,14 +144,14 @@ def test_segment_can_be_explained(told):
         (dict(top=0), "top is 0"),
     ],
 )
-def test_bad_requests_are_named(told, arguments, message):
-    model, _, _, _, outputs = told
+def test_bad_requests_are_named(explained, arguments, message):
+    model, _, _, _, outputs = explained
     with pytest.raises(ValueError, match=message):
         model.explain(outputs, **arguments)
 
 
-def test_outputs_without_concepts_are_refused(told):
-    model, _, _, inputs, _ = told
+def test_outputs_without_concepts_are_refused(explained):
+    model, _, _, inputs, _ = explained
     with torch.no_grad():
         tokens = model(**inputs, query_source="tokens")
         language = model(**{name: value for name, value in inputs.items() if name != "encoder_pixel_values"})
@@ -166,8 +182,8 @@ class Checker(HTMLParser):
         self.text += data
 
 
-def test_page_is_whole_and_needs_nothing_else(told):
-    model, processor, images, _, outputs = told
+def test_page_is_whole_and_needs_nothing_else(explained):
+    model, processor, images, _, outputs = explained
     reports = [model.explain(outputs, slot=slot, processor=processor, labels={1: "<b>"}) for slot in (0, 2)]
     masks = [np.zeros((40, 40), bool)] * 2
     page = render_html(reports, images[0], masks, title="what is <this> & that?")
@@ -177,16 +193,21 @@ def test_page_is_whole_and_needs_nothing_else(told):
     assert all(link.startswith(("data:image/png;base64,", "#photo")) for link in checker.links)
     assert "<script" not in page and not re.search(r"https?:", page)
     for report in reports:
-        assert f"slot {report.slot}" in checker.text
+        assert f"slot {report.slot}" in checker.text and f'fill="{css_colour(slot_colour(report.slot))}"' in page
         for concept in report.concepts:
             assert f"concept {concept.index}" in checker.text and f"weight {concept.weight:.3f}" in checker.text
 
 
-def test_figure_has_the_panels_of_the_paper(told):
-    model, processor, images, _, outputs = told
+def test_figure_has_the_panels_of_the_paper(explained):
+    model, processor, images, _, outputs = explained
     report = model.explain(outputs, slot=0, processor=processor)
     figure = report.to_figure(images[0], np.ones((40, 40), bool), "cost $5 to $6", extent=(5, 0, 35, 40))
     titles = [axes.get_title() for axes in figure.axes]
     assert titles[:2] == ["image", "activated tokens"] and titles[2].startswith("heatmap") and titles[3] == "mask"
     assert len(figure.axes[4].patches) == len(report.concepts)
     figure.canvas.draw()
+
+
+def test_slots_begin_the_palette_again_after_its_last_colour():
+    assert css_colour(slot_colour(0)) == "#e63c32", "red"
+    assert slot_colour(len(SLOT_COLOURS)) == slot_colour(0) and len(set(SLOT_COLOURS)) == len(SLOT_COLOURS)

@@ -17,7 +17,6 @@ from tests.support.scripted import INSTRUCTIONS, lively_segcompass, noise_images
 from tests.support.tiny import BACKBONES
 
 PACKAGE = Path(modeling_segcompass.__file__).parent
-TOOLS = {"concept_dictionary.py", "faithfulness.py"}  # for examining a model: none needs them to run
 RESPONSES = ["<think>left of it</think><REF_POS><REF_POS><REF_POS>"] * 4
 ELSEWHERE = """
 import importlib.util, json, sys
@@ -118,7 +117,7 @@ def test_saved_folder_names_its_classes_and_holds_their_code(saved):
             module, name = reference.split(".")
             tree = ast.parse((folder / f"{module}.py").read_text())
             assert name in {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
-        code = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py"} - TOOLS
+        code = {path.name for path in PACKAGE.glob("*.py")} - {"__init__.py"}
         assert {path.name for path in folder.glob("*.py")} == code
 
 

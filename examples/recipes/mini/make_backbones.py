@@ -1,13 +1,13 @@
-"""Make one of the mini recipe's backbones from nothing: a tiny LLaVA (with tokenizer) or a tiny SAM encoder.
+"""Make one of the mini recipe's backbones from nothing: a tiny LLaVA (with tokenizer), or a tiny SAM.
 
 Real backbones come pretrained. These do not. Both vision parts are first taught to see: from each image patch a linear
 head predicts the attributes and the centre of the object there (labels the scenes know), and is thrown away. LLaVA is
 then taught to talk about scenes: several questions on each image, which is run once for all of them.
 
-    torchrun --nproc_per_node 2 examples/recipes/mini/make_backbones.py sam --output runs/mini/sam --minutes 13
+    torchrun --nproc_per_node 2 examples/recipes/mini/make_backbones.py image_encoder --output runs/mini/sam --minutes 8
     torchrun --nproc_per_node 2 examples/recipes/mini/make_backbones.py mllm --output runs/mini/mllm --minutes 50
 
-An interrupted run goes on from its last state (at most two minutes old) when the command is repeated.
+Repeat the command to resume an interrupted run from its last state, at most two minutes old.
 """
 
 import argparse

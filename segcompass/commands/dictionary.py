@@ -1,0 +1,118 @@
+"""List what each concept of a model fires on, name the concepts, and score the names where the truth is known.
+
+    segcompass dictionary --model PATH --output runs/dictionary
+    segcompass dictionary --model PATH --dataset FOLDER --split train --output runs/dictionary --save-to PATH
+
+Reads the SAE's activations on images, instructions and reference reasoning. Writes into the output folder
+    concepts.json     of each feature: density, strength, what it fires on, its strongest contexts and a short label
+    dictionary.html   the same to look at
+    scores.json       on scenes alone: how well features detect attributes
+`segcompass segment`, `explain` and the Space show a concept's label where its model's folder holds a concepts.json.
+
+On scenes, whose objects are known, the command prints for each colour, shape and size the feature and threshold that
+detect it best on the samples read, and their precision, recall and F1 on scenes of another split, in three readings:
+    scene  the feature fires on some image patch  <=>  some object of the scene has the attribute
+    patch  it fires on an image patch             <=>  half of that patch or more shows such an object
+    word   it fires on a word piece               <=>  the word is the attribute's name
+Image patches come before the instruction, so no word can give them anything away. Repeat the command to resume an
+interrupted run.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from . import options
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command's options."""
+    parser = options.command_parser("dictionary", __doc__)
+    parser.add_argument("--model", required=True, help=options.MODEL)
+    options.add_rows(parser, "train", 600, seed=5)
+    parser.add_argument(
+        "--held-out-split", default="test", help="split of the scenes that labels are scored on; default: %(default)s"
+    )
+    parser.add_argument(
+        "--held-out-samples",
+        type=options.positive,
+        default=300,
+        help="how many scenes labels are scored on; default: %(default)s",
+    )
+    parser.add_argument(
+        "--batch-size", type=options.positive, default=32, help="samples read at once; default: %(default)s"
+    )
+    parser.add_argument(
+        "--contexts", type=options.positive, default=6, help="strongest places kept per feature; default: %(default)s"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder that the results are written into")
+    parser.add_argument("--save-to", type=Path, help="folder of a model or an SAE that also gets concepts.json")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any] | None:
+    """Run the command with these options (None takes the process's own) and return the scores; None without scenes."""
+    args = parse(argv)
+    from segcompass.journal import Journal, weights_of
+    from segcompass.loading import load
+    from segcompass.white_box.dictionary_reader import TokenReader, build_dictionary, patch_pictures
+    from segcompass.white_box.examination import read_rows
+    from segcompass.white_box.scene_attributes import labelled_activations, patch_words, score_attributes
+
+    rows = read_rows(args.dataset, args.split, args.seed, args.num_samples)
+    run = {name: str(value) for name, value in vars(args).items() if name not in ("output", "save_to")}
+    Journal(args.output, {**run, "weights": weights_of(args.model)})
+    model, processor = load(args.model)
+    reader = TokenReader(model, processor)
+    scenes = args.dataset == "scenes"
+    dictionary = build_dictionary(
+        reader,
+        rows,
+        source=f"{args.dataset}, split {args.split}, {len(rows)} samples",
+        partial=args.output / "partial.pt",
+        contexts=args.contexts,
+        batch_size=args.batch_size,
+        patch_words=(lambda number, grid: patch_words(args.split, args.seed, number, grid)) if scenes else None,
+    )
+    dictionary.save_pretrained(args.output)
+    if args.save_to:
+        dictionary.save_pretrained(args.save_to)
+    page = dictionary.to_html(patch_pictures(rows, processor))
+    (args.output / "dictionary.html").write_text(page, encoding="utf-8")
+    fired = sum(entry.density > 0 for entry in dictionary.entries)
+    print(f"{fired} of {len(dictionary.entries)} features fired on {dictionary.tokens} tokens")
+    scores = None
+    if scenes:
+        chosen = labelled_activations(reader, args.split, args.seed, args.num_samples, args.batch_size)
+        held_out = labelled_activations(
+            reader, args.held_out_split, args.seed + 1, args.held_out_samples, args.batch_size
+        )
+        scores = score_attributes(chosen, held_out)
+        (args.output / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+        report(scores)
+    print(f"wrote concepts.json and dictionary.html to {args.output}")
+    return scores
+
+
+def report(scores: dict[str, dict[str, dict[str, float]]]) -> None:
+    """Print the scores.
+
+    Args:
+        scores: reading -> attribute -> the fields of a Detector.
+    """
+    from segcompass.white_box.scene_attributes import ATTRIBUTES, READINGS
+
+    print("\nF1 on held-out scenes (precision / recall) #feature")
+    print(f"{'attribute':<10}" + "".join(f"{reading:<30}" for reading in READINGS))
+    for name in ATTRIBUTES:
+        print(f"{name:<10}" + "".join(f"{_cell(scores[reading].get(name)):<30}" for reading in READINGS))
+    for reading in READINGS:
+        good = sum(detector["f1"] >= 0.8 for detector in scores[reading].values())
+        print(f"{reading}: {good} of {len(ATTRIBUTES)} attributes with F1 >= 0.8")
+
+
+def _cell(detector: dict[str, float] | None) -> str:
+    if detector is None:
+        return "–"
+    return f"{detector['f1']:.3f} ({detector['precision']:.2f} / {detector['recall']:.2f}) #{detector['index']}"

@@ -1,0 +1,128 @@
+"""Options that several commands share, so that they are spelled, checked and explained in one way."""
+
+import argparse
+from typing import Any
+
+from segcompass.shipped import MODEL as SHIPPED
+from segcompass.shipped import default_scene
+
+TRAINING_ROWS = (
+    "'scenes', a .jsonl file, a folder of `segcompass prepare-data` or Dataset.save_to_disk, or the dotted path of a "
+    "function that returns rows"
+)
+ROWS = f"a benchmark such as refcoco or reasonseg (with --root), {TRAINING_ROWS}"
+TEXT_ROWS = (
+    "'scenes', a .jsonl file, a folder that Dataset.save_to_disk wrote, the dotted path of a function that returns "
+    "rows, or a Hub id"
+)
+MODEL = "SegCompass folder or Hub id"
+
+
+def command_parser(command: str, description: str | None) -> argparse.ArgumentParser:
+    """The parser of a command, whose module's docstring is shown as it is written."""
+    return argparse.ArgumentParser(
+        prog=f"segcompass {command}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_image(parser: argparse.ArgumentParser) -> None:
+    """Add an image, an instruction and --model; `fill_image` puts the shipped scene where none is named."""
+    parser.add_argument("image", nargs="?", help="file or URL; default: the scene that ships with the package")
+    parser.add_argument("instruction", nargs="?", help="what to segment; required with an image of your own")
+    parser.add_argument("--model", default=str(SHIPPED), help=f"{MODEL}; default: the small model that ships")
+
+
+def fill_image(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Put the shipped scene where no image is named; an image without an instruction ends the command."""
+    if args.image is None:
+        image, args.instruction = default_scene()
+        args.image = str(image)
+    if args.instruction is None:
+        parser.error(f'no instruction; say what to segment in {args.image}, e.g. "the mug nearest the sink".')
+
+
+def add_rows(
+    parser: argparse.ArgumentParser,
+    split: str,
+    num_samples: int | None,
+    all_rows: str = "",
+    seed: int = 0,
+    dataset: str = TRAINING_ROWS,
+    seed_of: str = "the procedural scenes, ignored for other data",
+) -> None:
+    """Add --dataset, --split, --dataset-seed (also --seed; `args.seed`) and --num-samples.
+
+    Args:
+        parser: of the command.
+        split: default of --split.
+        num_samples: default of --num-samples.
+        all_rows: what the default of --num-samples means where it is None.
+        seed: default of --dataset-seed.
+        dataset: what --dataset may be.
+        seed_of: what --dataset-seed is the seed of.
+    """
+    parser.add_argument("--dataset", default="scenes", help=f"{dataset}; default: %(default)s")
+    parser.add_argument("--split", default=split, help="split of the data set; default: %(default)s")
+    parser.add_argument(
+        "--dataset-seed",
+        "--seed",
+        dest="seed",
+        type=int,
+        default=seed,
+        help=f"seed of {seed_of}; default: %(default)s",
+    )
+    parser.add_argument(
+        "--num-samples",
+        type=positive,
+        default=num_samples,
+        help=f"use only the first N rows; default: {num_samples or all_rows}",
+    )
+
+
+def add_benchmark(parser: argparse.ArgumentParser) -> None:
+    """Add --root, --image-dir and --split-by: where a benchmark's files are."""
+    parser.add_argument("--root", help="of a benchmark: the folder with the files its authors released")
+    parser.add_argument("--image-dir", help="of the RefCOCO family: COCO's train2014 images")
+    parser.add_argument("--split-by", help="of the RefCOCO family: unc, umd or google")
+
+
+class RecipeHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Help of the commands that read a recipe: hundreds of options, each with its default."""
+
+
+def recipe_parser(command: str, description: str | None, dataclasses: Any) -> Any:
+    """The parser of a command that reads a recipe.
+
+    Args:
+        command: its name.
+        description: its module's docstring, shown as it is written.
+        dataclasses: whose fields are the options and the recipe's fields.
+
+    Returns:
+        A TrlParser.
+    """
+    from trl import TrlParser
+
+    prog = f"segcompass {command}"
+    usage = f"{prog} --config RECIPE [--option value …]"
+    return TrlParser(dataclasses, prog=prog, usage=usage, description=description, formatter_class=RecipeHelp)
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, as an option's type."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"it is {text!r}; it must be a whole number of at least 1.")
+    return int(text)
+
+
+def probability(text: str) -> float:
+    """A number from 0 to 1, as an option's type."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"it is {text!r}; it is a probability, choose a value from 0 to 1.")
+    return value

@@ -1,0 +1,225 @@
+"""Train a sparse autoencoder on the hidden states of an MLLM over image, instruction and response tokens.
+
+    segcompass train sae --config mini/sae
+    segcompass train sae --config llava-1.5-7b/sae --estimate    # what it will take
+
+A recipe is a YAML file, or a name that `segcompass recipes` lists; options replace its values. The hidden states are
+streamed from the model while the SAE trains, or gathered once into a folder (--cache-dir). Repeat the command to resume
+an interrupted run: both gathering and training continue where they stopped.
+"""
+
+import json
+import logging
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+
+from datasets import Dataset, IterableDataset
+from torch.utils.data import DataLoader
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from segcompass.loaders.image_text import image_text, load_image_text
+from segcompass.loading import load_mllm
+from segcompass.modeling_segcompass import SparseAutoencoder, SparseAutoencoderConfig
+from segcompass.recipes import parse_with_recipe
+from segcompass.trainers import SparseAutoencoderTrainer, SparseAutoencoderTrainerConfig
+from segcompass.trainers.activation_cache import CachedActivations, cache_activations
+from segcompass.trainers.activations import ActivationDataset
+from segcompass.trainers.collator import ImageTextCollator
+from segcompass.trainers.sae_estimate import estimate_sae_training
+from segcompass.trainers.sae_trainer import evaluate_sae, last_checkpoint, take_tokens
+
+from . import options
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class SAEArguments:
+    """Whose hidden states, over which rows, into what autoencoder."""
+
+    model: str = field(metadata={"help": "SegCompass model or LLaVA-1.5 / Qwen2.5-VL model, as a folder or Hub id"})
+    dataset: str = field(default="scenes", metadata={"help": options.TEXT_ROWS})
+    split: str = field(default="train", metadata={"help": "split to train on"})
+    evaluation_split: str | None = field(
+        default="val", metadata={"help": "split to score the SAE on; null holds out the first evaluation_samples rows"}
+    )
+    dataset_seed: int = field(default=0, metadata={"help": "seed of the procedural scenes, ignored for other data"})
+    num_samples: int | None = field(
+        default=100_000, metadata={"help": "use only the first N rows; null takes all of them"}
+    )
+    token_window: int = field(default=3400, metadata={"help": "skip, and count, samples of more tokens than this"})
+    d_sae: int | None = field(default=None, metadata={"help": "features; null takes those of the SegCompass model"})
+    layer: int | None = field(default=None, metadata={"help": "L: the SAE reads the output of the L-th decoder block"})
+    activation: str | None = field(default=None, metadata={"help": "relu, topk, batchtopk or jumprelu"})
+    k: int | None = field(default=None, metadata={"help": "features that a token keeps (topk, batchtopk)"})
+    samples_per_batch: int = field(default=64, metadata={"help": "samples that the MLLM reads at once"})
+    tokens_per_batch: int = field(default=4096, metadata={"help": "tokens in one step of the SAE, per process"})
+    buffer_size: int = field(default=32_768, metadata={"help": "tokens that are shuffled together"})
+    evaluation_tokens: int = field(default=100_000, metadata={"help": "held-out tokens to score the SAE on"})
+    evaluation_samples: int = field(default=1000, metadata={"help": "rows held out where evaluation_split is null"})
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "folder to gather the hidden states in once; null streams them"}
+    )
+    cache_gb: float = field(default=100.0, metadata={"help": "stop gathering when the cache has this size"})
+    samples_per_shard: int = field(default=128, metadata={"help": "samples in each file of the cache"})
+    estimate: bool = field(
+        default=False, metadata={"help": "only print the tokens, disk, memory and hours that training will take"}
+    )
+    image_tokens: int = field(default=576, metadata={"help": "for the estimate: image tokens per sample"})
+    text_tokens: int = field(default=100, metadata={"help": "for the estimate: other tokens per sample"})
+    tflops: float = field(default=300.0, metadata={"help": "for the estimate: 10^12 operations per second and process"})
+    processes: int = field(default=1, metadata={"help": "for the estimate: number of processes"})
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command with these options; None takes the process's own."""
+    parser = options.recipe_parser("train sae", __doc__, (SAEArguments, SparseAutoencoderTrainerConfig))
+    arguments, training = parse_with_recipe(parser, argv)
+    model_config = AutoConfig.from_pretrained(arguments.model)
+    sae_config = make_sae_config(arguments, model_config)
+    if arguments.estimate:
+        print_estimate(arguments, training, model_config, sae_config)
+        return
+    model, processor = load_mllm(arguments.model, "bfloat16" if training.bf16 else "float32", training.device)
+    collate = ImageTextCollator(processor, image_text, arguments.token_window)
+    rows, held_out = read_rows(arguments)
+
+    def stream(rows: Dataset | IterableDataset) -> ActivationDataset:
+        loader = DataLoader(
+            rows, arguments.samples_per_batch, collate_fn=collate, num_workers=training.dataloader_num_workers
+        )
+        return ActivationDataset(
+            model,
+            loader,
+            sae_config.layer,
+            batch_size=arguments.tokens_per_batch,
+            buffer_size=arguments.buffer_size,
+            with_types=True,
+            on_nonfinite=training.on_nonfinite,
+        )
+
+    train_dataset = cached(arguments, training, model, collate, rows, sae_config) if arguments.cache_dir else None
+    train_dataset = train_dataset or stream(rows)
+    if training.max_steps <= 0:
+        training.max_steps = count_steps(arguments, training, rows, collate)
+    sae = SparseAutoencoder(sae_config)
+    trainer = SparseAutoencoderTrainer(sae, training, train_dataset=train_dataset)
+    trainer.train(resume_from_checkpoint=last_checkpoint(training.output_dir))
+    trainer.save_model()
+    if isinstance(train_dataset, ActivationDataset):
+        logger.warning("samples over all passes: %s", dict(train_dataset.report))
+    if trainer.is_world_process_zero():
+        quality = evaluate_sae(sae, take_tokens(stream(held_out), arguments.evaluation_tokens))
+        print(json.dumps(quality, indent=2))
+        Path(training.output_dir, "quality.json").write_text(json.dumps(quality, indent=2))
+
+
+def make_sae_config(arguments: SAEArguments, model_config: PreTrainedConfig) -> SparseAutoencoderConfig:
+    """The SAE's configuration: a SegCompass model's own, or that of a bare MLLM; options of the command win."""
+    segcompass = model_config.model_type == "segcompass"
+    mllm_config = model_config.mllm_config if segcompass else model_config
+    text = mllm_config.get_text_config()
+    fields = model_config.sae_config.to_dict() if segcompass else {"layer": text.num_hidden_layers // 2}
+    named = {name: getattr(arguments, name) for name in ("d_sae", "layer", "activation", "k")}
+    fields |= {name: value for name, value in named.items() if value is not None}
+    fields |= {"d_in": text.hidden_size, "dataset": arguments.dataset, "token_window": arguments.token_window}
+    fields["backbone"] = fields.get("backbone") or (mllm_config.model_type if segcompass else arguments.model)
+    return SparseAutoencoderConfig(**fields)
+
+
+def read_rows(arguments: SAEArguments) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset]:
+    """Rows to train on and rows to score on."""
+
+    def rows(split: str, num_samples: int | None) -> Dataset | IterableDataset:
+        return load_image_text(arguments.dataset, split, arguments.dataset_seed, num_samples)
+
+    if arguments.evaluation_split:
+        return rows(arguments.split, arguments.num_samples), rows(arguments.evaluation_split, arguments.num_samples)
+    everything = rows(arguments.split, arguments.num_samples)
+    return everything.skip(arguments.evaluation_samples), everything.take(arguments.evaluation_samples)
+
+
+def cached(
+    arguments: SAEArguments,
+    training: SparseAutoencoderTrainerConfig,
+    model: PreTrainedModel,
+    collate: ImageTextCollator,
+    rows: Dataset | IterableDataset,
+    sae_config: SparseAutoencoderConfig,
+) -> CachedActivations:
+    """The activations of a cache, which is filled first as far as it is not."""
+    names = ("model", "dataset", "split", "evaluation_split", "evaluation_samples", "dataset_seed", "token_window")
+    report = cache_activations(
+        arguments.cache_dir,
+        model,
+        rows,
+        collate,
+        sae_config.layer,
+        description={name: getattr(arguments, name) for name in names},
+        samples_per_batch=arguments.samples_per_batch,
+        samples_per_shard=arguments.samples_per_shard,
+        max_gb=arguments.cache_gb,
+        on_nonfinite=training.on_nonfinite,
+    )
+    print(json.dumps({"cache": report}, indent=2))
+    return CachedActivations(
+        arguments.cache_dir, sae_config.d_in, arguments.tokens_per_batch, arguments.buffer_size, training.data_seed or 0
+    )
+
+
+def count_steps(
+    arguments: SAEArguments,
+    training: SparseAutoencoderTrainerConfig,
+    rows: Dataset | IterableDataset,
+    collate: ImageTextCollator,
+) -> int:
+    """Steps of `num_train_epochs` passes, from the length of the first samples.
+
+    Args:
+        arguments: the command's options.
+        training: the trainer's.
+        rows: rows to train on.
+        collate: makes inputs of them.
+
+    Returns:
+        At least 1.
+
+    Raises:
+        ValueError: the number of rows is unknown, or none of the first can be used.
+    """
+    samples = arguments.num_samples if isinstance(rows, IterableDataset) else len(rows)
+    if samples is None:
+        raise ValueError("num_samples is null and the rows are streamed, so their number is unknown; give max_steps.")
+    some = list(islice(rows, 64))
+    batch = collate(some)
+    if "attention_mask" not in batch:
+        raise ValueError(
+            f"none of the first {len(some)} rows of {arguments.dataset!r} can be used ({dict(batch['skipped'])}); give "
+            "rows with an image that opens and a text."
+        )
+    tokens = samples * int(batch["attention_mask"].sum()) / len(some)
+    return max(1, round(training.num_train_epochs * tokens / arguments.tokens_per_batch / training.world_size))
+
+
+def print_estimate(
+    arguments: SAEArguments,
+    training: SparseAutoencoderTrainerConfig,
+    model_config: PreTrainedConfig,
+    sae_config: SparseAutoencoderConfig,
+) -> None:
+    """Print what training will take, as JSON. Raises ValueError without a number of samples."""
+    mllm_config = model_config.mllm_config if model_config.model_type == "segcompass" else model_config
+    names = ("image_tokens", "text_tokens", "tokens_per_batch", "buffer_size", "tflops", "processes")
+    if arguments.num_samples is None:
+        raise ValueError("num_samples is null, so there is nothing to estimate from; give the number of rows.")
+    held_out = 0 if arguments.evaluation_split else arguments.evaluation_samples
+    expected = estimate_sae_training(
+        mllm_config,
+        sae_config,
+        samples=arguments.num_samples - held_out,
+        epochs=training.num_train_epochs,
+        bf16=training.bf16,
+        **{name: getattr(arguments, name) for name in names},
+    )
+    print(json.dumps(asdict(expected), indent=2))

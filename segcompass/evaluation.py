@@ -1,0 +1,370 @@
+"""Evaluates a model, or any model's predictions, on a data set: the work of `segcompass evaluate`.
+
+The model writes its own reasoning, greedily, and its masks are compared with the true ones. Everything lands in one
+folder that belongs to one run, so that an interrupted evaluation resumes, on any number of processes. What is counted
+is decided by the metric's protocols (segcompass/loaders/reasoning_segmentation), not here.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+from datasets import Dataset
+from huggingface_hub import EvalResult
+from huggingface_hub.repocard_data import eval_results_to_model_index
+from tqdm import tqdm
+
+from segcompass.gallery import write_gallery
+from segcompass.journal import claim_folder, weights_of, write_text
+from segcompass.loaders import load_rows
+from segcompass.loaders.masks import encode_mask
+from segcompass.loaders.reasoning_segmentation.reasoning_segmentation import (
+    PROTOCOLS,
+    sample_counts,
+    sample_iou,
+    summarise,
+)
+from segcompass.loading import load
+from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
+from segcompass.predictions import merge_parts, part_path, predicted_masks, read_parts, read_predictions
+from segcompass.trainers.image_features import ImageFeatures, open_image_features
+from segcompass.trainers.rewards import format_score
+
+REPORTED = ("gIoU", "cIoU", "N-acc", "T-acc")
+
+
+@dataclass
+class Evaluation:
+    """What is evaluated, on what, and how it is counted.
+
+    Raises:
+        ValueError: neither or both of model and predictions, an unknown protocol, or a threshold outside [0, 1].
+
+    Example:
+        evaluation = Evaluation(Path("runs/test"), model="examples/checkpoints/mini", split="test", num_samples=100)
+        print(evaluate(evaluation)["gIoU"])
+    """
+
+    output: Path
+    """folder that the results are written into."""
+    model: str = ""
+    """SegCompass folder or Hub id; empty where predictions are scored."""
+    predictions: Path | None = None
+    """JSONL of any model's predictions, scored instead of a model."""
+    dataset: str = "scenes"
+    """see `load_rows`, as for the next six."""
+    split: str = "test"
+    seed: int = 0
+    num_samples: int | None = None
+    """the first so many rows; None takes all, and 500 of the scenes."""
+    root: str | None = None
+    split_by: str | None = None
+    image_dir: str | None = None
+    unit: str | None = None
+    """what one sample is: "sentence", "ref" or "merged"; None takes what the protocol counts."""
+    protocol: str = "rela"
+    """a name of `PROTOCOLS`."""
+    batch_size: int = 32
+    query_source: str = "both"
+    """what the queries are built from: "both", "tokens" or "concepts"."""
+    threshold: float | None = None
+    """confidence from which a slot is kept; None takes 0.5, and 0 where the protocol matches all slots."""
+    image_features: str | None = None
+    """folder that `segcompass precompute-features` wrote."""
+
+    def __post_init__(self):
+        if bool(self.model) == (self.predictions is not None):
+            raise ValueError("either a model or predictions are evaluated; give one of --model and --predictions.")
+        if self.protocol not in PROTOCOLS:
+            raise ValueError(f"the protocol is {self.protocol!r}; choose one of {', '.join(PROTOCOLS)}.")
+        if self.num_samples is None and self.dataset == "scenes":
+            self.num_samples = 500
+        if self.threshold is None:
+            self.threshold = 0.0 if PROTOCOLS[self.protocol].matched else 0.5
+        if not 0 <= self.threshold <= 1:
+            raise ValueError(f"the threshold is {self.threshold}; it is a probability, choose a value from 0 to 1.")
+        if self.unit is None:  # ReasonSeg's texts describe the same target, and everybody evaluates on the first
+            self.unit = "ref" if self.dataset == "reasonseg" else PROTOCOLS[self.protocol].unit
+
+
+def evaluate(run: Evaluation) -> dict:
+    """Predict what is not predicted yet, then write and print the metrics.
+
+    Started by several processes (`accelerate launch`), they share the samples.
+
+    Args:
+        run: what to evaluate.
+
+    Returns:
+        The content of metrics.json.
+
+    Raises:
+        ValueError: rows that cannot be loaded or repeat a sample id, an output folder of another run, or predictions
+            that do not fit the rows.
+        OSError: a file that cannot be read or written.
+    """
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=2))
+    if run.predictions is not None and state.num_processes > 1:
+        raise ValueError("predictions are scored by one process: start the command without accelerate launch.")
+    with state.main_process_first():
+        rows = read_rows(run)
+    names = list(rows["sample_id"])
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"{run.dataset!r} repeats sample ids ({len(set(names))} in {len(names)} rows); make them unique."
+        )
+    with state.main_process_first():
+        if state.is_main_process:
+            run.output.mkdir(parents=True, exist_ok=True)
+            check_folder(run.output, describe_run(run, rows))
+        done = read_parts(run.output, repair=state.is_main_process)
+    state.wait_for_everyone()  # from here on the files change
+    if run.predictions is not None:
+        done = score_predictions(run.predictions, rows, names, run.protocol)
+    elif len(done) < len(names):
+        predict_rest(run, state, rows, names, done)
+        state.wait_for_everyone()
+        done = read_parts(run.output)
+    records = [done[name] for name in names]
+    metrics = summarise_run(run, records)
+    if state.is_main_process:
+        merge_parts(run.output, names, done)
+        write_results(run, rows, records, metrics)
+        report(metrics, sum(record.get("seconds", 0) for record in done.values()))
+    state.wait_for_everyone()
+    return metrics
+
+
+def read_rows(run: Evaluation) -> Dataset:
+    """The rows to evaluate on. Raises ValueError when they cannot be loaded."""
+    named = {name: getattr(run, name) for name in ("root", "split_by", "unit", "image_dir")}
+    try:
+        return load_rows(run.dataset, run.split, run.seed, run.num_samples, **named)
+    except (ValueError, KeyError, OSError) as error:
+        raise ValueError(f"cannot load split {run.split!r} of {run.dataset!r}: {error}") from error
+
+
+# -- predictions -------------------------------------------------------------------------------------------------------
+
+
+def predict_rest(run: Evaluation, state: PartialState, rows: Dataset, names: list[str], done: dict[str, dict]) -> None:
+    """Predict what is not done yet, this process every n-th batch, and add each batch to this process's file.
+
+    Batches are cut at the same rows in every run, so that a resumed run pads, and so rounds, as an uninterrupted one.
+
+    Args:
+        run: what to evaluate.
+        state: which process this is, of how many.
+        rows: all rows.
+        names: their sample ids.
+        done: records that exist already, by sample id.
+    """
+    starts = range(0, len(rows), run.batch_size)
+    batches = [range(start, min(start + run.batch_size, len(rows))) for start in starts]
+    batches = [batch for batch in batches if any(names[index] not in done for index in batch)]
+    batches = batches[state.process_index :: state.num_processes]
+    model, processor = load(run.model, state.device)
+    features = open_image_features(run.image_features, model, processor) if run.image_features else None
+    ious = [iou for iou in (sample_iou(record, run.protocol) for record in done.values()) if iou is not None]
+    total = len(done) + sum(names[index] not in done for batch in batches for index in batch)
+    bar = tqdm(total=total, initial=len(done), unit="sample", dynamic_ncols=True, disable=not state.is_main_process)
+    with part_path(run.output, state.process_index).open("a") as file, bar:
+        for batch in batches:
+            for record in predict(run, model, processor, [rows[index] for index in batch], features):
+                if record["sample_id"] in done:
+                    continue
+                file.write(json.dumps(record) + "\n")
+                iou = sample_iou(record, run.protocol)
+                ious += [] if iou is None else [iou]
+                bar.update()
+            file.flush()
+            bar.set_postfix(gIoU=f"{sum(ious) / len(ious):.3f}" if ious else "none")
+
+
+def predict(
+    run: Evaluation,
+    model: SegCompassModel,
+    processor: SegCompassProcessor,
+    batch: list[dict],
+    features: ImageFeatures | None = None,
+) -> Iterator[dict]:
+    """The records of a batch of rows: what predictions.jsonl holds of each.
+
+    Args:
+        run: what to evaluate.
+        model: the model.
+        processor: its processor.
+        batch: rows.
+        features: saved image features; they replace the image encoder's pass.
+
+    Yields:
+        One record per row.
+
+    Raises:
+        ValueError: a row without an image, or with one of another size than its masks.
+    """
+    for row in batch:
+        check_image(row)
+    began = time.perf_counter()
+    images, instructions = [row["image"] for row in batch], [row["instruction"] for row in batch]
+    inputs = processor(images=images, text=instructions, image_encoder=not features)
+    if features:
+        inputs.update(features.inputs(images))
+    inputs = inputs.to(model.device)
+    outputs = model.segment(**inputs, query_source=run.query_source)
+    sizes = [(row["height"], row["width"]) for row in batch]
+    results = processor.post_process_instance_segmentation(outputs, run.threshold, target_sizes=sizes)
+    texts = processor.batch_decode(outputs.sequences[:, outputs.prompt_length :], skip_special_tokens=True)
+    seconds = (time.perf_counter() - began) / len(batch)
+    for row, text, result in zip(batch, texts, results, strict=True):
+        masks = result["masks"].cpu().numpy()
+        slots = [
+            {"slot": slot, "score": score, "segmentation": encode_mask(mask)}
+            for slot, score, mask in zip(result["slots"].tolist(), result["scores"].tolist(), masks, strict=True)
+        ]
+        yield {
+            "sample_id": row["sample_id"],
+            **({"kind": row["kind"]} if row.get("kind") else {}),
+            "instruction": row["instruction"],
+            "text": text,
+            "format": format_score(text, processor.num_slots),
+            "slots": slots,
+            **sample_counts([s["segmentation"] for s in slots], row["masks"], row["ignore"], run.protocol),
+            "seconds": seconds,
+        }
+
+
+def check_image(row: dict) -> None:
+    """Raises ValueError when a row has no image, or one of another size than its masks."""
+    if row["image"] is None:
+        raise ValueError(f"sample {row['sample_id']!r} has no image; give --image-dir.")
+    if row["image"].size != (row["width"], row["height"]):
+        raise ValueError(
+            f"the image of sample {row['sample_id']!r} has (width, height) {row['image'].size}, its masks "
+            f"{(row['width'], row['height'])}; are these the images the annotations were made on?"
+        )
+
+
+def score_predictions(path: Path, rows: Dataset, names: list[str], protocol: str) -> dict[str, dict]:
+    """The records of another model's predictions.
+
+    Args:
+        path: JSONL of predictions.
+        rows: all rows.
+        names: their sample ids.
+        protocol: how they are counted.
+
+    Returns:
+        sample_id -> what predictions.jsonl holds of it.
+    """
+    predictions = read_predictions(path, names)
+    done = {}
+    for row in tqdm(rows.remove_columns("image"), unit="sample", dynamic_ncols=True):
+        given = predictions[row["sample_id"]]
+        masks, answer = predicted_masks(given, row["height"], row["width"]), given.get("no_target")
+        done[row["sample_id"]] = {
+            "sample_id": row["sample_id"],
+            **({"kind": row["kind"]} if row.get("kind") else {}),
+            "instruction": row["instruction"],
+            **{name: given[name] for name in ("text", "no_target") if name in given},
+            "slots": [{"segmentation": mask} for mask in masks],
+            **sample_counts(masks, row["masks"], row["ignore"], protocol, answer),
+        }
+    return done
+
+
+# -- resuming ----------------------------------------------------------------------------------------------------------
+
+
+def describe_run(run: Evaluation, rows: Dataset) -> dict:
+    """What the predictions depend on: the arguments, the weights (newest file) and the questions (a digest)."""
+    if run.predictions is not None:
+        source: dict[str, Any] = {"predictions": hashlib.sha256(run.predictions.read_bytes()).hexdigest()}
+    else:
+        source = {"model": run.model, "weights": weights_of(run.model)}
+        source |= {"query_source": run.query_source, "threshold": run.threshold}
+    names = ("sample_id", "instruction", "masks", "ignore")
+    digest = hashlib.sha256()
+    for row in rows.select_columns(names):
+        digest.update(json.dumps([row[name] for name in names]).encode())
+    return source | {
+        "dataset": run.dataset,
+        "split": run.split,
+        "seed": run.seed,
+        "num_samples": len(rows),
+        "rows": digest.hexdigest(),
+        "unit": run.unit,
+        "protocol": run.protocol,
+    }
+
+
+def check_folder(folder: Path, run: dict) -> None:
+    """Write run.json, or refuse the folder when it holds another run. Raises ValueError."""
+    if not (folder / "run.json").exists() and read_parts(folder):
+        raise ValueError(f"{folder} holds predictions.jsonl but no run.json to say of what; choose another --output.")
+    claim_folder(folder, run, holds="predictions made")
+
+
+# -- results -----------------------------------------------------------------------------------------------------------
+
+
+def summarise_run(run: Evaluation, records: list[dict]) -> dict:
+    """The content of metrics.json; it depends on the predictions alone."""
+    metrics = summarise(records, run.protocol) | {"unit": run.unit}
+    if run.predictions is None:
+        metrics["n_format_fail"] = sum(record["format"] == 0 for record in records)
+    kinds = sorted({record["kind"] for record in records if "kind" in record})
+    if kinds:
+        metrics["by_kind"] = {}
+        for kind in kinds:
+            part = summarise((record for record in records if record.get("kind") == kind), run.protocol)
+            metrics["by_kind"][kind] = {name: part[name] for name in ("gIoU", "cIoU", "n")}
+    return metrics
+
+
+def write_results(run: Evaluation, rows: Dataset, records: list[dict], metrics: dict) -> None:
+    """Write metrics.json, model-index.yml and, where there are images, gallery.html."""
+    name = run.model if run.predictions is None else run.predictions.stem
+    title = f"{name} on {run.dataset} {run.split}, protocol {run.protocol}"
+    if rows[0]["image"] is not None:
+        write_gallery(run.output / "gallery.html", rows, records, run.protocol, title)
+    results = [
+        EvalResult(
+            task_type="image-segmentation",
+            task_name="Reasoning segmentation",
+            dataset_type=Path(run.dataset).name,
+            dataset_name=Path(run.dataset).name,
+            dataset_split=run.split,
+            dataset_args={"unit": run.unit, "num_samples": metrics["n"]},
+            metric_type=metric.lower(),
+            metric_name=f"{metric} ({run.protocol})",
+            metric_value=metrics[metric],
+            metric_args={"protocol": run.protocol},
+        )
+        for metric in REPORTED
+        if metrics[metric] is not None
+    ]
+    index = eval_results_to_model_index(Path(name).name, results)
+    write_text(run.output / "model-index.yml", yaml.safe_dump({"model-index": index}, sort_keys=False))
+    write_text(run.output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+
+
+def report(metrics: dict, seconds: float) -> None:
+    """Print the metrics, by kind of sample first."""
+    for kind, part in metrics.get("by_kind", {}).items():
+        value = "left out" if part["gIoU"] is None else f"gIoU {part['gIoU']:.4f}"
+        print(f"{kind:<14}{value}   n {part['n']}")
+    for name in REPORTED:
+        value = metrics[name]
+        print(f"{name:<14}{'no such samples' if value is None else f'{value:.4f}'}")
+    counted = ("n", "n_no_target", "n_skipped", "n_format_fail")
+    counts = ", ".join(f"{name} {metrics[name]}" for name in counted if name in metrics)
+    print(f"protocol {metrics['protocol']}, {counts}, {seconds:.0f} s")

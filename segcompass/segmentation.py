@@ -1,0 +1,217 @@
+"""Segments one image and writes down everything that came out: the work of `segcompass segment`."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from segcompass.drawing import draw_overlay, label_image
+from segcompass.loaders.masks import encode_mask
+from segcompass.loading import load
+from segcompass.modeling_segcompass import SegCompassModel, SegCompassOutput, SegCompassProcessor
+from segcompass.modeling_segcompass.explanation import heaviest_concepts
+from segcompass.modeling_segcompass.explanation_page import render_html
+from segcompass.modeling_segcompass.images import read_image
+from segcompass.white_box import ConceptDictionary
+
+NO_TOKENS = "no mask: the response had no concentration tokens"
+
+
+def segment_image(
+    source: str, instruction: str, model: str, output: Path, threshold: float = 0.5, explain: bool = False
+) -> dict:
+    """Segment an image, print the result, and write overlay.png, masks.png and result.json.
+
+    Args:
+        source: file or URL of the image.
+        instruction: what to segment in it.
+        model: SegCompass folder or Hub id.
+        output: folder to write into; made if it does not exist.
+        threshold: confidence, in [0, 1], from which a slot is kept.
+        explain: write explanation.html and explanation.png too.
+
+    Returns:
+        The content of result.json.
+
+    Raises:
+        OSError: the image cannot be read.
+        ValueError: no such model, or an empty or too long instruction.
+    """
+    image = read_image(source)
+    segcompass, processor = load(model)
+    inputs = processor(images=image, text=instruction).to(segcompass.device)
+    outputs = segcompass.segment(**inputs)
+
+    sizes = inputs["original_sizes"]
+    instances = processor.post_process_instance_segmentation(outputs, threshold, target_sizes=sizes)[0]
+    result = describe(instruction, outputs, processor, instances)
+    reasoning = reasoning_of(result["text"])
+    verdict = verdict_of(result, outputs)
+    report(result, reasoning, verdict)
+
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    masks = instances["masks"].cpu().numpy()
+    slots, scores = instances["slots"].tolist(), instances["scores"].tolist()
+    label_image(masks, scores, slots).save(output / "masks.png")
+    heatmaps = slot_heatmaps(outputs, processor, image, slots)
+    shown = [slot for slot, _, _ in heatmaps]
+    concepts = concept_heat(outputs, segcompass, processor, image, shown)
+    figure = draw_overlay(np.asarray(image), result, reasoning, verdict, masks, heatmaps, concepts)
+    figure.savefig(output / "overlay.png")
+    print(f"wrote overlay.png, masks.png and result.json to {output}")
+    if explain:
+        dictionary = ConceptDictionary.from_pretrained(model)
+        write_explanation(output, segcompass, processor, outputs, image, instruction, shown, dictionary)
+    return result
+
+
+# -- results as text and JSON ------------------------------------------------------------------------------------------
+
+
+def describe(instruction: str, outputs: SegCompassOutput, processor: SegCompassProcessor, instances: dict) -> dict:
+    """The content of result.json.
+
+    Args:
+        instruction: what was asked.
+        outputs: of `model.segment` for one image.
+        processor: the model's.
+        instances: of `post_process_instance_segmentation` for that image.
+
+    Returns:
+        instruction, text, no_target, instances and concepts.
+    """
+    text = processor.decode(outputs.sequences[0, outputs.prompt_length :], skip_special_tokens=True)
+    slots = instances["slots"].tolist()
+    return {
+        "instruction": instruction,
+        "text": text,
+        "no_target": bool(outputs.slot_mask[0].any()) and not slots,
+        "instances": [
+            {"slot": slot, "score": score, "box": box, "segmentation": encode_mask(mask)}
+            for slot, score, box, mask in zip(
+                slots,
+                instances["scores"].tolist(),
+                instances["boxes"].int().tolist(),
+                instances["masks"].cpu().numpy(),
+                strict=True,
+            )
+        ],
+        "concepts": [
+            {"slot": slot, "index": concept.index, "weight": concept.weight, "value": concept.value}
+            for slot in slots
+            for concept in heaviest_concepts(outputs, slot)
+        ],
+    }
+
+
+def reasoning_of(text: str) -> str:
+    """What stands in the think tags, or the whole text when they are missing."""
+    thought = re.search(r"<think>(.*?)</think>", text, re.DOTALL)
+    return (thought[1] if thought else text).strip()
+
+
+def verdict_of(result: dict, outputs: SegCompassOutput) -> str:
+    """The result in one line, such as "2 instances" or "no target"."""
+    if not outputs.slot_mask[0].any():
+        return NO_TOKENS
+    count = len(result["instances"])
+    return "no target" if result["no_target"] else f"{count} instance" + "s" * (count > 1)
+
+
+def report(result: dict, reasoning: str, verdict: str) -> None:
+    """Print the result."""
+    print(f"instruction  {result['instruction']}\nreasoning    {reasoning}\nresult       {verdict}")
+    for instance in result["instances"]:
+        box = ", ".join(map(str, instance["box"]))
+        print(f"             slot {instance['slot']}  score {instance['score']:.3f}  box ({box})")
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def slot_heatmaps(
+    outputs: SegCompassOutput, processor: SegCompassProcessor, image: Image.Image, kept: list[int]
+) -> list[tuple[int, float, np.ndarray]]:
+    """(slot, confidence, heatmap in [0, 1]) of the kept slots; of the most confident found slot when none is kept."""
+    found = outputs.slot_mask[0].nonzero()[:, 0].tolist()
+    confidences = outputs.pred_logits[0].sigmoid().tolist()
+    slots = kept or sorted(found, key=lambda slot: confidences[slot])[-1:]
+    scale = min(1.0, 512 / max(image.size))
+    size = [max(1, round(side * scale)) for side in (image.height, image.width)]
+    heatmaps = processor.post_process_masks(outputs.heatmaps, [size])[0].sigmoid().cpu().numpy()  # (K, *size)
+    return [(slot, confidences[slot], heatmaps[slot]) for slot in slots]
+
+
+def concept_heat(
+    outputs: SegCompassOutput,
+    model: SegCompassModel,
+    processor: SegCompassProcessor,
+    image: Image.Image,
+    slots: list[int],
+) -> tuple[np.ndarray, tuple[float, float, float, float]] | None:
+    """How strongly the slots' top concepts fire at each image patch, and the part of the image the patches cover.
+
+    Args:
+        outputs: of `model.segment` for one image.
+        model: the model.
+        processor: its processor.
+        image: the image.
+        slots: the slots whose concepts are added up.
+
+    Returns:
+        None when no slot is shown or no concepts were used, or (float (rows, columns), (left, top, right, bottom)).
+    """
+    if not slots or outputs.concept_weights is None:
+        return None
+    activations = outputs.concept_activations[0]  # (T, M)
+    activations = activations[outputs.sequences[0, : len(activations)] == model.config.image_token_id]  # (patches, M)
+    heat = activations.new_zeros(len(activations))
+    for slot in slots:
+        columns = [concept.column for concept in heaviest_concepts(outputs, slot)]
+        heat += activations[:, columns] @ outputs.concept_weights[0, slot, columns]
+    rows, columns = outputs.patch_grid[0].tolist()
+    return heat.view(rows, columns).cpu().numpy(), model.backbone.seen_extent(processor.image_processor, *image.size)
+
+
+# -- explanation -------------------------------------------------------------------------------------------------------
+
+
+def write_explanation(
+    folder: Path,
+    model: SegCompassModel,
+    processor: SegCompassProcessor,
+    outputs: SegCompassOutput,
+    image: Image.Image,
+    instruction: str,
+    slots: list[int],
+    dictionary: ConceptDictionary | None = None,
+) -> None:
+    """Write explanation.html of the slots and explanation.png of the most confident of them.
+
+    Args:
+        folder: where to write.
+        model: the model.
+        processor: its processor.
+        outputs: of `model.segment` for one image.
+        image: the image.
+        instruction: what was asked.
+        slots: the slots to explain; without any, a line says so and nothing is written.
+        dictionary: names the concepts.
+    """
+    if not slots:
+        print("nothing to explain: the response had no concentration tokens")
+        return
+    labels = dictionary.labels if dictionary else None
+    explanations = [model.explain(outputs, slot=slot, labels=labels, processor=processor) for slot in slots]
+    logits = processor.post_process_masks(outputs.pred_masks, [(image.height, image.width)])[0]  # (K, H, W)
+    masks = (logits[slots] > 0).cpu().numpy()
+    extent = model.backbone.seen_extent(processor.image_processor, *image.size)
+    page = render_html(explanations, image, masks, extent, instruction)
+    (folder / "explanation.html").write_text(page, encoding="utf-8")
+    first = max(range(len(explanations)), key=lambda place: explanations[place].confidence)
+    figure = explanations[first].to_figure(image, masks[first], instruction, extent)
+    figure.savefig(folder / "explanation.png", dpi=100)
+    print(f"wrote explanation.html and explanation.png to {folder}")

@@ -1,0 +1,32 @@
+"""What examines a model and is never served with it: are the concepts that are shown the ones that are used?
+
+    concept_dictionary     what each feature fires on, and a short name made from that
+    dictionary_reader      reads a data set for the dictionary
+    detectors              which feature detects an attribute best, chosen and scored on different samples
+    scene_attributes       what is true of the procedural scenes, as attributes for the detectors
+    decoding               masks decoded again from kept states, with some concepts only
+    faithfulness           one mask without, and with only, its heaviest concepts
+    faithfulness_records   the same for every right mask of a data set
+    figure_records         what the paper's figures are drawn from
+    figures                the paper's Figures 4, 5, 8 and 9
+    intervals              bootstrap intervals
+
+The commands `segcompass dictionary`, `faithfulness` and `interpret` hold their options; nothing here reads them.
+"""
+
+from .concept_dictionary import ConceptDictionary, ConceptEntry, Context, DictionaryBuilder
+from .detectors import Detector, best_detectors
+from .faithfulness import SlotFaithfulness, slot_faithfulness
+from .intervals import bootstrap
+
+__all__ = [
+    "ConceptDictionary",
+    "ConceptEntry",
+    "Context",
+    "Detector",
+    "DictionaryBuilder",
+    "SlotFaithfulness",
+    "best_detectors",
+    "bootstrap",
+    "slot_faithfulness",
+]

@@ -1,0 +1,210 @@
+"""Reads what a concept dictionary is made from: a model's concepts on the tokens of image, instruction and reasoning.
+
+`TokenReader` runs the MLLM up to the SAE's layer only, on reference reasoning; `build_dictionary` reads a data set with
+it and survives interruptions. Knows nothing about what is true of the images: `scene_attributes` does.
+"""
+
+import base64
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from datasets import Dataset
+from tqdm import tqdm
+
+from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
+from segcompass.modeling_segcompass.backbone import backbone_of
+from segcompass.modeling_segcompass.token_layout import IMAGE, token_types
+from segcompass.trainers.activations import layer_hidden_states
+
+from .concept_dictionary import TOKEN_KINDS, ConceptDictionary, Context, DictionaryBuilder
+
+AROUND = 4  # word pieces shown on either side of a context
+SAVE_EVERY = 10  # batches
+
+
+class SampleTokens(NamedTuple):
+    """The tokens of one sample that may fire concepts."""
+
+    sample: str
+    """the row's `sample_id`."""
+    ids: list[int]
+    """T token ids."""
+    types: torch.Tensor
+    """long (T,), IMAGE, INSTRUCTION or RESPONSE."""
+    activations: torch.Tensor
+    """float (T, d_sae), on the CPU."""
+    grid: tuple[int, int]
+    """(rows, columns) of the image tokens, which come row by row."""
+
+
+class TokenReader:
+    """Runs a model up to its SAE's layer and encodes every token of image, instruction and reference reasoning.
+
+    Args:
+        model: in evaluation mode.
+        processor: the model's.
+
+    Example:
+        reader = TokenReader(*load("examples/checkpoints/mini"))
+        for tokens in reader.read(list(load_scenes(split="train", seed=0, num_samples=8))):
+            print(tokens.sample, (tokens.activations > 0).sum(1).float().mean())
+    """
+
+    def __init__(self, model: SegCompassModel, processor: SegCompassProcessor):
+        self.model, self.processor = model, processor
+
+    @torch.no_grad()
+    def read(self, rows: list[dict[str, Any]]) -> Iterator[SampleTokens]:
+        """Read one batch.
+
+        Args:
+            rows: of a data set, with `image`, `instruction` and `reasoning`.
+
+        Yields:
+            One SampleTokens per row.
+        """
+        inputs = self.processor(
+            images=[row["image"] for row in rows],
+            text=[row["instruction"] for row in rows],
+            response=[self.processor.format_response(row["reasoning"] or "") for row in rows],
+            image_encoder=False,
+        ).to(self.model.device)
+        ids = inputs["input_ids"]
+        z = layer_hidden_states(self.model, dict(inputs), self.model.config.sae_config.layer)  # (B, T, d_π)
+        may_fire = self.model.concept_token_mask(ids, inputs["attention_mask"])  # (B, T)
+        types = token_types(ids, inputs["response_mask"], self.model.config.image_token_id)  # (B, T)
+        grids = self.model.backbone.patch_grid(self.model.config.mllm_config, ids, inputs)  # (B, 2)
+        for place, row in enumerate(rows):
+            chosen = may_fire[place]
+            yield SampleTokens(
+                sample=row["sample_id"],
+                ids=ids[place, chosen].tolist(),
+                types=types[place, chosen].cpu(),
+                activations=self.model.sae.encode(z[place, chosen]).float().cpu(),
+                grid=tuple(grids[place].tolist()),
+            )
+
+    def words(self, ids: list[int]) -> list[str]:
+        """The text of each token by itself, without spaces around it.
+
+        Args:
+            ids: token ids.
+
+        Returns:
+            One text per token.
+        """
+        return [self.processor.tokenizer.decode([token]).strip() for token in ids]
+
+
+def build_dictionary(
+    reader: TokenReader,
+    rows: Dataset,
+    source: str,
+    partial: Path,
+    contexts: int = 6,
+    batch_size: int = 32,
+    patch_words: Callable[[int, tuple[int, int]], list[str]] | None = None,
+) -> ConceptDictionary:
+    """Read a data set and make the dictionary of what was read.
+
+    Args:
+        reader: of the model.
+        rows: the data set.
+        source: what the dictionary calls it.
+        partial: file that what was read is kept in, so that an interrupted run resumes there.
+        contexts: how many of the strongest places to keep of each feature.
+        batch_size: rows read at a time.
+        patch_words: (number of the row, grid) -> what each image patch shows; None where that is unknown.
+
+    Returns:
+        The dictionary.
+
+    Raises:
+        ValueError: `partial` was written by another version of this project.
+    """
+    builder = DictionaryBuilder(reader.model.config.sae_config.d_sae, contexts)
+    samples: list[tuple[str, list[int], list[int], list[int]]] = []  # sample_id, token ids, token types, grid
+    if partial.exists():
+        try:
+            state = torch.load(partial, weights_only=True)
+            builder.load_state_dict(state["builder"])
+            samples = state["samples"]
+        except KeyError as error:
+            raise ValueError(f"{partial} was written by another version ({error} is missing); delete it.") from error
+    done = len(samples)
+    with tqdm(total=len(rows), initial=done, unit="sample", dynamic_ncols=True) as bar:
+        for start in range(done, len(rows), batch_size):
+            batch = [rows[index] for index in range(start, min(start + batch_size, len(rows)))]
+            for tokens in reader.read(batch):
+                builder.add(tokens.activations, tokens.types)
+                samples.append((tokens.sample, tokens.ids, tokens.types.tolist(), list(tokens.grid)))
+            if start // batch_size % SAVE_EVERY == SAVE_EVERY - 1 or len(samples) == len(rows):
+                _save_whole(partial, {"builder": builder.state_dict(), "samples": samples})
+            bar.update(len(batch))
+    starts = np.cumsum([0] + [len(ids) for _, ids, *_ in samples])
+
+    def describe(place: int) -> dict[str, Any]:
+        number = int(np.searchsorted(starts, place, side="right")) - 1
+        sample, ids, types, (rows_, columns) = samples[number]
+        token = int(place - starts[number])
+        if types[token] == IMAGE:
+            patch = types[:token].count(IMAGE)
+            row, column = divmod(patch, columns)
+            return {
+                "sample": sample,
+                "part": TOKEN_KINDS[IMAGE],
+                "text": patch_words(number, (rows_, columns))[patch] if patch_words else "",
+                "around": f"row {row}, column {column}",
+                "cell": [row, column, rows_, columns],
+            }
+        text = [position for position, kind in enumerate(types) if kind != IMAGE]
+        here = text.index(token)
+        window = [ids[position] for position in text[max(0, here - AROUND) : here + AROUND + 1]]
+        return {
+            "sample": sample,
+            "part": TOKEN_KINDS[types[token]],
+            "text": reader.words(ids[token : token + 1])[0],
+            "around": reader.processor.tokenizer.decode(window),
+        }
+
+    return builder.finish(describe, source)
+
+
+def _save_whole(path: Path, state: dict[str, Any]) -> None:
+    """Write a file that is never seen half written."""
+    torch.save(state, path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)
+
+
+def patch_pictures(rows: Dataset, processor: SegCompassProcessor, side: int = 72) -> Callable[[Context], str | None]:
+    """Pictures for `ConceptDictionary.to_html`: an image patch with its neighbours.
+
+    Args:
+        rows: the data set that the dictionary was made from.
+        processor: the model's.
+        side: of a picture in pixels.
+
+    Returns:
+        Context -> data URL of a JPEG; None for a word.
+    """
+    images = processor.image_processor
+    places = {name: place for place, name in enumerate(rows["sample_id"])}
+
+    def picture(context: Context) -> str | None:
+        if context.cell is None:
+            return None
+        image = rows[places[context.sample]]["image"].convert("RGB")
+        left, top, right, bottom = backbone_of(images).seen_extent(images, *image.size)
+        row, column, rows_, columns = context.cell
+        step_x, step_y = (right - left) / columns, (bottom - top) / rows_
+        x, y = left + column * step_x, top + row * step_y
+        crop = image.crop([round(n) for n in (x - step_x, y - step_y, x + 2 * step_x, y + 2 * step_y)])
+        file = io.BytesIO()
+        crop.resize((side, side)).save(file, format="JPEG", quality=60)
+        return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")
+
+    return picture

@@ -1,0 +1,103 @@
+"""Every recipe's model builds on the meta device at its real dimensions, and the paper's recipes fit into 8 x 80 GB."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from trl import TrlParser
+
+from segcompass import memory_plan
+from segcompass.commands import train_grpo, train_sft
+from segcompass.modeling_segcompass import SegCompassConfig
+from segcompass.trainers import SegCompassGRPOConfig, SegCompassSFTConfig
+from segcompass.trainers.optimization import SEGMENTATION_MODULES, parameter_groups
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = ROOT / "examples" / "recipes"
+LARGE = ("llava-1.5-7b", "llava-1.5-13b", "qwen2.5-vl-7b")
+MLLM = {"llava-1.5-7b": 7.06e9, "llava-1.5-13b": 13.35e9, "qwen2.5-vl-7b": 8.29e9}  # as published, LM head included
+
+
+def config_of(name):
+    if name == "mini":
+        return SegCompassConfig.from_pretrained(ROOT / "examples" / "checkpoints" / "mini")
+    return memory_plan.recipe_config(RECIPES / name / "grpo.yaml")
+
+
+@pytest.mark.parametrize("name", ["mini", *LARGE])
+def test_the_model_builds_on_meta_and_its_groups_have_the_papers_rates(name, capsys):
+    config = config_of(name)
+    model = memory_plan.build(config)
+    assert all(p.device.type == "meta" for p in model.parameters())
+    counts = memory_plan.count(model)
+    for part, (total, learning) in counts.items():
+        print(f"{name:<16}{part:<18}{total:>16,}{learning:>16,}")
+    assert capsys.readouterr().out.count(name) == len(counts)
+    for part in ("image_encoder", "sae", "mllm vision"):
+        assert counts[part][1] == 0
+    for part in (*SEGMENTATION_MODULES, "mllm language"):
+        assert counts[part][1] > 0
+    if name in MLLM:
+        whole = sum(total for part, (total, _) in counts.items() if part.startswith("mllm"))
+        assert whole == pytest.approx(MLLM[name], rel=0.01)
+        assert counts["sae"][0] == 2 * 65536 * config.sae_config.d_in + 65536 + config.sae_config.d_in
+        assert counts["image_encoder"][0] == pytest.approx(637e6, rel=0.01)
+    layer = config.sae_config.layer
+    for number, block in enumerate(model.mllm.model.language_model.layers, 1):
+        assert all(p.requires_grad == (number > layer) for p in block.parameters())
+    groups = parameter_groups(model, 2e-6, 0.01, set(), {part: 10 for part in SEGMENTATION_MODULES})
+    assert sum(p.numel() for group in groups for p in group["params"]) == sum(part[1] for part in counts.values())
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_papers_recipes_fit_into_eight_gpus(name):
+    training = yaml.safe_load((RECIPES / name / "grpo.yaml").read_text())
+    config = config_of(name)
+    sharded = memory_plan.plan(config, training)
+    assert sharded["peak"] < sharded["room"] and sharded["responses"] <= sharded["responses_that_fit"]
+    replicated = memory_plan.plan(config, training, strategy="ddp")
+    assert replicated["peak"] > replicated["room"]  # a full fine-tune cannot be replicated
+
+
+def test_adapters_leave_little_to_learn():
+    training = yaml.safe_load((RECIPES / "llava-1.5-7b" / "grpo.yaml").read_text())
+    config = config_of("llava-1.5-7b")
+    full, lora = (memory_plan.plan(config, training, lora_rank=rank) for rank in (0, 16))
+    moments = [dict(result["static"])["optimizer states"] for result in (full, lora)]
+    assert 0 < moments[1] < moments[0] / 10
+    assert dict(lora["static"])["reference MLLM"] == 0
+    assert lora["counts"]["mllm head"][1] > 0 and lora["counts"]["sae"][1] == 0
+
+
+def test_saved_bytes_are_what_autograd_keeps():
+    linear = torch.nn.Linear(3, 5)
+    x = torch.randn(7, 3, requires_grad=True)
+    with memory_plan.SavedBytes(linear) as saved:
+        torch.tanh(linear(x))
+    assert saved.bytes == 4 * 7 * 3 + 4 * 7 * 5  # the input, and tanh's output; the weight is a parameter
+
+
+@pytest.mark.parametrize(
+    ("stage", "arguments"), [("sft", SegCompassSFTConfig), ("grpo", SegCompassGRPOConfig)], ids=["sft", "grpo"]
+)
+@pytest.mark.parametrize("name", LARGE)
+def test_the_recipes_parse(name, stage, arguments, monkeypatch, tmp_path):
+    recipe = yaml.safe_load((RECIPES / name / f"{stage}.yaml").read_text())
+    recipe |= {"bf16": False, "use_cpu": True, "output_dir": str(tmp_path)}  # what this machine can do
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    classes = [{"sft": train_sft.SFTArguments, "grpo": train_grpo.GRPOArguments}[stage], arguments]
+    if stage == "grpo":
+        from trl import ModelConfig
+
+        classes.append(ModelConfig)
+    parsed = TrlParser(classes).parse_args_and_config(["--config", str(path)])
+    assert parsed[1].gradient_checkpointing and parsed[0].dataset.startswith("data/")
+    if stage == "grpo":
+        default = SegCompassGRPOConfig(str(tmp_path), use_cpu=True, bf16=False)
+        for field in ("num_generations", "beta", "epsilon", "learning_rate", "lambda_s", "lambda_c", "lambda_d",
+                      "reward_weights", "loss_type", "max_completion_length", "final_div_factor"):  # fmt: skip
+            assert getattr(parsed[1], field) == getattr(default, field)
+        batch = parsed[1].per_device_train_batch_size * parsed[1].gradient_accumulation_steps
+        assert batch == 16  # times 8 processes: 128 responses

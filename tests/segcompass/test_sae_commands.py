@@ -1,0 +1,130 @@
+"""`segcompass train sae` and `segcompass evaluate-sae` on tiny real models."""
+
+import json
+
+import pytest
+import torch
+
+from segcompass.commands import evaluate_sae, train_sae
+from segcompass.loaders.image_text import image_text, load_image_text
+from segcompass.modeling_segcompass import SparseAutoencoder
+from segcompass.sae_evaluation import language_losses, next_token_loss
+from segcompass.trainers.activations import TOKEN_TYPES, token_types
+from segcompass.trainers.collator import ImageTextCollator
+from tests.support.tiny import BACKBONES, tiny_segcompass
+
+
+@pytest.fixture(scope="module", params=BACKBONES)
+def parts(request):
+    model, processor = tiny_segcompass(request.param)
+    rows = list(load_image_text("scenes", "val", num_samples=3))
+    inputs = ImageTextCollator(processor, image_text)(rows)
+    inputs.pop("skipped")
+    return model, inputs
+
+
+def test_clean_loss_is_the_models_own(parts):
+    model, inputs = parts
+    losses = language_losses(model, model.sae, inputs, model.config.special_token_ids)
+    names = {"input_ids", "attention_mask", "pixel_values", "image_grid_thw", "mm_token_type_ids", "labels"}
+    with torch.no_grad():
+        own = model.mllm(**{name: value for name, value in inputs.items() if name in names}).loss
+    assert losses["tokens"] == (inputs["labels"][:, 1:] != -100).sum()
+    assert losses["clean"] / losses["tokens"] == pytest.approx(own.item(), rel=1e-4)
+    assert {name for name, end in (key for key in losses if isinstance(key, tuple))} == {"all", *TOKEN_TYPES}
+
+
+class Perfect(torch.nn.Module):
+    """An autoencoder that loses nothing, or all."""
+
+    def __init__(self, config, factor):
+        super().__init__()
+        self.config, self.factor = config, factor
+
+    def encode(self, z):
+        return z
+
+    def decode(self, h):
+        return self.factor * h
+
+
+def test_a_perfect_reconstruction_loses_nothing_and_zeros_are_the_other_end(parts):
+    model, inputs = parts
+    special = model.config.special_token_ids
+    perfect = language_losses(model, Perfect(model.sae.config, 1), inputs, special)
+    nothing = language_losses(model, Perfect(model.sae.config, 0), inputs, special)
+    for name in ("all", *TOKEN_TYPES):
+        assert perfect[name, "spliced"] == pytest.approx(perfect["clean"], rel=1e-5)
+        assert nothing[name, "spliced"] == nothing[name, "zero"] == perfect[name, "zero"]
+    assert abs(perfect["all", "zero"] - perfect["clean"]) > 1e-4 * perfect["clean"]
+
+
+def test_only_the_named_tokens_are_replaced(parts):
+    model, inputs = parts
+    types = token_types(model, inputs, model.config.special_token_ids)
+    where = types == TOKEN_TYPES.index("image")
+    seen = {}
+    block = model.mllm.get_decoder().layers[model.sae.config.layer]
+    hook = block.register_forward_pre_hook(lambda module, args: seen.setdefault(len(seen), args[0].detach()))
+    predicted = torch.ones_like(inputs["input_ids"][:, 1:], dtype=torch.bool)
+    with torch.no_grad():
+        next_token_loss(model.mllm, inputs, predicted)
+        next_token_loss(model.mllm, inputs, predicted, model.sae, where, "zero")
+    hook.remove()
+    assert not seen[1][where].any()
+    assert torch.equal(seen[0][~where], seen[1][~where])
+
+
+def test_commands_train_cache_and_judge(tmp_path):
+    model, processor = tiny_segcompass("llava")
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    options = {
+        "model": tmp_path / "model",
+        "dataset": "scenes",
+        "num_samples": 16,
+        "samples_per_batch": 4,
+        "samples_per_shard": 8,
+        "tokens_per_batch": 128,
+        "buffer_size": 512,
+        "activation": "batchtopk",
+        "k": 8,
+        "d_sae": 64,
+        "evaluation_tokens": 500,
+        "calibration_tokens": 1000,
+        "strength_tokens": 1000,
+        "num_train_epochs": 1,
+        "learning_rate": 1e-3,
+        "use_cpu": "true",
+        "report_to": "none",
+        "output_dir": tmp_path / "sae",
+        "cache_dir": tmp_path / "cache",
+    }
+    train_sae.main([f"--{name}={value}" for name, value in options.items()])
+    sae = SparseAutoencoder.from_pretrained(tmp_path / "sae")
+    config = sae.config
+    assert (config.activation, config.k, config.d_sae, config.layer) == ("batchtopk", 8, 64, 2)
+    assert (config.dataset, config.token_window, config.backbone) == ("scenes", 3400, "llava")
+    quality = json.loads((tmp_path / "sae" / "quality.json").read_text())
+    assert {"image", "instruction", "response"} == quality["by_type"].keys()
+    assert len(list((tmp_path / "cache").glob("shard-*.safetensors"))) == 2
+
+    arguments = ["--model", str(tmp_path / "model"), "--sae", str(tmp_path / "sae"), "--output", str(tmp_path / "out")]
+    judged = evaluate_sae.main([*arguments, "--num-samples", "4", "--batch-size", "2"])
+    assert judged == json.loads((tmp_path / "out" / "quality.json").read_text())
+    assert judged["by_type"].keys() == set(TOKEN_TYPES) and judged["language_model"]["all"].keys() >= {"recovered"}
+    lines = (tmp_path / "out" / "quality.md").read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["all", *TOKEN_TYPES]
+    assert (tmp_path / "out" / "quality.png").stat().st_size > 1000
+
+
+def test_an_autoencoder_of_another_backbone_is_refused(tmp_path):
+    model, processor = tiny_segcompass("llava")
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    other = model.sae.config
+    other.d_in = 16
+    SparseAutoencoder(other).save_pretrained(tmp_path / "sae")
+    arguments = ["--model", str(tmp_path / "model"), "--sae", str(tmp_path / "sae"), "--output", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match="reads 16 numbers of layer 2, but the MLLM is 32 wide"):
+        evaluate_sae.main(arguments)
