@@ -11,9 +11,10 @@ from trl import GRPOTrainer
 from segcompass.modeling_segcompass import SegCompassModel
 from segcompass.trainers.grpo_config import SegCompassGRPOConfig
 from segcompass.trainers.grpo_trainer import SegCompassGRPOTrainer
-from segcompass.trainers.losses import segmentation_loss
+from segcompass.trainers.joint_forward import JointForward
+from segcompass.trainers.losses import LossWeights, segmentation_loss
 from segcompass.trainers.policy import lora_config
-from segcompass.trainers.rewards import mask_scores
+from segcompass.trainers.rewards import mask_reward, mask_scores
 from segcompass.trainers.targets import valid_extent
 from tests.support.grpo import (
     SLOTS,
@@ -111,8 +112,8 @@ def test_an_iterable_dataset_and_a_further_reward_work(tmp_path):
     script_responses(model, processor)
     seen = {}
 
-    def brevity(completions, mask_score, image, **kwargs):
-        seen.update(scores=mask_score, images=image)
+    def brevity(completions, predictions, image, **kwargs):
+        seen.update(scores=[prediction.score for prediction in predictions], images=image)
         return [1.0 / len(c[0]["content"]) for c in completions]
 
     trainer = SegCompassGRPOTrainer(
@@ -173,7 +174,7 @@ def test_joint_forward_gives_trl_s_log_probabilities_and_the_model_s_masks(tmp_p
     images = {name: batch[name] for name in ("pixel_values", "image_grid_thw", "mm_token_type_ids") if name in batch}
     kwargs = dict(num_images=batch["num_images"], **images)
 
-    joint = trainer._joint_forward(core, batch)
+    joint = JointForward(core, batch)
     score = GRPOTrainer._get_per_token_logps_and_entropies
     together, _, _ = score(trainer, joint, input_ids, attention_mask, length, **kwargs)
     plain, _, _ = score(trainer, core.mllm, input_ids, attention_mask, length, **kwargs)
@@ -216,17 +217,9 @@ def test_joint_gradient_is_the_sum_of_separately_computed_gradients(tmp_path):
         image_embeddings=torch.stack(batch["image_embeddings"]),
         reshaped_input_sizes=batch["reshaped_input_sizes"],
     )
-    loss, _ = segmentation_loss(
-        output.pred_masks,
-        output.heatmaps,
-        output.pred_logits,
-        output.slot_mask,
-        batch["mask_targets"],
-        valid_extent(batch["reshaped_input_sizes"], 32, output.pred_masks.shape[-1]),
-        lambda_s=1.0,
-        lambda_c=0.2,
-        lambda_d=0.6,
-    )
+    extent = valid_extent(batch["reshaped_input_sizes"], 32, output.pred_masks.shape[-1])
+    weights = LossWeights(lambda_s=1.0, lambda_c=0.2, lambda_d=0.6)
+    loss, _ = segmentation_loss(output, batch["mask_targets"], extent, weights)
     segmentation = torch.autograd.grad(loss, learning, allow_unused=True)
 
     largest = max(gradient.abs().max() for gradient in joint if gradient is not None)
@@ -265,7 +258,7 @@ def test_rewarded_masks_do_not_depend_on_which_pass_decoded_them(tmp_path, backb
     for case in cases:
         trainer = make_trainer(tmp_path, backbone, **case)
         kept = []
-        trainer.reward_funcs.append(lambda mask_score, kept=kept, **kwargs: kept.extend(mask_score) or mask_score)
+        trainer.reward_funcs.append(lambda kept=kept, **kwargs: kept.extend(mask_reward(**kwargs)) or kept)
         trainer.reward_func_names.append("keep")
         trainer.reward_processing_classes.append(None)
         trainer.reward_weights = torch.tensor([0.3, 0.7, 0.0])
