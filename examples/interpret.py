@@ -114,14 +114,8 @@ def measure(model, processor, batch, seed):
         if len(targets) and outputs.slot_mask[place].any():
             one = slice(place, place + 1)
             valid = valid_extent(outputs.reshaped_input_sizes[one], frame, side)
-            _, parts = segmentation_loss(
-                outputs.pred_masks[one],
-                outputs.heatmaps[one],
-                outputs.pred_logits[one],
-                outputs.slot_mask[one],
-                [targets.to(z.device)],
-                valid,
-            )
+            slots = {name: outputs[name][one] for name in ("pred_masks", "heatmaps", "pred_logits", "slot_mask")}
+            _, parts = segmentation_loss(type(outputs)(**slots), [targets.to(z.device)], valid)
             record["dice"] = float(parts["mask_dice"])
             record["pairs"] = heatmap_pairs(outputs, place, targets.to(z.device) > 0.5, side)
         yield record

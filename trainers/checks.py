@@ -27,8 +27,8 @@ MAX_SAMPLING_GAP = 0.2  # nats per token between vLLM's and the trained policy's
 
 
 def check_before_training(
-    model: nn.Module,
-    processor: ProcessorMixin,
+    model: Any,
+    processor: Any,
     args: "SegCompassGRPOConfig",
     rewards: Sequence[RewardFunction],
     train_dataset: Any,
@@ -286,7 +286,8 @@ def check_rows(train_dataset: Any, eval_dataset: Any, args: "SegCompassGRPOConfi
             rows = dataset.select(range(min(CHECKED_ROWS, len(dataset))))
             for row in rows.select_columns(["sample_id", "masks", "height", "width"]):
                 check_masks(row)
-    prompts = args.generation_batch_size // args.num_generations
+    settings: Any = args  # TRL fills in what its fields leave open
+    prompts = settings.generation_batch_size // settings.num_generations
     if isinstance(train_dataset, datasets.Dataset) and len(train_dataset) < prompts:
         raise ValueError(
             f"train_dataset has {len(train_dataset)} rows, but one generation batch needs {prompts} prompts "

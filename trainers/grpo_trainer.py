@@ -24,13 +24,13 @@ One optimizer step, call by call; (TRL) is GRPOTrainer's method of that name, wh
 """
 
 import copy
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -94,13 +94,18 @@ class SegCompassGRPOTrainer(GRPOTrainer):
     _paper = {
         "title": "SegCompass: Exploring Interpretable Alignment with Sparse Autoencoders for Enhanced Reasoning "
         "Segmentation",
-        "id": None,
+        "id": None,  # type: ignore[dict-item]  # it is on no arXiv page
         "citation": "",
     }
 
+    args: SegCompassGRPOConfig
+    model: Any  # in the wrappers it trains in; `core` is what lies inside
+    processing_class: Any  # a SegCompassProcessor; transformers' annotations allow everything
+    lr_scheduler: Any
+
     def __init__(
         self,
-        model: SegCompassModel | nn.Module,
+        model: SegCompassModel | PeftModel,
         reward_funcs: str | RewardFunction | list[str | RewardFunction] | None = None,
         args: SegCompassGRPOConfig | None = None,
         train_dataset: Any = None,
@@ -114,23 +119,23 @@ class SegCompassGRPOTrainer(GRPOTrainer):
         args = SegCompassGRPOConfig("SegCompass-GRPO") if args is None else args
         with_adapters = peft_config is not None or is_peft_model(model)
         further = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs else []
-        rewards = find_rewards([*args.reward_funcs, *further])
+        rewards: list[Any] = find_rewards([*args.reward_funcs, *further])
         check_before_training(
             model, processing_class, args, rewards, train_dataset, eval_dataset, ref_model, with_adapters
         )
+        core: Any = model.get_base_model() if isinstance(model, PeftModel) else model
         self.image_features: ImageFeatures | None = None
         if args.image_features:
-            core = model.get_base_model() if is_peft_model(model) else model
             self.image_features = open_image_features(args.image_features, core, processing_class)
-        model.config.token_dropout = args.token_dropout
+        core.config.token_dropout = args.token_dropout
         if not with_adapters:
             freeze(model, below_sae_layer=not args.train_below_sae_layer)
 
         self._rollout: Rollout | None = None
-        self._timer, self._timed_steps = PhaseTimer(), 0.0
+        self._timer, self._timed_steps = PhaseTimer(counted=lambda: self.model.training), 0.0
         self._overlays: list[Image.Image] = []
         beta = args.beta
-        quantized, trained = is_quantized(model), {}
+        quantized, trained = is_quantized(model), dict[str, Tensor]()
         if quantized and is_peft_model(model):
             trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         engine = policy_engine(model, processing_class, args) if args.use_vllm else nullcontext()
@@ -205,7 +210,7 @@ class SegCompassGRPOTrainer(GRPOTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """One cycle without warm-up."""
         if self.lr_scheduler is None:
-            optimizer = self.optimizer if optimizer is None else optimizer
+            optimizer = self.create_optimizer() if optimizer is None else optimizer
             self.lr_scheduler = one_cycle(optimizer, num_training_steps, self.args.final_div_factor)
             self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -213,12 +218,12 @@ class SegCompassGRPOTrainer(GRPOTrainer):
     # -- rollout ------------------------------------------------------------------------------------------------------
 
     def _generate_and_score_completions(self, inputs):
-        with self._timed("images"):
+        with self._timer.phase("images"):
             rows = decode_images(inputs)
             rows = [{"prompt": self.processing_class.build_messages(row["instruction"]), **row} for row in rows]
             self._rollout = Rollout(segmentation_batch(self, rows), images=[row["image"] for row in rows])
         try:
-            with self._timed("scoring"):
+            with self._timer.phase("scoring"):
                 batch = super()._generate_and_score_completions(rows)
             check_rollout_policy(batch)
             return {**batch, **self._rollout.segmentation}
@@ -226,7 +231,7 @@ class SegCompassGRPOTrainer(GRPOTrainer):
             self._rollout = None
 
     def _generate(self, *args, **kwargs):
-        with self._timed("rollout"), self.core.reading_states() as states:
+        with self._timer.phase("rollout"), self.core.reading_states() as states:
             output = super()._generate(*args, **kwargs)
         if self.args.reward_mask_source == "policy":
             self._rollout.written = states.get("written")
@@ -239,7 +244,7 @@ class SegCompassGRPOTrainer(GRPOTrainer):
         rollout.scoring_inputs = (args, kwargs)
         from_reference = self.args.reward_mask_source == "reference"
         if model is self.ref_model or adapters_disabled(model):
-            with self._timed("reference"):
+            with self._timer.phase("reference"):
                 if model is not self.ref_model or not from_reference:
                     return super()._get_per_token_logps_and_entropies(TrimmedForward(model), *args, **kwargs)
                 rollout.scored = JointForward(self.model, rollout.segmentation)
@@ -256,7 +261,7 @@ class SegCompassGRPOTrainer(GRPOTrainer):
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         rollout = self._rollout
         if rollout.written is not None:
-            outputs = decode_written(self, rollout)
+            outputs = decode_written(self, rollout.segmentation, rollout.written)
         else:
             outputs = decode_in_a_pass(self, rollout, prompts, completion_ids_list)
         predictions = mask_predictions(self, rollout, outputs)
@@ -309,16 +314,12 @@ class SegCompassGRPOTrainer(GRPOTrainer):
 
     def training_step(self, *args, **kwargs):
         """TRL's, timed."""
-        with self._timed("update"):
+        with self._timer.phase("update"):
             loss = super().training_step(*args, **kwargs)
         self._timed_steps += 1 / self.current_gradient_accumulation_steps
         return loss
 
     # -- logs and checkpoints -----------------------------------------------------------------------------------------
-
-    def _timed(self, phase: str) -> AbstractContextManager[None]:
-        """Time a phase of training, without the phases inside it."""
-        return self._timer.phase(phase, counted=self.model.training)
 
     def log_mean(self, name: str, value: float) -> None:
         """Collect a value of this step; the log shows the mean since the last time.
@@ -336,7 +337,7 @@ class SegCompassGRPOTrainer(GRPOTrainer):
                 self.log_mean(f"seconds/{phase}", seconds / self._timed_steps)
             self._timed_steps = 0.0
         if self._overlays:
-            folder = Path(self.args.output_dir) / "completions"
+            folder = Path(self.args.output_dir or "") / "completions"
             folder.mkdir(parents=True, exist_ok=True)
             for number, overlay in enumerate(self._overlays):
                 overlay.save(folder / f"overlay_{self.state.global_step:05d}_{number}.png")

@@ -42,6 +42,9 @@ def sae_block(core: Any) -> nn.Module:
 
     Args:
         core: a SegCompassModel.
+
+    Returns:
+        A module of the MLLM.
     """
     return core.mllm.model.language_model.layers[core.config.sae_config.layer - 1]
 
@@ -156,6 +159,9 @@ def adapters_disabled(model: nn.Module) -> bool:
 
     Args:
         model: what TRL makes log-probabilities with.
+
+    Returns:
+        True if adapters are switched off at the moment; False without adapters.
     """
     if not is_peft_model(model):
         return False

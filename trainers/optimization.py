@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
-from transformers import Trainer
 
 SEGMENTATION_MODULES = ("query_codebook", "slot_mapper", "mask_decoder")
 
@@ -81,11 +80,11 @@ def parameter_groups(
     ]
 
 
-def component_optimizer(trainer: Trainer, model: nn.Module | None = None) -> torch.optim.Optimizer:
+def component_optimizer(trainer: Any, model: nn.Module | None = None) -> torch.optim.Optimizer:
     """The optimizer of a trainer whose arguments are `RateMultipliers`: AdamW with each component's own rate.
 
     Args:
-        trainer: a Trainer that has no optimizer yet.
+        trainer: a transformers Trainer that has no optimizer yet.
         model: the model as the optimizer will see it; None takes the trainer's.
 
     Returns:

@@ -26,17 +26,20 @@ if TYPE_CHECKING:  # the trainer imports this file
 SAE_TOKENS = 128  # enough to follow the SAE's explained variance
 
 
-def decode_written(trainer: "SegCompassGRPOTrainer", rollout: Rollout) -> list[Any]:
+def decode_written(
+    trainer: "SegCompassGRPOTrainer", segmentation: dict[str, Any], written: dict[str, Any]
+) -> list[Any]:
     """The masks of the responses, micro-batch by micro-batch, from the states that generation left behind.
 
     Args:
         trainer: the trainer.
-        rollout: its `written` is not None.
+        segmentation: the rollout's image keys and sizes.
+        written: what `decode_masks` takes, but for the image, as generation left it.
 
     Returns:
         One SegCompassOutput per micro-batch.
     """
-    core, segmentation, written = trainer.core, rollout.segmentation, rollout.written
+    core = trainer.core
     if "decode_masks" not in vars(core):
         register_fsdp_forward_method(core, "decode_masks")
     log_explained_variance(trainer, written["z"])
@@ -71,8 +74,8 @@ def decode_in_a_pass(
     if rollout.scored is None:
         args, kwargs = rollout.scoring_inputs or scoring_inputs(trainer, prompts, completion_ids)
         rollout.scored = JointForward(trainer.model, rollout.segmentation, skip_lm_head=True)
-        checkpointing = disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs)
-        with checkpointing, following_sae(trainer):
+        settings: Any = trainer.args.gradient_checkpointing_kwargs
+        with disable_gradient_checkpointing(trainer.model, settings), following_sae(trainer):
             GRPOTrainer._get_per_token_logps_and_entropies(trainer, rollout.scored, *args, **kwargs)
     return rollout.scored.outputs
 
@@ -91,6 +94,7 @@ def scoring_inputs(
         The arguments of `_get_per_token_logps_and_entropies` after the model: positional ones and keywords.
     """
     device = trainer.accelerator.device
+    chat_template_kwargs: Any = trainer.chat_template_kwargs
     inputs = trainer.processing_class.apply_chat_template(
         prompts,
         add_generation_prompt=True,
@@ -98,7 +102,7 @@ def scoring_inputs(
         return_dict=True,
         return_tensors="pt",
         processor_kwargs={"padding": True, "padding_side": "left"},
-        **trainer.chat_template_kwargs,
+        **chat_template_kwargs,
     )
     inputs = {name: torch.as_tensor(value).to(device) for name, value in inputs.items()}
     completions = [torch.tensor(ids, device=device) for ids in completion_ids]

@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ from .losses import SlotPredictions
 from .matching import hungarian, pad_targets, soft_iou
 
 MAX_THINK_CHARACTERS = 2048
-RewardFunction = Callable[..., Sequence[float | None]]
+RewardFunction = Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class MaskPrediction:
 # -- the two built-in rewards -----------------------------------------------------------------------------------------
 
 
-def format_reward(completions: list[str] | list[list[dict]], num_slots: Sequence[int], **kwargs) -> list[float]:
+def format_reward(completions: Sequence[str | list[dict]], num_slots: Sequence[int], **kwargs) -> list[float]:
     """A text reward: each response's `format_score`.
 
     Args:

@@ -134,7 +134,8 @@ def embed_images(trainer: "SegCompassGRPOTrainer", images: list[Image.Image]) ->
         ]
     if "get_image_embeddings" not in vars(core):
         register_fsdp_forward_method(core, "get_image_embeddings")  # gathers the weights under FSDP2, else nothing
-    batch_size, pairs = trainer.args.per_device_train_batch_size, []
+    batch_size = trainer.args.per_device_train_batch_size
+    pairs: list[tuple[Tensor, Tensor]] = []
     for start in range(0, len(images), batch_size):
         inputs = trainer.processing_class.encoder_inputs(images[start : start + batch_size])
         with trainer.accelerator.autocast():

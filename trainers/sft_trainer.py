@@ -89,6 +89,9 @@ class SegCompassSFTTrainer(Trainer):
         >>> trainer.train()
     """
 
+    args: SegCompassSFTConfig
+    processing_class: Any  # a SegCompassProcessor; transformers' annotation allows everything
+
     def __init__(
         self, model: SegCompassModel, args: SegCompassSFTConfig, processing_class: SegCompassProcessor, **kwargs: Any
     ):
@@ -135,7 +138,7 @@ class SegCompassSFTTrainer(Trainer):
             query_source=self.args.query_source,
             num_erased_concepts=self.args.num_erased_concepts * self.with_masks,
         )
-        loss, parts = outputs.loss, {}
+        loss, parts = outputs.loss, dict[str, Tensor]()
         if self.with_masks:
             image_size = self.processing_class.encoder_image_processor.size["longest_edge"]
             extent = valid_extent(inputs["reshaped_input_sizes"], image_size, outputs.pred_masks.shape[-1])

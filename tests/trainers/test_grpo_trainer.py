@@ -1,5 +1,7 @@
 """Joint GRPO and segmentation training, on tiny real LLaVA and Qwen2.5-VL models."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -126,6 +128,47 @@ def test_an_iterable_dataset_and_a_further_reward_work(tmp_path):
     trainer.train()
     assert trainer.state.log_history[0]["rewards/brevity/mean"] > 0
     assert len(seen["scores"]) == 8 and all(isinstance(image, Image.Image) for image in seen["images"])
+
+
+TOY_REWARDS = """
+seen = []
+
+def short_answer(completions, **kwargs):
+    return [1.0 / (1.0 + len(completion[0]["content"])) for completion in completions]
+
+def few_slots(predictions, **kwargs):
+    seen.extend(predictions)
+    return [1.0 - p.slot_mask.float().mean().item() for p in predictions]
+"""
+
+
+def test_text_and_mask_rewards_are_found_by_their_dotted_paths(tmp_path, monkeypatch):
+    (tmp_path / "toy_rewards.py").write_text(TOY_REWARDS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    names = ["toy_rewards.few_slots", "toy_rewards.short_answer"]
+    trainer = make_trainer(tmp_path, reward_funcs=names, reward_weights=[2.0, 1.0], max_steps=1, beta=0.0)
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    assert entry["rewards/few_slots/mean"] == pytest.approx(1 / 4)  # one response of four found no slot
+    assert entry["rewards/short_answer/mean"] > 0 and "rewards/mask_reward/mean" not in entry
+    assert entry["reward"] == pytest.approx(2 * 1 / 4 + entry["rewards/short_answer/mean"])
+    assert "format_share" not in entry  # nothing here knows the format
+    predictions = sys.modules.pop("toy_rewards").seen
+    assert len(predictions) == 8
+    for prediction in predictions:
+        side = 4 * trainer.core.config.key_grid
+        assert prediction.pred_masks.shape == (SLOTS, side, side) and prediction.targets.shape[1:] == (side, side)
+        assert prediction.pred_logits.shape == prediction.slot_mask.shape == (SLOTS,)
+        assert prediction.valid_extent.shape == (2,) and 0 <= prediction.score <= 1
+
+
+def test_rewards_and_weights_of_different_number_are_refused(tmp_path):
+    further = ["segcompass.trainers.rewards.mask_reward"]
+    with pytest.raises(
+        ValueError, match=r"reward_weights is \[0.3, 0.7\], but the rewards are format_reward, mask_re.*"
+    ):
+        make_trainer(tmp_path, trainer_kwargs={"reward_funcs": further})
 
 
 def test_evaluation_logs_the_same_terms(tmp_path):
