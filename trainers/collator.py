@@ -2,11 +2,7 @@
 
 import logging
 from collections import Counter
-<<<<<<< HEAD
-=======
 from collections.abc import Callable, Mapping, Sequence
-from io import BytesIO
->>>>>>> 72e7ef6 (Trainers: types, docstrings and helps; recipes name only what differs; tests for the configs, rewards by path and TRL's privates)
 from typing import Any
 
 from PIL import Image

@@ -94,7 +94,7 @@ class SegCompassGRPOTrainer(GRPOTrainer):
     _paper = {
         "title": "SegCompass: Exploring Interpretable Alignment with Sparse Autoencoders for Enhanced Reasoning "
         "Segmentation",
-        "id": None,  # type: ignore[dict-item]  # it is on no arXiv page
+        "id": None,  # type: ignore[dict-item]  # the card then names no paper page
         "citation": "",
     }
 

@@ -40,8 +40,9 @@ class MaskPrediction:
     """What one response segmented, beside what it should have. K = K_s slots, G targets.
 
     Example:
-        >>> def sure_slots(predictions, **kwargs):
-        ...     return [p.pred_logits.sigmoid()[p.slot_mask].mean().item() for p in predictions]
+        >>> def few_slots(predictions, **kwargs):
+        ...     return [1.0 - p.slot_mask.float().mean().item() for p in predictions]
+        >>> args = SegCompassGRPOConfig("runs/grpo", reward_funcs=["my_rewards.few_slots"], reward_weights=[1.0])
     """
 
     pred_masks: Tensor
