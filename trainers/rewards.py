@@ -188,8 +188,8 @@ def find_rewards(rewards: Sequence[str | RewardFunction]) -> list[RewardFunction
         As many functions, in the same order.
 
     Raises:
-        TypeError: an entry is neither a path nor callable, or a function does not take TRL's keyword arguments.
-        ValueError: a path leads to no function.
+        TypeError: an entry is neither a path nor callable.
+        ValueError: a path leads to no function, or the function does not take TRL's keyword arguments.
 
     Example:
         >>> find_rewards(["segcompass.trainers.rewards.mask_reward"])[0].__name__
@@ -204,7 +204,7 @@ def find_rewards(rewards: Sequence[str | RewardFunction]) -> list[RewardFunction
                 "'my_package.rewards.short_answer', or a function."
             )
         if not isinstance(function, nn.Module) and not _takes_any_keyword(function):
-            raise TypeError(
+            raise ValueError(
                 f"the reward {reward_name(function)}{inspect.signature(function)} takes no **kwargs, but rewards are "
                 "called with every column of the rows; write it as "
                 f"{reward_name(function)}(completions, **kwargs), or (predictions, **kwargs) to read masks."

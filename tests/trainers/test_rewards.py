@@ -181,7 +181,7 @@ def test_functions_and_reward_models_stay_as_they_are():
         ),
         ("segcompass.trainers.rewards.MAX_THINK_CHARACTERS", ValueError, "has no function 'MAX_THINK_CHARACTERS'"),
         (0.5, TypeError, "a reward is a float, 0.5; give the dotted path of a function"),
-        (lambda completions: [0.0], TypeError, r"<lambda>\(completions\) takes no \*\*kwargs"),
+        (lambda completions: [0.0], ValueError, r"<lambda>\(completions\) takes no \*\*kwargs"),
     ],
 )
 def test_what_is_no_reward_is_refused(reward, error, message):
