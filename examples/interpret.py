@@ -30,7 +30,7 @@ from segcompass.loaders import load_rows
 from segcompass.modeling_segcompass.faithfulness import overlap
 from segcompass.modeling_segcompass.token_layout import IMAGE, INSTRUCTION
 from segcompass.trainers.losses import segmentation_loss
-from segcompass.trainers.targets import mask_targets, valid_extent
+from segcompass.trainers.targets import mask_targets
 
 KINDS = ("question", "reasoning", "instance", "background")
 LEVELS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)  # thresholds, in units of the SAE's usual strength
@@ -113,7 +113,7 @@ def measure(model, processor, batch, seed):
         record["pairs"] = []
         if len(targets) and outputs.slot_mask[place].any():
             one = slice(place, place + 1)
-            valid = valid_extent(outputs.reshaped_input_sizes[one], frame, side)
+            valid = model.config.frame.valid_extent(outputs.reshaped_input_sizes[one], side)
             slots = {name: outputs[name][one] for name in ("pred_masks", "heatmaps", "pred_logits", "slot_mask")}
             _, parts = segmentation_loss(type(outputs)(**slots), [targets.to(z.device)], valid)
             record["dice"] = float(parts["mask_dice"])

@@ -15,56 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from trl.trainer.utils import add_fused_lm_head
 
-# -- what differs between MLLM families -------------------------------------------------------------------------------
-
-PER_TOKEN_INPUTS = ("input_ids", "attention_mask", "labels", "token_type_ids", "mm_token_type_ids")
-PER_TOKEN_STATES = ("response_mask", "z", "last_hidden")  # what generation leaves beside those and `image_grid_thw`
-
-
-def continue_prompt(inputs: dict[str, Any], response_ids: Tensor) -> dict[str, Any]:
-    """Inputs of prompts, but for ids and attention mask, as inputs of the prompts with their responses.
-
-    Args:
-        inputs: what the processor made of the prompts, each (B, T_prompt, ...) or per image.
-        response_ids: long (B, T_response).
-
-    Returns:
-        The same inputs, those per token with T_response more columns.
-    """
-    if "mm_token_type_ids" in inputs:  # 0 is text
-        token_types = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(response_ids)], 1)
-        return {**inputs, "mm_token_type_ids": token_types}
-    return inputs
-
-
-def sae_block(core: Any) -> nn.Module:
-    """The decoder block whose output the SAE reads.
-
-    Args:
-        core: a SegCompassModel.
-
-    Returns:
-        A module of the MLLM.
-    """
-    return core.mllm.model.language_model.layers[core.config.sae_config.layer - 1]
-
-
-# -- the calls --------------------------------------------------------------------------------------------------------
-
-
-def trim(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], slice]:
-    """Leave out the columns that are padding in every row.
-
-    Args:
-        inputs: a batch with `attention_mask` (B, T); what is per token is (B, T, ...).
-
-    Returns:
-        The batch with fewer columns, and which of the T columns they are.
-    """
-    used = inputs["attention_mask"].any(0).nonzero()[:, 0]
-    columns = slice(int(used[0]), int(used[-1]) + 1)
-    per_token = (*PER_TOKEN_INPUTS, *PER_TOKEN_STATES)
-    return {name: value[:, columns] if name in per_token else value for name, value in inputs.items()}, columns
+from segcompass.modeling_segcompass.backbone import PER_TOKEN_INPUTS
 
 
 class TrimmedForward:
@@ -84,12 +35,14 @@ class TrimmedForward:
     def __call__(self, **inputs: Any) -> Any:
         """The model's output, with log-probabilities at the columns TRL knows."""
         length = inputs["input_ids"].shape[1]
-        trimmed, columns = trim(inputs)
+        used = inputs["attention_mask"].any(0).nonzero()[:, 0]
+        start, stop = int(used[0]), int(used[-1]) + 1
+        trimmed = {name: v[:, start:stop] if name in PER_TOKEN_INPUTS else v for name, v in inputs.items()}
         output = self._call_model(trimmed)
-        for name in ("log_probs", "entropy"):  # (B, columns - 1) -> (B, T - 1)
+        for name in ("log_probs", "entropy"):  # (B, stop - start - 1) -> (B, T - 1)
             value = getattr(output, name)
             if value is not None:
-                setattr(output, name, nn.functional.pad(value, (columns.start, length - columns.stop)))
+                setattr(output, name, nn.functional.pad(value, (start, length - stop)))
         return output
 
     def _call_model(self, inputs: dict[str, Any]) -> Any:

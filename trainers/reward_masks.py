@@ -15,10 +15,11 @@ from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import pad
 
-from .joint_forward import JointForward, continue_prompt, sae_block, trim
+from segcompass.modeling_segcompass.states import ReasoningStates
+
+from .joint_forward import JointForward
 from .rewards import MaskPrediction, mask_scores
 from .rollout_rows import Rollout
-from .targets import valid_extent
 
 if TYPE_CHECKING:  # the trainer imports this file
     from .grpo_trainer import SegCompassGRPOTrainer
@@ -27,14 +28,14 @@ SAE_TOKENS = 128  # enough to follow the SAE's explained variance
 
 
 def decode_written(
-    trainer: "SegCompassGRPOTrainer", segmentation: dict[str, Any], written: dict[str, Any]
+    trainer: "SegCompassGRPOTrainer", segmentation: dict[str, Any], written: ReasoningStates
 ) -> list[Any]:
     """The masks of the responses, micro-batch by micro-batch, from the states that generation left behind.
 
     Args:
         trainer: the trainer.
         segmentation: the rollout's image keys and sizes.
-        written: what `decode_masks` takes, but for the image, as generation left it.
+        written: the states as generation left them, without the image.
 
     Returns:
         One SegCompassOutput per micro-batch.
@@ -42,18 +43,17 @@ def decode_written(
     core = trainer.core
     if "decode_masks" not in vars(core):
         register_fsdp_forward_method(core, "decode_masks")
-    log_explained_variance(trainer, written["z"])
+    log_explained_variance(trainer, written.z)
     batch_size, outputs = trainer.scoring_batch_size, []
-    for start in range(0, len(written["z"]), batch_size):
+    for start in range(0, len(written.z), batch_size):
         rows = slice(start, start + batch_size)
-        part, _ = trim({name: value[rows] for name, value in written.items() if value is not None})
+        image = {
+            "image_embeddings": torch.stack(segmentation["image_embeddings"][rows]),  # (rows, d_k, h, w)
+            "reshaped_input_sizes": segmentation["reshaped_input_sizes"][rows],
+        }
+        states = written.rows(rows).trimmed()._replace(**image)
         with trainer.accelerator.autocast():
-            output = core.decode_masks(
-                **part,
-                image_embeddings=torch.stack(segmentation["image_embeddings"][rows]),  # (rows, d_k, h, w)
-                reshaped_input_sizes=segmentation["reshaped_input_sizes"][rows],
-            )
-        outputs.append(output)
+            outputs.append(core.decode_masks(**states._asdict()))
     return outputs
 
 
@@ -110,7 +110,7 @@ def scoring_inputs(
     mask = pad([torch.ones_like(row) for row in completions], padding_value=0, padding_side="right")
     input_ids = torch.cat([inputs.pop("input_ids"), ids], 1)  # (B, T)
     attention_mask = torch.cat([inputs.pop("attention_mask"), mask], 1)  # (B, T)
-    inputs = continue_prompt(inputs, ids)
+    trainer.core.backbone.append_text(inputs, ids.shape[1])
     inputs.update(batch_size=trainer.scoring_batch_size, num_images=[1] * len(prompts))
     return (input_ids, attention_mask, ids.shape[1]), inputs
 
@@ -126,13 +126,13 @@ def mask_predictions(trainer: "SegCompassGRPOTrainer", rollout: Rollout, outputs
     Returns:
         B predictions, on the device; their tensors are views of the outputs'.
     """
-    frame = trainer.core.config.image_encoder_config.image_size
+    frame = trainer.core.config.frame
     predictions: list[MaskPrediction] = []
     for output in outputs:
         rows = slice(len(predictions), len(predictions) + len(output.pred_masks))
         targets: Sequence[Tensor] = rollout.segmentation["mask_targets"][rows]
         sizes = rollout.segmentation["reshaped_input_sizes"][rows]
-        extent = valid_extent(sizes, frame, output.pred_masks.shape[-1])  # (rows, 2)
+        extent = frame.valid_extent(sizes, output.pred_masks.shape[-1])  # (rows, 2)
         scores = mask_scores(output, targets, extent)
         samples = (output.pred_masks, output.pred_logits, output.slot_mask, targets, extent, scores)
         predictions += [MaskPrediction(*sample) for sample in zip(*samples, strict=True)]
@@ -155,7 +155,9 @@ def following_sae(trainer: "SegCompassGRPOTrainer") -> Iterator[None]:
         if not seen:
             seen.append(output[0] if isinstance(output, tuple) else output)
 
-    hook = sae_block(trainer.core).register_forward_hook(keep)
+    core = trainer.core
+    block = core.backbone.blocks(core.mllm)[core.config.sae_config.layer - 1]
+    hook = block.register_forward_hook(keep)
     try:
         yield
     finally:
