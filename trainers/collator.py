@@ -38,7 +38,6 @@ class SegCompassCollator:
         self.processor = processor
         self.mask_side = mask_side
         self.image_features = image_features
-        self.frame = processor.encoder_image_processor.size["longest_edge"]
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Any:
         """Collate rows.
@@ -69,7 +68,8 @@ class SegCompassCollator:
         if self.image_features is not None:
             batch.update(self.image_features.inputs([row["image"] for row in rows]))
         batch["mask_targets"] = [
-            mask_targets(row["masks"], row["height"], row["width"], self.frame, self.mask_side) for row in rows
+            mask_targets(row["masks"], row["height"], row["width"], self.processor.frame.side, self.mask_side)
+            for row in rows
         ]
         return batch
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .targets import reshaped_size
+from segcompass.modeling_segcompass.image_encoder import Frame
 
 META = "cache.json"
 FORMAT = 1
@@ -231,11 +231,12 @@ class ImageFeatures:
         Returns:
             image_embeddings float16 (B, d_k, h, w); original_sizes and reshaped_input_sizes long (B, 2), (H, W).
         """
+        frame = Frame(self.image_size)
         sizes = [(image.height, image.width) for image in images]
         return {
             "image_embeddings": torch.stack([self[image] for image in images]),  # (B, d_k, h, w)
             "original_sizes": torch.tensor(sizes),  # (B, 2)
-            "reshaped_input_sizes": torch.tensor([reshaped_size(*size, self.image_size) for size in sizes]),
+            "reshaped_input_sizes": torch.tensor([frame.reshaped_size(*size) for size in sizes]),
         }
 
 

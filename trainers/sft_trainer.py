@@ -19,7 +19,6 @@ from .image_features import open_image_features
 from .losses import LOG_PREFIX, LossWeights, erasure_loss, segmentation_loss
 from .optimization import RateMultipliers, component_optimizer
 from .policy import freeze
-from .targets import valid_extent
 
 
 @dataclass
@@ -140,8 +139,8 @@ class SegCompassSFTTrainer(Trainer):
         )
         loss, parts = outputs.loss, dict[str, Tensor]()
         if self.with_masks:
-            image_size = self.processing_class.encoder_image_processor.size["longest_edge"]
-            extent = valid_extent(inputs["reshaped_input_sizes"], image_size, outputs.pred_masks.shape[-1])
+            frame, side = self.processing_class.frame, outputs.pred_masks.shape[-1]
+            extent = frame.valid_extent(inputs["reshaped_input_sizes"], side)  # (B, 2)
             segmentation, parts = segmentation_loss(outputs, targets, extent, self.args)
             loss = loss + segmentation
             if outputs.erased is not None:

@@ -8,25 +8,7 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 
-
-def reshaped_size(height: int, width: int, image_size: int) -> tuple[int, int]:
-    """(H, W) of an image inside the encoder's frame: the longest side becomes `image_size`, in whole pixels."""
-    scale = image_size / max(height, width)
-    return int(height * scale + 0.5), int(width * scale + 0.5)
-
-
-def valid_extent(reshaped_sizes: torch.Tensor, image_size: int, grid_size: int) -> torch.Tensor:
-    """The unpadded part of a square grid over the image encoder's frame.
-
-    Args:
-        reshaped_sizes: long (B, 2), each image's (height, width) inside the frame in pixels.
-        image_size: side of the frame in pixels.
-        grid_size: side of the grid in cells.
-
-    Returns:
-        long (B, 2), (height, width) in cells; a cell that is partly image counts.
-    """
-    return (reshaped_sizes * grid_size + image_size - 1) // image_size
+from segcompass.modeling_segcompass.image_encoder import Frame
 
 
 def mask_targets(masks: list[dict], height: int, width: int, image_size: int, grid_size: int) -> torch.Tensor:
@@ -49,7 +31,7 @@ def mask_targets(masks: list[dict], height: int, width: int, image_size: int, gr
         ValueError: a mask's size is not `[height, width]`.
     """
     targets = torch.zeros(len(masks), grid_size, grid_size)
-    frame_height, frame_width = reshaped_size(height, width, image_size)
+    frame_height, frame_width = Frame(image_size).reshaped_size(height, width)
     cell = image_size / grid_size
     cell_height, cell_width = cell * height / frame_height, cell * width / frame_width  # in source pixels
     for index, mask in enumerate(masks):

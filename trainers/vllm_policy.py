@@ -99,7 +99,7 @@ def policy_engine(model: Any, processor: Any, args: Any) -> Iterator[None]:
             if PartialState().is_main_process:
                 export_policy(core, processor, folder)
         core.name_or_path = str(folder)
-    engine, name = grpo_trainer.VLLMGeneration, core.name_or_path
+    engine = grpo_trainer.VLLMGeneration
     grpo_trainer.VLLMGeneration = PolicyEngine  # type: ignore[misc]
     try:
         yield

@@ -17,7 +17,6 @@ from segcompass.trainers.joint_forward import JointForward
 from segcompass.trainers.losses import LossWeights, segmentation_loss
 from segcompass.trainers.policy import lora_config
 from segcompass.trainers.rewards import mask_reward, mask_scores
-from segcompass.trainers.targets import valid_extent
 from tests.support.grpo import (
     SLOTS,
     force_responses,
@@ -260,7 +259,7 @@ def test_joint_gradient_is_the_sum_of_separately_computed_gradients(tmp_path):
         image_embeddings=torch.stack(batch["image_embeddings"]),
         reshaped_input_sizes=batch["reshaped_input_sizes"],
     )
-    extent = valid_extent(batch["reshaped_input_sizes"], 32, output.pred_masks.shape[-1])
+    extent = core.config.frame.valid_extent(batch["reshaped_input_sizes"], output.pred_masks.shape[-1])
     weights = LossWeights(lambda_s=1.0, lambda_c=0.2, lambda_d=0.6)
     loss, _ = segmentation_loss(output, batch["mask_targets"], extent, weights)
     segmentation = torch.autograd.grad(loss, learning, allow_unused=True)
@@ -320,8 +319,9 @@ def test_rewarded_masks_do_not_depend_on_which_pass_decoded_them(tmp_path, backb
         reshaped_input_sizes=batch["reshaped_input_sizes"],
         **{name: batch[name] for name in ("pixel_values", "image_grid_thw", "mm_token_type_ids") if name in batch},
     )
-    valid = valid_extent(batch["reshaped_input_sizes"], 32, output.pred_masks.shape[-1])
-    assert mask_scores(output, batch["mask_targets"], valid) == pytest.approx(scores[0], abs=1e-5)
+    frame, side = trainer.core.config.frame, output.pred_masks.shape[-1]
+    extent = frame.valid_extent(batch["reshaped_input_sizes"], side)
+    assert mask_scores(output, batch["mask_targets"], extent) == pytest.approx(scores[0], abs=1e-5)
 
 
 @pytest.mark.parametrize("case", [dict(beta=0.0), dict(beta=0.2), dict(beta=0.0, num_iterations=2)], ids=str)

@@ -5,7 +5,8 @@ import pytest
 import torch
 from pycocotools import mask as coco_mask
 
-from segcompass.trainers.targets import mask_targets, reshaped_size, valid_extent
+from segcompass.modeling_segcompass.image_encoder import Frame
+from segcompass.trainers.targets import mask_targets
 
 
 def encode(mask):
@@ -24,7 +25,7 @@ def blobs(height, width, count, seed=0):
 def coverage_by_subdivision(mask, image_size, grid_size, fine=8):
     """Independent: sample every cell at fine x fine interior points, nearest source pixel, 0 in the padding."""
     height, width = mask.shape
-    frame_height, frame_width = reshaped_size(height, width, image_size)
+    frame_height, frame_width = Frame(image_size).reshaped_size(height, width)
     points = (np.arange(grid_size * fine) + 0.5) * image_size / (grid_size * fine)
     rows, columns = points * height / frame_height, points * width / frame_width
     sampled = np.zeros((points.size, points.size))
@@ -43,7 +44,7 @@ def test_area_is_conserved_and_padding_is_zero(shape):
     targets = mask_targets([encode(m) for m in masks], *shape, image_size, grid_size)
     assert targets.shape == (3, grid_size, grid_size) and targets.dtype == torch.float32
     assert targets.min() >= 0 and targets.max() <= 1
-    frame_height, frame_width = reshaped_size(*shape, image_size)
+    frame_height, frame_width = Frame(image_size).reshaped_size(*shape)
     for target, mask in zip(targets.double(), masks, strict=True):
         area = target.sum().item() * (image_size / grid_size) ** 2
         expected = mask.sum() * (frame_height / shape[0]) * (frame_width / shape[1])
@@ -78,4 +79,4 @@ def test_a_mask_of_another_size_is_refused():
 
 def test_valid_extent_counts_every_cell_the_image_touches():
     sizes = torch.tensor([[128, 65], [1, 128], [96, 64]])
-    assert valid_extent(sizes, image_size=128, grid_size=32).tolist() == [[32, 17], [1, 32], [24, 16]]
+    assert Frame(128).valid_extent(sizes, grid_size=32).tolist() == [[32, 17], [1, 32], [24, 16]]
