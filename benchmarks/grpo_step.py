@@ -76,7 +76,7 @@ def script(model, ids):
             with torch.no_grad():
                 model.mllm.model(**inputs)
             eos = model.generation_config.eos_token_id
-            written.append(recorder.read_back(sequences, input_ids, attention_mask, eos))
+            written.append(recorder.states_of_generation(sequences, input_ids, attention_mask, eos))
         recorder.states = written[0]
         return sequences
 

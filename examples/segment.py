@@ -1,4 +1,4 @@
-"""Segment what an instruction means in an image, and draw every step; the same as `segcompass segment`.
+"""Segment what an instruction means in an image; the same as `segcompass segment`.
 
 python examples/segment.py
 python examples/segment.py photo.jpg "the mug nearest the sink" --model PATH --output runs/mug --explain

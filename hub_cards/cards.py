@@ -4,11 +4,14 @@ A card says only what it is given: a figure that nobody measured leaves no row b
 it stands once the repository exists.
 """
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import transformers
 from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData, RepoCard, SpaceCardData
+
+from segcompass.modeling_segcompass import SegCompassConfig, SparseAutoencoderConfig
 
 TEMPLATES = Path(__file__).parent / "templates"
 TAGS = ["segcompass", "reasoning-segmentation", "sparse-autoencoder", "custom_code"]
@@ -16,7 +19,13 @@ SCORES = ("gIoU", "cIoU", "N-acc", "T-acc")
 
 
 class Evaluation(NamedTuple):
-    """What `examples/evaluate.py` measured on one data set."""
+    """What `segcompass evaluate` measured on one data set.
+
+    Example:
+        metrics = json.loads(Path("runs/test/metrics.json").read_text())
+        evaluation = Evaluation(metrics, "Scenes, test", "scenes", "test")
+        card = model_card("USER/segcompass", config, "the mug", [evaluation])
+    """
 
     metrics: dict
     """the content of metrics.json: fractions in [0, 1] by name, with "protocol" and "n"."""
@@ -26,15 +35,15 @@ class Evaluation(NamedTuple):
     """its Hub id, or the name of a loader."""
     split: str
     command: str | None = None
-    """the command that printed the figures."""
+    """the command that measured it."""
 
-    def scores(self):
+    def scores(self) -> dict[str, float]:
         """The metrics that compare models, where there was something to divide by; no Pr@X, counts or groups."""
         return {name: self.metrics[name] for name in SCORES if self.metrics.get(name) is not None}
 
-    def results(self):
-        """huggingface_hub's form, each with the protocol and the number of samples."""
-        told = {"protocol": self.metrics["protocol"], "n": self.metrics["n"]}
+    def results(self) -> list[EvalResult]:
+        """The scores in huggingface_hub's form, each with the protocol and the number of samples."""
+        counted = {"protocol": self.metrics["protocol"], "n": self.metrics["n"]}
         return [
             EvalResult(
                 task_type="image-segmentation",
@@ -43,38 +52,47 @@ class Evaluation(NamedTuple):
                 dataset_name=self.name,
                 dataset_split=self.split,
                 metric_type=metric,
-                metric_name=f"{metric} ({told['protocol']} protocol)",
+                metric_name=f"{metric} ({counted['protocol']} protocol)",
                 metric_value=value,
-                metric_args=told,
+                metric_args=counted,
             )
             for metric, value in self.scores().items()
         ]
 
 
 def model_card(
-    repo_id,
-    config,
-    instruction,
-    evaluations=(),
+    repo_id: str,
+    config: SegCompassConfig,
+    instruction: str,
+    evaluations: Sequence[Evaluation] = (),
     *,
-    license="apache-2.0",
-    base_model=None,
-    datasets=None,
-    language="en",
-    training=None,
-    sae_quality=None,
-    limitations=None,
-    emissions=None,
-):
+    license: str = "apache-2.0",
+    base_model: Iterable[str] | None = None,
+    datasets: list[str] | None = None,
+    language: str = "en",
+    training: dict | None = None,
+    sae_quality: dict | None = None,
+    limitations: str | None = None,
+    emissions: float | None = None,
+) -> ModelCard:
     """The card of a SegCompass model.
 
     Args:
-        repo_id: where it will live; config: its SegCompassConfig (`references` are told).
-        instruction: what the snippet asks of the `example.png` pushed beside the model.
-        evaluations: Evaluation tuples; they become the table and the model-index.
-        base_model: Hub ids of the backbones; without it, those that the config names. Local folders are left out.
-        datasets: Hub ids of the training data. training: {argument: value}. sae_quality: {measure: value}.
-        limitations: sentences about what it cannot do. emissions: grams of CO2, or None where unknown.
+        repo_id: the model's repository.
+        config: the model's; its `references` become a table.
+        instruction: what the snippet asks about the `example.png` beside the model.
+        evaluations: they become the table and the model-index.
+        license: of the weights.
+        base_model: Hub ids of the backbones; None takes those that the config names, without local folders.
+        datasets: Hub ids of the training data.
+        language: of instructions and reasoning.
+        training: argument -> value.
+        sae_quality: measure -> value.
+        limitations: sentences about what the model cannot do.
+        emissions: grams of CO2 of the training; None where unknown.
+
+    Returns:
+        The card, not yet saved.
 
     Raises:
         ValueError: an evaluation without its protocol.
@@ -82,7 +100,7 @@ def model_card(
     for evaluation in evaluations:
         if not evaluation.metrics.get("protocol"):
             raise ValueError(f"the evaluation on {evaluation.name!r} names no protocol; pass metrics.json as it is.")
-    base_model = backbones(config) if base_model is None else base_model
+    base_model = backbones(config) if base_model is None else list(base_model)
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-segmentation",
@@ -112,19 +130,35 @@ def model_card(
     )
 
 
-def backbones(config):
+def backbones(config: SegCompassConfig) -> list[str]:
     """Hub ids among the names that the config's backbones were loaded under."""
     names = [config.mllm_config._name_or_path, config.image_encoder_config._name_or_path]
     return [name for name in names if name and name.count("/") == 1 and not Path(name).exists()]
 
 
-def sae_card(repo_id, config, *, quality=None, license="apache-2.0", datasets=None, training=None, command=None):
+def sae_card(
+    repo_id: str,
+    config: SparseAutoencoderConfig,
+    *,
+    quality: dict | None = None,
+    license: str = "apache-2.0",
+    datasets: list[str] | None = None,
+    training: dict | None = None,
+    command: str | None = None,
+) -> ModelCard:
     """The card of a sparse autoencoder.
 
     Args:
-        repo_id: where it will live; config: its SparseAutoencoderConfig.
-        quality: {measure: value}, as `trainers.evaluate_sae` returns; command: what printed them.
-        training: {argument: value}; datasets: Hub ids of the data whose hidden states it was trained on.
+        repo_id: the SAE's repository.
+        config: the SAE's.
+        quality: measure -> value, as in the quality.json of `segcompass evaluate-sae`.
+        license: of the weights.
+        datasets: Hub ids of the data whose hidden states it was trained on.
+        training: argument -> value.
+        command: what measured the quality.
+
+    Returns:
+        The card, not yet saved.
     """
     on_hub = config.backbone and config.backbone.count("/") == 1
     data = ModelCardData(
@@ -146,13 +180,27 @@ def sae_card(repo_id, config, *, quality=None, license="apache-2.0", datasets=No
     )
 
 
-def dataset_card(repo_id, split, *, description, license="apache-2.0", language="en", metadata=None):
+def dataset_card(
+    repo_id: str,
+    split: str,
+    *,
+    description: str,
+    license: str = "apache-2.0",
+    language: str = "en",
+    metadata: dict[str, Any] | None = None,
+) -> DatasetCard:
     """The card of a data set in the project's row schema.
 
     Args:
-        repo_id: where it will live; split: the one that the snippet loads.
+        repo_id: the data set's repository.
+        split: the one that the snippet loads.
         description: what the rows are and where they come from.
+        license: of the rows.
+        language: of the instructions.
         metadata: what `datasets` noted in the repository's card (`dataset_info`, `configs`), kept as it is.
+
+    Returns:
+        The card, not yet saved.
     """
     data = DatasetCardData(
         license=license,
@@ -167,8 +215,16 @@ def dataset_card(repo_id, split, *, description, license="apache-2.0", language=
     )
 
 
-def metric_card(repo_id, text):
-    """The card of the metric, which lives in a Space: `text` is the module's own README without its metadata."""
+def metric_card(repo_id: str, text: str) -> RepoCard:
+    """The card of the metric, which is a Space.
+
+    Args:
+        repo_id: the Space.
+        text: the module's own README without its metadata.
+
+    Returns:
+        The card, not yet saved.
+    """
     data = SpaceCardData(
         title="Reasoning segmentation", sdk="static", tags=["evaluate", "metric", "image-segmentation"]
     )

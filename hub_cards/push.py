@@ -1,15 +1,20 @@
 """Pushing models, SAEs, data sets and the metric, each with its card, in one commit where the Hub allows it.
 
-A push that changes nothing makes no commit, and a push that is cut off leaves the repository as it was. All functions
-take the Hub from the environment (`HF_ENDPOINT`, `HF_TOKEN`) and raise the Hub's own errors.
+A push that changes nothing makes no commit, and an interrupted push leaves the repository as it was. All functions take
+the Hub from the environment (`HF_ENDPOINT`, `HF_TOKEN`) and raise the Hub's own errors.
 """
 
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
-from huggingface_hub import DatasetCard, HfApi, RepoCard
+import torch
+from datasets import Dataset, DatasetDict
+from huggingface_hub import CommitInfo, DatasetCard, HfApi, RepoCard
+from PIL import Image
 
+from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor, SparseAutoencoder
 from segcompass.modeling_segcompass.checkpoints import SUBMODELS
 
 from .cards import dataset_card, metric_card, model_card, sae_card
@@ -18,21 +23,36 @@ STALE = ["*.safetensors", "*.safetensors.index.json", "*.py"]  # of an earlier p
 
 
 def push_model(
-    model, processor, repo_id, example, *, references=None, branch=None, tag=None, private=None, token=None, **card
-):
+    model: SegCompassModel,
+    processor: SegCompassProcessor,
+    repo_id: str,
+    example: tuple[Image.Image, str],
+    *,
+    references: dict[str, str] | None = None,
+    branch: str | None = None,
+    tag: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    **card: Any,
+) -> CommitInfo:
     """Push a SegCompass model with its processor, its code and its card.
 
     Args:
-        model, processor: as `save_pretrained` saves them.
-        example: (PIL image, instruction) that the card's snippet asks about; the image becomes `example.png`.
-        references: {"mllm" | "image_encoder" | "sae": "repo_id" or "repo_id@revision"}, parts to refer to instead of
+        model: the model.
+        processor: its processor.
+        repo_id: the repository; made if it does not exist.
+        example: PIL image and instruction that the card's snippet asks about; the image becomes `example.png`.
+        references: "mllm", "image_encoder" or "sae" -> "repo_id" or "repo_id@revision": parts to refer to instead of
             carrying them. The revision is pinned to the commit it names now, and the part must be the same there,
             bit for bit.
-        branch: where to push, made from main when it is new. tag: name for the commit afterwards.
-        card: what else `model_card` tells (evaluations, license, training, limitations, ...).
+        branch: where to push, made from main when it is new; None pushes to main.
+        tag: name for the commit afterwards.
+        private: whether a new repository is private.
+        token: None takes the environment's.
+        **card: what else `model_card` takes (evaluations, license, training, limitations, …).
 
     Returns:
-        CommitInfo; its `oid` is the revision to pin.
+        Its `oid` is the revision to pin.
 
     Raises:
         ValueError: a reference whose weights differ from the model's.
@@ -49,8 +69,21 @@ def push_model(
         return upload(api, folder, described, repo_id, "model", "Push SegCompass model", branch, tag, private)
 
 
-def pin(api, model, part, repo):
-    """{"repo_id", "revision"} of a part kept elsewhere, once its weights there are known to be the model's."""
+def pin(api: HfApi, model: SegCompassModel, part: str, repo: str) -> dict[str, str]:
+    """Where a part is kept, once its weights there are known to be the model's.
+
+    Args:
+        api: the Hub.
+        model: the model that is pushed.
+        part: "mllm", "image_encoder" or "sae".
+        repo: "repo_id" or "repo_id@revision".
+
+    Returns:
+        "repo_id" and "revision", a commit.
+
+    Raises:
+        ValueError: its weights there differ from the model's.
+    """
     repo_id, _, revision = repo.partition("@")
     revision = api.repo_info(repo_id, revision=revision or None).sha
     theirs = SUBMODELS[part].from_pretrained(repo_id, revision=revision, token=api.token).state_dict()
@@ -64,27 +97,68 @@ def pin(api, model, part, repo):
     return {"repo_id": repo_id, "revision": revision}
 
 
-def same(ours, theirs):
+def same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Whether two tensors are equal bit for bit, in shape and dtype too."""
     return ours.shape == theirs.shape and ours.dtype == theirs.dtype and bool((ours.cpu() == theirs.cpu()).all())
 
 
-def push_sae(sae, repo_id, *, branch=None, tag=None, private=None, token=None, **card):
-    """Push a SparseAutoencoder with its code and its card (`card`: see `sae_card`). Returns CommitInfo."""
+def push_sae(
+    sae: SparseAutoencoder,
+    repo_id: str,
+    *,
+    branch: str | None = None,
+    tag: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    **card: Any,
+) -> CommitInfo:
+    """Push a sparse autoencoder with its code and its card.
+
+    Args:
+        sae: the SAE.
+        repo_id: the repository; made if it does not exist.
+        branch: where to push; None pushes to main.
+        tag: name for the commit afterwards.
+        private: whether a new repository is private.
+        token: None takes the environment's.
+        **card: what else `sae_card` takes.
+
+    Returns:
+        Its `oid` is the revision to pin.
+    """
     with TemporaryDirectory() as folder:
         sae.save_pretrained(folder)
         described = sae_card(repo_id, sae.config, **card)
         return upload(HfApi(token=token), folder, described, repo_id, "model", "Push SAE", branch, tag, private)
 
 
-def push_dataset(dataset, repo_id, description, *, split=None, branch=None, tag=None, private=None, token=None, **card):
+def push_dataset(
+    dataset: Dataset | DatasetDict,
+    repo_id: str,
+    description: str,
+    *,
+    split: str | None = None,
+    branch: str | None = None,
+    tag: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    **card: Any,
+) -> CommitInfo:
     """Push rows as parquet through `datasets`, then their card.
 
     Args:
-        dataset: a Dataset or DatasetDict in the row schema; split: the name of a Dataset's split ("train").
-        description, card: see `dataset_card`.
+        dataset: rows in the project's schema.
+        repo_id: the repository; made if it does not exist.
+        description: what the rows are and where they come from.
+        split: the name of a Dataset's split; None takes "train".
+        branch: where to push; None pushes to main.
+        tag: name for the commit afterwards.
+        private: whether a new repository is private.
+        token: None takes the environment's.
+        **card: what else `dataset_card` takes.
 
     Returns:
-        CommitInfo of the last commit: the card's, or the data's when the card stands as it was.
+        The last commit: the card's, or the data's when the card is unchanged.
     """
     api = HfApi(token=token)
     names = {"split": split} if split else {}
@@ -97,26 +171,63 @@ def push_dataset(dataset, repo_id, description, *, split=None, branch=None, tag=
         return upload(api, folder, described, repo_id, "dataset", "Describe the data", branch, tag, private)
 
 
-def push_metric(folder, repo_id, *, branch=None, tag=None, private=None, token=None):
+def push_metric(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    branch: str | None = None,
+    tag: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+) -> CommitInfo:
     """Push a metric module as the Space that `evaluate.load(repo_id)` reads.
 
     Args:
-        folder: holds `<name>.py` and README.md, as `loaders/reasoning_segmentation` does.
-        repo_id: the module is renamed after it, because `evaluate` looks it up by that name.
+        folder: holds `<name>.py` and README.md, as `segcompass.METRIC` does.
+        repo_id: the Space; the module is renamed after it, because `evaluate` looks it up by that name.
+        branch: where to push; None pushes to main.
+        tag: name for the commit afterwards.
+        private: whether a new repository is private.
+        token: None takes the environment's.
 
     Returns:
-        CommitInfo.
+        Its `oid` is the revision to pin.
     """
     folder = Path(folder)
     text = RepoCard.load(folder / "README.md").text
-    card = metric_card(repo_id, text.replace("loaders/reasoning_segmentation", repo_id))
+    card = metric_card(repo_id, text.replace("segcompass.METRIC", f'"{repo_id}"'))  # who pulls it has no segcompass
     with TemporaryDirectory() as copy:
         shutil.copyfile(folder / f"{folder.name}.py", Path(copy, f"{repo_id.split('/')[-1]}.py"))
         return upload(HfApi(token=token), copy, card, repo_id, "space", "Push metric", branch, tag, private)
 
 
-def upload(api, folder, card, repo_id, kind, message, branch, tag, private):
-    """One commit with everything in the folder and the card; nothing where nothing changed. Returns CommitInfo."""
+def upload(
+    api: HfApi,
+    folder: str,
+    card: RepoCard,
+    repo_id: str,
+    kind: str,
+    message: str,
+    branch: str | None,
+    tag: str | None,
+    private: bool | None,
+) -> CommitInfo:
+    """One commit with everything in the folder and the card; none where nothing changed.
+
+    Args:
+        api: the Hub.
+        folder: what to upload.
+        card: becomes the folder's README.md.
+        repo_id: the repository; made if it does not exist.
+        kind: "model", "dataset" or "space".
+        message: of the commit.
+        branch: where to push; None pushes to main.
+        tag: name for the commit afterwards.
+        private: whether a new repository is private.
+
+    Returns:
+        The commit, or the last one where nothing changed.
+    """
     card.save(Path(folder, "README.md"))
     sdk = {"space_sdk": "static"} if kind == "space" else {}
     api.create_repo(repo_id, repo_type=kind, private=private, exist_ok=True, **sdk)

@@ -1,15 +1,27 @@
-"""Loaders: every one returns a `datasets.Dataset` in the one row schema (see the README)."""
+"""Data sets by name: every loader returns a `datasets.Dataset` of the one row schema (`rows.FEATURES`).
 
+Knows nothing about models or trainers. The metric lies in the folder `reasoning_segmentation`.
+"""
+
+import os
+from functools import partial
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 
-from datasets import load_dataset, load_from_disk
+from datasets import Dataset, IterableDataset
 
-from .hub import load_parquet
+from .folder import load_folder
 from .jsonl import load_jsonl
 from .obelics import load_obelics
+from .parquet import load_parquet
 from .reasonseg import load_reasonseg
 from .refcoco import SPLIT_BY, load_refcoco
-from .scenes import NUM_SHARDS, load_scenes
+from .registry import LOADERS, Loader, call_loader, import_loader, known_datasets, register_loader
+from .scenes import load_scenes
+
+for _module in iter_modules(__path__):  # a new file that registers a loader needs no mention here
+    import_module(f"{__name__}.{_module.name}")
 
 BENCHMARKS = (*SPLIT_BY, "reasonseg")
 METRIC = str(Path(__file__).resolve().parent / "reasoning_segmentation")
@@ -17,68 +29,66 @@ METRIC = str(Path(__file__).resolve().parent / "reasoning_segmentation")
 
 
 def load_rows(
-    dataset,
-    split="train",
-    seed=0,
-    num_samples=1000,
-    streaming=False,
-    root=None,
-    split_by=None,
-    unit="sentence",
-    image_dir=None,
-):
+    dataset: str | os.PathLike,
+    split: str = "train",
+    seed: int = 0,
+    num_samples: int | None = 1000,
+    streaming: bool = False,
+    root: str | os.PathLike | None = None,
+    split_by: str | None = None,
+    unit: str = "sentence",
+    image_dir: str | os.PathLike | None = None,
+) -> Dataset | IterableDataset:
     """Rows by name.
 
     Args:
-        dataset: "scenes" (procedural), a name of `BENCHMARKS`, "obelics", a .jsonl file, or a folder that
-            `examples/prepare_data.py` or `datasets.Dataset.save_to_disk` wrote.
-        split, num_samples: the first so many rows of a split; None means all (not for scenes).
-        seed: of the scenes.
+        dataset: a name of `LOADERS`, a .jsonl file, a folder that `segcompass prepare-data` or
+            `datasets.Dataset.save_to_disk` wrote, or the dotted path of a function that returns rows.
+        split: which split.
+        seed: seed of the procedural scenes; others ignore it.
+        num_samples: the first so many rows, or None for all (the scenes need a number).
         streaming: an IterableDataset instead.
-        root, split_by, unit, image_dir: of the benchmarks and OBELICS; see their loaders.
+        root: of a benchmark or OBELICS: the folder with the files its authors released.
+        split_by: of the RefCOCO family: whose division into splits.
+        unit: of a benchmark: what one row is, see `load_refcoco`.
+        image_dir: of the RefCOCO family and OBELICS: the folder of the images.
+
+    Returns:
+        The rows, with the columns of `rows.FEATURES`.
 
     Raises:
-        ValueError: none of these, or a benchmark without its root.
+        ValueError: no such data set, or one without an argument that it needs.
+        Exception: whatever the data set's loader raises.
+
+    Example:
+        >>> load_rows("scenes", "val", num_samples=2)["kind"][:]
+        ['comparison', 'extreme']
     """
-    if dataset == "scenes":
-        return load_scenes(split=split, seed=seed, num_samples=num_samples, streaming=streaming)
-    if dataset in (*BENCHMARKS, "obelics") and root is None:
-        raise ValueError(f"dataset {dataset!r} needs its root: the folder with the files its authors released.")
-    if dataset == "obelics":
-        rows = load_obelics(root, image_dir, num_samples)
-    elif dataset == "reasonseg":
-        rows = load_reasonseg(root, split, unit, num_samples)
-    elif dataset in BENCHMARKS:
-        rows = load_refcoco(root, dataset, split_by, split, image_dir, unit, num_samples)
-    elif str(dataset).endswith(".jsonl"):
-        rows = load_jsonl(dataset, split, num_samples)
-    else:
-        rows = _load_folder(dataset, split)
-        if num_samples is not None:
-            rows = rows.select(range(min(num_samples, len(rows))))
-    return rows.to_iterable_dataset(num_shards=min(NUM_SHARDS, len(rows))) if streaming else rows
+    dataset, load = str(dataset), _loader(str(dataset))
+    options = {"split": split, "seed": seed, "root": root, "split_by": split_by, "unit": unit, "image_dir": image_dir}
+    return call_loader(dataset, load, num_samples, streaming, **options)
 
 
-def _load_folder(folder, split):
-    """Rows that prepare_data.py or save_to_disk wrote. Raises ValueError."""
-    if not Path(folder).is_dir():
-        raise ValueError(
-            f"dataset {folder!r} is neither 'scenes', one of {', '.join(BENCHMARKS)}, obelics, a .jsonl file, nor a "
-            "folder written by prepare_data.py or Dataset.save_to_disk."
-        )
-    files = sorted(str(file) for file in Path(folder).glob(f"{split}-*.parquet"))
-    if files:
-        return load_dataset("parquet", data_files={split: files}, split=split)
-    try:
-        rows = load_from_disk(folder)
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder} holds neither {split}-*.parquet nor a data set written by save_to_disk.") from error
-    return rows[split] if hasattr(rows, "keys") else rows
+def _loader(dataset: str) -> Loader:
+    """The function that loads a data set. Raises ValueError when there is none."""
+    if dataset in LOADERS:
+        return LOADERS[dataset]
+    if dataset.endswith(".jsonl"):
+        return partial(load_jsonl, dataset)
+    if Path(dataset).is_dir():
+        return partial(load_folder, dataset)
+    load = import_loader(dataset)
+    if load is None:
+        raise ValueError(f"dataset {dataset!r} is not known; give one of {known_datasets()}.")
+    return load
 
 
 __all__ = [
     "BENCHMARKS",
+    "LOADERS",
     "METRIC",
+    "known_datasets",
+    "load_folder",
     "load_jsonl",
     "load_obelics",
     "load_parquet",
@@ -86,4 +96,5 @@ __all__ = [
     "load_refcoco",
     "load_rows",
     "load_scenes",
+    "register_loader",
 ]

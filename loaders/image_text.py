@@ -11,12 +11,12 @@ from pathlib import Path
 
 from datasets import Dataset, Image, IterableDataset, Sequence, load_dataset, load_from_disk
 
-from .scenes import load_scenes
+from .registry import LOADERS, call_loader, first_rows, import_loader
 
 IMAGE_COLUMNS = ("image", "image_path", "img_path", "path", "image_url", "url")
 TEXT_COLUMNS = ("text", "instruction", "question", "prompt", "caption")
 RESPONSE_COLUMNS = ("response", "answer")
-"""Names under which a row's parts are looked for, the first that has something counting."""
+"""Names under which a row's parts are looked for; the first that has something counts."""
 
 
 def load_image_text(
@@ -26,10 +26,10 @@ def load_image_text(
 
     Args:
         dataset: "scenes"; a folder that `save_to_disk` wrote; a `.jsonl` file (paths of images in it are relative to
-            the file); or the id of a data set on the Hub.
-        split: of the data set; a `.jsonl` file has one only.
-        seed: of the scenes.
-        num_samples: rows at most; None means all, and the scenes then are 100,000.
+            the file); the dotted path of a function that returns rows; or the id of a data set on the Hub.
+        split: which split; a `.jsonl` file has one only.
+        seed: seed of the procedural scenes; others ignore it.
+        num_samples: rows at most; None means all, and 100,000 scenes.
         streaming: read (or draw) rows while they are used instead of storing them first.
 
     Returns:
@@ -37,11 +37,18 @@ def load_image_text(
 
     Raises:
         ValueError: num_samples is below 1, or the data set cannot be found.
+
+    Example:
+        >>> row = next(iter(load_image_text("scenes", "val", num_samples=1)))
+        >>> image_text(row)["text"]
+        'everything larger than the moon'
     """
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}; ask for at least one row, or None for all.")
     if dataset == "scenes":
-        return load_scenes(split, seed, num_samples or 100_000, streaming=streaming)
+        num_samples = num_samples or 100_000
+    if dataset in LOADERS:
+        return call_loader(dataset, LOADERS[dataset], num_samples, streaming, split=split, seed=seed)
     path = Path(dataset)
     if path.suffix in (".jsonl", ".json"):
         if not path.is_file():
@@ -51,22 +58,25 @@ def load_image_text(
     elif path.is_dir():
         rows = load_from_disk(dataset)
         rows = rows[split] if isinstance(rows, Mapping) else rows
+    elif load := import_loader(dataset):
+        rows = call_loader(dataset, load, num_samples, streaming, split=split, seed=seed)
     else:
         rows = load_dataset(dataset, split=split, streaming=streaming)
-    rows = _undecoded(rows)
-    if num_samples is None:
-        return rows
-    if isinstance(rows, IterableDataset):
-        return rows.take(num_samples)
-    return rows.select(range(min(num_samples, len(rows))))
+    return first_rows(_undecoded(rows), num_samples)
 
 
 def image_text(row: Mapping) -> dict:
-    """A row of any of the forms above -> {"image", "text", "response", "reasoning"}.
+    """The image and the text of a row of any of the forms above.
 
-    `image` is what the row holds: a PIL image, a path, a URL, bytes or {"bytes", "path"}. An interleaved document gives
-    its first image and the text after it (before it, if none follows). `response` is None or text as it is; `reasoning`
-    is None or a trace of our own rows, which the processor puts into a response.
+    An interleaved document gives its first image and the text after it (before it, if none follows).
+
+    Args:
+        row: a row of this project, an interleaved document, a JSON line, or a table's row.
+
+    Returns:
+        {"image", "text", "response", "reasoning"}: `image` is what the row holds, in a form that
+        `modeling_segcompass.images.read_image` reads; `response` is None or text as it is; `reasoning` is None or a
+        trace of our own rows, which the processor puts into a response.
 
     Raises:
         ValueError: no image, or no text.

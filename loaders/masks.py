@@ -1,29 +1,125 @@
-"""Masks as the loaders meet them: COCO polygons and run lengths, and polygons painted pixel by pixel.
+"""The one mask reader and the one RLE encoder.
+
+| a mask comes as | read by |
+|---|---|
+| an RLE dict, a mask file, an array or rows of 0 and 1 | `read_mask` |
+| polygons of one instance | `read_polygons` |
+| a COCO annotation's segmentation: polygons or run lengths, compressed or not | `coco_rle` |
+| polygons to be painted pixel by pixel, outline included | `paint_polygon` |
 
 Every mask leaves as a COCO compressed RLE dict {"size": [h, w], "counts": str}.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
+
+from .files import need
 
 _ONE = 1 << 16  # fixed point, as OpenCV follows an edge from row to row
 
 
 def encode_mask(mask: np.ndarray) -> dict:
-    """bool (H, W) -> COCO compressed RLE with str counts."""
+    """Encode a mask.
+
+    Args:
+        mask: bool (H, W).
+
+    Returns:
+        COCO compressed RLE dict with counts as str, as JSON and the row schema need them.
+
+    Example:
+        >>> encode_mask(np.eye(2, dtype=bool))
+        {'size': [2, 2], 'counts': '0120'}
+    """
     return _plain(coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8)))
 
 
 def decode_mask(rles: Sequence[dict], height: int, width: int) -> np.ndarray:
-    """The union of RLEs as bool (H, W); [] is empty."""
+    """Decode the union of masks.
+
+    Args:
+        rles: COCO compressed RLE dicts; [] is an empty mask.
+        height: of an empty mask, in pixels.
+        width: of an empty mask, in pixels.
+
+    Returns:
+        bool (H, W).
+    """
     if not rles:
         return np.zeros((height, width), dtype=bool)
     return coco_mask.decode(coco_mask.merge(list(rles))).astype(bool)
 
 
-def coco_rle(segmentation, height: int, width: int) -> dict | None:
+def read_mask(mask: Any, height: int, width: int, folder: Path = Path()) -> dict:
+    """Read one instance's mask.
+
+    Args:
+        mask: an RLE dict, compressed or not; the path of a mask file, in which what is not 0 (black) is inside; or an
+            array or rows of 0 and 1.
+        height: of its image, in pixels.
+        width: of its image, in pixels.
+        folder: what paths are relative to.
+
+    Returns:
+        The RLE, also when no pixel is inside.
+
+    Raises:
+        FileNotFoundError: the mask file is missing.
+        ValueError: an unreadable file, another size than the image's, or values other than 0 and 1.
+
+    Example:
+        >>> read_mask([[1, 0], [0, 1]], height=2, width=2)
+        {'size': [2, 2], 'counts': '0120'}
+    """
+    if isinstance(mask, dict):
+        return coco_rle(mask, height, width) or encode_mask(decode_mask([], height, width))
+    array = _read_file(folder / mask) if isinstance(mask, (str, Path)) else np.array(mask)
+    if array.dtype.kind not in "bui" or not np.isin(array, (0, 1)).all():
+        raise ValueError(f"a mask must be rows of 0 and 1; got values of {array.dtype}. Threshold it first.")
+    if array.shape != (height, width):
+        raise ValueError(f"a mask of size {array.shape}, its image {(height, width)} (height, width); make them equal.")
+    return encode_mask(array != 0)
+
+
+def _read_file(path: Path) -> np.ndarray:
+    """A mask file as bool (H, W). Raises FileNotFoundError or ValueError."""
+    from PIL import Image
+
+    need(path, "paths are relative to the JSONL's folder.")
+    try:
+        pixels = np.asarray(Image.open(path))  # (H, W) or (H, W, channels)
+    except OSError as error:
+        raise ValueError(f"the mask file {path} cannot be read: {error}.") from error
+    return (pixels != 0).any(axis=2) if pixels.ndim == 3 else pixels != 0  # (H, W)
+
+
+def read_polygons(polygons: Sequence, height: int, width: int) -> dict | None:
+    """Read one instance's polygons.
+
+    Args:
+        polygons: a flat polygon [x0, y0, x1, y1, ...] or a list of them that are united, in pixels.
+        height: of its image, in pixels.
+        width: of its image, in pixels.
+
+    Returns:
+        The RLE, or None when no pixel is inside.
+
+    Raises:
+        ValueError: a polygon of fewer than three points or of an odd number of coordinates.
+    """
+    flat = not all(isinstance(part, list) for part in polygons)
+    parts = [polygons] if flat else polygons
+    short = [part for part in parts if len(part) < 6 or len(part) % 2]
+    if short:
+        raise ValueError(f"a polygon needs at least three points as [x0, y0, x1, y1, x2, y2, ...]; got {short[0]}.")
+    return coco_rle(parts, height, width)
+
+
+def coco_rle(segmentation: Any, height: int, width: int) -> dict | None:
     """The mask of a COCO annotation: all its polygons united, or its run lengths, compressed or not.
 
     As in the reference loaders, polygons of fewer than three points or of an odd number of coordinates are left out.
@@ -31,7 +127,8 @@ def coco_rle(segmentation, height: int, width: int) -> dict | None:
 
     Args:
         segmentation: list of flat polygons [x0, y0, x1, y1, ...], an RLE dict, or a list of RLE dicts.
-        height, width: of the image, in pixels.
+        height: of the image, in pixels.
+        width: of the image, in pixels.
 
     Returns:
         The RLE, or None when no pixel is inside.
@@ -40,6 +137,7 @@ def coco_rle(segmentation, height: int, width: int) -> dict | None:
         ValueError: an RLE of another size, or one whose counts do not fill it.
         TypeError: none of these forms.
     """
+    rle: dict | None
     if isinstance(segmentation, dict):
         rle = _sized(segmentation, height, width)
     elif isinstance(segmentation, (list, tuple)) and all(isinstance(part, dict) for part in segmentation):
@@ -101,7 +199,7 @@ def _plain(rle: dict) -> dict:
     return {"size": [int(side) for side in rle["size"]], "counts": counts}
 
 
-def paint_polygon(points: Sequence[Sequence[float]], height: int, width: int) -> np.ndarray:
+def paint_polygon(points: Sequence[Sequence[float]] | np.ndarray, height: int, width: int) -> np.ndarray:
     """A filled polygon with its outline, as OpenCV 4's `polylines` (thickness 1) and `fillPoly` paint it together.
 
     Coordinates are cut to whole numbers. Painted are the closed outline, one pixel wide, and in every row the spans
@@ -110,7 +208,8 @@ def paint_polygon(points: Sequence[Sequence[float]], height: int, width: int) ->
 
     Args:
         points: (n, 2), x and y in pixels; one point or two paint a dot or a line.
-        height, width: of the mask.
+        height: of the mask, in pixels.
+        width: of the mask, in pixels.
 
     Returns:
         bool (height, width).
@@ -118,13 +217,14 @@ def paint_polygon(points: Sequence[Sequence[float]], height: int, width: int) ->
     Raises:
         ValueError: no points, not (n, 2), or not finite.
     """
-    points = np.asarray(points, dtype=np.float64)
-    if points.ndim != 2 or points.shape[1] != 2 or not len(points) or not np.isfinite(points).all():
-        raise ValueError(f"a polygon must be a list of finite points [x, y]; got an array of shape {points.shape}.")
-    points = np.clip(points, -(2**24), 2**24).astype(np.int64)
+    given = np.asarray(points, dtype=np.float64)
+    if given.ndim != 2 or given.shape[1] != 2 or not len(given) or not np.isfinite(given).all():
+        raise ValueError(f"a polygon must be a list of finite points [x, y]; got an array of shape {given.shape}.")
+    corners = np.clip(given, -(2**24), 2**24).astype(np.int64)  # (n, 2)
     outline = np.zeros((height, width), dtype=bool)
-    rows, crossings = [], []
-    for (x0, y0), (x1, y1) in zip(points.tolist(), np.roll(points, -1, axis=0).tolist(), strict=True):
+    rows: list[np.ndarray] = []
+    crossings: list[np.ndarray] = []  # in the fixed point of _ONE
+    for (x0, y0), (x1, y1) in zip(corners.tolist(), np.roll(corners, -1, axis=0).tolist(), strict=True):
         _draw_line(outline, x0, y0, x1, y1)
         if y0 > y1:
             x0, y0, x1, y1 = x1, y1, x0, y0
@@ -134,13 +234,13 @@ def paint_polygon(points: Sequence[Sequence[float]], height: int, width: int) ->
             rows.append(crossed)
             crossings.append(x0 * _ONE + (crossed - y0) * slope)
     if rows:
-        rows, crossings = np.concatenate(rows), np.concatenate(crossings)
-        order = np.lexsort((crossings, rows))
-        ends = np.clip((crossings[order] + _ONE // 2) // _ONE, -1, width)
-        rows, left, right = rows[order][::2], np.maximum(ends[::2], 0), ends[1::2]
-        edges = np.zeros((height, width + 2), dtype=np.int32)
-        np.add.at(edges, (rows, left), 1)
-        np.add.at(edges, (rows, np.maximum(np.minimum(right, width - 1) + 1, left)), -1)
+        row, crossing = np.concatenate(rows), np.concatenate(crossings)  # (crossings,), an even number in each row
+        order = np.lexsort((crossing, row))
+        ends = np.clip((crossing[order] + _ONE // 2) // _ONE, -1, width)
+        row, left, right = row[order][::2], np.maximum(ends[::2], 0), ends[1::2]  # (spans,)
+        edges = np.zeros((height, width + 2), dtype=np.int32)  # +1 where a span begins, -1 after its end
+        np.add.at(edges, (row, left), 1)
+        np.add.at(edges, (row, np.maximum(np.minimum(right, width - 1) + 1, left)), -1)
         outline |= edges.cumsum(axis=1)[:, :width] > 0
     return outline
 

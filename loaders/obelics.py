@@ -1,19 +1,18 @@
 """OBELICS documents as image-text rows: what a sparse autoencoder is trained on.
 
-The released parquet files hold image addresses, not images. `examples/prepare_data.py obelics --download` fetches
+The released parquet files hold image addresses, not images. `segcompass prepare-data obelics --download` fetches
 those of the first documents into a folder, under the names that `image_name` gives.
 """
 
 import hashlib
-import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from datasets import Dataset, IterableDataset, load_dataset
-from PIL import ExifTags, Image
 
 from .files import need
+from .registry import register_loader
 from .rows import LeftOut, to_dataset
 
 
@@ -40,14 +39,20 @@ def load_obelics(
         num_samples: the first so many rows (the paper takes 200,000), or None for all.
         max_characters: longer texts are cut at a word: the end is kept before the image, the beginning after it.
 
+    Returns:
+        Dataset with the columns of `loaders.rows.FEATURES`; `kind` is "document".
+
     Raises:
         FileNotFoundError: `image_dir` is missing, or the folder has no parquet files.
         ValueError: other columns, max_characters < 1, no usable row.
+
+    Example:
+        rows = load_obelics("OBELICS/data", image_dir="OBELICS/pictures", num_samples=1000)
     """
     if max_characters < 1:
         raise ValueError(f"max_characters={max_characters} is below 1.")
     if image_dir is not None:
-        need(Path(image_dir), "`image_dir` holds the downloaded images: examples/prepare_data.py obelics --download.")
+        need(Path(image_dir), "`image_dir` holds the downloaded images: segcompass prepare-data obelics --download.")
     arguments = {
         "root": str(root),
         "image_dir": None if image_dir is None else Path(image_dir).resolve(),
@@ -56,7 +61,15 @@ def load_obelics(
     return to_dataset(_rows, arguments, parquet_files(root), "train", num_samples)
 
 
-def parquet_files(root) -> list[Path]:
+@register_loader("obelics")
+def _load_local(
+    root: str | os.PathLike, image_dir: str | os.PathLike | None = None, num_samples: int | None = None
+) -> Dataset:
+    """`load_obelics` without a default root: by name, nothing is downloaded unasked."""
+    return load_obelics(root, image_dir, num_samples)
+
+
+def parquet_files(root: str | os.PathLike) -> list[Path]:
     """The parquet files of a local folder; [] for a Hub id. Raises FileNotFoundError."""
     if not Path(root).is_dir():
         return []
@@ -66,7 +79,7 @@ def parquet_files(root) -> list[Path]:
     return files
 
 
-def open_documents(root) -> IterableDataset:
+def open_documents(root: str | os.PathLike) -> IterableDataset:
     """The documents, streamed. Raises ValueError when they have no columns images and texts."""
     files = [str(file) for file in parquet_files(root)]
     kind, where = ("parquet", {"data_files": files}) if files else (str(root), {})
@@ -78,6 +91,8 @@ def open_documents(root) -> IterableDataset:
 
 
 def _rows(root: str, image_dir: Path | None, max_characters: int) -> Iterator[dict]:
+    from segcompass.modeling_segcompass.images import upright_size  # here, since it brings torch along
+
     left_out = LeftOut()
     for number, document in enumerate(open_documents(root)):
         for place, source in enumerate(document["images"]):
@@ -88,8 +103,10 @@ def _rows(root: str, image_dir: Path | None, max_characters: int) -> Iterator[di
             if not (before or after):
                 left_out.add("no text around the image", name)
                 continue
-            image, size = _open(source, image_dir)
-            if size is None:
+            image = _stored(source, image_dir)
+            try:
+                height, width = upright_size(image["bytes"] or image["path"])
+            except ValueError:
                 left_out.add("image not on disk or not readable", name)
                 continue
             yield {
@@ -102,11 +119,11 @@ def _rows(root: str, image_dir: Path | None, max_characters: int) -> Iterator[di
                 "reasoning": after or before,
                 "masks": [],
                 "ignore": None,
-                "height": size[1],
-                "width": size[0],
+                "height": height,
+                "width": width,
                 "kind": "document",
             }
-    left_out.tell()
+    left_out.warn()
 
 
 def _texts_around(texts: list[str | None], place: int, limit: int) -> tuple[str, str]:
@@ -120,17 +137,10 @@ def _texts_around(texts: list[str | None], place: int, limit: int) -> tuple[str,
     return before, after
 
 
-def _open(source, image_dir: Path | None) -> tuple[dict | None, tuple[int, int] | None]:
-    """An image as the schema stores it and its (width, height); (None, None) when it cannot be had."""
-    if isinstance(source, str):
-        if image_dir is None:
-            raise ValueError("the images are addresses, not pictures; download them and give their image_dir.")
-        stored = {"path": str(image_dir / image_name(source)), "bytes": None}
-    else:
-        stored = {"path": source.get("path"), "bytes": source.get("bytes")}
-    try:
-        with Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by a quarter
-            return stored, image.size[::-1] if turned else image.size
-    except OSError:
-        return None, None
+def _stored(source: str | dict, image_dir: Path | None) -> dict:
+    """An image as the schema stores it. Raises ValueError for an address without a folder of images."""
+    if not isinstance(source, str):
+        return {"path": source.get("path"), "bytes": source.get("bytes")}
+    if image_dir is None:
+        raise ValueError("the images are addresses, not pictures; download them and give their image_dir.")
+    return {"path": str(image_dir / image_name(source)), "bytes": None}

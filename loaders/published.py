@@ -32,10 +32,17 @@ SPLITS = {
 
 
 def compare(name: str, split_by: str | None, split: str, unit: str, found: dict[str, int]) -> str:
-    """What to say of a split's size: "as published", "nothing published", or each count that differs.
+    """Compare a split's size with the published one.
 
     Args:
+        name: of the data set.
+        split_by: whose division into splits; None where there is only one.
+        split: which split.
+        unit: what one row is, see `rows.UNITS`.
         found: number of "rows", "refs" and "images".
+
+    Returns:
+        "as published", "nothing published", or each count that differs.
     """
     published = dict(SIZES.get((name, split_by, split), {}))
     if "sentences" in published:

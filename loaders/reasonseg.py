@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
-from PIL import ExifTags, Image
 
 from .files import need, read_json
 from .masks import encode_mask, paint_polygon
+from .registry import register_loader
 from .rows import LeftOut, expressions, to_dataset
 
 
+@register_loader("reasonseg")
 def load_reasonseg(
     root: str | os.PathLike, split: str = "val", unit: str = "sentence", num_samples: int | None = None
 ) -> Dataset:
@@ -25,17 +26,20 @@ def load_reasonseg(
     Args:
         root: holds the folders train/, val/ and test/.
         split: one of these.
-        unit: one row a "sentence" (training images have up to five rephrasings), a "ref" (the first one, as most
-            evaluations do) or all "merged".
+        unit: one row per "sentence" (training images have up to five rephrasings), per "ref" (the first sentence, as
+            most evaluations do), or all sentences "merged" into one row.
         num_samples: the first so many rows in the order of file names, or None for all.
 
     Returns:
-        Dataset of the one row schema (`loaders.rows.FEATURES`); `masks` has one mask a target shape; `kind` is "long"
-        for a whole question and "short" for a phrase.
+        Dataset with the columns of `loaders.rows.FEATURES`; `masks` has one mask per target shape; `kind` is "long" for
+        a whole question and "short" for a phrase.
 
     Raises:
         FileNotFoundError: no such folder, no images in it, or an image without its JSON.
         ValueError: a damaged file, an unknown unit, or a shape that is no polygon.
+
+    Example:
+        rows = load_reasonseg("ReasonSeg", "val", unit="ref")
     """
     expressions([], unit)
     folder = need(
@@ -53,6 +57,8 @@ def load_reasonseg(
 
 
 def _rows(folder: Path, split: str, unit: str) -> Iterator[dict]:
+    from segcompass.modeling_segcompass.images import upright_size  # here, since it brings torch along
+
     left_out = LeftOut()
     for image in sorted(folder.glob("*.jpg")):
         path = image.with_suffix(".json")
@@ -68,10 +74,10 @@ def _rows(folder: Path, split: str, unit: str) -> Iterator[dict]:
             left_out.add("images without a visible target", image.name)
             continue
         texts = [content["text"]] if isinstance(content["text"], str) else content["text"]
-        told = expressions([(str(number), text) for number, text in enumerate(texts)], unit)
-        if not told:
+        asked = expressions([(str(number), text) for number, text in enumerate(texts)], unit)
+        if not asked:
             left_out.add("blank expressions", image.name)
-        for suffix, instruction in told:
+        for suffix, instruction in asked:
             yield {
                 "image": {"path": str(image), "bytes": None},
                 "image_id": image.stem,
@@ -86,25 +92,19 @@ def _rows(folder: Path, split: str, unit: str) -> Iterator[dict]:
                 "width": width,
                 "kind": "long" if content["is_sentence"] else "short",
             }
-    left_out.tell()
-
-
-def upright_size(path: Path) -> tuple[int, int]:
-    """(height, width) of an image turned as its EXIF orientation says, read from its header.
-
-    Raises:
-        ValueError: the file is no readable image.
-    """
-    try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # by a quarter
-            return (image.width, image.height) if turned else (image.height, image.width)
-    except OSError as error:
-        raise ValueError(f"the image {path} cannot be read: {error}.") from error
+    left_out.warn()
 
 
 def paint_shapes(shapes: list[dict], height: int, width: int) -> tuple[list[dict], dict | None]:
-    """The target masks of a labelled image, one RLE a target shape that is visible, and the ignore mask or None.
+    """The target masks and the ignore mask of a labelled image.
+
+    Args:
+        shapes: each with "label" and "points" [[x, y], ...].
+        height: of the image, in pixels.
+        width: of the image, in pixels.
+
+    Returns:
+        One RLE per target shape that is visible; the RLE of ignored pixels, or None when there are none.
 
     Raises:
         ValueError: a shape is no polygon.

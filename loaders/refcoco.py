@@ -12,7 +12,8 @@ from datasets import Dataset, IterableDataset
 
 from .files import need, read_json, read_pickle
 from .masks import coco_rle
-from .rows import LeftOut, expressions, to_dataset
+from .registry import register_loader
+from .rows import LeftOut, expressions, target_kind, to_dataset
 
 SPLIT_BY = {
     "refcoco": ("unc", "google"),
@@ -44,18 +45,21 @@ def load_refcoco(
         split_by: whose division into splits: "unc", "umd" or "google"; None takes the usual one.
         split: as the refs name it: train, val, and testA and testB or test.
         image_dir: holds the COCO train2014 images. None leaves the images out: enough to score predictions.
-        unit: one row a "sentence", a "ref" (its first sentence) or a ref with all its sentences "merged".
+        unit: one row per "sentence", per "ref" (with its first sentence), or per ref with all its sentences "merged".
         num_samples: the first so many rows, or None for all.
         streaming: make the rows while they are read, instead of all of them first.
 
     Returns:
-        Dataset, or IterableDataset when `streaming`, of the one row schema (`loaders.rows.FEATURES`). sample_id is
+        Dataset, or IterableDataset when `streaming`, with the columns of `loaders.rows.FEATURES`. `sample_id` is
         NAME-SPLIT_BY-SPLIT-REF-SENTENCE, `kind` "none", "single" or "multi" by the number of instances. What cannot be
         used is counted in a warning.
 
     Raises:
         FileNotFoundError: an annotation file or images are missing; they are named.
         ValueError: unknown name, split or unit; a damaged file; refs and annotations that do not fit each other.
+
+    Example:
+        rows = load_refcoco("REFER", "refcocog", split="test", image_dir="train2014")
     """
     if name not in SPLIT_BY:
         raise ValueError(f"name={name!r} is not one of {', '.join(SPLIT_BY)}.")
@@ -83,7 +87,27 @@ def load_refcoco(
     return to_dataset(_rows, arguments, [instances, refs], split, num_samples, where, streaming)
 
 
-def _rows(instances, refs, name, split_by, split, image_dir, unit) -> Iterator[dict]:
+def _register(name: str) -> None:
+    @register_loader(name)
+    def load(
+        root: str | os.PathLike,
+        split: str = "val",
+        split_by: str | None = None,
+        image_dir: str | os.PathLike | None = None,
+        unit: str = "sentence",
+        num_samples: int | None = None,
+    ) -> Dataset | IterableDataset:
+        # Without `streaming`, so that by name all images are looked for first and DataLoader workers get shards.
+        return load_refcoco(root, name, split_by, split, image_dir, unit, num_samples)
+
+
+for _name in SPLIT_BY:
+    _register(_name)
+
+
+def _rows(
+    instances: Path, refs: Path, name: str, split_by: str, split: str, image_dir: Path | None, unit: str
+) -> Iterator[dict]:
     found = _read_refs(refs, split)
     images, annotations = _read_instances(instances, found)
     left_out = LeftOut()
@@ -94,10 +118,10 @@ def _rows(instances, refs, name, split_by, split, image_dir, unit) -> Iterator[d
         masks = _masks(ref, image, annotations, name, left_out)
         if masks is None:
             continue
-        told = expressions([(str(each["sent_id"]), each["sent"]) for each in ref["sentences"]], unit)
-        if len(told) < (len(ref["sentences"]) if unit == "sentence" else 1):
+        asked = expressions([(str(each["sent_id"]), each["sent"]) for each in ref["sentences"]], unit)
+        if len(asked) < (len(ref["sentences"]) if unit == "sentence" else 1):
             left_out.add("blank expressions", f"ref {ref['ref_id']}")
-        for suffix, instruction in told:
+        for suffix, instruction in asked:
             yield {
                 "image": None if image_dir is None else {"path": str(image_dir / image["file_name"]), "bytes": None},
                 "image_id": str(image["id"]),
@@ -110,9 +134,9 @@ def _rows(instances, refs, name, split_by, split, image_dir, unit) -> Iterator[d
                 "ignore": None,
                 "height": image["height"],
                 "width": image["width"],
-                "kind": ("none", "single", "multi")[min(len(masks), 2)],
+                "kind": target_kind(len(masks)),
             }
-    left_out.tell()
+    left_out.warn()
 
 
 def _read_refs(path: Path, split: str) -> list[dict]:
@@ -145,7 +169,7 @@ def _annotation_ids(ref: dict) -> list[int]:
 
 
 def _masks(ref: dict, image: dict, annotations: dict, name: str, left_out: LeftOut) -> list[dict] | None:
-    """One RLE an instance; None when the ref has targets but none with a usable mask. Raises ValueError."""
+    """One RLE per instance; None when the ref has targets but none with a usable mask. Raises ValueError."""
     ids = _annotation_ids(ref)
     masks = []
     for annotation_id in ids:

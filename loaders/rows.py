@@ -27,22 +27,38 @@ FEATURES = Features(
         "kind": Value("string"),
     }
 )
-"""Columns of every data set: `masks` one RLE an instance, [] for no target; `reasoning`, `ignore` and `kind` may be
-None; `kind` groups samples in reports. An image may be None where only masks are needed."""
+"""Columns of every data set: `masks` has one RLE per instance, [] for no target; `reasoning`, `ignore` and `kind` may
+be None; `kind` groups samples in reports. An image may be None where only masks are needed."""
 
 UNITS = ("sentence", "ref", "merged")
+"""What one row of a benchmark is: a sentence, a referred object with its first sentence, or with all of them."""
+
+NUM_SHARDS = 16
+"""Shards of a streamed data set: the largest useful number of DataLoader workers."""
+
+
+def target_kind(num_targets: int) -> str:
+    """The usual `kind` of a row: "none", "single" or "multi", by its number of targets."""
+    return ("none", "single", "multi")[min(num_targets, 2)]
 
 
 def expressions(sentences: Iterable[tuple[str, str]], unit: str) -> list[tuple[str, str]]:
-    """(suffix of the sample id, instruction) of the samples that a referred object's sentences make.
+    """The samples that a referred object's sentences make.
 
     Args:
         sentences: (id, text) in order; blank texts are left out.
         unit: "sentence" (one sample each), "ref" (the first sentence alone) or "merged" (one sample that asks for the
             object meeting all sentences, in the words that HiMTok and PSALM use).
 
+    Returns:
+        (suffix of the sample id, instruction) of each sample.
+
     Raises:
         ValueError: unknown unit.
+
+    Example:
+        >>> expressions([("7", "the red one"), ("8", "left mug")], "merged")
+        [('merged', 'Meet all the descriptions: 1. the red one. 2. left mug.')]
     """
     if unit not in UNITS:
         raise ValueError(f"unit={unit!r} is not one of {', '.join(UNITS)}.")
@@ -56,15 +72,23 @@ def expressions(sentences: Iterable[tuple[str, str]], unit: str) -> list[tuple[s
 
 
 class LeftOut:
-    """Counts what a loader could not use, and tells it in one warning."""
+    """Counts what a loader could not use, and says so in one warning per reason.
 
-    def __init__(self):
-        self.cases = {}
+    Example:
+        left_out = LeftOut()
+        left_out.add("blank expressions", "ref 7")
+        left_out.warn()
+    """
+
+    def __init__(self) -> None:
+        self.cases: dict[str, list[str]] = {}
 
     def add(self, reason: str, name: str) -> None:
+        """Count one thing that cannot be used."""
         self.cases.setdefault(reason, []).append(name)
 
-    def tell(self) -> None:
+    def warn(self) -> None:
+        """Warn of everything counted."""
         for reason, names in self.cases.items():
             more = ", ..." if len(names) > 3 else ""
             warnings.warn(f"{len(names)} left out, {reason}: {', '.join(names[:3])}{more}", stacklevel=2)
@@ -87,8 +111,11 @@ def to_dataset(
         files: what it reads; a changed file is read again.
         split: name of the split.
         num_samples: take the first so many, or None for all.
-        where: where missing images are to be found.
-        streaming: make the rows while they are read instead; a missing image is then found when its row is.
+        where: the end of an error about missing images: where they are found.
+        streaming: make the rows while they are read instead; a missing image is then an error when its row is read.
+
+    Returns:
+        The rows, with the columns of `FEATURES`.
 
     Raises:
         FileNotFoundError: images of the rows are not on disk; they are named.

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-from torch import nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel, SamVisionModel
 from transformers import initialization as init
 from transformers.quantizers import AutoQuantizationConfig
@@ -22,7 +21,11 @@ AUTO_MAP = {
     "AutoModelForImageTextToText": "modeling_segcompass.SegCompassModel",
     "AutoProcessor": "processing_segcompass.SegCompassProcessor",
 }
-SUBMODELS = {"mllm": AutoModelForImageTextToText, "image_encoder": SamVisionModel, "sae": SparseAutoencoder}
+SUBMODELS: dict[str, Any] = {
+    "mllm": AutoModelForImageTextToText,
+    "image_encoder": SamVisionModel,
+    "sae": SparseAutoencoder,
+}
 """The parts that have weights of their own before there is a SegCompass model, and what loads them."""
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token")
 # Only the MLLM is quantised: these are small, or their output is a mask's edge. The head is named as by default.

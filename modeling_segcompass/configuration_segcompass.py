@@ -8,58 +8,65 @@ from transformers.configuration_utils import SubConfigSpec
 
 from .image_encoder import Frame, encoder_of
 from .old_names import with_new_names
+from .sae_activations import SAE_ACTIVATIONS
 
 CONCEPT_READINGS = ("feature", "token")
-SAE_ACTIVATIONS = ("relu", "topk", "batchtopk", "jumprelu")
 
 
 class SparseAutoencoderConfig(PreTrainedConfig):
     """Shape and origin of a sparse autoencoder (section 3.2).
 
-    Attributes:
+    Args:
         d_in: width of the hidden states it reads, d_π (4096 LLaVA-1.5-7B, 5120 13B, 3584 Qwen2.5-VL-7B).
         d_sae: number of dictionary atoms (65,536 in the paper).
-        activation: which pre-activations become features. "relu": every positive one, made few by Eq. 7's penalty.
-            "topk": the `k` largest positive ones of each token. "batchtopk": in training the `k` N largest of a batch
-            of N tokens, afterwards those above the threshold that this amounted to. "jumprelu": those above a
-            threshold that is learned for each feature, made few by a penalty on their number.
-        k: features a token keeps with "topk", and on average with "batchtopk".
+        activation: which pre-activations become features, a name in `sae_activations.SAE_ACTIVATIONS`. "relu": every
+            positive one, made few by Eq. 7's penalty. "topk": the `k` largest positive ones of each token. "batchtopk":
+            in training the `k` N largest of a batch of N tokens, afterwards those above the threshold that this
+            amounted to. "jumprelu": those above a threshold that is learned for each feature, made few by a penalty on
+            their number.
+        k: features that a token keeps with "topk", and on average with "batchtopk".
         l1_coefficient: α of Eq. 7 ("relu" only); the penalty is weighted by the norm of each decoder row.
-        l0_coefficient: price of one active feature ("jumprelu" only).
-        bandwidth: width around a threshold within which pre-activations tell it where to go ("jumprelu" only).
         backbone: model id of the MLLM whose hidden states it was trained on, or None when untrained.
         layer: L, counted so that the input is the output of the L-th decoder block, `hidden_states[L]`.
+        l0_coefficient: price of one active feature ("jumprelu" only).
+        bandwidth: width of the window around a threshold from which the threshold learns ("jumprelu" only).
         dataset: what its hidden states were gathered from, or None when unknown.
         token_window: most tokens a sample had when they were gathered, or None when unknown.
+        **kwargs: other fields of `PreTrainedConfig`, and fields that an activation of one's own reads.
+
+    Raises:
+        ValueError: a field is out of range, or no activation has that name.
+
+    Example:
+        >>> config = SparseAutoencoderConfig(d_in=3584, d_sae=65536, activation="topk", k=64, layer=13)
+        >>> sae = SparseAutoencoder(config)
     """
 
     model_type = "segcompass_sae"
 
     def __init__(
         self,
-        d_in=4096,
-        d_sae=65536,
-        activation="relu",
-        k=64,
-        l1_coefficient=5.0,
-        backbone=None,
-        layer=16,
-        l0_coefficient=1.0,
-        bandwidth=0.5,
-        dataset=None,
-        token_window=None,
+        d_in: int = 4096,
+        d_sae: int = 65536,
+        activation: str = "relu",
+        k: int = 64,
+        l1_coefficient: float = 5.0,
+        backbone: str | None = None,
+        layer: int = 16,
+        l0_coefficient: float = 1.0,
+        bandwidth: float = 0.5,
+        dataset: str | None = None,
+        token_window: int | None = None,
         **kwargs,
     ):
         for name, value in (("d_in", d_in), ("d_sae", d_sae), ("k", k), ("layer", layer)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1.")
         if activation not in SAE_ACTIVATIONS:
-            raise ValueError(f"activation is {activation!r}; choose one of {SAE_ACTIVATIONS}.")
-        if activation in ("topk", "batchtopk") and k > d_sae:
-            raise ValueError(f"k is {k}, but the SAE has {d_sae} features; choose k of at most d_sae.")
-        for name, value in (("l1_coefficient", l1_coefficient), ("l0_coefficient", l0_coefficient)):
-            if value < 0:
-                raise ValueError(f"{name} is {value}; a penalty is 0 or more.")
+            raise ValueError(f"activation is {activation!r}; choose one of {tuple(SAE_ACTIVATIONS)}.")
+        for name, coefficient in (("l1_coefficient", l1_coefficient), ("l0_coefficient", l0_coefficient)):
+            if coefficient < 0:
+                raise ValueError(f"{name} is {coefficient}; a penalty is 0 or more.")
         if bandwidth <= 0:
             raise ValueError(f"bandwidth is {bandwidth}; it must be positive.")
         self.d_in = d_in
@@ -74,6 +81,7 @@ class SparseAutoencoderConfig(PreTrainedConfig):
         self.dataset = dataset
         self.token_window = token_window
         super().__init__(**kwargs)
+        SAE_ACTIVATIONS[activation].check_config(self)
 
 
 class SegCompassConfig(PreTrainedConfig):
@@ -118,16 +126,16 @@ class SegCompassConfig(PreTrainedConfig):
     model_type = "segcompass"
     sub_configs_defaults = {
         "mllm_config": SubConfigSpec(AutoConfig, model_type="llava"),
-        "image_encoder_config": SamVisionConfig,
-        "sae_config": SparseAutoencoderConfig,
+        "image_encoder_config": SamVisionConfig,  # type: ignore[dict-item]
+        "sae_config": SparseAutoencoderConfig,  # type: ignore[dict-item]
     }
     auto_map = {}  # type: ignore[var-annotated]  # an annotation would make it a field
 
     def __init__(
         self,
-        mllm_config: PreTrainedConfig | dict[str, Any] | None = None,
-        image_encoder_config: PreTrainedConfig | dict[str, Any] | None = None,
-        sae_config: SparseAutoencoderConfig | dict[str, Any] | None = None,
+        mllm_config: Any = None,
+        image_encoder_config: Any = None,
+        sae_config: Any = None,
         num_slots: int = 6,
         d_c: int = 512,
         num_concepts: int = 256,

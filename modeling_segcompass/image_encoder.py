@@ -149,7 +149,7 @@ def image_side(image_processor: Any) -> int:
 
 
 def without_torchvision(image_processor: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a saved image processor, for its PIL form: the same pixels whether torchvision is there or not."""
+    """The settings of a saved image processor, in its PIL form: the same pixels with and without torchvision."""
     name = image_processor.get("image_processor_type", "")
     return {**image_processor, "image_processor_type": f"{name.removesuffix('Fast').removesuffix('Pil')}Pil"}
 

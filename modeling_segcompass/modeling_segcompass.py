@@ -100,7 +100,7 @@ class SegCompassOutput(ModelOutput):
 class SegCompassModel(PreTrainedModel, GenerationMixin):
     """The MLLM policy π_θ, the image encoder F_enc, the SAE and the segmentation modules between them.
 
-    Several threads may call one model at once: each call keeps its own states (`states.py`).
+    Each call keeps its own states (`states.py`), so that calls from several threads at once do not mix.
 
     Args:
         config: SegCompassConfig.
@@ -117,7 +117,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
     config_class = SegCompassConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    input_modalities = ("image", "text")
+    input_modalities = ("image", "text")  # type: ignore[assignment]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -187,6 +187,9 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
     def get_image_embeddings(self, encoder_pixel_values: torch.Tensor) -> torch.Tensor:
         """K = F_enc(x_img), to be shared by many questions: float (B, 3, S, S) -> (B, d_k, h, w)."""
         return encoder_of(self.config).encode(self.image_encoder, encoder_pixel_values)
+
+    def _image_keys(self, encoder_pixel_values, image_embeddings):
+        return self.get_image_embeddings(encoder_pixel_values) if image_embeddings is None else image_embeddings
 
     def concept_token_mask(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """The tokens that may fire concepts, no padding and no special tokens: bool (B, T)."""
@@ -372,24 +375,18 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
                 policy = self.mllm(**inputs, labels=labels, output_hidden_states=output_hidden_states)
         output = SegCompassOutput()
         if wants_masks:
-            if image_embeddings is None:
-                image_embeddings = self.get_image_embeddings(encoder_pixel_values)
-            rows = slice(None) if mask_rows is None else mask_rows
-            states = ReasoningStates(
-                input_ids=input_ids[rows],
-                attention_mask=attention_mask[rows],
-                response_mask=response_mask[rows],
-                z=recorder.z[0][rows],
-                last_hidden=recorder.last_hidden[0][rows],
-                image_embeddings=image_embeddings,
+            patch_grid = self.backbone.patch_grid(self.config.mllm_config, inputs["input_ids"], inputs)
+            states = recorder.states_of_pass(input_ids, attention_mask, response_mask, patch_grid)
+            states = (states if mask_rows is None else states.rows(mask_rows))._replace(
+                image_embeddings=self._image_keys(encoder_pixel_values, image_embeddings),
                 reshaped_input_sizes=reshaped_input_sizes,
-                patch_grid=self.backbone.patch_grid(self.config.mllm_config, input_ids, mllm_inputs)[rows],
             )
-            output = self.decode_masks(*states, concept_scale, query_source)
+            asked = {"query_source": query_source, **states._asdict()}
+            output = self.decode_masks(**asked, concept_scale=concept_scale)
             if num_erased_concepts:
                 d_sae = self.config.sae_config.d_sae
                 scale, output.erased_slots = without_heaviest(output, num_erased_concepts, d_sae)
-                output.erased = self.decode_masks(*states, scale, query_source)
+                output.erased = self.decode_masks(**asked, concept_scale=scale)
         for name in ("loss", "logits", "past_key_values", "log_probs", "entropy", "aux_loss"):
             if getattr(policy, name, None) is not None:
                 output[name] = getattr(policy, name)
@@ -399,7 +396,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             output.loss_dict = {"language": output.loss.detach()}
         return output if return_dict else output.to_tuple()
 
-    def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """Write the response with the MLLM: ids long (B, T), like any transformers model."""
         for name in ("encoder_pixel_values", "image_embeddings", "original_sizes", "reshaped_input_sizes", "labels"):
             kwargs.pop(name, None)
@@ -410,7 +407,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         if recorder is not None:
             sequences = getattr(output, "sequences", output)
             eos = self.generation_config.eos_token_id
-            states = recorder.read_back(sequences, kwargs["input_ids"], kwargs.get("attention_mask"), eos)
+            states = recorder.states_of_generation(sequences, kwargs["input_ids"], kwargs.get("attention_mask"), eos)
             grid = self.backbone.patch_grid(self.config.mllm_config, states.input_ids, kwargs)
             recorder.states = states._replace(patch_grid=grid)
         return output
@@ -439,7 +436,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         """
         sequences, states = self.reason(input_ids, **inputs)
         with torch.no_grad():
-            output = self.decode_masks(*states, concept_scale, query_source)
+            output = self.decode_masks(**states._asdict(), concept_scale=concept_scale, query_source=query_source)
         output.sequences = sequences
         output.prompt_length = input_ids.shape[1]
         return output
@@ -483,11 +480,8 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             kwargs["max_new_tokens"] = self.config.max_response_length
         with self.reading_states() as recorder:
             sequences = self.generate(input_ids=input_ids, attention_mask=attention_mask, do_sample=do_sample, **kwargs)
-        if image_embeddings is None:
-            image_embeddings = self.get_image_embeddings(encoder_pixel_values)
-        return sequences, recorder.states._replace(
-            image_embeddings=image_embeddings, reshaped_input_sizes=reshaped_input_sizes
-        )
+        keys = self._image_keys(encoder_pixel_values, image_embeddings)
+        return sequences, recorder.states._replace(image_embeddings=keys, reshaped_input_sizes=reshaped_input_sizes)
 
     def explain(
         self,
@@ -519,7 +513,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         """Replace the MLLM's LM head."""
         self.mllm.set_output_embeddings(value)
 
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
         """As transformers', on the MLLM."""
         return self.mllm.resize_token_embeddings(*args, **kwargs)
 

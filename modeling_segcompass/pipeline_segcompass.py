@@ -4,7 +4,9 @@ Results follow transformers' image-segmentation convention, a list of {"score", 
 the text and the concepts beside them. It adds nothing to the model: the processor prepares, `segment` answers.
 """
 
+from collections.abc import Iterable
 from itertools import islice
+from typing import Any
 
 from transformers import Pipeline
 
@@ -12,24 +14,40 @@ from .explanation import heaviest_concepts
 
 
 class Segments(list):
-    """One answer: a list of segments, surest first, that also says what an empty list cannot."""
+    """One answer: a list of segments, most confident first, that also says what an empty list cannot.
 
-    def __init__(self, segments, text, no_target):
+    Args:
+        segments: dicts of "score", "label", "mask", "box", "slot", "text" and, if asked for, "concepts".
+        text: the response, without special tokens.
+        no_target: True when the model looked and was confident of nothing; False when there are segments, or when its
+            answer was malformed.
+
+    Example:
+        answer = pipe(image, "the mug nearest the sink")
+        masks = [segment["mask"] for segment in answer]
+        print(answer.text, answer.no_target)
+    """
+
+    def __init__(self, segments: Iterable[dict[str, Any]], text: str, no_target: bool):
         super().__init__(segments)
         self.text = text
-        """the response, without special tokens."""
         self.no_target = no_target
-        """True when the model looked and was sure of nothing; False when segments exist or its answer was malformed."""
 
 
 class ReasoningSegmentationPipeline(Pipeline):
-    """Segments what instructions mean. Built by `transformers.pipeline`; needs a SegCompassProcessor."""
+    """Segments what instructions mean. Built by `transformers.pipeline`; needs a SegCompassProcessor.
 
-    _load_processor = True
-    _load_tokenizer = _load_image_processor = _load_feature_extractor = _load_video_processor = False
+    Example:
+        pipe = pipeline("reasoning-segmentation", model=path, trust_remote_code=True)
+        answer = pipe(image, "the mug nearest the sink")
+        answers = pipe(image, ["the mug", "the sink"], explain=True)
+    """
+
+    _load_processor = True  # type: ignore[assignment]
+    _load_tokenizer = _load_image_processor = _load_feature_extractor = _load_video_processor = False  # type: ignore[assignment]
     _pipeline_calls_generate = False  # `segment` decides how to generate
 
-    def __call__(self, images, instructions=None, **kwargs):
+    def __call__(self, images: Any, instructions: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """Ask one or many questions.
 
         Args:
@@ -37,10 +55,12 @@ class ReasoningSegmentationPipeline(Pipeline):
                 rows {"image", "instruction"}; then `instructions` stays None and answers are streamed.
             instructions: a string, or a list of as many as images. One image goes with many instructions, one
                 instruction with many images.
-            threshold, mask_threshold: probabilities from which a slot, and a pixel, is kept (0.5).
-            explain: True adds to each segment its strongest concepts (False).
-            concept_scale: {concept: factor}, see `SegCompassModel.segment`.
-            batch_size: questions answered together (1). Other keywords go to `generate` (`max_new_tokens`, ...).
+            **kwargs: `threshold` (0.5), the probability from which a slot is kept;
+                `mask_threshold` (0.5), the probability above which a pixel belongs to a mask;
+                `explain` (False), True adds to each segment its heaviest concepts;
+                `concept_scale` (None), {concept: factor}, see `SegCompassModel.segment`;
+                `batch_size` (1), questions answered together;
+                all others go to `generate` (`max_new_tokens`, ...).
 
         Returns:
             one answer for one image and one instruction, a list of answers for lists, a generator of them for an
@@ -78,7 +98,7 @@ class ReasoningSegmentationPipeline(Pipeline):
             yield row
 
     def get_iterator(self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params):
-        # The processor pads a batch as the model needs it; the base class's collation knows neither.
+        """Answers batch by batch: the processor pads as the model needs it, which the base class's collation cannot."""
         rows = iter(inputs)
         while batch := list(islice(rows, batch_size)):
             model_inputs = self.preprocess(batch, **preprocess_params)
@@ -91,6 +111,7 @@ class ReasoningSegmentationPipeline(Pipeline):
         return {}, segment_parameters, {name: value for name, value in given.items() if value is not None}
 
     def preprocess(self, rows):
+        """Rows {"image", "instruction"} to the model's inputs."""
         instructions = [row["instruction"] for row in rows]
         inputs = self.processor(images=[row["image"] for row in rows], text=instructions, return_tensors="pt")
         return {"inputs": dict(inputs), "instructions": instructions}
@@ -101,6 +122,7 @@ class ReasoningSegmentationPipeline(Pipeline):
         return {**model_inputs, "sizes": inputs["original_sizes"], "outputs": outputs}
 
     def postprocess(self, model_outputs, threshold=0.5, mask_threshold=0.5, explain=False):
+        """Outputs of a batch to one answer per row; arguments as for the call."""
         from PIL import Image
 
         outputs = model_outputs["outputs"]

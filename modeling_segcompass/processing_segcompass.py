@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from transformers import BatchFeature, ProcessorMixin
-from transformers.image_utils import load_image
 
 from .backbone import Backbone, backbone_of
 from .image_encoder import Frame, image_side, without_torchvision
+from .images import read_image
 from .old_names import with_new_names
 
 REF_TOKEN, THINK, THINK_END = "<REF_POS>", "<think>", "</think>"
@@ -48,6 +48,8 @@ class SegCompassProcessor(ProcessorMixin):
         outputs = model.segment(**processor(images=image, text="the mug nearest the sink"))
         result = processor.post_process_instance_segmentation(outputs, target_sizes=[(image.height, image.width)])[0]
     """
+
+    encoder_image_processor: Any  # ProcessorMixin sets what its constructor is given
 
     def __init__(
         self,
@@ -222,23 +224,7 @@ class SegCompassProcessor(ProcessorMixin):
         if images is None or (isinstance(images, (list, tuple)) and not images):
             raise ValueError("no image was given; pass images=<PIL image, array or path>, or a list of them.")
         images = images if isinstance(images, (list, tuple)) else [images]
-        checked = []
-        for number, image in enumerate(images):
-            if hasattr(image, "shape"):
-                from PIL import Image
-
-                if 0 in image.shape:
-                    raise ValueError(f"image {number} is empty (shape {tuple(image.shape)}); give at least 1x1 pixels.")
-                image = Image.fromarray(image)
-            elif isinstance(image, str) or not hasattr(image, "convert"):
-                try:
-                    image = load_image(image if isinstance(image, str) else str(image))
-                except Exception as error:
-                    raise OSError(f"image {number} ({image!r}) cannot be read: {error}") from error
-            if 0 in image.size:
-                raise ValueError(f"image {number} is empty (size {image.size}); give at least 1x1 pixels.")
-            checked.append(image if image.mode == "RGB" else image.convert("RGB"))
-        return checked
+        return [read_image(image, f"image {number}") for number, image in enumerate(images)]
 
     def _append_responses(self, inputs, responses):
         if len(responses) != len(inputs["input_ids"]):

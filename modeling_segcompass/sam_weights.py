@@ -8,7 +8,8 @@ import re
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, SamModel, SamVisionConfig, SamVisionModel
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel, SamModel, SamVisionConfig, SamVisionModel
 
 # Original name -> transformers' name, first match counts; what no rule changes keeps its name.
 RULES = (
@@ -51,7 +52,7 @@ DECODER_PARTS = (
 )
 
 
-def convert_original_sam(state_dict):
+def convert_original_sam(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Rename the weights of an original `segment-anything` checkpoint as transformers' `SamModel` names them.
 
     Args:
@@ -80,8 +81,14 @@ def convert_original_sam(state_dict):
     return converted
 
 
-def sam_vision_config(weights):
+def sam_vision_config(weights: dict[str, torch.Tensor]) -> SamVisionConfig:
     """The SamVisionConfig that converted weights belong to, read off their shapes.
+
+    Args:
+        weights: as `convert_original_sam` returns them.
+
+    Returns:
+        SamVisionConfig: of a ViT-B, L or H, or of another shape.
 
     Raises:
         ValueError: weights of the vision encoder are missing.
@@ -110,7 +117,9 @@ def sam_vision_config(weights):
     )
 
 
-def read_sam(source, dtype="float32"):
+def read_sam(
+    source: str | PreTrainedModel, dtype: str | torch.dtype = "float32"
+) -> tuple[SamVisionModel, dict[str, torch.Tensor]]:
     """SAM's vision encoder, and what the mask decoder can start from.
 
     Args:
@@ -119,7 +128,7 @@ def read_sam(source, dtype="float32"):
         dtype: of what is loaded here; "auto" keeps the checkpoint's own.
 
     Returns:
-        (SamVisionModel, dict of SamModel's other weights, {} when there are none).
+        tuple: the SamVisionModel, and SamModel's other weights, {} when there are none.
 
     Raises:
         ValueError: the weights are no SAM's.
@@ -132,7 +141,7 @@ def read_sam(source, dtype="float32"):
             dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
             weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
         vision = SamVisionModel(sam_vision_config(weights))
-        vision.to(weights["vision_encoder.pos_embed"].dtype)
+        vision.to(weights["vision_encoder.pos_embed"].dtype)  # type: ignore[arg-type]
         part = {name: tensor for name, tensor in weights.items() if name.startswith("vision_encoder.")}
         vision.load_state_dict(part)
         vision.config._name_or_path = source
@@ -148,14 +157,15 @@ def read_sam(source, dtype="float32"):
 
 
 @torch.no_grad()
-def start_mask_decoder(model, weights):
+def start_mask_decoder(model: nn.Module, weights: dict[str, torch.Tensor]) -> list[str]:
     """Copy SAM's mask branch, decoder and positional code into a SegCompassModel where names and shapes match.
 
     Args:
-        model: SegCompassModel; weights: as `read_sam` returns them.
+        model: a SegCompassModel.
+        weights: as `read_sam` returns them.
 
     Returns:
-        list of the model's parameter names that now hold SAM's weights.
+        list: the model's parameter names that now hold SAM's weights.
     """
     copied = []
     for name, parameter in model.named_parameters():

@@ -1,7 +1,8 @@
 """Reading the MLLM's hidden states while it runs: layer L for the SAE, the last layer for the concentration tokens.
 
 A `StateRecorder` belongs to one call and hears only the passes made in its own thread, so that several calls at once
-on one model keep their states apart. Its hooks are gone when the call is over.
+on one model keep their states apart. Its hooks are gone when the call is over. What an MLLM itself keeps between the
+passes of a generation is not in its hands (Qwen2.5-VL notes a prompt's position offsets on the model).
 """
 
 from collections.abc import Sequence
@@ -75,8 +76,8 @@ class StateRecorder:
         """float (B, t, d_π) of each pass, the output of block L."""
         self.last_hidden: list[torch.Tensor] = []
         """float (B, t, d_π) of each pass."""
-        self.states: ReasoningStates | None = None
-        """what `generate` left, without the image; None before."""
+        self.states: Any = None
+        """the ReasoningStates that `generate` left, without the image; None before."""
 
     def __enter__(self) -> "StateRecorder":
         self._hooks = [
@@ -99,10 +100,18 @@ class StateRecorder:
         if _OPEN.get() is self:
             self.last_hidden.append(output.last_hidden_state)
 
-    def read_back(
+    def states_of_pass(
+        self, input_ids: Any, attention_mask: Any, response_mask: Any, patch_grid: torch.Tensor
+    ) -> ReasoningStates:
+        """The states of the one pass over prompt and response, without the image; arguments as the states' fields."""
+        return ReasoningStates(
+            input_ids, attention_mask, response_mask, self.z[0], self.last_hidden[0], patch_grid=patch_grid
+        )
+
+    def states_of_generation(
         self, sequences: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, eos: Any
     ) -> ReasoningStates:
-        """Put the states of a generation's passes together.
+        """The states of the passes in which a response was written, put together.
 
         Args:
             sequences: long (B, T + 1), prompt and response as generated.

@@ -8,7 +8,6 @@ import re
 import sys
 import traceback
 from importlib import import_module
-from pathlib import Path
 
 import segcompass
 
@@ -66,8 +65,8 @@ def _hyphens(word: str) -> str:
 
 def _is_ours(error: BaseException) -> bool:
     """Whether this project raised the error: its message says what to do. Others are better read with a traceback."""
-    file = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    return any(file.is_relative_to(folder) for folder in segcompass.__path__)
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals["__name__"].startswith("segcompass.")
 
 
 def _show_commands(words: list[str]) -> None:

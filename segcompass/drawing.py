@@ -1,22 +1,22 @@
 """The overlay figure: what the model saw, which concepts it used, where each slot looked, and the masks it made.
 
-Takes arrays and the dict that `segment.py` writes as result.json; knows nothing about models. Everything is placed in
-pixels on a page 1600 pixels wide, so that it reads the same for one slot or six, wide images or tall.
+Takes arrays and the dict that `segcompass segment` writes as result.json; knows nothing about models. Everything is
+placed in pixels on a page 1600 pixels wide, so that it reads the same for one slot or six, wide images or tall. The
+page of an evaluation's samples is gallery.py's.
 """
 
 import textwrap
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from segcompass.modeling_segcompass.palette import SLOT_COLOURS
+from segcompass.modeling_segcompass.palette import css_colour, slot_colour
 
 PAGE, MARGIN, GAP, DPI = 1600, 36, 22, 100
 HEADLINE, TITLE, LINE = 40, 32, 27  # heights of one line of each kind, pixels
@@ -36,18 +36,13 @@ class Panel(NamedTuple):
     """of the square beside the title."""
 
 
-def slot_colour(slot: int) -> str:
-    """The colour of a slot in every picture, "#rrggbb"."""
-    red, green, blue = SLOT_COLOURS[slot % len(SLOT_COLOURS)]
-    return f"#{red:02x}{green:02x}{blue:02x}"
-
-
 def label_image(masks: np.ndarray, scores: list[float], slots: list[int]) -> Image.Image:
-    """Instances as one paletted image: 0 is background, k + 1 is instance k; where two overlap the surer one shows.
+    """One paletted image: 0 is background, k + 1 is instance k; where two overlap the more confident one shows.
 
     Args:
         masks: bool (n, H, W), n at most 255.
-        scores: n floats; slots: n ints, which choose the colours.
+        scores: n floats, the confidences.
+        slots: n ints, which choose the colours.
 
     Returns:
         PIL image of mode "P" and size (W, H).
@@ -56,8 +51,8 @@ def label_image(masks: np.ndarray, scores: list[float], slots: list[int]) -> Ima
     for index in np.argsort(scores):
         labels[masks[index]] = index + 1
     image = Image.fromarray(labels, "L")
-    colours = [(0, 0, 0), *(to_rgb(slot_colour(slot)) for slot in slots)]
-    image.putpalette([round(255 * part) for colour in colours for part in colour])
+    colours = [(0, 0, 0), *(slot_colour(slot) for slot in slots)]
+    image.putpalette([part for colour in colours for part in colour])
     return image
 
 
@@ -77,7 +72,7 @@ def draw_overlay(
         result: has `instruction` and `instances`, each with `slot`, `score` and `box` (xyxy, pixels).
         reasoning: what the model wrote.
         verdict: one line, such as "2 instances" or "no target".
-        masks: bool (n, H, W), one an instance.
+        masks: bool (n, H, W), one per instance.
         heatmaps: (slot, confidence, float (h, w) in [0, 1] that covers the image) of each slot to show.
         concepts: float (rows, columns), at least 0, how strongly the concepts fire at each image patch; and the part
             of the image that the patches cover, (left, top, right, bottom) in pixels.
@@ -98,7 +93,7 @@ def draw_overlay(
     for slot, confidence, heat in heatmaps:
         title = f"slot {slot}, confidence {confidence:.2f}" + ("" if slot in kept else " (not kept)")
         draw = lambda axes, heat=heat: _show(axes, _glow(dark, heat), frame)  # noqa: E731
-        panels.append(Panel(title, draw, slot_colour(slot) if slot in kept else None))
+        panels.append(Panel(title, draw, css_colour(slot_colour(slot)) if slot in kept else None))
     title = f"masks: {verdict}" if instances else "masks"
     panels.append(Panel(title, lambda axes: _show_masks(axes, image, frame, instances, masks, verdict)))
 
@@ -187,8 +182,8 @@ def _darkened(image: np.ndarray) -> np.ndarray:
 
 def _glow(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
     """Blend a heat in [0, 1] over an image, clear where it is 0."""
-    heat = Image.fromarray(np.float32(heat)).resize(image.shape[1::-1], Image.Resampling.BILINEAR)
-    colours = _heat_colours(np.asarray(heat))
+    resized = Image.fromarray(heat.astype(np.float32)).resize(image.shape[1::-1], Image.Resampling.BILINEAR)
+    colours = _heat_colours(np.asarray(resized))
     return (1 - colours[..., 3:]) * image + colours[..., 3:] * colours[..., :3]
 
 
@@ -212,23 +207,23 @@ def _show_patches(axes: Axes, image: np.ndarray, frame: tuple, heat: np.ndarray,
 
 def _show_masks(axes: Axes, image: np.ndarray, frame: tuple, instances: list[dict], masks: np.ndarray, verdict: str):
     picture = _darkened(image)
-    small = [_shrink(Image.fromarray(np.uint8(mask) * 255), Image.Resampling.BOX) for mask in masks]
-    small = [np.asarray(mask) / 255 for mask in small]
+    shrunk = (_shrink(Image.fromarray(mask.astype(np.uint8) * 255), Image.Resampling.BOX) for mask in masks)
+    small = [np.asarray(mask) / 255 for mask in shrunk]
     for instance, mask in zip(instances, small, strict=True):
-        tint = 0.7 * image + 0.3 * np.array(to_rgb(slot_colour(instance["slot"])))
+        tint = 0.7 * image + 0.3 * np.array(slot_colour(instance["slot"])) / 255
         picture = np.where(mask[..., None] >= 0.5, tint, picture)
     _show(axes, picture, frame)
     for instance, mask in zip(instances, small, strict=True):
         _outline(axes, instance, mask, frame)
     if not instances:
-        style = {"ha": "center", "va": "center", "color": "white", "size": 13, "weight": "bold"}
+        style: dict[str, Any] = {"ha": "center", "va": "center", "color": "white", "size": 13, "weight": "bold"}
         axes.text(0.5, 0.5, textwrap.fill(verdict, 22), transform=axes.transAxes, **style)
 
 
 def _outline(axes: Axes, instance: dict, mask: np.ndarray, frame: tuple):
     """Contour, box and score of one instance."""
     _, width, height, _ = frame
-    colour = slot_colour(instance["slot"])
+    colour = css_colour(slot_colour(instance["slot"]))
     rows, columns = mask.shape
     x = (np.arange(-1, columns + 1) + 0.5) * width / columns
     y = (np.arange(-1, rows + 1) + 0.5) * height / rows
@@ -249,25 +244,3 @@ def _outline(axes: Axes, instance: dict, mask: np.ndarray, frame: tuple):
         bbox={"facecolor": colour, "edgecolor": "none", "pad": 1.5},
         annotation_clip=False,
     )
-
-
-# -- where the MLLM's patches lie --------------------------------------------------------------------------------------
-
-
-def patch_extent(image_processor, image: Image.Image) -> tuple[float, float, float, float]:
-    """The part of the image that the MLLM sees: LLaVA-1.5 crops the centre.
-
-    Args:
-        image_processor: the MLLM's.
-        image: the image as it was given to the processor.
-
-    Returns:
-        (left, top, right, bottom) in pixels of the image.
-    """
-    width, height = image.size
-    if not getattr(image_processor, "do_center_crop", False):
-        return 0, 0, width, height
-    scale = image_processor.size["shortest_edge"] / min(width, height)
-    half_width = image_processor.crop_size["width"] / scale / 2
-    half_height = image_processor.crop_size["height"] / scale / 2
-    return width / 2 - half_width, height / 2 - half_height, width / 2 + half_width, height / 2 + half_height

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -54,8 +55,8 @@ class Evaluation:
 
     output: Path
     """folder that the results are written into."""
-    model: str | None = None
-    """SegCompass folder or Hub id."""
+    model: str = ""
+    """SegCompass folder or Hub id; empty where predictions are scored."""
     predictions: Path | None = None
     """JSONL of any model's predictions, scored instead of a model."""
     dataset: str = "scenes"
@@ -80,7 +81,7 @@ class Evaluation:
     """folder that `segcompass precompute-features` wrote."""
 
     def __post_init__(self):
-        if (self.model is None) == (self.predictions is None):
+        if bool(self.model) == (self.predictions is not None):
             raise ValueError("either a model or predictions are evaluated; give one of --model and --predictions.")
         if self.protocol not in PROTOCOLS:
             raise ValueError(f"the protocol is {self.protocol!r}; choose one of {', '.join(PROTOCOLS)}.")
@@ -127,7 +128,7 @@ def evaluate(run: Evaluation) -> dict:
         done = read_parts(run.output, repair=state.is_main_process)
     state.wait_for_everyone()  # from here on the files change
     if run.predictions is not None:
-        done = score_predictions(run, rows, names)
+        done = score_predictions(run.predictions, rows, names, run.protocol)
     elif len(done) < len(names):
         predict_rest(run, state, rows, names, done)
         state.wait_for_everyone()
@@ -252,9 +253,19 @@ def check_image(row: dict) -> None:
         )
 
 
-def score_predictions(run: Evaluation, rows: Dataset, names: list[str]) -> dict[str, dict]:
-    """The records of another model's predictions, by sample_id."""
-    predictions = read_predictions(run.predictions, names)
+def score_predictions(path: Path, rows: Dataset, names: list[str], protocol: str) -> dict[str, dict]:
+    """The records of another model's predictions.
+
+    Args:
+        path: JSONL of predictions.
+        rows: all rows.
+        names: their sample ids.
+        protocol: how they are counted.
+
+    Returns:
+        sample_id -> what predictions.jsonl holds of it.
+    """
+    predictions = read_predictions(path, names)
     done = {}
     for row in tqdm(rows.remove_columns("image"), unit="sample", dynamic_ncols=True):
         given = predictions[row["sample_id"]]
@@ -265,7 +276,7 @@ def score_predictions(run: Evaluation, rows: Dataset, names: list[str]) -> dict[
             "instruction": row["instruction"],
             **{name: given[name] for name in ("text", "no_target") if name in given},
             "slots": [{"segmentation": mask} for mask in masks],
-            **sample_counts(masks, row["masks"], row["ignore"], run.protocol, answer),
+            **sample_counts(masks, row["masks"], row["ignore"], protocol, answer),
         }
     return done
 
@@ -276,7 +287,7 @@ def score_predictions(run: Evaluation, rows: Dataset, names: list[str]) -> dict[
 def describe_run(run: Evaluation, rows: Dataset) -> dict:
     """What the predictions depend on: the arguments, the weights (newest file) and the questions (a digest)."""
     if run.predictions is not None:
-        source = {"predictions": hashlib.sha256(run.predictions.read_bytes()).hexdigest()}
+        source: dict[str, Any] = {"predictions": hashlib.sha256(run.predictions.read_bytes()).hexdigest()}
     else:
         source = {"model": run.model, "weights": weights_of(run.model)}
         source |= {"query_source": run.query_source, "threshold": run.threshold}
@@ -308,7 +319,7 @@ def check_folder(folder: Path, run: dict) -> None:
 def summarise_run(run: Evaluation, records: list[dict]) -> dict:
     """The content of metrics.json; it depends on the predictions alone."""
     metrics = summarise(records, run.protocol) | {"unit": run.unit}
-    if run.model is not None:
+    if run.predictions is None:
         metrics["n_format_fail"] = sum(record["format"] == 0 for record in records)
     kinds = sorted({record["kind"] for record in records if "kind" in record})
     if kinds:
@@ -321,7 +332,7 @@ def summarise_run(run: Evaluation, records: list[dict]) -> dict:
 
 def write_results(run: Evaluation, rows: Dataset, records: list[dict], metrics: dict) -> None:
     """Write metrics.json, model-index.yml and, where there are images, gallery.html."""
-    name = run.model or run.predictions.stem
+    name = run.model if run.predictions is None else run.predictions.stem
     title = f"{name} on {run.dataset} {run.split}, protocol {run.protocol}"
     if rows[0]["image"] is not None:
         write_gallery(run.output / "gallery.html", rows, records, run.protocol, title)

@@ -80,7 +80,7 @@ def _picture(row: dict, record: dict) -> bytes:
     predicted = shown([slot["segmentation"] for slot in record["slots"]])
     ignored = shown([row["ignore"]] if row["ignore"] else [])
     for mask, colour in ((ignored, IGNORED), (predicted, PREDICTED)):
-        pixels = np.where(mask[..., None], 0.5 * pixels + 0.5 * np.float32(colour), pixels)
+        pixels = np.where(mask[..., None], 0.5 * pixels + 0.5 * np.array(colour, np.float32), pixels)
     pixels[_outline(shown(row["masks"]))] = WANTED
     file = io.BytesIO()
     Image.fromarray(pixels.astype(np.uint8)).save(file, format="JPEG", quality=85)

@@ -5,9 +5,10 @@ what the items are.
 """
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
+
+from segcompass.loaders.files import read_jsonl
 
 
 class Journal:
@@ -56,7 +57,7 @@ def claim_folder(folder: Path, run: dict, file: str = "run.json", holds: str = "
     run = json.loads(json.dumps(run))
     if note.exists():
         theirs = json.loads(note.read_text())
-        for name in sorted(run.keys() | theirs.keys()):
+        for name in run | theirs:
             if theirs.get(name) != run.get(name):
                 raise ValueError(
                     f"{folder} holds {holds} with {name}={theirs.get(name)!r}, this run has {run.get(name)!r}; "
@@ -78,19 +79,12 @@ def read_records(path: Path, repair: bool = False) -> dict[str, dict]:
     Raises:
         ValueError: a damaged line, or one without sample_id; it is named.
     """
-    if not path.exists():
-        return {}
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if repair and len(whole) < len(content):
-        os.truncate(path, len(whole))
-    records = {}
-    for number, line in enumerate(whole.splitlines(), 1):
-        try:
-            record = json.loads(line)
+    records: dict[str, dict] = {}
+    if path.exists():
+        for number, record in read_jsonl(path, journal=True, repair=repair):
+            if "sample_id" not in record:
+                raise ValueError(f"{path}, line {number} is damaged (no sample_id); delete it and start again.")
             records[record["sample_id"]] = record
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number} is damaged ({error!r}); delete it and start again.") from error
     return records
 
 

@@ -1,11 +1,13 @@
 """Loads a model together with its processor, as every command does."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, SamImageProcessorPil
 
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
+from segcompass.modeling_segcompass.backbone import backbone_of
 
 
 def load(path: str | Path, device: str | torch.device | None = None) -> tuple[SegCompassModel, SegCompassProcessor]:
@@ -43,17 +45,19 @@ def load_mllm(
         The model, and a SegCompassProcessor that makes its inputs (without a prompt of ours for an MLLM alone).
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if AutoConfig.from_pretrained(path).model_type == "segcompass":
+    config = AutoConfig.from_pretrained(path)
+    if config.model_type == "segcompass":
         model = SegCompassModel.from_pretrained(path, dtype=dtype)
         return model.to(device), SegCompassProcessor.from_pretrained(path)
     parts = AutoProcessor.from_pretrained(path)
-    llava = ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens")
+    names = backbone_of(config).processor_fields
     processor = SegCompassProcessor(
         image_processor=parts.image_processor,
         tokenizer=parts.tokenizer,
         encoder_image_processor=SamImageProcessorPil(),
         chat_template=parts.chat_template,
         prompt_template="{instruction}",
-        **{field: getattr(parts, field) for field in llava if getattr(parts, field, None) is not None},
+        **{field: getattr(parts, field) for field in names if getattr(parts, field, None) is not None},
     )
-    return AutoModelForImageTextToText.from_pretrained(path, dtype=dtype).to(device), processor
+    mllm: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
+    return mllm.to(device), processor

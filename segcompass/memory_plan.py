@@ -6,6 +6,7 @@ fragmentation of the allocator are estimates (below, as constants). Nothing here
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -64,7 +65,7 @@ def recipe_config(path: Path) -> SegCompassConfig:
     )
 
 
-def build(config: SegCompassConfig, lora_rank: int = 0, train_below_sae_layer: bool = False) -> nn.Module:
+def build(config: SegCompassConfig, lora_rank: int = 0, train_below_sae_layer: bool = False) -> Any:
     """The model on the meta device, frozen as the trainers freeze it, or with adapters.
 
     Args:
@@ -86,26 +87,26 @@ def build(config: SegCompassConfig, lora_rank: int = 0, train_below_sae_layer: b
         return get_peft_model(model, lora_config(model, r=lora_rank))
 
 
-def component(name: str) -> str:
-    """Which part of the model a parameter belongs to."""
+def component(name: str, vision: tuple[str, ...]) -> str:
+    """Which part of the model a parameter belongs to; `vision` are the names of the MLLM's vision parts in it."""
     parts = name.split(".")
     for part in (*SEGMENTATION_MODULES, "image_encoder", "sae"):
         if part in parts:
             return part
     if "lm_head" in parts:
         return "mllm head"
-    return "mllm vision" if {"vision_tower", "visual", "multi_modal_projector"} & set(parts) else "mllm language"
+    return "mllm vision" if any(f"mllm.{part}." in name for part in vision) else "mllm language"
 
 
-def count(model: nn.Module) -> dict[str, tuple[int, int]]:
+def count(model: Any) -> dict[str, tuple[int, int]]:
     """component -> (all parameters, trainable ones)."""
-    counts = {}
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    vision = core.backbone.vision_names(core.mllm)
+    counts: dict[str, tuple[int, int]] = {}
     for name, parameter in model.named_parameters():
-        total, learning = counts.get(component(name), (0, 0))
-        counts[component(name)] = (
-            total + parameter.numel(),
-            learning + parameter.numel() * parameter.requires_grad,
-        )
+        part = component(name, vision)
+        total, learning = counts.get(part, (0, 0))
+        counts[part] = (total + parameter.numel(), learning + parameter.numel() * parameter.requires_grad)
     return counts
 
 
@@ -123,7 +124,8 @@ class SavedBytes:
 
     def __init__(self, module: nn.Module):
         self.parameters = {id(p) for p in module.parameters()}
-        self.bytes, self.seen = 0, set()
+        self.bytes = 0
+        self.seen: set[int] = set()
 
     def __enter__(self):
         self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
@@ -142,7 +144,7 @@ class SavedBytes:
         return tensor
 
 
-def activation_bytes(model: nn.Module, batch: int, length: int) -> tuple[int, int]:
+def activation_bytes(model: Any, batch: int, length: int) -> tuple[int, int]:
     """What autograd saves for a micro-batch of the longest sequences.
 
     Args:
@@ -155,8 +157,8 @@ def activation_bytes(model: nn.Module, batch: int, length: int) -> tuple[int, in
     """
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     config, text = core.config, core.config.get_text_config()
-    meta = dict(device="meta", dtype=torch.bfloat16)
-    block = core.mllm.model.language_model.layers[-1].to(torch.bfloat16)
+    meta: dict[str, Any] = dict(device="meta", dtype=torch.bfloat16)
+    block = core.backbone.blocks(core.mllm)[-1].to(torch.bfloat16)
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     x = torch.empty(batch, length, text.hidden_size, requires_grad=True, **meta)
     rotary = tuple(torch.empty(batch, length, head, **meta) for _ in range(2))
@@ -215,7 +217,7 @@ def plan(
 
     block_bytes, segmentation_bytes = activation_bytes(model, batch, length)
     core = model.get_base_model() if lora_rank else model
-    layer = sum(p.numel() for p in core.mllm.model.language_model.layers[-1].parameters())
+    layer = sum(p.numel() for p in core.backbone.blocks(core.mllm)[-1].parameters())
     root = total - text.num_hidden_layers * layer - counts["mllm vision"][0] - counts["image_encoder"][0]
     gathered = 0 if shard_all == 1 else COMPUTE * (root + 2 * layer)
     static = [

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 from segcompass.journal import read_records, write_text
+from segcompass.loaders.files import read_jsonl
 from segcompass.loaders.masks import coco_rle
 
 OWN, OTHERS = "predictions.jsonl", "predictions.rank*.jsonl"
@@ -23,7 +24,7 @@ def part_path(folder: Path, rank: int) -> Path:
 
 def read_parts(folder: Path, repair: bool = False) -> dict[str, dict]:
     """The records that all processes of the runs so far have written, by sample_id. Raises ValueError."""
-    records = {}
+    records: dict[str, dict] = {}
     for path in sorted(folder.glob(OTHERS)):
         records |= read_records(path, repair)
     return records | read_records(folder / OWN, repair)
@@ -38,27 +39,30 @@ def merge_parts(folder: Path, names: list[str], records: dict[str, dict]) -> Non
 
 
 def read_predictions(path: Path, names: list[str]) -> dict[str, dict]:
-    """The predictions of any model for these samples, by sample_id.
+    """The predictions of any model, by sample_id.
+
+    Args:
+        path: a JSONL file.
+        names: the sample ids of the rows to score.
+
+    Returns:
+        sample_id -> the line's object, for each of `names`.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: a damaged line, samples without a prediction, predictions of unknown samples, or repeated ones.
     """
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing; give a file with one JSON object a sample.")
-    found, wanted = {}, set(names)
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-                name = str(record["sample_id"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path}, line {number} is no prediction: {error!r}.") from error
-            if name in found:
-                raise ValueError(f"{path}, line {number}: the sample id {name!r} repeats.")
-            found[name] = record
+        raise FileNotFoundError(f"{path} is missing; give a file with one JSON object per sample.")
+    found: dict[str, dict] = {}
+    wanted = set(names)
+    for number, record in read_jsonl(path):
+        if "sample_id" not in record:
+            raise ValueError(f"{path}, line {number} is no prediction: it has no sample_id.")
+        name = str(record["sample_id"])
+        if name in found:
+            raise ValueError(f"{path}, line {number}: the sample id {name!r} repeats.")
+        found[name] = record
     for kind, odd in (("without a prediction", wanted - found.keys()), ("unknown", found.keys() - wanted)):
         if odd:
             raise ValueError(
@@ -70,6 +74,14 @@ def read_predictions(path: Path, names: list[str]) -> dict[str, dict]:
 
 def predicted_masks(record: dict, height: int, width: int) -> list[dict]:
     """A prediction's masks as compressed RLE; those without a pixel are left out.
+
+    Args:
+        record: a line of predictions.
+        height: of the sample's image, in pixels.
+        width: of the sample's image, in pixels.
+
+    Returns:
+        COCO RLE dicts whose union is the prediction.
 
     Raises:
         ValueError: no masks, masks in no known form, or of another size than the image.

@@ -5,7 +5,7 @@ Every image's size is compared with its masks', every count with the published o
 
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
@@ -19,8 +19,8 @@ from segcompass.journal import claim_folder
 from segcompass.loaders import load_rows
 from segcompass.loaders.obelics import image_name, open_documents
 from segcompass.loaders.published import SPLITS, compare
-from segcompass.loaders.reasonseg import upright_size
 from segcompass.loaders.refcoco import SPLIT_BY
+from segcompass.modeling_segcompass.images import upright_size
 
 LARGEST = 20_000_000  # bytes of a downloaded image
 
@@ -41,8 +41,8 @@ class Conversion:
     """a benchmark's name, "obelics" or a .jsonl file."""
     output: Path
     """folder of the parquet files."""
-    split: list[str] | None = None
-    """None converts all splits that the data set has."""
+    split: list[str] = field(default_factory=list)
+    """none converts all splits that the data set has."""
     root: str | None = None
     """see `load_rows`, as for the next four."""
     image_dir: Path | None = None
@@ -79,7 +79,7 @@ def prepare_data(conversion: Conversion) -> list[dict]:
     """
     table = []
     claim_conversion(conversion)
-    if conversion.download is not None:
+    if conversion.download is not None and conversion.root and conversion.image_dir:
         download(conversion.root, conversion.image_dir, conversion.download)
     named = {name: getattr(conversion, name) for name in ("root", "split_by", "unit", "image_dir")}
     for split in conversion.split:

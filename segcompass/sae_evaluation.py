@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import torch
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 from segcompass.loaders.image_text import image_text, load_image_text
 from segcompass.loading import load_mllm
 from segcompass.modeling_segcompass import SparseAutoencoder
+from segcompass.modeling_segcompass.backbone import backbone_of
 from segcompass.trainers.activations import SPECIAL, TOKEN_TYPES, batch_activations, model_special_tokens, token_types
 from segcompass.trainers.collator import ImageTextCollator
 from segcompass.trainers.sae_trainer import evaluate_sae
@@ -79,7 +81,7 @@ def judge_sae(
 def check(sae: SparseAutoencoder, model: PreTrainedModel) -> None:
     """Raises ValueError when the SAE is not of this model's width and depth."""
     mllm = getattr(model, "mllm", model)
-    width, depth = mllm.config.get_text_config().hidden_size, len(mllm.get_decoder().layers)
+    width, depth = mllm.config.get_text_config().hidden_size, len(backbone_of(mllm).blocks(mllm))
     if sae.config.d_in != width or sae.config.layer > depth:
         raise ValueError(
             f"the SAE reads {sae.config.d_in} numbers of layer {sae.config.layer}, but the MLLM is {width} wide and "
@@ -129,12 +131,12 @@ class LossSums:
         print(sums.summary()["all"]["recovered"])
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.losses: Counter = Counter()
-        self.tokens = 0
+        self.tokens = 0.0
         self.skipped: Counter = Counter()
 
-    def add(self, losses: dict) -> None:
+    def add(self, losses: dict[str | tuple[str, str], float]) -> None:
         """Add what `language_losses` returned for a batch."""
         self.tokens += losses.pop("tokens")
         self.losses.update(losses)
@@ -148,7 +150,7 @@ class LossSums:
         if not self.tokens:
             return None
         mean = {name: loss / self.tokens for name, loss in self.losses.items()}
-        summary = {"clean": mean["clean"], "tokens": self.tokens}
+        summary: dict[str, Any] = {"clean": mean["clean"], "tokens": int(self.tokens)}
         for name in ("all", *TOKEN_TYPES):
             if (name, "spliced") in mean:
                 spliced, zero = mean[name, "spliced"], mean[name, "zero"]
@@ -183,7 +185,10 @@ def language_losses(
     else:
         predicted = real & (types == TOKEN_TYPES.index("instruction"))
     predicted = predicted[:, 1:] & real[:, :-1]
-    losses = {"tokens": int(predicted.sum()), "clean": next_token_loss(mllm, inputs, predicted)}
+    losses: dict[str | tuple[str, str], float] = {
+        "tokens": int(predicted.sum()),
+        "clean": next_token_loss(mllm, inputs, predicted),
+    }
     for name in ("all", *TOKEN_TYPES):
         where = real & ((types != SPECIAL) if name == "all" else (types == TOKEN_TYPES.index(name)))
         if not where.any():
@@ -221,9 +226,11 @@ def next_token_loss(
         changed[where] = sae.decode(sae.encode(z[where])).to(z.dtype) if end == "spliced" else 0
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
-    names = {"input_ids", "attention_mask", "pixel_values", "image_grid_thw", "mm_token_type_ids"}
-    taken = {name: value.to(mllm.device) for name, value in inputs.items() if name in names}
-    hooks = [mllm.get_decoder().layers[sae.config.layer - 1].register_forward_hook(change)] if sae is not None else []
+    backbone = backbone_of(mllm)
+    taken = {name: value.to(mllm.device) for name, value in backbone.mllm_inputs(mllm, inputs).items()}
+    hooks = []
+    if sae is not None:
+        hooks.append(backbone.blocks(mllm)[sae.config.layer - 1].register_forward_hook(change))
     try:
         logits = mllm(**taken, use_cache=False).logits[:, :-1]
     finally:

@@ -5,19 +5,18 @@ import re
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
-from transformers.image_utils import load_image
 
-from segcompass.drawing import draw_overlay, label_image, patch_extent
+from segcompass.drawing import draw_overlay, label_image
 from segcompass.loaders.masks import encode_mask
 from segcompass.loading import load
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassOutput, SegCompassProcessor
+from segcompass.modeling_segcompass.explanation import heaviest_concepts
 from segcompass.modeling_segcompass.explanation_page import render_html
+from segcompass.modeling_segcompass.images import read_image
 from segcompass.white_box import ConceptDictionary
 
 NO_TOKENS = "no mask: the response had no concentration tokens"
-TOP_CONCEPTS = 8
 
 
 def segment_image(
@@ -37,7 +36,8 @@ def segment_image(
         The content of result.json.
 
     Raises:
-        ValueError: an unreadable image, no such model, or an empty or too long instruction.
+        OSError: the image cannot be read.
+        ValueError: no such model, or an empty or too long instruction.
     """
     image = read_image(source)
     segcompass, processor = load(model)
@@ -58,7 +58,7 @@ def segment_image(
     label_image(masks, scores, slots).save(output / "masks.png")
     heatmaps = slot_heatmaps(outputs, processor, image, slots)
     shown = [slot for slot, _, _ in heatmaps]
-    concepts = concept_heat(outputs, segcompass, processor, inputs, image, shown)
+    concepts = concept_heat(outputs, segcompass, processor, image, shown)
     figure = draw_overlay(np.asarray(image), result, reasoning, verdict, masks, heatmaps, concepts)
     figure.savefig(output / "overlay.png")
     print(f"wrote overlay.png, masks.png and result.json to {output}")
@@ -66,18 +66,6 @@ def segment_image(
         dictionary = ConceptDictionary.from_pretrained(model)
         write_explanation(output, segcompass, processor, outputs, image, instruction, shown, dictionary)
     return result
-
-
-def read_image(source: str) -> Image.Image:
-    """An image in RGB, from a file or a URL.
-
-    Raises:
-        ValueError: it cannot be read.
-    """
-    try:
-        return load_image(source).convert("RGB")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"the image {source!r} cannot be read ({error}); give a picture file or a URL.") from error
 
 
 # -- results as text and JSON ------------------------------------------------------------------------------------------
@@ -112,25 +100,11 @@ def describe(instruction: str, outputs: SegCompassOutput, processor: SegCompassP
             )
         ],
         "concepts": [
-            {
-                "slot": slot,
-                "index": outputs.concept_indices[0, column].item(),
-                "weight": outputs.concept_weights[0, slot, column].item(),
-                "value": outputs.concept_values[0, column].item(),
-            }
+            {"slot": slot, "index": concept.index, "weight": concept.weight, "value": concept.value}
             for slot in slots
-            for column in top_concepts(outputs, slot)
+            for concept in heaviest_concepts(outputs, slot)
         ],
     }
-
-
-def top_concepts(outputs: SegCompassOutput, slot: int) -> list[int]:
-    """Columns of the concepts that weigh most in a slot, heaviest first; [] when the queries used no concepts."""
-    if outputs.concept_weights is None:
-        return []
-    weights = outputs.concept_weights[0, slot]
-    order = weights.topk(min(TOP_CONCEPTS, len(weights))).indices
-    return order[weights[order] > 0].tolist()
 
 
 def reasoning_of(text: str) -> str:
@@ -175,7 +149,6 @@ def concept_heat(
     outputs: SegCompassOutput,
     model: SegCompassModel,
     processor: SegCompassProcessor,
-    inputs: dict,
     image: Image.Image,
     slots: list[int],
 ) -> tuple[np.ndarray, tuple[float, float, float, float]] | None:
@@ -185,7 +158,6 @@ def concept_heat(
         outputs: of `model.segment` for one image.
         model: the model.
         processor: its processor.
-        inputs: what the processor made of the image.
         image: the image.
         slots: the slots whose concepts are added up.
 
@@ -198,14 +170,10 @@ def concept_heat(
     activations = activations[outputs.sequences[0, : len(activations)] == model.config.image_token_id]  # (patches, M)
     heat = activations.new_zeros(len(activations))
     for slot in slots:
-        columns = top_concepts(outputs, slot)
+        columns = [concept.column for concept in heaviest_concepts(outputs, slot)]
         heat += activations[:, columns] @ outputs.concept_weights[0, slot, columns]
-    if "image_grid_thw" in inputs:  # Qwen2.5-VL: patches in the image's own aspect
-        merge = model.config.mllm_config.vision_config.spatial_merge_size
-        _, rows, columns = (inputs["image_grid_thw"][0] // torch.tensor([1, merge, merge], device=heat.device)).tolist()
-    else:
-        rows = columns = round(len(heat) ** 0.5)
-    return heat.view(rows, columns).cpu().numpy(), patch_extent(processor.image_processor, image)
+    rows, columns = outputs.patch_grid[0].tolist()
+    return heat.view(rows, columns).cpu().numpy(), model.backbone.seen_extent(processor.image_processor, *image.size)
 
 
 # -- explanation -------------------------------------------------------------------------------------------------------
@@ -240,7 +208,7 @@ def write_explanation(
     explanations = [model.explain(outputs, slot=slot, labels=labels, processor=processor) for slot in slots]
     logits = processor.post_process_masks(outputs.pred_masks, [(image.height, image.width)])[0]  # (K, H, W)
     masks = (logits[slots] > 0).cpu().numpy()
-    extent = patch_extent(processor.image_processor, image)
+    extent = model.backbone.seen_extent(processor.image_processor, *image.size)
     page = render_html(explanations, image, masks, extent, instruction)
     (folder / "explanation.html").write_text(page, encoding="utf-8")
     first = max(range(len(explanations)), key=lambda place: explanations[place].confidence)

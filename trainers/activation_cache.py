@@ -5,7 +5,7 @@ their types, and is a pure function of those rows: who writes it, when, and afte
 nothing. `shard-00000.safetensors` is written under another name, flushed and renamed; `shard-00000.json` follows with
 its checksum and is what makes it count. `cache.json` says of what the cache is.
 
-Gathering tokens again for every pass costs one MLLM forward up to layer L each; a cache costs 2 d_in bytes a token.
+Gathering tokens anew in every pass costs one MLLM forward up to layer L; a cache costs 2 d_in bytes per token.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
+import datasets
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -29,6 +30,7 @@ from .activations import (
     SPECIAL,
     batch_activations,
     keep_finite,
+    mllm_of,
     model_special_tokens,
     process_share,
     shuffle_tokens,
@@ -40,8 +42,8 @@ logger = logging.getLogger(__name__)
 def cache_activations(
     folder: str | Path,
     model: nn.Module,
-    rows,
-    collate: Callable,
+    rows: datasets.Dataset | datasets.IterableDataset,
+    collate: Callable[[list[dict]], dict],
     layer: int,
     description: dict,
     samples_per_batch: int = 8,
@@ -50,14 +52,14 @@ def cache_activations(
     dtype: torch.dtype = torch.bfloat16,
     on_nonfinite: str = "stop",
 ) -> Counter:
-    """Write the hidden states of all rows, or go on where an earlier call was cut off.
+    """Write the hidden states of all rows, or resume where an earlier call was cut off.
 
-    Several processes (torch.distributed) write different shards; another number of them may go on.
+    Several processes (torch.distributed) write different shards; another number of them may resume.
 
     Args:
         folder: of the cache; made if there is none.
         model: a SegCompass model or a bare transformers MLLM, on its device.
-        rows: a `datasets.Dataset` or `IterableDataset`, whose order must not change between calls.
+        rows: a `datasets.Dataset` or `datasets.IterableDataset`, whose order must not change between calls.
         collate: list of rows -> a batch as the processor gives it (`ImageTextCollator`).
         layer: L, the decoder block to read, from 1.
         description: what the hidden states depend on (backbone, data set, ...), kept in `cache.json`; a folder whose
@@ -83,7 +85,7 @@ def cache_activations(
         description
         | {
             "layer": layer,
-            "d_in": getattr(model, "mllm", model).config.get_text_config().hidden_size,
+            "d_in": mllm_of(model).config.get_text_config().hidden_size,
             "dtype": str(dtype).removeprefix("torch."),
             "samples_per_batch": samples_per_batch,
             "samples_per_shard": samples_per_shard,
@@ -104,11 +106,12 @@ def cache_activations(
                 capped = True
                 logger.warning(
                     "%s holds %.2f GB and the limit is %.2f GB: caching stops. Train on what is there, or repeat the "
-                    "command with a higher max_gb to go on.",
+                    "command with a higher max_gb to resume.",
                     *(folder, used / 1e9, max_gb),
                 )
                 break
-            chunks, report = [], Counter()
+            chunks: list[tuple[torch.Tensor, torch.Tensor]] = []
+            report: Counter = Counter()
             for start in range(0, len(part), samples_per_batch):
                 inputs = collate(part[start : start + samples_per_batch])
                 report.update(inputs.get("skipped", ()))
@@ -126,7 +129,7 @@ def cache_activations(
             bar.set_postfix(GB=f"{used / 1e9:.2f}")
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
-    total = Counter()
+    total: Counter = Counter()
     for shard in _shards(folder):
         total.update(json.loads(shard.with_suffix(".json").read_text())["report"])
         total["shards"] += 1
@@ -149,7 +152,9 @@ class CachedActivations(IterableDataset):
     Args:
         folder: of the cache.
         d_in: width to expect, or None.
-        batch_size, buffer_size, seed: as in `shuffle_tokens`.
+        batch_size: tokens per batch; the last one of a pass may be smaller.
+        buffer_size: tokens mixed with one another, at least `2 * batch_size`.
+        seed: of the first pass.
         shards: which to read, as a slice of the list of shards (to hold some out).
         keep_special: also yield special tokens.
 
@@ -184,10 +189,10 @@ class CachedActivations(IterableDataset):
         self.seed = seed
         self.keep_special = keep_special
         self.passes = 0
-        self._checked = set()
+        self._checked: set[Path] = set()
 
     def set_epoch(self, epoch: int):
-        """Say which pass the next one is."""
+        """Make the next pass pass number `epoch`, whose shuffling it then has."""
         self.passes = epoch
 
     def __iter__(self):
@@ -287,7 +292,7 @@ def _write(path, write):
             raise OSError(
                 errno.ENOSPC,
                 f"the disk is full while writing {path}; what was written before is kept: make room, or train on it, "
-                "and repeat the command to go on",
+                "and repeat the command to resume",
             ) from error
         raise
 

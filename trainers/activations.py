@@ -4,21 +4,36 @@ Blocks above the one asked for are never computed and nothing is written to disk
 that). Knows nothing about the autoencoder.
 """
 
-import inspect
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.utils.data import IterableDataset
+from transformers import PreTrainedModel
 
-TOKEN_TYPES = ("image", "instruction", "response", "special")
-"""What a token of a sample can be; its number is its place here."""
+from segcompass.modeling_segcompass import token_layout
+from segcompass.modeling_segcompass.backbone import backbone_of
+from segcompass.modeling_segcompass.token_layout import IMAGE, INSTRUCTION, RESPONSE
 
-SPECIAL = TOKEN_TYPES.index("special")
+SPECIAL = RESPONSE + 1
+"""A token kind beside the model's IMAGE, INSTRUCTION and RESPONSE: attention sinks and separators, never trained on."""
+
+_NAMES = {IMAGE: "image", INSTRUCTION: "instruction", RESPONSE: "response", SPECIAL: "special"}
+TOKEN_TYPES = tuple(_NAMES[kind] for kind in range(len(_NAMES)))
+"""Names of the kinds of tokens; a token's kind is a place here. Caches on disk hold these numbers."""
+
+Batch = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+"""A batch as datasets give it: hidden states (N, d_in), alone or with their token types (N,)."""
 
 logger = logging.getLogger(__name__)
+
+
+def mllm_of(model: nn.Module) -> PreTrainedModel:
+    """The MLLM of a SegCompass model; a bare MLLM is its own."""
+    return cast(PreTrainedModel, getattr(model, "mllm", model))
 
 
 class _LayerReached(Exception):
@@ -35,7 +50,7 @@ def layer_hidden_states(model: nn.Module, inputs: dict[str, torch.Tensor], layer
     At the last block this is the block's own output, before the final norm that `hidden_states[-1]` has passed.
 
     Args:
-        model: a SegCompass model or a bare transformers LLaVA / Qwen2.5-VL model, in evaluation mode.
+        model: a SegCompass model or a bare transformers MLLM, in evaluation mode.
         inputs: what the processor gives; entries the MLLM does not take, and labels, are left out.
         layer: L, from 1 to the number of decoder blocks.
 
@@ -45,14 +60,13 @@ def layer_hidden_states(model: nn.Module, inputs: dict[str, torch.Tensor], layer
     Raises:
         ValueError: the MLLM has no such block.
     """
-    mllm = getattr(model, "mllm", model)
-    blocks = mllm.get_decoder().layers
+    mllm = mllm_of(model)
+    blocks = backbone_of(mllm).blocks(mllm)
     if not 1 <= layer <= len(blocks):
         raise ValueError(
             f"layer is {layer}, but the MLLM has {len(blocks)} decoder blocks; choose one from 1 to {len(blocks)}."
         )
-    taken = set(inspect.signature(mllm.forward).parameters) - {"labels"}
-    inputs = {name: value.to(mllm.device) for name, value in inputs.items() if name in taken and value is not None}
+    inputs = {name: value.to(mllm.device) for name, value in backbone_of(mllm).mllm_inputs(mllm, inputs).items()}
 
     def stop(block, args, output):
         raise _LayerReached(output[0] if isinstance(output, tuple) else output)
@@ -68,26 +82,34 @@ def layer_hidden_states(model: nn.Module, inputs: dict[str, torch.Tensor], layer
 
 
 def token_types(model: nn.Module, inputs: dict[str, torch.Tensor], special_token_ids: Iterable[int]) -> torch.Tensor:
-    """The type of every token, (B, T) uint8, an index into `TOKEN_TYPES`; padding gets one too.
+    """The type of every token, as the model sees it, or SPECIAL; padding gets one too.
 
-    Image tokens are those of the MLLM's `image_token_id`, special ones those listed, the response is where
-    `response_mask` says, and all else is instruction (with the words of the chat template).
+    Args:
+        model: a SegCompass model or a bare transformers MLLM.
+        inputs: what the processor gives: `input_ids` (B, T) and, if there is a response, `response_mask` (B, T).
+        special_token_ids: ids that are SPECIAL, unless they are the image token's.
+
+    Returns:
+        uint8 (B, T), indices into `TOKEN_TYPES`.
     """
     ids = inputs["input_ids"]
-    types = torch.full_like(ids, TOKEN_TYPES.index("instruction"), dtype=torch.uint8)
-    if inputs.get("response_mask") is not None:
-        types[inputs["response_mask"].bool()] = TOKEN_TYPES.index("response")
-    types[torch.isin(ids, torch.tensor(sorted(special_token_ids), dtype=torch.long, device=ids.device))] = SPECIAL
-    types[ids == getattr(model, "mllm", model).config.image_token_id] = TOKEN_TYPES.index("image")
-    return types
+    response = inputs.get("response_mask")
+    response = torch.zeros_like(ids, dtype=torch.bool) if response is None else response.bool()
+    types = token_layout.token_types(ids, response, mllm_of(model).config.image_token_id)
+    special = torch.isin(ids, torch.tensor(sorted(special_token_ids), dtype=torch.long, device=ids.device))
+    return types.masked_fill(special & (types != IMAGE), SPECIAL).to(torch.uint8)
 
 
 def keep_finite(z: torch.Tensor, name: str, on_nonfinite: str) -> bool:
     """Whether a batch of hidden states has neither NaN nor infinity.
 
     Args:
+        z: (..., d_in), the batch.
         name: what the error or the warning calls the batch.
         on_nonfinite: "stop" raises, "skip" warns and returns False.
+
+    Returns:
+        False where it has some and is to be skipped.
 
     Raises:
         ValueError: it has some and `on_nonfinite` is "stop", or `on_nonfinite` is neither.
@@ -137,6 +159,15 @@ def shuffle_tokens(
     The buffer is filled to `buffer_size` tokens, shuffled, emptied by half and filled again. It takes
     `4 * buffer_size * d_in` bytes on the device of the chunks, twice that while it is refilled.
 
+    Args:
+        chunks: hidden states (n, d_in) and types (n,) of any number of tokens at a time.
+        batch_size: tokens per batch; the last one may be smaller.
+        buffer_size: tokens mixed with one another, at least `2 * batch_size`.
+        seed: of the shuffling.
+
+    Yields:
+        Hidden states (batch_size, d_in) and types (batch_size,).
+
     Raises:
         ValueError: the buffer is too small for the batch.
     """
@@ -146,10 +177,11 @@ def shuffle_tokens(
             "raise buffer_size or lower batch_size."
         )
     generator = torch.Generator().manual_seed(seed)
-    buffer, exhausted = None, False
+    buffer: tuple[torch.Tensor, torch.Tensor] | None = None
+    exhausted = False
     while not exhausted:
         held = [] if buffer is None else [buffer]
-        size = sum(len(z) for z, _ in held)
+        size = sum(len(chunk[0]) for chunk in held)
         while size < buffer_size and not exhausted:
             chunk = next(chunks, None)
             if chunk is None:
@@ -160,10 +192,11 @@ def shuffle_tokens(
         if not size:
             return
         order = torch.randperm(size, generator=generator)
-        buffer = [torch.cat(parts)[order.to(parts[0].device)] for parts in zip(*held, strict=True)]
-        while len(buffer[0]) > (0 if exhausted else buffer_size // 2):
-            yield buffer[0][:batch_size], buffer[1][:batch_size]
-            buffer = buffer[0][batch_size:], buffer[1][batch_size:]
+        z, types = (torch.cat(parts)[order.to(parts[0].device)] for parts in zip(*held, strict=True))
+        while len(z) > (0 if exhausted else buffer_size // 2):
+            yield z[:batch_size], types[:batch_size]
+            z, types = z[batch_size:], types[batch_size:]
+        buffer = z, types
 
 
 def stream_activations(
@@ -178,14 +211,14 @@ def stream_activations(
     keep_special: bool = False,
     on_nonfinite: str = "stop",
     report: Counter | None = None,
-) -> Iterator[torch.Tensor] | Iterator[tuple[torch.Tensor, torch.Tensor]]:
+) -> Iterator[Batch]:
     """Yield shuffled hidden states of every image, prompt and response token of the samples, one pass over them.
 
     Tokens are mixed across samples (`shuffle_tokens`). Padding (attention mask 0) and special tokens are dropped: their
     hidden states are attention sinks or noise. The model is put in evaluation mode and left in it.
 
     Args:
-        model: a SegCompass model, or a bare transformers LLaVA / Qwen2.5-VL model.
+        model: a SegCompass model, or a bare transformers MLLM.
         dataloader: batches as the processor gives them (`input_ids` (B, T), `attention_mask`, `pixel_values`, ...). A
             batch's `skipped`, a Counter of samples that could not be used and why, goes to the report.
         layer: L, the decoder block to read, from 1.
@@ -224,6 +257,23 @@ def stream_activations(
         yield (z, types) if with_types else z
 
 
+def take_tokens(activations: Iterable[Batch], num_tokens: int) -> Iterator[Batch]:
+    """Yield batches until they hold `num_tokens` tokens or run out; the last batch is not cut."""
+    for batch in activations:
+        yield batch
+        num_tokens -= len(split_batch(batch)[0])
+        if num_tokens <= 0:
+            return
+
+
+def split_batch(batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Hidden states (N, d_in) and token types (N,) of a batch; the types are None where the data do not name them."""
+    if torch.is_tensor(batch):
+        return batch, None
+    z, types = batch
+    return z, types
+
+
 class ActivationDataset(IterableDataset):
     """The stream of `stream_activations` as a dataset that `SparseAutoencoderTrainer` reads, batches ready made.
 
@@ -231,9 +281,11 @@ class ActivationDataset(IterableDataset):
     each one runs the MLLM on its own share of the batches. `report` counts the samples of all passes, and the skipped.
 
     Args:
-        model, layer: as in `stream_activations`.
-        dataloader: batches that can be gone through more than once (a `DataLoader` or a list, not a generator).
-        options: the rest of `stream_activations`' arguments.
+        model: a SegCompass model, or a bare transformers MLLM.
+        dataloader: batches that can be read more than once (a `DataLoader` or a list, not a generator).
+        layer: L, the decoder block to read, from 1.
+        seed: of the first pass.
+        **options: the rest of `stream_activations`' arguments.
 
     Raises:
         ValueError: `dataloader` can be read only once.
@@ -245,23 +297,23 @@ class ActivationDataset(IterableDataset):
         dataloader: Iterable[dict[str, torch.Tensor]],
         layer: int,
         seed: int = 0,
-        **options,
+        **options: Any,
     ):
         if isinstance(dataloader, Iterator):
             raise ValueError(
                 f"dataloader is a {type(dataloader).__name__}, which can be read once, but training reads it once to "
-                "measure the activations and once an epoch; give a DataLoader or a list of batches."
+                "measure the activations and once per epoch; give a DataLoader or a list of batches."
             )
         self.model = model
         self.dataloader = dataloader
         self.layer = layer
         self.seed = seed
         self.options = options
-        self.report = Counter()
+        self.report: Counter = Counter()
         self.passes = 0
 
     def set_epoch(self, epoch: int):
-        """Say which pass the next one is."""
+        """Make the next pass pass number `epoch`, whose shuffling it then has."""
         self.passes = epoch
 
     def __iter__(self):

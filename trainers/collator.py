@@ -2,11 +2,14 @@
 
 import logging
 from collections import Counter
-from io import BytesIO
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from PIL import Image
-from transformers.image_utils import load_image
 
+from segcompass.modeling_segcompass.images import read_image, upright
+
+from .image_features import ImageFeatures
 from .targets import mask_targets
 
 logger = logging.getLogger(__name__)
@@ -18,17 +21,33 @@ class SegCompassCollator:
     Args:
         processor: a SegCompassProcessor.
         mask_side: side of the mask logits, four times the key grid; None leaves out all that masks need.
-        image_features: an `ImageFeatures` cache to read SAM's features from; None makes SAM's pixels.
+        image_features: the cache to read the image encoder's features from; None makes the encoder's pixels.
+
+    Example:
+        >>> collate = SegCompassCollator(processor, mask_side=4 * model.config.key_grid)
+        >>> batch = collate([rows[0], rows[1]])
+        >>> outputs = model(**{name: value for name, value in batch.items() if name != "mask_targets"})
     """
 
-    def __init__(self, processor, mask_side=None, image_features=None):
+    def __init__(
+        self,
+        processor: Any,
+        mask_side: int | None = None,
+        image_features: ImageFeatures | None = None,
+    ):
         self.processor = processor
         self.mask_side = mask_side
         self.image_features = image_features
         self.frame = processor.encoder_image_processor.size["longest_edge"]
 
-    def __call__(self, rows):
-        """rows -> model inputs (see the processor) and `mask_targets`, a list of (G_i, s, s) float in [0, 1].
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> Any:
+        """Collate rows.
+
+        Args:
+            rows: B rows with `reasoning` and, where masks are wanted, `masks`, `height` and `width`.
+
+        Returns:
+            The model's inputs (see the processor), and `mask_targets`, a list of B tensors (G_i, s, s) in [0, 1].
 
         Raises:
             ValueError: a row without reasoning, which supervised training needs.
@@ -64,19 +83,35 @@ class ImageTextCollator:
         processor: a SegCompassProcessor.
         read: row -> {"image", "text", "response", "reasoning"}; raises ValueError for a row without them.
         token_window: most tokens a sample may have, image and response included.
+
+    Example:
+        >>> collate = ImageTextCollator(processor, read)
+        >>> inputs = collate(rows)
+        >>> skipped = inputs.pop("skipped")
     """
 
-    def __init__(self, processor, read, token_window=3400):
+    def __init__(
+        self,
+        processor: Any,
+        read: Callable[[Mapping[str, Any]], dict[str, Any]],
+        token_window: int = 3400,
+    ):
         self.processor = processor
         self.read = read
         self.token_window = token_window
 
-    def __call__(self, rows):
-        """rows -> model inputs (see the processor, `image_encoder=False`) and `skipped`.
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Collate the rows that can be used.
 
-        Only `skipped` if no row is usable.
+        Args:
+            rows: rows that `read` understands.
+
+        Returns:
+            The model's inputs (see the processor, `image_encoder=False`) and `skipped`; only `skipped` if no row is
+            usable.
         """
-        skipped, images, texts, responses = Counter(), [], [], []
+        skipped: Counter[str] = Counter()
+        images, texts, responses = [], [], []
         for row in rows:
             try:
                 row = self.read(row)
@@ -119,7 +154,7 @@ class ImageTextCollator:
             )
         finally:
             self.processor.max_prompt_length = limit
-        if some:  # a row without response got an end token to itself
+        if some:  # a row without response was given an end token alone
             alone = [place for place, response in enumerate(responses) if response is None]
             batch["attention_mask"][alone] *= ~batch["response_mask"][alone]
         fits = (batch["attention_mask"].sum(1) <= self.token_window).tolist()
@@ -133,13 +168,11 @@ class ImageTextCollator:
         return self._fitting(*([part[place] for place in kept] for part in (images, texts, responses)), skipped)
 
 
-def open_image(image):
-    """An image as data sets hold it (PIL, path, URL, bytes, {"bytes", "path"}) -> PIL RGB. Raises OSError."""
+def open_image(image: Any) -> Image.Image:
+    """An image in any form that `read_image` reads -> upright PIL RGB. Raises OSError."""
     try:
-        if isinstance(image, dict):
-            image = image["bytes"] if image.get("bytes") else image["path"]
-        if isinstance(image, bytes):
-            image = Image.open(BytesIO(image))
-        return load_image(image).convert("RGB")
+        return upright(read_image(image))
+    except OSError:
+        raise
     except Exception as error:  # decoders raise whatever they like on damaged files
-        raise OSError(f"{str(image)[:80]!r} cannot be read as an image: {error}") from error
+        raise OSError(f"the image cannot be read as an image: {error}") from error

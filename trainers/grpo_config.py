@@ -1,77 +1,104 @@
 """Settings of the joint GRPO and segmentation training; the defaults are the paper's (section 4.1, appendix A.2)."""
 
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from trl import GRPOConfig
 from trl.import_utils import is_vllm_available
 
-REWARD_MASK_SOURCES = ("policy", "reference")
-TRAINING_MODES = ("rl", "seg", "both")
+from .losses import LossWeights
+from .optimization import RateMultipliers, rate_multiplier
+from .rewards import find_rewards
+
+TrainingMode = Literal["rl", "seg", "both"]
+RewardMaskSource = Literal["policy", "reference"]
 
 
 @dataclass
-class SegCompassGRPOConfig(GRPOConfig):
+class SegCompassGRPOConfig(LossWeights, RateMultipliers, GRPOConfig):
     """TRL's GRPOConfig with the paper's values as defaults, and the segmentation half of Eq. 6.
 
     The paper's batch is 16 prompts x 8 responses on 8 devices: `per_device_train_batch_size=2,
     gradient_accumulation_steps=8`. Prompts are limited by `processor.max_prompt_length`. The schedule has no warm-up:
     `warmup_steps` and `lr_scheduler_type` are not read.
+
+    Example:
+        >>> args = SegCompassGRPOConfig("runs/grpo", beta=0.04, lambda_focal=5.0)
+        >>> args.reward_funcs.append("my_package.rewards.short_answer")
+        >>> args.reward_weights.append(0.1)
     """
 
-    learning_rate: float = field(default=2e-6, metadata={"help": "AdamW's rate for the MLLM."})
-    weight_decay: float = field(default=0.01, metadata={"help": "AdamW's weight decay; none on norms and biases."})
+    learning_rate: float = field(default=2e-6, metadata={"help": "AdamW's learning rate for the MLLM."})
+    weight_decay: float = field(default=0.01, metadata={"help": "AdamW's weight decay. Norms and biases do not decay."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Norm to which gradients are clipped."})
-    num_generations: int | None = field(default=8, metadata={"help": "G, responses a prompt."})
-    max_completion_length: int | None = field(default=2000, metadata={"help": "Longest response in tokens."})
-    beta: float = field(default=0.2, metadata={"help": "Weight of the KL term; 0 does without a reference model."})
+    num_generations: int | None = field(default=8, metadata={"help": "G, the number of responses per prompt."})
+    max_completion_length: int | None = field(
+        default=2000, metadata={"help": "Length of the longest response, in tokens."}
+    )
+    beta: float = field(default=0.2, metadata={"help": "Weight of the KL term. With 0 there is no reference model."})
     epsilon: float = field(default=0.2, metadata={"help": "Clip range of the probability ratio."})
     loss_type: str = field(
-        default="grpo", metadata={"help": "How tokens are averaged: 'grpo', a mean of each response, is Eq. 10."}
+        default="grpo",
+        metadata={"help": "How tokens are averaged. 'grpo', the mean over each response, is Eq. 10."},
     )
-    use_bias_correction_kl: bool = field(default=False, metadata={"help": "Eq. 11 has no such correction."})
-    scale_rewards: str = field(default="group", metadata={"help": "Advantages are divided by their group's std."})
+    use_bias_correction_kl: bool = field(
+        default=False, metadata={"help": "Whether the KL term is corrected for the sampler. Eq. 11 has no correction."}
+    )
+    scale_rewards: str = field(
+        default="group",
+        metadata={"help": "What advantages are divided by. 'group' is the standard deviation of their group."},
+    )
+    reward_funcs: list[str] = field(
+        default_factory=lambda: [
+            "segcompass.trainers.rewards.format_reward",
+            "segcompass.trainers.rewards.mask_reward",
+        ],
+        metadata={
+            "help": "Dotted paths of the reward functions, of responses and of masks alike "
+            "(package.module.function). segcompass.trainers.rewards says what a reward gets and returns."
+        },
+    )
     reward_weights: list[float] | None = field(
         default_factory=lambda: [0.3, 0.7],
-        metadata={"help": "Weights of the format reward, the mask reward, and then of each function in reward_funcs."},
+        metadata={"help": "One weight for each of reward_funcs, in the same order."},
     )
     remove_unused_columns: bool | None = field(
-        default=False, metadata={"help": "Must stay False: masks and images are read from the rows."}
+        default=False, metadata={"help": "Must stay False, because masks and images are read from the rows."}
     )
 
-    training_mode: str = field(
+    query_codebook_lr_multiplier: float = rate_multiplier("query codebook", 25.0)
+    slot_mapper_lr_multiplier: float = rate_multiplier("slot mapper", 80.0)
+    mask_decoder_lr_multiplier: float = rate_multiplier("mask decoder", 10.0)
+    final_div_factor: float = field(
+        default=6.7, metadata={"help": "What every learning rate is divided by at the end (OneCycleLR)."}
+    )
+
+    training_mode: TrainingMode = field(
         default="both",
         metadata={
-            "help": "Table 4: 'both'; 'rl' drops the supervised terms, and the segmentation modules stay as they are; "
-            "'seg' drops the GRPO term, and reward and KL are only logged."
+            "help": "What trains (Table 4). 'rl' drops the supervised terms, and the segmentation modules stay as "
+            "they are. 'seg' drops the GRPO term, and reward and KL are only logged."
         },
     )
     supervised_fraction: float = field(
         default=1.0,
         metadata={
-            "help": "Share of a micro-batch's responses whose masks are supervised, at least one: those whose masks "
-            "were rewarded best, so that a response that speaks of something else is not taught the truth's masks. "
-            "The paper (and 1.0) takes every response."
+            "help": "Share of a micro-batch's responses whose masks are supervised, at least one: those with the best "
+            "mask scores, so that a response that speaks of something else is not taught the truth's masks. "
+            "The paper takes every response (1.0)."
         },
     )
     token_dropout: float = field(
         default=0.0,
-        metadata={"help": "Share of samples whose queries are built from concepts alone; not in the paper."},
+        metadata={"help": "Share of samples whose queries are built from concepts alone. Not in the paper."},
     )
     image_features: str | None = field(
         default=None,
-        metadata={"help": "Folder that examples/precompute_image_features.py wrote; None encodes images as they come."},
+        metadata={
+            "help": "Folder that `segcompass precompute-features` wrote. Without it images are encoded as they come."
+        },
     )
-
-    lambda_s: float = field(default=1.0, metadata={"help": "Weight of the mask terms, L_SEG, in Eq. 6."})
-    lambda_c: float = field(default=0.2, metadata={"help": "Weight of the confidence term, L_CONF, in Eq. 6."})
-    lambda_d: float = field(default=0.6, metadata={"help": "Weight of mask dice within L_SEG."})
-    focal: float = field(default=0.0, metadata={"help": "Weight of a focal term within L_SEG; not in the paper."})
-    heatmap_dice: float = field(default=0.0, metadata={"help": "Weight of heatmap dice in L_SEG; not in the paper."})
-    query_codebook_lr_multiplier: float = field(default=25.0, metadata={"help": "Rate relative to the MLLM's."})
-    slot_mapper_lr_multiplier: float = field(default=80.0, metadata={"help": "Rate relative to the MLLM's."})
-    mask_decoder_lr_multiplier: float = field(default=10.0, metadata={"help": "Rate relative to the MLLM's."})
-    final_div_factor: float = field(default=6.7, metadata={"help": "Every rate ends divided by this (OneCycleLR)."})
-    reward_mask_source: str = field(
+    reward_mask_source: RewardMaskSource = field(
         default="policy",
         metadata={
             "help": "Whose hidden states make the rewarded masks: 'policy', the model being trained, in one pass "
@@ -89,20 +116,20 @@ class SegCompassGRPOConfig(GRPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.training_mode not in TRAINING_MODES:
-            raise ValueError(f"training_mode is {self.training_mode!r}; choose one of {TRAINING_MODES}.")
+        for name, choices in (("training_mode", TrainingMode), ("reward_mask_source", RewardMaskSource)):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {get_args(choices)}.")
         if not 0 < self.supervised_fraction <= 1:
             raise ValueError(
                 f"supervised_fraction is {self.supervised_fraction}; choose a share above 0 and at most 1, or "
                 "training_mode='rl' for no supervision."
             )
-        if self.reward_mask_source not in REWARD_MASK_SOURCES:
-            raise ValueError(f"reward_mask_source is {self.reward_mask_source!r}; choose one of {REWARD_MASK_SOURCES}.")
         if self.reward_mask_source == "reference" and self.beta == 0.0:
             raise ValueError(
                 "reward_mask_source='reference' decodes masks in the reference pass, and beta=0 makes none; "
                 "set beta above 0 or reward_mask_source='policy'."
             )
+        find_rewards(self.reward_funcs)  # a path that leads nowhere is an error before a model is loaded
         unsupported = {
             "remove_unused_columns": "the trainer reads image, instruction and masks from the rows",
             "sync_ref_model": "the reference is a bare MLLM, not a second SegCompass model",
@@ -118,5 +145,6 @@ class SegCompassGRPOConfig(GRPOConfig):
             )
         if self.fp16 and self.use_cpu:
             raise ValueError(
-                "fp16=True needs a GPU's gradient scaler, which use_cpu=True goes without; set bf16=True, or neither."
+                "fp16=True needs a GPU's gradient scaler, which is unavailable with use_cpu=True; set bf16=True, or "
+                "neither."
             )

@@ -1,4 +1,4 @@
-"""Features of the frozen SAM encoder on disk: encoded once, read from then on by trainers and evaluators.
+"""Features of the frozen image encoder on disk: encoded once, read from then on by trainers and evaluators.
 
 A cache is a folder: `cache.json` says whose features these are, and each `shard-00000.npy`, float16 and memory-mapped,
 has a `shard-00000.json` beside it that lists the images in it, written only once the shard is whole. A run that was
@@ -11,6 +11,7 @@ import json
 import os
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,24 +29,27 @@ def image_key(image: Image.Image) -> str:
     return hashlib.blake2b(repr(image.size).encode() + image.tobytes(), digest_size=16).hexdigest()
 
 
-def encoder_id(sam, encoder_image_processor) -> str:
+def encoder_id(image_encoder: Any, encoder_image_processor: Any) -> str:
     """Which encoder makes the features: a hash of its weights, its shape and how images are prepared for it.
 
     Args:
-        sam: a SamVisionModel with its weights whole (before sharding), of any floating dtype.
+        image_encoder: a vision encoder with its weights whole (before sharding), of any floating dtype.
         encoder_image_processor: its image processor.
+
+    Returns:
+        A name such as "sam-12x768-1024px-0123456789abcdef".
     """
     settings = encoder_image_processor.to_dict()
     kept = ("size", "pad_size", "image_mean", "image_std", "rescale_factor", "resample", "do_normalize", "do_rescale")
     digest = hashlib.blake2b(json.dumps({name: settings.get(name) for name in kept}, default=str).encode())
-    for name, value in sorted(sam.state_dict().items()):
+    for name, value in sorted(image_encoder.state_dict().items()):
         digest.update(f"{name} {tuple(value.shape)}".encode())
         digest.update(value.detach().float().cpu().contiguous().numpy())
-    config = sam.config
+    config = image_encoder.config
     return f"sam-{config.num_hidden_layers}x{config.hidden_size}-{config.image_size}px-{digest.hexdigest()[:16]}"
 
 
-def _write_whole(path, text):
+def _write_whole(path: Path, text: str) -> None:
     """Write a text file so that it is there entirely or not at all."""
     part = path.with_suffix(".part")
     with part.open("w") as file:
@@ -55,14 +59,17 @@ def _write_whole(path, text):
     part.replace(path)
 
 
-def _read_meta(folder, encoder):
+def _read_meta(folder: Path, encoder: str) -> dict[str, Any]:
     meta = json.loads((folder / META).read_text())
     if meta["format"] != FORMAT:
-        raise ValueError(f"{folder} is an image feature cache of format {meta['format']}, this code reads {FORMAT}.")
+        raise ValueError(
+            f"{folder} is an image feature cache of format {meta['format']}, this version reads {FORMAT}; make it "
+            "again with `segcompass precompute-features`, in another folder."
+        )
     if meta["encoder"] != encoder:
         raise ValueError(
             f"{folder} holds features of encoder {meta['encoder']!r}, this model's is {encoder!r}; run "
-            "examples/precompute_image_features.py with this model and another folder."
+            "`segcompass precompute-features` with this model and another folder."
         )
     return meta
 
@@ -71,16 +78,22 @@ class ImageFeatureWriter:
     """Adds images to a cache, shard by shard; one process at a time.
 
     Args:
-        folder: made if absent; a folder with features of the same encoder is gone on with.
+        folder: made if absent; resumes a folder written by the same encoder.
         encoder: `encoder_id(...)`.
-        image_size: side of SAM's frame in pixels.
-        shard_size: images a shard; a killed run loses at most so many.
+        image_size: side of the encoder's frame in pixels.
+        shard_size: images per shard; a killed run loses at most so many.
 
     Raises:
         ValueError: the folder holds another encoder's features.
+
+    Example:
+        >>> encoder = encoder_id(model.image_encoder, processor.encoder_image_processor)
+        >>> writer = ImageFeatureWriter("runs/features", encoder, model.config.image_encoder_config.image_size)
+        >>> writer.add(image_key(image), model.get_image_embeddings(pixels)[0])
+        >>> writer.close()
     """
 
-    def __init__(self, folder, encoder: str, image_size: int, shard_size: int = 256):
+    def __init__(self, folder: str | Path, encoder: str, image_size: int, shard_size: int = 256):
         self.folder, self.shard_size = Path(folder), shard_size
         self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / META).exists():
@@ -99,7 +112,15 @@ class ImageFeatureWriter:
         return key in self.known
 
     def add(self, key: str, features: torch.Tensor) -> None:
-        """Add one image's features, float (d_k, h, w). Raises ValueError when they do not fit float16."""
+        """Add one image's features.
+
+        Args:
+            key: `image_key(image)`.
+            features: float (d_k, h, w).
+
+        Raises:
+            ValueError: they do not fit float16.
+        """
         values = features.detach().to("cpu", torch.float16).contiguous().numpy()
         if not np.isfinite(values).all():
             raise ValueError(f"the features of image {key} are not finite in float16, so they cannot be cached.")
@@ -141,17 +162,21 @@ class ImageFeatures:
 
     Raises:
         ValueError: no cache, or another encoder's, or a shard of another size than listed.
+
+    Example:
+        >>> features = open_image_features("runs/features", model, processor)
+        >>> outputs = model.segment(**processor(image, text, image_encoder=False), **features.inputs([image]))
     """
 
-    def __init__(self, folder, encoder: str):
+    def __init__(self, folder: str | Path, encoder: str):
         self.folder = Path(folder)
         if not (self.folder / META).exists():
             raise ValueError(
                 f"{self.folder} is no image feature cache (it has no {META}); make one with "
-                "examples/precompute_image_features.py."
+                "`segcompass precompute-features`."
             )
         self.image_size = _read_meta(self.folder, encoder)["image_size"]
-        self._where: dict[str, tuple[str, int, int]] = {}
+        self._place_of: dict[str, tuple[str, int, int]] = {}
         self._shards: dict[str, np.ndarray] = {}
         for path in sorted(self.folder.glob("shard-*.json")):
             listing = json.loads(path.read_text())
@@ -159,52 +184,73 @@ class ImageFeatures:
             if shape != tuple(listing["shape"]):
                 raise ValueError(
                     f"{path.with_suffix('.npy')} has shape {shape}, its list says {listing['shape']}; delete both "
-                    "files and run examples/precompute_image_features.py again."
+                    "files and run `segcompass precompute-features` again."
                 )
             for row, (key, crc) in enumerate(zip(listing["keys"], listing["crc32"], strict=True)):
-                self._where[key] = (path.stem, row, crc)
+                self._place_of[key] = (path.stem, row, crc)
 
     def __len__(self):
-        return len(self._where)
+        return len(self._place_of)
 
     def __getitem__(self, image: Image.Image) -> torch.Tensor:
-        """The image's features, float16 (d_k, h, w).
+        """The image's features.
+
+        Args:
+            image: what it shows is looked up, whatever its file.
+
+        Returns:
+            float16 (d_k, h, w).
 
         Raises:
             KeyError: the image is not in the cache.
             ValueError: what is stored does not have its checksum.
         """
         key = image_key(image)
-        if key not in self._where:
+        if key not in self._place_of:
             raise KeyError(
                 f"an image of {image.size[0]} x {image.size[1]} pixels (key {key}) is not among the {len(self)} in "
-                f"{self.folder}; run examples/precompute_image_features.py on this data set, it adds what is missing."
+                f"{self.folder}; run `segcompass precompute-features` on this data set, it adds what is missing."
             )
-        shard, row, crc = self._where[key]
+        shard, row, crc = self._place_of[key]
         if shard not in self._shards:
             self._shards[shard] = np.load(self.folder / f"{shard}.npy", mmap_mode="r")
         values = np.array(self._shards[shard][row])
-        if zlib.crc32(values) != crc:
+        if zlib.crc32(values.data) != crc:
             raise ValueError(
                 f"row {row} of {self.folder / shard}.npy is damaged (its checksum differs); delete {shard}.npy and "
-                f"{shard}.json and run examples/precompute_image_features.py again."
+                f"{shard}.json and run `segcompass precompute-features` again."
             )
         return torch.from_numpy(values)
 
     def inputs(self, images: list[Image.Image]) -> dict[str, torch.Tensor]:
         """In place of `processor.encoder_inputs(images)`.
 
+        Args:
+            images: B images.
+
         Returns:
             image_embeddings float16 (B, d_k, h, w); original_sizes and reshaped_input_sizes long (B, 2), (H, W).
         """
         sizes = [(image.height, image.width) for image in images]
         return {
-            "image_embeddings": torch.stack([self[image] for image in images]),
-            "original_sizes": torch.tensor(sizes),
+            "image_embeddings": torch.stack([self[image] for image in images]),  # (B, d_k, h, w)
+            "original_sizes": torch.tensor(sizes),  # (B, 2)
             "reshaped_input_sizes": torch.tensor([reshaped_size(*size, self.image_size) for size in sizes]),
         }
 
 
-def open_image_features(folder, model, processor) -> ImageFeatures:
-    """The cache at `folder`, for a SegCompass model with whole weights and its processor. Raises ValueError."""
+def open_image_features(folder: str | Path, model: Any, processor: Any) -> ImageFeatures:
+    """The cache in a folder, for the model that will read it.
+
+    Args:
+        folder: what `segcompass precompute-features` wrote.
+        model: a SegCompassModel with whole weights.
+        processor: its processor.
+
+    Returns:
+        The cache, opened.
+
+    Raises:
+        ValueError: no cache, or another encoder's, or a shard of another size than listed.
+    """
     return ImageFeatures(folder, encoder_id(model.image_encoder, processor.encoder_image_processor))

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 
-def valid_region(valid: Tensor | Sequence[Sequence[int]], size: tuple[int, int], device: torch.device) -> Tensor:
+def valid_region(valid_extent: Tensor | Sequence[Sequence[int]], size: tuple[int, ...], device: torch.device) -> Tensor:
     """The unpadded cells of each map.
 
     Args:
-        valid: (B, 2) integer extents, (height, width) of the unpadded region, counted in cells of the map.
+        valid_extent: (B, 2) integer extents, (height, width) of the unpadded region, counted in cells of the map.
         size: (height, width) of the map.
         device: where the result lives.
 
@@ -26,17 +26,19 @@ def valid_region(valid: Tensor | Sequence[Sequence[int]], size: tuple[int, int],
         (B, height, width) bool, True inside the extent.
 
     Raises:
-        ValueError: `valid` is not (B, 2).
+        ValueError: `valid_extent` is not (B, 2).
     """
-    valid = torch.as_tensor(valid, device=device)
-    if valid.ndim != 2 or valid.shape[-1] != 2:
-        raise ValueError(f"valid must be (B, 2) extents (height, width) in map cells, got shape {tuple(valid.shape)}.")
-    rows = torch.arange(size[0], device=device) < valid[:, :1]
-    columns = torch.arange(size[1], device=device) < valid[:, 1:]
-    return rows[:, :, None] & columns[:, None, :]
+    extent = torch.as_tensor(valid_extent, device=device)
+    if extent.ndim != 2 or extent.shape[-1] != 2:
+        raise ValueError(
+            f"valid_extent must be (B, 2), (height, width) in cells of the map, got shape {tuple(extent.shape)}."
+        )
+    rows = torch.arange(size[0], device=device) < extent[:, :1]  # (B, height)
+    columns = torch.arange(size[1], device=device) < extent[:, 1:]  # (B, width)
+    return rows[:, :, None] & columns[:, None, :]  # (B, height, width)
 
 
-def pad_targets(targets: Sequence[Tensor], size: tuple[int, int], device: torch.device) -> Tensor:
+def pad_targets(targets: Sequence[Tensor], size: tuple[int, ...], device: torch.device) -> Tensor:
     """Stack target masks, filling up with empty ones.
 
     Args:
@@ -59,23 +61,23 @@ def pad_targets(targets: Sequence[Tensor], size: tuple[int, int], device: torch.
     return pad_sequence([target.to(device=device, dtype=torch.float32) for target in targets], batch_first=True)
 
 
-def soft_iou(probabilities: Tensor, targets: Tensor, valid: Tensor | Sequence[Sequence[int]]) -> Tensor:
+def soft_iou(probabilities: Tensor, targets: Tensor, valid_extent: Tensor | Sequence[Sequence[int]]) -> Tensor:
     """Pairwise soft IoU, sum(p g) / (sum p + sum g - sum(p g)), over the unpadded region, in float32.
 
     Args:
         probabilities: (B, K, H, W) in [0, 1].
         targets: (B, G, H, W) in [0, 1].
-        valid: (B, 2) integer extents (height, width) of the unpadded region in cells of the map.
+        valid_extent: (B, 2) integer extents (height, width) of the unpadded region in cells of the map.
 
     Returns:
         (B, K, G) float32 in [0, 1]; 0 where both maps are empty. No gradient: nan where both are empty.
     """
-    region = valid_region(valid, probabilities.shape[-2:], probabilities.device).unsqueeze(1)
+    region = valid_region(valid_extent, probabilities.shape[-2:], probabilities.device).unsqueeze(1)  # (B, 1, H, W)
     with torch.autocast(probabilities.device.type, enabled=False):
         # Selected rather than multiplied: 0 * nan would let the padding in.
-        predicted = torch.where(region, probabilities.float(), 0.0).flatten(2)
-        wanted = torch.where(region, targets.float(), 0.0).flatten(2)
-        overlap = predicted @ wanted.transpose(1, 2)
+        predicted = torch.where(region, probabilities.float(), 0.0).flatten(2)  # (B, K, H W)
+        wanted = torch.where(region, targets.float(), 0.0).flatten(2)  # (B, G, H W)
+        overlap = predicted @ wanted.transpose(1, 2)  # (B, K, G)
         union = predicted.sum(-1)[:, :, None] + wanted.sum(-1)[:, None, :] - overlap
         return torch.where(union == 0, 0.0, overlap / union)
 
@@ -112,37 +114,37 @@ def match_slots(
     heatmaps: Tensor,
     targets: Sequence[Tensor],
     slot_mask: Tensor,
-    valid: Tensor | Sequence[Sequence[int]],
+    valid_extent: Tensor | Sequence[Sequence[int]],
     pred_logits: Tensor | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Match each sample's slots with its targets by the overlap of heatmap and target (paper section 3.3).
 
     Slots without a target have no heatmap to learn, so they repeat another slot's; which of the equals is matched
-    would be chance, and their confidences could not be learned (docs/experiments.md). `pred_logits` settles it: the
-    surer slot is preferred, by `CONFIDENCE_WEIGHT` times its probability.
+    would be chance, and their confidences could not be learned (dev/log.md). `pred_logits` settles it: the more
+    confident slot wins ties, by `CONFIDENCE_WEIGHT` times its probability.
 
     Args:
         heatmaps: (B, K, h, w) logits.
         targets: B tensors (G_i, h, w) in [0, 1] on the same grid; G_i may be 0.
         slot_mask: (B, K) bool; a False slot is never matched.
-        valid: (B, 2) integer extents (height, width) of the unpadded region in cells of the grid.
+        valid_extent: (B, 2) integer extents (height, width) of the unpadded region in cells of the grid.
         pred_logits: (B, K) confidence logits, to decide between slots of equal overlap; None leaves them out.
 
     Returns:
-        B pairs (slot indices, target indices), int64 on the CPU, each (min(valid slots, G_i),), slots ascending.
+        B pairs (slot indices, target indices), int64 on the CPU, each (min(found slots, G_i),), slots ascending.
 
     Raises:
-        ValueError: batch sizes differ, a target has another grid, or a valid slot's heatmap is not finite.
+        ValueError: batch sizes differ, a target has another grid, or a found slot's heatmap is not finite.
     """
-    if not len(heatmaps) == len(targets) == len(slot_mask) == len(valid):
+    if not len(heatmaps) == len(targets) == len(slot_mask) == len(valid_extent):
         raise ValueError(
-            f"one list of targets, one slot_mask row and one extent a sample: got {len(heatmaps)} heatmaps, "
-            f"{len(targets)} targets, {len(slot_mask)} slot_mask rows and {len(valid)} extents."
+            f"got {len(heatmaps)} heatmaps, {len(targets)} targets, {len(slot_mask)} rows of slot_mask and "
+            f"{len(valid_extent)} extents; give one of each per sample."
         )
     padded = pad_targets(targets, heatmaps.shape[-2:], heatmaps.device)
-    iou = soft_iou(heatmaps.float().sigmoid(), padded, valid)
+    iou = soft_iou(heatmaps.float().sigmoid(), padded, valid_extent)  # (B, K, G)
     if pred_logits is not None:
         iou = iou + CONFIDENCE_WEIGHT * pred_logits.float().sigmoid().unsqueeze(-1)
-    table = torch.cat([iou, slot_mask.unsqueeze(-1).to(iou)], dim=-1).cpu().numpy()
+    table = torch.cat([iou, slot_mask.unsqueeze(-1).to(iou)], dim=-1).cpu().numpy()  # (B, K, G + 1)
     pairs = [hungarian(row[:, : len(target)], row[:, -1] > 0) for row, target in zip(table, targets, strict=True)]
     return [(torch.from_numpy(slots), torch.from_numpy(chosen)) for slots, chosen in pairs]

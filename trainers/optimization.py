@@ -1,10 +1,12 @@
 """How fast each part learns, and on which schedule (paper section 4.1 and appendix A.2).
 
 One AdamW gives each component its own rate; one cycle without warm-up lowers them all together. Which parts learn at
-all is decided in policy.py, or, with PEFT, by the adapters, which are checked here.
+all is decided in policy.py, or, with PEFT, by the adapters, which checks.py looks at.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,43 +15,37 @@ from torch.optim.lr_scheduler import OneCycleLR
 SEGMENTATION_MODULES = ("query_codebook", "slot_mapper", "mask_decoder")
 
 
-def check_adapters(model: nn.Module) -> None:
-    """Refuse a PEFT model whose adapters leave what must learn frozen, or reach SAM or the SAE.
+def rate_multiplier(module: str, default: float = 1.0) -> Any:
+    """A config's field: how many times the base learning rate a module learns with.
 
-    The segmentation modules and the concentration token's embedding and output rows must learn. TRL's log-probabilities
-    read the LM head's weight itself, which PEFT's token rows leave as it was while generation adds them: on the head
-    they would make the policy that samples another than the one trained, so they are refused there.
+    Args:
+        module: what the help calls it.
+        default: the field's default.
 
-    Raises:
-        ValueError: naming the modules and the remedy.
+    Returns:
+        A dataclass field.
     """
-    learning = {part for name, p in model.named_parameters() if p.requires_grad for part in name.split(".")}
-    frozen = [name for name in SEGMENTATION_MODULES if name not in learning]
-    if frozen:
-        raise ValueError(
-            f"{', '.join(frozen)} would not learn; add modules_to_save={list(SEGMENTATION_MODULES)} to the PEFT config."
-        )
-    parameters = [name for name, p in model.named_parameters() if p.requires_grad]
-    for module, remedy in (
-        ("embed_tokens", "trainable_token_indices={'embed_tokens': [think_end_id, ref_token_id]}"),
-        ("lm_head", "'lm_head' to modules_to_save"),
-    ):
-        if not any(module in name.split(".") for name in parameters):
-            raise ValueError(
-                f"the concentration token's row of {module} would not learn; add {remedy} in the PEFT config, or make "
-                "it with trainers.policy.lora_config."
-            )
-    if any("lm_head.token_adapter" in name for name in parameters):
-        raise ValueError(
-            "the PEFT config trains single rows of lm_head, which sampling uses and the log-probabilities do not; put "
-            "'lm_head' into modules_to_save instead."
-        )
-    reached = [name for name in ("image_encoder", "sae") if name in learning]
-    if reached:
-        raise ValueError(
-            f"the PEFT config trains parts of {', '.join(reached)}, but SAM's encoder and the SAE stay frozen; "
-            r"restrict target_modules to the MLLM, e.g. r'.*mllm\.model\.language_model\..*\.(q|v)_proj'."
-        )
+    help_text = f"Learning rate of the {module}, as a multiple of learning_rate, which the MLLM has."
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass
+class RateMultipliers:
+    """The learning rate of each segmentation module relative to the MLLM's. The configs of both trainers inherit it.
+
+    Example:
+        >>> rates = RateMultipliers(slot_mapper_lr_multiplier=80.0)
+        >>> rates.rate_multipliers()["slot_mapper"]
+        80.0
+    """
+
+    query_codebook_lr_multiplier: float = rate_multiplier("query codebook")
+    slot_mapper_lr_multiplier: float = rate_multiplier("slot mapper")
+    mask_decoder_lr_multiplier: float = rate_multiplier("mask decoder")
+
+    def rate_multipliers(self) -> dict[str, float]:
+        """The multiplier of each of `SEGMENTATION_MODULES`."""
+        return {module: getattr(self, f"{module}_lr_multiplier") for module in SEGMENTATION_MODULES}
 
 
 def parameter_groups(
@@ -68,6 +64,9 @@ def parameter_groups(
         decayed: names of the parameters that decay (no norms, no biases).
         multipliers: {module name: factor on learning_rate}; a parameter belongs to a module if the module's name is
             one component of its own.
+
+    Returns:
+        torch's parameter groups: dicts with `params`, `lr` and `weight_decay`.
     """
     groups: dict[tuple[float, bool], list] = {}
     for name, parameter in model.named_parameters():
@@ -81,10 +80,35 @@ def parameter_groups(
     ]
 
 
+def component_optimizer(trainer: Any, model: nn.Module | None = None) -> torch.optim.Optimizer:
+    """The optimizer of a trainer whose arguments are `RateMultipliers`: AdamW with each component's own rate.
+
+    Args:
+        trainer: a transformers Trainer that has no optimizer yet.
+        model: the model as the optimizer will see it; None takes the trainer's.
+
+    Returns:
+        The optimizer that the arguments name, over `parameter_groups`.
+    """
+    model, args = trainer.model if model is None else model, trainer.args
+    decayed = set(trainer.get_decay_parameter_names(model))
+    groups = parameter_groups(model, args.learning_rate, args.weight_decay, decayed, args.rate_multipliers())
+    optimizer_class, settings = trainer.get_optimizer_cls_and_kwargs(args, model)
+    return optimizer_class(groups, **settings)
+
+
 def one_cycle(optimizer: torch.optim.Optimizer, total_steps: int, final_div_factor: float) -> OneCycleLR:
     """The falling half of one cycle: from each group's rate, along a cosine, to rate / `final_div_factor`.
 
     torch begins one step along the cosine, so a short run starts a little below the rate (2 % at 10 steps).
+
+    Args:
+        optimizer: its groups' rates are where the cycle begins.
+        total_steps: optimizer steps of the whole training.
+        final_div_factor: every rate ends divided by this, above 0.
+
+    Returns:
+        torch's scheduler.
     """
     return OneCycleLR(
         optimizer,

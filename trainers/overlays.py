@@ -1,20 +1,26 @@
 """Pictures of what a rollout segmented, for the completions table. Knows nothing about training."""
 
+from typing import Any
+
 import numpy as np
 import torch
 from PIL import Image
+
+from segcompass.modeling_segcompass import SegCompassProcessor
 
 COLOURS = np.array([(230, 60, 50), (50, 120, 230), (60, 180, 75), (245, 190, 40), (160, 80, 200), (40, 190, 200)])
 
 
 @torch.no_grad()
-def draw_overlays(images: list[Image.Image], outputs, processor, limit: int = 4) -> list[Image.Image]:
-    """The first images with their confident slots' masks painted over, half transparent, a colour a slot.
+def draw_overlays(
+    images: list[Image.Image], outputs: Any, processor: SegCompassProcessor, limit: int = 4
+) -> list[Image.Image]:
+    """The first images with their confident slots' masks painted over, half transparent, one colour per slot.
 
     Args:
-        images: PIL images, one a sample of outputs or more.
+        images: at least one per sample of `outputs`.
         outputs: SegCompassOutput of a forward pass.
-        processor: the SegCompassProcessor.
+        processor: the model's.
         limit: how many at most.
 
     Returns:

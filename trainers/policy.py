@@ -14,7 +14,7 @@ def freeze(
     train_vision_tower: bool = False,
     train_image_encoder: bool = False,
 ) -> None:
-    """Leave trainable what is to learn: the segmentation modules, the decoder blocks above the SAE's layer, the LM head.
+    """Freeze all but what is to learn: segmentation modules, decoder blocks above the SAE's layer, LM head.
 
     The SAE and the positional code stay frozen always.
 

@@ -1,12 +1,16 @@
 """What training a sparse autoencoder will take, from shapes alone: tokens, steps, disk, memory, hours.
 
-Counts matrix products, two operations a multiply-add. Hours follow from an assumed speed, which the caller names.
+Counts matrix products, two operations per multiply-add. Hours follow from an assumed speed, which the caller names.
 """
 
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, PreTrainedConfig
+
+from segcompass.modeling_segcompass.backbone import backbone_of
+from segcompass.modeling_segcompass.configuration_segcompass import SparseAutoencoderConfig
+from segcompass.modeling_segcompass.sae_activations import SAE_ACTIVATIONS
 
 
 @dataclass
@@ -18,7 +22,7 @@ class SparseAutoencoderEstimate:
     steps: int
     """Optimizer steps of all passes."""
     disk_gb: float
-    """Of a cache of all tokens, in 2 bytes a number; streaming takes none."""
+    """Of a cache of all tokens, with 2 bytes per number; streaming takes none."""
     memory_gb: float
     """Of one process: SAE with gradients and Adam's moments, one step's activations, shuffle buffer, MLLM weights."""
     mllm_flops: float
@@ -32,8 +36,8 @@ class SparseAutoencoderEstimate:
 
 
 def estimate_sae_training(
-    mllm_config,
-    sae_config,
+    mllm_config: PreTrainedConfig,
+    sae_config: SparseAutoencoderConfig,
     samples: int,
     epochs: float,
     image_tokens: int,
@@ -47,12 +51,20 @@ def estimate_sae_training(
     """Estimate from the shapes of the MLLM (built without weights) and of the SAE.
 
     Args:
-        mllm_config: of a transformers LLaVA or Qwen2.5-VL.
-        samples, epochs: rows, and passes over them.
-        image_tokens, text_tokens: of a sample, on average, as they reach the SAE (no padding).
-        tokens_per_batch, buffer_size: of one process.
-        tflops: 10^12 operations a second that one process achieves.
+        mllm_config: configuration of the MLLM.
+        sae_config: configuration of the SAE.
+        samples: rows of the data.
+        epochs: passes over them.
+        image_tokens: image tokens per sample, on average.
+        text_tokens: other tokens per sample, on average, as they reach the SAE (no padding).
+        tokens_per_batch: tokens in one step of one process.
+        buffer_size: tokens that one process mixes with one another.
+        tflops: 10^12 operations per second that one process achieves.
+        processes: how many train together.
         bf16: bfloat16 autocast for the SAE and bfloat16 MLLM weights; else float32.
+
+    Returns:
+        SparseAutoencoderEstimate.
     """
     with torch.device("meta"):
         mllm = AutoModelForImageTextToText.from_config(mllm_config)
@@ -60,26 +72,19 @@ def estimate_sae_training(
     length = image_tokens + text_tokens
     tokens = samples * length
 
-    blocks = mllm.get_decoder().layers
-    text = mllm_config.get_text_config()
-    attention = 4 * length**2 * text.num_attention_heads * blocks[0].self_attn.head_dim
-    mllm_flops = layer * (2 * length * _weights(blocks[0]) + attention) + _vision_flops(mllm, image_tokens)
-
-    if sae_config.activation in ("topk", "batchtopk"):
-        sae_flops = 2 * d_in * d_sae + 8 * sae_config.k * d_in  # the encoder forward; all else on kept features
-        held = 1
-    else:
-        sae_flops = 10 * d_in * d_sae
-        held = 3  # pre-activations, activations, and the gradient of one of them
+    blocks = backbone_of(mllm).blocks(mllm)
+    heads = mllm_config.get_text_config().num_attention_heads
+    mllm_flops = layer * _block_flops(blocks[0], heads, length) + _vision_flops(mllm, image_tokens)
+    cost = SAE_ACTIVATIONS[sae_config.activation].training_cost(sae_config)
 
     number = 2 if bf16 else 4
     memory = 16 * (2 * d_in * d_sae + d_sae + d_in)
-    memory += held * number * tokens_per_batch * d_sae
+    memory += cost.arrays * number * tokens_per_batch * d_sae
     memory += 2 * 4 * buffer_size * d_in
     memory += number * sum(parameter.numel() for parameter in mllm.parameters())
 
     per_second = tflops * 1e12 * processes
-    training = epochs * tokens * sae_flops / per_second / 3600
+    training = epochs * tokens * cost.flops / per_second / 3600
     gathering = samples * mllm_flops / per_second / 3600
     return SparseAutoencoderEstimate(
         tokens=tokens,
@@ -87,7 +92,7 @@ def estimate_sae_training(
         disk_gb=2 * d_in * tokens / 1e9,
         memory_gb=memory / 1e9,
         mllm_flops=mllm_flops,
-        sae_flops=sae_flops,
+        sae_flops=cost.flops,
         hours=training + epochs * gathering,
         hours_cached=training + gathering,
     )
@@ -98,17 +103,21 @@ def _weights(module):
     return sum(layer.weight.numel() for layer in module.modules() if isinstance(layer, torch.nn.Linear))
 
 
+def _block_flops(block, heads, length):
+    """Operations of one decoder block on `length` tokens."""
+    return 2 * length * _weights(block) + 4 * length**2 * heads * block.self_attn.head_dim
+
+
 def _vision_flops(mllm, image_tokens):
     """Operations of vision tower and projector on one image: all blocks, with full attention (Qwen's is windowed)."""
-    config = mllm.config.vision_config
-    qwen = hasattr(config, "spatial_merge_size")
-    patches = image_tokens * (config.spatial_merge_size**2 if qwen else 1)
-    tower = mllm.model.visual if qwen else mllm.model.vision_tower
-    depth = config.depth if qwen else config.num_hidden_layers
-    projector = _weights(tower.merger) if qwen else _weights(mllm.model.multi_modal_projector)
-    blocks = _weights(tower) - (projector if qwen else 0)
+    backbone = backbone_of(mllm)
+    tower, projector = backbone.vision_tower(mllm), backbone.projector(mllm)
+    patches = image_tokens * backbone.patches_per_token(mllm.config)
+    projection = 0 if projector is None else _weights(projector)
+    inside = any(module is projector for module in tower.modules())
+    blocks = _weights(tower) - (projection if inside else 0)
     patch = sum(
         layer.weight.numel() for layer in tower.modules() if isinstance(layer, (torch.nn.Conv2d, torch.nn.Conv3d))
     )
-    attention = 4 * patches**2 * config.hidden_size * depth
-    return 2 * patches * (blocks + patch) + attention + 2 * image_tokens * projector
+    attention = 4 * patches**2 * mllm.config.vision_config.hidden_size * backbone.vision_depth(mllm.config)
+    return 2 * patches * (blocks + patch) + attention + 2 * image_tokens * projection

@@ -5,65 +5,97 @@ With `lambda_s = lambda_c = 0` it trains the language alone and leaves out every
 """
 
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
+
+from .checks import check_slots
 from .collator import SegCompassCollator
 from .image_features import open_image_features
-from .losses import erasure_loss, segmentation_loss
-from .optimization import SEGMENTATION_MODULES, parameter_groups
+from .losses import LOG_PREFIX, LossWeights, erasure_loss, segmentation_loss
+from .optimization import RateMultipliers, component_optimizer
 from .policy import freeze
 from .targets import valid_extent
 
 
 @dataclass
-class SegCompassSFTConfig(TrainingArguments):
-    """Training arguments plus the segmentation objective's."""
+class SegCompassSFTConfig(LossWeights, RateMultipliers, TrainingArguments):
+    """Training arguments plus the segmentation objective's.
 
-    lambda_s: float = field(default=1.0, metadata={"help": "weight of the segmentation loss (Eq. 6)"})
-    lambda_c: float = field(default=0.2, metadata={"help": "weight of the confidence loss (Eq. 6)"})
-    lambda_d: float = field(default=0.6, metadata={"help": "weight of the dice loss inside the segmentation loss"})
-    query_source: str = field(
-        default="both", metadata={"help": "'both', or 'tokens' while there is no trained SAE: queries from e_k alone"}
+    Example:
+        >>> args = SegCompassSFTConfig("runs/sft", learning_rate=1e-5, num_erased_concepts=5)
+    """
+
+    query_source: Literal["both", "tokens", "concepts"] = field(
+        default="both",
+        metadata={
+            "help": "What queries are built from: 'both', the concentration tokens and the concepts; 'tokens' alone, "
+            "while there is no trained SAE; or 'concepts' alone."
+        },
     )
     token_dropout: float = field(
-        default=0.0, metadata={"help": "share of samples whose queries are built from concepts alone"}
-    )
-    segmentation_lr_multiplier: float = field(
-        default=1.0, metadata={"help": "rate of codebook, slot mapper and decoder relative to the rest's"}
+        default=0.0, metadata={"help": "Share of samples whose queries are built from concepts alone."}
     )
     num_erased_concepts: int = field(
-        default=0, metadata={"help": "heaviest concepts of a slot to take away in a second decoding; 0 = none"}
+        default=0,
+        metadata={"help": "How many of a slot's heaviest concepts are taken away in a second decoding. 0 makes none."},
     )
     lambda_e: float = field(
-        default=0.3, metadata={"help": "weight of the erasure loss: without those concepts the mask should be gone"}
+        default=0.3,
+        metadata={"help": "Weight of the erasure loss: without those concepts the slot's mask should be gone."},
     )
     train_below_sae_layer: bool = field(
-        default=False, metadata={"help": "train decoder blocks up to the SAE's layer; a trained SAE then drifts"}
+        default=False,
+        metadata={"help": "Whether the decoder blocks up to the SAE's layer learn. A trained SAE then drifts."},
     )
     train_vision_tower: bool = field(
-        default=False, metadata={"help": "train the MLLM's vision tower (for one made from nothing)"}
+        default=False,
+        metadata={"help": "Whether the MLLM's vision tower learns. For one that starts from random weights."},
     )
     train_image_encoder: bool = field(
-        default=False, metadata={"help": "train SAM's encoder (for one made from nothing)"}
+        default=False,
+        metadata={"help": "Whether the image encoder learns. For one that starts from random weights."},
     )
     image_features: str | None = field(
         default=None,
-        metadata={"help": "folder that examples/precompute_image_features.py wrote; None encodes images as they come"},
+        metadata={
+            "help": "Folder that `segcompass precompute-features` wrote. Without it images are encoded as they come."
+        },
     )
-    remove_unused_columns: bool = field(default=False, metadata={"help": "the collator needs every column"})
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must stay False, because the collator needs every column."}
+    )
 
 
 class SegCompassSFTTrainer(Trainer):
-    """Trains a SegCompassModel on rows with reasoning and masks."""
+    """Trains a SegCompassModel on rows with reasoning and masks.
 
-    def __init__(self, model, args, processing_class, **kwargs):
-        if processing_class.num_slots != model.config.num_slots:
-            raise ValueError(
-                f"the processor asks for {processing_class.num_slots} concentration tokens, the model has "
-                f"{model.config.num_slots} slots; build both with the same num_slots."
-            )
+    Args:
+        model: a SegCompassModel with float32 weights.
+        args: the settings.
+        processing_class: the model's SegCompassProcessor.
+        **kwargs: Trainer's (train_dataset, eval_dataset, callbacks, ...).
+
+    Raises:
+        ValueError: processor and model disagree, or image features of an encoder that is to be trained.
+
+    Example:
+        >>> args = SegCompassSFTConfig("runs/sft", max_steps=100)
+        >>> trainer = SegCompassSFTTrainer(model, args, processor, train_dataset=load_scenes("train"))
+        >>> trainer.train()
+    """
+
+    args: SegCompassSFTConfig
+    processing_class: Any  # a SegCompassProcessor; transformers' annotation allows everything
+
+    def __init__(
+        self, model: SegCompassModel, args: SegCompassSFTConfig, processing_class: SegCompassProcessor, **kwargs: Any
+    ):
+        check_slots(model.config, processing_class)
         model.config.token_dropout = args.token_dropout
         freeze(
             model,
@@ -84,24 +116,21 @@ class SegCompassSFTTrainer(Trainer):
         collator = SegCompassCollator(processing_class, mask_side, features)
         super().__init__(model=model, args=args, processing_class=processing_class, data_collator=collator, **kwargs)
         self.model_accepts_loss_kwargs = False
-        self._parts = {}
+        self._parts: dict[str, list[Tensor]] = {}
 
-    def create_optimizer(self, model=None):
-        """AdamW with the segmentation modules' own rate."""
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW with the segmentation modules' own rates."""
         if self.optimizer is None:
-            model = self.model if model is None else model
-            groups = parameter_groups(
-                model,
-                self.args.learning_rate,
-                self.args.weight_decay,
-                set(self.get_decay_parameter_names(model)),
-                dict.fromkeys(SEGMENTATION_MODULES, self.args.segmentation_lr_multiplier),
-            )
-            optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = optimizer_class(groups, **settings)
+            self.optimizer = component_optimizer(self, model)
         return self.optimizer
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: int | Tensor | None = None,
+    ) -> Any:
         """Language loss + λ_s·(BCE + λ_D·dice) + λ_c·confidence BCE (+ λ_e·erasure); the parts are logged."""
         targets = inputs.pop("mask_targets", None)
         outputs = model(
@@ -109,38 +138,22 @@ class SegCompassSFTTrainer(Trainer):
             query_source=self.args.query_source,
             num_erased_concepts=self.args.num_erased_concepts * self.with_masks,
         )
-        loss, parts = outputs.loss, {}
+        loss, parts = outputs.loss, dict[str, Tensor]()
         if self.with_masks:
             image_size = self.processing_class.encoder_image_processor.size["longest_edge"]
-            valid = valid_extent(inputs["reshaped_input_sizes"], image_size, outputs.pred_masks.shape[-1])
-            segmentation, parts = segmentation_loss(
-                outputs.pred_masks,
-                outputs.heatmaps,
-                outputs.pred_logits,
-                outputs.slot_mask,
-                targets,
-                valid,
-                lambda_s=self.args.lambda_s,
-                lambda_c=self.args.lambda_c,
-                lambda_d=self.args.lambda_d,
-            )
+            extent = valid_extent(inputs["reshaped_input_sizes"], image_size, outputs.pred_masks.shape[-1])
+            segmentation, parts = segmentation_loss(outputs, targets, extent, self.args)
             loss = loss + segmentation
             if outputs.erased is not None:
-                erased = outputs.erased
-                erasure, more = erasure_loss(
-                    outputs.pred_masks,
-                    erased.pred_masks,
-                    erased.heatmaps,
-                    erased.pred_logits,
-                    outputs.erased_slots,
-                    valid,
-                )
-                loss, parts = loss + self.args.lambda_e * erasure, {**parts, **more}
-        for name, value in {"language": outputs.loss, **parts}.items():
+                erasure, still_there = erasure_loss(outputs, extent)
+                loss, parts = loss + self.args.lambda_e * erasure, {**parts, **still_there}
+        logged = {"language": outputs.loss, **{f"{LOG_PREFIX}{name}": value for name, value in parts.items()}}
+        for name, value in logged.items():
             self._parts.setdefault(name, []).append(value.detach().float())
         return (loss, outputs) if return_outputs else loss
 
-    def log(self, logs, *args, **kwargs):
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Trainer's, with the mean of each part of the loss since the last time."""
         if "loss" in logs and self._parts:
             logs |= {name: round(torch.stack(values).nanmean().item(), 4) for name, values in self._parts.items()}
             self._parts = {}

@@ -1,4 +1,4 @@
-"""Ground-truth masks as the model sees them: soft coverage of a square grid laid over SAM's padded frame.
+"""Ground-truth masks as the model sees them: soft coverage of a square grid laid over the image encoder's padded frame.
 
 Knows nothing about models or trainers; rows carry masks as COCO RLE, and a collator or a rollout turns them into
 targets here. No mask is ever resampled twice: coverage is computed from the original pixels.
@@ -10,26 +10,36 @@ from pycocotools import mask as coco_mask
 
 
 def reshaped_size(height: int, width: int, image_size: int) -> tuple[int, int]:
-    """(H, W) of an image inside SAM's frame: the longest side becomes `image_size`, rounded to whole pixels."""
+    """(H, W) of an image inside the encoder's frame: the longest side becomes `image_size`, in whole pixels."""
     scale = image_size / max(height, width)
     return int(height * scale + 0.5), int(width * scale + 0.5)
 
 
 def valid_extent(reshaped_sizes: torch.Tensor, image_size: int, grid_size: int) -> torch.Tensor:
-    """The unpadded part of a `grid_size` grid, in cells: long (B, 2) sizes inside SAM's frame -> long (B, 2)."""
+    """The unpadded part of a square grid over the image encoder's frame.
+
+    Args:
+        reshaped_sizes: long (B, 2), each image's (height, width) inside the frame in pixels.
+        image_size: side of the frame in pixels.
+        grid_size: side of the grid in cells.
+
+    Returns:
+        long (B, 2), (height, width) in cells; a cell that is partly image counts.
+    """
     return (reshaped_sizes * grid_size + image_size - 1) // image_size
 
 
 def mask_targets(masks: list[dict], height: int, width: int, image_size: int, grid_size: int) -> torch.Tensor:
-    """Coverage of each cell of SAM's padded square frame by each mask.
+    """Coverage of each cell of the image encoder's padded square frame by each mask.
 
     The frame is the image scaled so that its longest side is `image_size`, padded at the right and the bottom. A
     cell's value is the exact fraction of it the mask covers, so area is conserved and the padding is 0.
 
     Args:
-        masks: G compressed RLE dicts `{"size": [height, width], "counts": str or bytes}`, one an instance.
-        height, width: size of the image (and of every mask) in pixels.
-        image_size: side S of SAM's frame in pixels.
+        masks: G compressed RLE dicts `{"size": [height, width], "counts": str or bytes}`, one per instance.
+        height: of the image (and of every mask) in pixels.
+        width: of the image (and of every mask) in pixels.
+        image_size: side S of the encoder's frame in pixels.
         grid_size: side s of the grid, `4 * config.key_grid` for the model's `pred_masks`.
 
     Returns:
@@ -49,12 +59,12 @@ def mask_targets(masks: list[dict], height: int, width: int, image_size: int, gr
                 "store masks at the image's own size (height, width)."
             )
         pixels = coco_mask.decode(mask).T  # (W, H), contiguous: RLE runs down the columns
-        covered = _cell_sums(_cell_sums(pixels, cell_height, grid_size).T, cell_width, grid_size)
+        covered = _cell_sums(_cell_sums(pixels, cell_height, grid_size).T, cell_width, grid_size)  # (s, s)
         targets[index] = torch.from_numpy(covered / (cell_height * cell_width))
     return targets.clamp_(0.0, 1.0)
 
 
-def _cell_sums(values, cell, grid_size):
+def _cell_sums(values: np.ndarray, cell: float, grid_size: int) -> np.ndarray:
     """Integrate the rows of (N, length) unit-wide steps over cells of width `cell`: (N, grid_size), 0 past the end."""
     length = values.shape[1]
     edges = np.minimum(np.arange(grid_size + 1) * cell, length)

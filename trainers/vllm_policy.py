@@ -60,8 +60,8 @@ class PolicyEngine(VLLMGeneration):
         if sent != expected:
             differing = ", ".join(sorted(sent ^ expected)[:3])
             raise RuntimeError(
-                f"vLLM was sent {len(sent)} tensors, the policy has {len(expected)} (differing: {differing} ...); it would "
-                "sample from other weights than those trained."
+                f"vLLM was sent {len(sent)} tensors, the policy has {len(expected)} (differing: {differing} ...); it "
+                "would sample from other weights than those trained."
             )
 
 
@@ -99,8 +99,9 @@ def policy_engine(model: Any, processor: Any, args: Any) -> Iterator[None]:
             if PartialState().is_main_process:
                 export_policy(core, processor, folder)
         core.name_or_path = str(folder)
-    engine, grpo_trainer.VLLMGeneration = grpo_trainer.VLLMGeneration, PolicyEngine
+    engine, name = grpo_trainer.VLLMGeneration, core.name_or_path
+    grpo_trainer.VLLMGeneration = PolicyEngine  # type: ignore[misc]
     try:
         yield
     finally:
-        grpo_trainer.VLLMGeneration, core.name_or_path = engine, name
+        grpo_trainer.VLLMGeneration, core.name_or_path = engine, name  # type: ignore[misc]

@@ -1,17 +1,19 @@
 """The Space: ask for something in an image, watch the reasoning, look into the slots, switch concepts off.
 
-    python hub_cards/space/app.py [--model FOLDER_OR_HUB_ID] [--port 7860]
+    segcompass demo                                                       # this page, where the project is installed
+    SEGCOMPASS_MODEL=ORG/MODEL GRADIO_SERVER_PORT=7861 python app.py      # as a Space runs it
 
-In a checkout it runs offline on the embedded checkpoint. As a Space, with this folder as its repository, set
-SEGCOMPASS_MODEL to a Hub id. It uses the model as remote code, so it needs transformers and not this project. Moving a
+As a Space, with this folder as its repository, set SEGCOMPASS_MODEL to a Hub id; elsewhere the small model that ships
+with the project is used. It takes the model as remote code, so it needs transformers and not this project. Moving a
 concept's slider decodes the masks again from the states that generation left behind; the MLLM does not run again.
 """
 
-import argparse
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import gradio as gr
 import numpy as np
@@ -22,7 +24,18 @@ from transformers import AutoModel, AutoProcessor, TextIteratorStreamer
 
 HERE = Path(__file__).resolve().parent
 EXAMPLES = HERE.parents[1] / "examples" if len(HERE.parents) > 1 else HERE
-COLOURS = np.array([[230, 60, 60], [60, 140, 230], [60, 190, 90], [240, 170, 40], [170, 90, 210], [40, 190, 190]])
+COLOURS = np.array(  # those of modeling_segcompass/palette.py, which a Space's own repository does not hold
+    [
+        (230, 60, 50),
+        (50, 120, 230),
+        (60, 180, 75),
+        (245, 190, 40),
+        (160, 80, 200),
+        (40, 190, 200),
+        (232, 51, 139),
+        (192, 116, 74),
+    ]
+)
 TOP_CONCEPTS = 8
 STYLE = (
     "#image img, #overlay img, #fired img {width: 100%; height: 100%; object-fit: contain}"  # small images too
@@ -36,30 +49,41 @@ ABOUT = (
 
 
 class Answer:
-    """What one question left behind: the inputs, what masks are decoded from, and the concepts' factors."""
+    """What one question left behind: the inputs, what masks are decoded from, and the concepts' factors.
 
-    def __init__(self, image, inputs):
+    Args:
+        image: PIL image, RGB.
+        inputs: what the processor made of it.
+    """
+
+    def __init__(self, image: Image.Image, inputs: Any):
         self.image, self.inputs = image, inputs
-        self.states = None  # what masks are decoded from
-        self.outputs = None  # of the response as it was written, before any intervention
-        self.factors = {}
+        self.states: Any = None  # what masks are decoded from
+        self.outputs: Any = None  # of the response as it was written, before any intervention
+        self.factors: dict[int, float] = {}
 
-    def __deepcopy__(self, memo):  # gradio copies a state's first value; this one is large and never shared
+    def __deepcopy__(
+        self, memo: dict
+    ) -> "Answer":  # gradio copies a state's first value; this one is large and never shared
         return self
 
 
 class Demo:
-    """The model, and what each part of the page shows of an answer. It knows nothing about gradio's layout."""
+    """The model, and what each part of the page shows of an answer. It knows nothing about gradio's layout.
 
-    def __init__(self, path):
+    Args:
+        path: SegCompass folder or Hub id.
+    """
+
+    def __init__(self, path: str):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = AutoModel.from_pretrained(path, trust_remote_code=True).to(device).eval()
         self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
 
     # -- asking ------------------------------------------------------------------------------------------------------
 
-    def ask(self, image, instruction, threshold):
-        """Yields what the page shows: first the reasoning as it grows, then everything."""
+    def ask(self, image: Image.Image | None, instruction: str, threshold: float) -> Iterator[tuple]:
+        """Yield what the page shows: first the reasoning as it grows, then everything."""
         if image is None:
             raise gr.Error("No image yet: upload one, or take an example.")
         try:
@@ -71,7 +95,7 @@ class Demo:
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failed = []
 
-        def write():
+        def write() -> None:
             try:
                 _, answer.states = self.model.reason(**inputs, streamer=streamer)
                 answer.outputs = self.decode(answer)
@@ -93,31 +117,33 @@ class Demo:
         yield text, *self.show(answer, answer.outputs, threshold), answer, choices, gr.Slider(value=1.0)
 
     @torch.no_grad()
-    def decode(self, answer):
+    def decode(self, answer: Answer) -> Any:
+        """The masks with the concepts scaled as they are now: a SegCompassOutput."""
         return self.model.decode_masks(**answer.states._asdict(), concept_scale=answer.factors)
 
-    def scale(self, answer, concept, factor, threshold):
+    def scale(self, answer: Answer | None, concept: int | None, factor: float, threshold: float) -> tuple:
         """Masks with the chosen concept scaled, beside those scaled before; the response stays."""
         if answer is None or concept is None:
             raise gr.Error("Ask something first, then choose a concept.")
         answer.factors[int(concept)] = float(factor)
         return self.show(answer, self.decode(answer), threshold)
 
-    def restore(self, answer, threshold):
-        """All concepts as they were."""
+    def restore(self, answer: Answer | None, threshold: float) -> tuple:
+        """The masks with no concept scaled."""
         if answer is None:
             raise gr.Error("Ask something first.")
         answer.factors = {}
         return *self.show(answer, answer.outputs, threshold), gr.Slider(value=1.0)
 
-    def rethreshold(self, answer, threshold):
+    def rethreshold(self, answer: Answer | None, threshold: float) -> tuple | list:
+        """The same masks, other slots kept."""
         if answer is None:
             return [gr.skip()] * 3
         return self.show(answer, self.decode(answer) if answer.factors else answer.outputs, threshold)
 
     # -- showing -----------------------------------------------------------------------------------------------------
 
-    def show(self, answer, outputs, threshold):
+    def show(self, answer: Answer, outputs: Any, threshold: float) -> tuple[np.ndarray, str, list]:
         """(overlay, verdict, gallery of a heatmap and a mask for each slot)."""
         sizes = answer.inputs["original_sizes"]
         kept = self.processor.post_process_instance_segmentation(outputs, threshold, target_sizes=sizes)[0]
@@ -131,12 +157,13 @@ class Demo:
         if not found:
             verdict = "no mask: the response had no concentration tokens"
         elif not masks:
-            verdict = "no target: no slot is sure enough"
+            verdict = "no target: no slot is confident enough"
         else:
             verdict = f"{len(masks)} instance{'s' * (len(masks) > 1)}, {covered.sum()} pixels"
         return picture.astype(np.uint8), verdict, self.slots(answer, outputs, found, masks)
 
-    def slots(self, answer, outputs, found, masks):
+    def slots(self, answer: Answer, outputs: Any, found: list[int], masks: dict[int, np.ndarray]) -> list:
+        """(picture, caption) of each found slot's heatmap, and of its mask where it is kept."""
         sizes = answer.inputs["original_sizes"]
         heatmaps = self.processor.post_process_masks(outputs.heatmaps, sizes)[0].sigmoid().cpu().numpy()
         confidences = outputs.pred_logits[0].sigmoid().tolist()
@@ -148,12 +175,12 @@ class Demo:
         return gallery
 
     @staticmethod
-    def heat_over(image, heat):
-        """float (H, W) in [0, 1] in colour over the image."""
+    def heat_over(image: Image.Image, heat: np.ndarray) -> np.ndarray:
+        """A heat, float (H, W) in [0, 1] in colour over the image."""
         colour = colormaps["inferno"](heat)[..., :3] * 255
         return (0.35 * np.asarray(image) + 0.65 * colour).astype(np.uint8)
 
-    def concepts(self, answer, threshold):
+    def concepts(self, answer: Answer, threshold: float) -> list[tuple[str, int]]:
         """(label, index) of the concepts that weigh most in the kept slots, or in all found ones if none is kept."""
         outputs = answer.outputs
         if outputs.concept_indices is None or not outputs.slot_mask[0].any():
@@ -165,8 +192,8 @@ class Demo:
         indices = outputs.concept_indices[0].tolist()
         return [(f"concept {indices[column]}, weight {weights[column]:.2f}", indices[column]) for column in columns]
 
-    def where(self, answer, concept):
-        """Where a concept fired: over the image, and on the tokens of the response. With it, its present factor."""
+    def where(self, answer: Answer | None, concept: int | None) -> tuple:
+        """Where a concept fired: over the image, and on the tokens of the response. Also its present factor."""
         if answer is None or concept is None:
             return gr.skip(), gr.skip(), gr.skip()
         outputs = answer.outputs
@@ -182,35 +209,26 @@ class Demo:
         tokens = [(word, round(value, 3) or None) for word, value in zip(words, response, strict=True)]
         return self.heat_over(answer.image, heat), tokens, gr.Slider(value=answer.factors.get(int(concept), 1.0))
 
-    def words(self, ids):
+    def words(self, ids: list[int]) -> list[str]:
         """Each token's text with its space before it, which a token decoded alone would lose."""
         words = [self.processor.decode(ids[:1])]
         for before, token in zip(ids, ids[1:], strict=False):
             words.append(self.processor.decode([before, token])[len(self.processor.decode([before])) :])
         return words
 
-    def over_image(self, answer, patches):
+    def over_image(self, answer: Answer, patches: np.ndarray) -> np.ndarray:
         """Values of the MLLM's patches (row by row) as float (H, W) over the image; 0 where it did not look."""
         width, height = answer.image.size
-        left, top, right, bottom = 0, 0, width, height
-        if "image_grid_thw" in answer.inputs:  # Qwen2.5-VL: patches in the image's own aspect
-            merge = self.model.config.mllm_config.vision_config.spatial_merge_size
-            _, rows, columns = (side // merge for side in answer.inputs["image_grid_thw"][0].tolist())
-        else:
-            rows = columns = round(len(patches) ** 0.5)
-            images = self.processor.image_processor
-            if getattr(images, "do_center_crop", False):  # LLaVA-1.5 sees the centre
-                scale = images.size["shortest_edge"] / min(width, height)
-                across, down = images.crop_size["width"] / scale, images.crop_size["height"] / scale
-                left, top = round((width - across) / 2), round((height - down) / 2)
-                right, bottom = left + round(across), top + round(down)
+        extent = self.model.backbone.seen_extent(self.processor.image_processor, width, height)
+        left, top, right, bottom = map(round, extent)
+        rows, columns = answer.outputs.patch_grid[0].tolist()
         seen = Image.fromarray(patches.reshape(rows, columns).astype(np.float32))
         canvas = Image.new("F", (width, height))
         canvas.paste(seen.resize((right - left, bottom - top), Image.Resampling.BILINEAR), (left, top))
         return np.asarray(canvas).clip(0, 1)
 
 
-def examples():
+def examples() -> list[list[str]]:
     """[[image path, instruction]] of the scene that ships beside this file or with the project."""
     for folder in (HERE, EXAMPLES):
         if (folder / "scene.json").exists():
@@ -219,7 +237,7 @@ def examples():
     return []
 
 
-def page(demo):
+def page(demo: Demo) -> gr.Blocks:
     """The page, wired to the demo. Elements that a visitor or a test looks for carry an elem_id."""
     with gr.Blocks(title="SegCompass", analytics_enabled=False) as blocks:
         gr.Markdown(ABOUT)
@@ -256,15 +274,16 @@ def page(demo):
     return blocks
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    embedded = str(EXAMPLES / "checkpoints" / "mini")
-    parser.add_argument("--model", default=os.environ.get("SEGCOMPASS_MODEL", embedded))
-    parser.add_argument("--port", type=int, help="7860, or the next free one, when not given")
-    args = parser.parse_args(argv)
+def launch(model: str, port: int | None = None) -> None:
+    """Serve the page until it is stopped.
+
+    Args:
+        model: SegCompass folder or Hub id.
+        port: None takes `GRADIO_SERVER_PORT`, or 7860 or the next free one.
+    """
     plain = gr.themes.Default(font=["sans-serif"], font_mono=["monospace"])  # no fonts from the network
-    page(Demo(args.model)).launch(server_port=args.port, theme=plain, css=STYLE)
+    page(Demo(model)).launch(server_port=port, theme=plain, css=STYLE)
 
 
 if __name__ == "__main__":
-    main()
+    launch(os.environ.get("SEGCOMPASS_MODEL", str(EXAMPLES / "checkpoints" / "mini")))

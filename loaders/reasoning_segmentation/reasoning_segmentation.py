@@ -2,15 +2,15 @@
 
 Notably: intersections and unions are integers at the masks' own size and nothing is smoothed by an epsilon. Masks are
 measured when they are added and only the counts are kept, so that memory does not grow with the masks and one set of
-counts serves every protocol. It loads with `evaluate.load("loaders/reasoning_segmentation")`; `intersection_union`,
-`sample_counts` and `summarise` are plain functions that need no metric object.
+counts serves every protocol. It loads with `evaluate.load(segcompass.METRIC)`; `intersection_union`, `sample_counts`
+and `summarise` are plain functions that need no metric object. Another protocol is one line of `PROTOCOLS`.
 """
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import evaluate
@@ -23,7 +23,7 @@ class Protocol:
     """How a project turns masks into numbers."""
 
     unit: str
-    """What one sample is: "sentence", "ref" (an object, with its first sentence) or "merged" (all its sentences)."""
+    """What one sample is: "sentence", "ref" (an object with its first sentence) or "merged" (with all of them)."""
     ignore: str
     """What becomes of ignored pixels: "excluded", "target" (they count as wanted), "correct" (they count as wanted and
     as predicted) or "background" (they count as not wanted)."""
@@ -46,7 +46,7 @@ PRECISION_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 RELEASED_SLOTS = 4  # the released code leaves out samples with more instances than its model has slots
 
 _DESCRIPTION = """
-Overlap of one predicted and one reference mask a sample (a sample is one sentence), by default by the rules of
+Overlap of one predicted and one reference mask per sample (a sample is one sentence), by default by the rules of
 generalised referring expression segmentation (GRES), in which a sentence may refer to nothing.
 """
 
@@ -61,15 +61,14 @@ _CITATION = """
 
 _INPUTS = """
 Args:
-    predictions: one mask a sample: a COCO RLE dict {"size": [h, w], "counts": str or list}, a list of them (their
+    predictions: one mask per sample: a COCO RLE dict {"size": [h, w], "counts": str or list}, a list of them (their
         union is the mask, [] is an empty one), a 2-D bool or integer array, or a PIL image (not 0 = inside).
     references: as predictions. The `masks` column of a data set will do.
-    ignore: None, or one a sample: None, or a mask in any of these forms (what its pixels do, the protocol says).
-    sample_ids: None, or one str a sample; a repeated one is an error, but for the copies that a distributed sampler
-        adds: those are counted once.
-    no_target: None, or one a sample: None, or bool: what a model with a separate "nothing there" output answered.
-    protocol: "rela" (the GRES authors' rules, ignored pixels excluded), "lisa", "visionreasoner", "himtok" or
-        "segcompass_released".
+    ignore: None, or one per sample: None, or a mask in any of these forms (the protocol says what its pixels do).
+    sample_ids: None, or one str per sample. A repeated id is an error, except for the copies that a distributed sampler
+        adds, which are counted once.
+    no_target: None, or one per sample: None, or bool: what a model with a separate "nothing there" output answered.
+    protocol: a key of `PROTOCOLS`: "rela" (the GRES authors' rules, ignored pixels excluded), "lisa", ...
 Returns:
     dict: "cIoU" (sum of intersections over sum of unions; None if every union is empty), "gIoU" (mean IoU of the
     samples, a no-target sample giving 1 if the prediction is empty and 0 if not), "N-acc" (share of no-target samples
@@ -78,7 +77,7 @@ Returns:
     without such samples), "n", "n_no_target", "n_skipped" (samples the protocol leaves out of cIoU, gIoU and Pr),
     "n_duplicates" (copies counted once; only if there are any) and "protocol".
 Example:
-    >>> metric = evaluate.load("loaders/reasoning_segmentation")
+    >>> metric = evaluate.load(segcompass.METRIC)
     >>> metric.compute(predictions=[np.eye(2, dtype=bool)], references=[np.ones((2, 2), dtype=bool)])["gIoU"]
     0.5
 """
@@ -114,7 +113,7 @@ class Measured(NamedTuple):
     """The model's explicit answer, None without one."""
 
 
-def measure(prediction, reference, ignore=None, no_target=None) -> Measured:
+def measure(prediction: Any, reference: Any, ignore: Any = None, no_target: bool | None = None) -> Measured:
     """The areas of a sample's masks and of their overlaps; arguments and errors as `sample_counts`."""
     masks = {
         "prediction": _form(prediction),
@@ -123,8 +122,8 @@ def measure(prediction, reference, ignore=None, no_target=None) -> Measured:
     }
     sizes = {name: size for name, (size, _) in masks.items() if size is not None}
     if len(set(sizes.values())) > 1:
-        told = ", ".join(f"{name} {size}" for name, size in sizes.items())
-        raise ValueError(f"masks of one sample differ in size (height, width): {told}. Resize to the original image.")
+        shown = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise ValueError(f"masks of one sample differ in size (height, width): {shown}. Resize to the original image.")
     (_, prediction), (_, reference), (_, ignore) = masks.values()
     no_target = None if no_target is None else bool(no_target)
     if all(isinstance(mask, np.ndarray) or not mask for mask in (prediction, reference, ignore)):
@@ -232,7 +231,7 @@ def _match(predictions: list[dict], references: list[dict]) -> list[list[int]]:
     return pairs
 
 
-# -- what a protocol makes of it ---------------------------------------------------------------------------------------
+# -- from areas to a protocol's counts ---------------------------------------------------------------------------------
 
 
 def count(measured: Measured, protocol: str = "rela") -> dict:
@@ -255,7 +254,7 @@ def count(measured: Measured, protocol: str = "rela") -> dict:
         rejected = measured.no_target
         if rejected:
             shared, union = 0, union if wanted else 0
-    counts = {"I": shared, "U": union, "pred_empty": rejected, "ref_empty": wanted == 0}
+    counts: dict[str, Any] = {"I": shared, "U": union, "pred_empty": rejected, "ref_empty": wanted == 0}
     if rules.matched:
         pairs = measured.pairs or [[shared, union]]
         counts |= {"I": sum(i for i, _ in pairs), "U": sum(u for _, u in pairs)}
@@ -263,13 +262,15 @@ def count(measured: Measured, protocol: str = "rela") -> dict:
     return counts
 
 
-def sample_counts(prediction, reference, ignore=None, protocol: str = "rela", no_target: bool | None = None) -> dict:
+def sample_counts(
+    prediction: Any, reference: Any, ignore: Any = None, protocol: str = "rela", no_target: bool | None = None
+) -> dict:
     """What one sample adds to the metrics.
 
     Args:
         prediction: an RLE dict, a list of RLE dicts (their union), a 2-D bool or integer array, or a PIL image.
         reference: likewise.
-        ignore: likewise, or None: pixels of which the protocol says what they do; "rela" leaves them out of everything.
+        ignore: likewise, or None. The protocol says what becomes of these pixels; "rela" leaves them out of everything.
         protocol: a key of `PROTOCOLS`.
         no_target: a model's explicit answer that nothing is there; None takes an empty mask as that answer.
 
@@ -279,12 +280,16 @@ def sample_counts(prediction, reference, ignore=None, protocol: str = "rela", no
 
     Raises:
         ValueError: the masks differ in size, one is not 2-D, mixes 1 and 255, or the protocol is unknown.
-        TypeError: a mask is none of these forms; floating-point ones are not.
+        TypeError: a mask in none of these forms; floating-point masks are not.
+
+    Example:
+        >>> sample_counts(np.eye(2, dtype=bool), np.ones((2, 2), dtype=bool))
+        {'I': 2, 'U': 4, 'pred_empty': False, 'ref_empty': False}
     """
     return count(measure(prediction, reference, ignore, no_target), protocol)
 
 
-def intersection_union(prediction, reference, ignore=None) -> tuple[int, int]:
+def intersection_union(prediction: Any, reference: Any, ignore: Any = None) -> tuple[int, int]:
     """(I, U), the whole pixels in the intersection and in the union of two masks; see `sample_counts`."""
     counts = sample_counts(prediction, reference, ignore)
     return counts["I"], counts["U"]
@@ -307,7 +312,7 @@ def summarise(samples: Iterable[dict], protocol: str = "rela") -> dict:
     """The metrics of a split from the counts of its samples.
 
     Args:
-        samples: dicts as `sample_counts` returns under the same protocol, one a sample; read once.
+        samples: dicts as `sample_counts` returns under the same protocol, one per sample; read once.
         protocol: a key of `PROTOCOLS`. "rela" (Liu et al. 2023): a no-target sample gives gIoU 1 if the prediction is
             empty, and otherwise gIoU 0 and its area to the union; a false rejection gives gIoU 0 and the target's area
             to the union.
@@ -368,7 +373,13 @@ def _rules(protocol: str) -> Protocol:
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _INPUTS)
 class ReasoningSegmentation(evaluate.Metric):
-    """The metric object. Masks are checked and measured when they are added; ids are checked at the end."""
+    """The metric object. Masks are checked and measured when they are added; ids are checked at the end.
+
+    Example:
+        metric = evaluate.load(segcompass.METRIC)
+        metric.add_batch(predictions=masks, references=rows["masks"], ignore=rows["ignore"])
+        print(metric.compute(protocol="lisa")["gIoU"])
+    """
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
@@ -391,7 +402,15 @@ class ReasoningSegmentation(evaluate.Metric):
             reference_urls=["https://github.com/henghuiding/ReLA"],
         )
 
-    def add_batch(self, *, predictions, references, ignore=None, sample_ids=None, no_target=None) -> None:
+    def add_batch(
+        self,
+        *,
+        predictions: Sequence,
+        references: Sequence,
+        ignore: Sequence | None = None,
+        sample_ids: Sequence[str] | None = None,
+        no_target: Sequence[bool | None] | None = None,
+    ) -> None:
         """Add samples; the arguments are `compute`'s. Raises ValueError if their numbers differ."""
         size = len(predictions)
         ignore = [None] * size if ignore is None else ignore
@@ -400,8 +419,8 @@ class ReasoningSegmentation(evaluate.Metric):
         sample_ids = [""] * size if sample_ids is None else sample_ids
         if not size == len(references) == len(ignore) == len(sample_ids) == len(no_target):
             raise ValueError(
-                f"one of each a sample: got {size} predictions, {len(references)} references, {len(ignore)} ignore "
-                f"masks, {len(sample_ids)} sample_ids and {len(no_target)} no_target answers."
+                f"give one of each per sample; got {size} predictions, {len(references)} references, {len(ignore)} "
+                f"ignore masks, {len(sample_ids)} sample_ids and {len(no_target)} no_target answers."
             )
         rows = [measure(*row) for row in zip(predictions, references, ignore, no_target, strict=True)]
         if rows:
@@ -413,8 +432,16 @@ class ReasoningSegmentation(evaluate.Metric):
                 process=[self.process_id] * size,
             )
 
-    def add(self, *, prediction, reference, ignore=None, sample_id=None, no_target=None) -> None:
-        """Add one sample."""
+    def add(
+        self,
+        *,
+        prediction: Any,
+        reference: Any,
+        ignore: Any = None,
+        sample_id: str | None = None,
+        no_target: bool | None = None,
+    ) -> None:
+        """Add one sample; the arguments are those of `sample_counts`, and its id."""
         self.add_batch(
             predictions=[prediction],
             references=[reference],
@@ -426,32 +453,50 @@ class ReasoningSegmentation(evaluate.Metric):
     def compute(
         self,
         *,
-        predictions=None,
-        references=None,
-        ignore=None,
-        sample_ids=None,
-        no_target=None,
+        predictions: Sequence | None = None,
+        references: Sequence | None = None,
+        ignore: Sequence | None = None,
+        sample_ids: Sequence[str] | None = None,
+        no_target: Sequence[bool | None] | None = None,
         protocol: str = "rela",
     ) -> dict | None:
         """Add these samples, if given, and return the metrics of all samples added since the last call.
 
         In a distributed run every process calls it; process 0 returns the metrics of all, the others None.
 
-        Raises ValueError if there is no sample, if a sample id repeats (but for equal copies on other processes), if
-        the masks of a sample differ in size, or if the protocol is unknown.
+        Args:
+            predictions: one mask per sample, in any form that `sample_counts` takes.
+            references: likewise.
+            ignore: likewise, or None for no ignored pixels; an entry may be None.
+            sample_ids: one per sample, or None.
+            no_target: what a model with a separate "nothing there" output answered, one per sample, or None.
+            protocol: a key of `PROTOCOLS`.
+
+        Returns:
+            As `summarise`, and "n_duplicates" where copies were counted once.
+
+        Raises:
+            ValueError: no sample; a repeated sample id (except for equal copies on other processes); masks of a sample
+                that differ in size; an unknown protocol.
         """
         _rules(protocol)
         if (predictions is None) != (references is None):
             raise ValueError("predictions and references go together: one of the two is missing.")
-        if predictions is not None:
-            given = {"ignore": ignore, "sample_ids": sample_ids, "no_target": no_target}
-            self.add_batch(predictions=predictions, references=references, **given)
+        if predictions is not None and references is not None:
+            self.add_batch(
+                predictions=predictions,
+                references=references,
+                ignore=ignore,
+                sample_ids=sample_ids,
+                no_target=no_target,
+            )
         if self.writer is None:
             raise ValueError("no samples: the metrics of an empty split are undefined. Add at least one.")
         return super().compute(protocol=protocol)
 
     def _compute(self, predictions, references, no_target, sample_ids, process, protocol: str) -> dict:
-        seen, samples, repeated = {}, [], []
+        seen: dict[str, tuple[Measured, int]] = {}
+        samples, repeated = [], []
         for areas, reference, answer, name, rank in zip(
             predictions, references, no_target, sample_ids, process, strict=True
         ):

@@ -26,7 +26,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command's options."""
     parser = options.command_parser("evaluate", __doc__)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", help=options.MODEL)
+    what.add_argument("--model", default="", help=options.MODEL)
     what.add_argument("--predictions", type=Path, help="JSONL of any model's predictions to score instead of a model")
     options.add_rows(parser, "test", None, "all rows, and 500 of the scenes", dataset=options.ROWS)
     options.add_benchmark(parser)

@@ -14,17 +14,13 @@ the scene that ships with the package is explained by the small model that does 
 import argparse
 from pathlib import Path
 
-from segcompass.shipped import MODEL, default_scene
-
 from . import options
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command's options, with the shipped scene where no image is named."""
     parser = options.command_parser("explain", __doc__)
-    parser.add_argument("image", nargs="?", help="file or URL; default: the scene that ships with the package")
-    parser.add_argument("instruction", nargs="?", help="what to segment; required with an image of your own")
-    parser.add_argument("--model", default=str(MODEL), help=f"{options.MODEL}; default: the small model that ships")
+    options.add_image(parser)
     parser.add_argument("--output", type=Path, default=Path("runs/explain"), help="folder; default: %(default)s")
     parser.add_argument(
         "--threshold",
@@ -33,11 +29,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="confidence from which a slot is shown; default: %(default)s",
     )
     args = parser.parse_args(argv)
-    if args.image is None:
-        image, args.instruction = default_scene()
-        args.image = str(image)
-    if args.instruction is None:
-        parser.error(f'no instruction; say what to segment in {args.image}, e.g. "the mug nearest the sink".')
+    options.fill_image(parser, args)
     return args
 
 
@@ -45,7 +37,8 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command with these options; None takes the process's own."""
     args = parse(argv)
     from segcompass.loading import load
-    from segcompass.segmentation import read_image, slot_heatmaps, write_explanation
+    from segcompass.modeling_segcompass.images import read_image
+    from segcompass.segmentation import slot_heatmaps, write_explanation
     from segcompass.white_box import ConceptDictionary
 
     image = read_image(args.image)

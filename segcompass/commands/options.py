@@ -1,10 +1,20 @@
 """Options that several commands share, so that they are spelled, checked and explained in one way."""
 
 import argparse
+from typing import Any
 
-ROWS = "'scenes', a benchmark (with --root), a .jsonl file, or a folder of `segcompass prepare-data` or save_to_disk"
-TRAINING_ROWS = "'scenes', a .jsonl file, or a folder of `segcompass prepare-data` or Dataset.save_to_disk"
-TEXT_ROWS = "'scenes', a .jsonl file, a folder that Dataset.save_to_disk wrote, or a Hub id"
+from segcompass.shipped import MODEL as SHIPPED
+from segcompass.shipped import default_scene
+
+TRAINING_ROWS = (
+    "'scenes', a .jsonl file, a folder of `segcompass prepare-data` or Dataset.save_to_disk, or the dotted path of a "
+    "function that returns rows"
+)
+ROWS = f"a benchmark such as refcoco or reasonseg (with --root), {TRAINING_ROWS}"
+TEXT_ROWS = (
+    "'scenes', a .jsonl file, a folder that Dataset.save_to_disk wrote, the dotted path of a function that returns "
+    "rows, or a Hub id"
+)
 MODEL = "SegCompass folder or Hub id"
 
 
@@ -15,6 +25,22 @@ def command_parser(command: str, description: str | None) -> argparse.ArgumentPa
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def add_image(parser: argparse.ArgumentParser) -> None:
+    """Add an image, an instruction and --model; `fill_image` puts the shipped scene where none is named."""
+    parser.add_argument("image", nargs="?", help="file or URL; default: the scene that ships with the package")
+    parser.add_argument("instruction", nargs="?", help="what to segment; required with an image of your own")
+    parser.add_argument("--model", default=str(SHIPPED), help=f"{MODEL}; default: the small model that ships")
+
+
+def fill_image(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Put the shipped scene where no image is named; an image without an instruction ends the command."""
+    if args.image is None:
+        image, args.instruction = default_scene()
+        args.image = str(image)
+    if args.instruction is None:
+        parser.error(f'no instruction; say what to segment in {args.image}, e.g. "the mug nearest the sink".')
 
 
 def add_rows(
@@ -66,15 +92,22 @@ class RecipeHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
     """Help of the commands that read a recipe: hundreds of options, each with its default."""
 
 
-def recipe_parser(command: str, description: str | None) -> dict:
-    """What a TrlParser needs to describe a command that reads a recipe, as keyword arguments."""
+def recipe_parser(command: str, description: str | None, dataclasses: Any) -> Any:
+    """The parser of a command that reads a recipe.
+
+    Args:
+        command: its name.
+        description: its module's docstring, shown as it is written.
+        dataclasses: whose fields are the options and the recipe's fields.
+
+    Returns:
+        A TrlParser.
+    """
+    from trl import TrlParser
+
     prog = f"segcompass {command}"
-    return {
-        "prog": prog,
-        "usage": f"{prog} --config RECIPE [--option value …]",
-        "description": description,
-        "formatter_class": RecipeHelp,
-    }
+    usage = f"{prog} --config RECIPE [--option value …]"
+    return TrlParser(dataclasses, prog=prog, usage=usage, description=description, formatter_class=RecipeHelp)
 
 
 def positive(text: str) -> int:

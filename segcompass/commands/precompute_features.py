@@ -1,55 +1,56 @@
-"""Encode every image of a data set once with a model's frozen SAM encoder, for trainers and evaluators to read.
+"""Encode every image of a data set once with a model's frozen image encoder, for training and evaluation to read.
 
-    python examples/precompute_image_features.py --model PATH --dataset FOLDER --split train --output runs/features
-    python examples/train_grpo.py --config RECIPE.yaml --image_features runs/features
-    python examples/evaluate.py --model PATH --dataset FOLDER --output runs/val --image-features runs/features
+    segcompass precompute-features --model PATH --dataset FOLDER --split train --output runs/features
+    segcompass train grpo --config RECIPE.yaml --image-features runs/features
+    segcompass evaluate --model PATH --dataset FOLDER --output runs/val --image-features runs/features
 
-SAM ViT-H's features take 2 MB an image in float16. Repeat the command after an interruption, or with another split or
-data set: images that are there already are skipped.
+SAM ViT-H's features take 2 MB per image in float16. Repeat the command to resume an interrupted run, or to add another
+split or data set: images that are there already are skipped.
 """
 
 import argparse
+from typing import Any
 
-import torch
-from tqdm import tqdm
-
-from segcompass.loaders import load_rows
-from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
-from segcompass.trainers.image_features import ImageFeatureWriter, encoder_id, image_key
+from . import options
 
 
-def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="SegCompass folder or Hub id, whose SAM encoder is used")
-    parser.add_argument("--dataset", default="scenes", help="'scenes' or a folder written by Dataset.save_to_disk")
-    parser.add_argument("--split", default="train")
-    parser.add_argument("--seed", type=int, default=0, help="of the scenes")
-    parser.add_argument("--num-samples", type=int, default=10_000)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--shard-size", type=int, default=256, help="images a shard; a killed run loses at most one")
-    parser.add_argument("--output", required=True, help="folder of the cache")
-    args = parser.parse_args(argv)
-    for name in ("num_samples", "batch_size", "shard_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least 1.")
-    return args
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command's options."""
+    parser = options.command_parser("precompute-features", __doc__)
+    parser.add_argument("--model", required=True, help=f"{options.MODEL}, whose image encoder is used")
+    options.add_rows(parser, "train", 10_000)
+    parser.add_argument(
+        "--batch-size", type=options.positive, default=8, help="images encoded at once; default: %(default)s"
+    )
+    parser.add_argument(
+        "--shard-size",
+        type=options.positive,
+        default=256,
+        help="images per file; a killed run loses at most one file's; default: %(default)s",
+    )
+    parser.add_argument("--output", required=True, help="folder of the features")
+    return parser.parse_args(argv)
 
 
-@torch.no_grad()
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
+    """Run the command with these options; None takes the process's own."""
     args = parse(argv)
-    try:
-        rows = load_rows(args.dataset, args.split, args.seed, args.num_samples)
-        processor = SegCompassProcessor.from_pretrained(args.model)
-        model = SegCompassModel.from_pretrained(args.model, dtype="float32")
-        sam_id = encoder_id(model.image_encoder, processor.encoder_image_processor)
-        writer = ImageFeatureWriter(args.output, sam_id, model.config.image_encoder_config.image_size, args.shard_size)
-    except (OSError, ValueError, KeyError) as error:
-        raise SystemExit(str(error)) from error
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    found, batch = len(writer.known), {}
+    import torch
+    from tqdm import tqdm
 
-    def encode():
+    from segcompass.loaders import load_rows
+    from segcompass.loading import load
+    from segcompass.trainers.image_features import ImageFeatureWriter, encoder_id, image_key
+
+    rows = load_rows(args.dataset, args.split, args.seed, args.num_samples)
+    model, processor = load(args.model)
+    encoder = encoder_id(model.image_encoder, processor.encoder_image_processor)
+    writer = ImageFeatureWriter(args.output, encoder, model.config.image_encoder_config.image_size, args.shard_size)
+    found = len(writer.known)
+    batch: dict[str, Any] = {}  # key -> image
+
+    @torch.no_grad()
+    def encode() -> None:
         inputs = processor.encoder_inputs(list(batch.values()))
         features = model.get_image_embeddings(inputs["encoder_pixel_values"].to(model.device))
         for key, feature in zip(batch, features, strict=True):
@@ -66,8 +67,4 @@ def main(argv=None):
     if batch:
         encode()
     writer.close()
-    print(f"{args.output}: {len(writer.known)} images of encoder {sam_id}, {len(writer.known) - found} of them new")
-
-
-if __name__ == "__main__":
-    main()
+    print(f"{args.output}: {len(writer.known)} images of encoder {encoder}, {len(writer.known) - found} of them new")

@@ -10,6 +10,7 @@ A recipe is given to a command by its name or as a file: `segcompass train grpo 
 import argparse
 
 from segcompass.recipes import find_recipe, list_recipes
+from segcompass.shipped import EXAMPLES
 
 from . import options
 
@@ -31,3 +32,4 @@ def main(argv: list[str] | None = None) -> None:
     width = max(map(len, recipes)) + 2
     for name, header in recipes.items():
         print(f"{name:<{width}}{header}")
+    print(f"\nConfigurations for `accelerate launch --config_file` are in {EXAMPLES / 'accelerate'}.")

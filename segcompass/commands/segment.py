@@ -19,17 +19,13 @@ package is segmented by the small model that does too.
 import argparse
 from pathlib import Path
 
-from segcompass.shipped import MODEL, default_scene
-
 from . import options
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command's options, with the shipped scene where no image is named."""
     parser = options.command_parser("segment", __doc__)
-    parser.add_argument("image", nargs="?", help="file or URL; default: the scene that ships with the package")
-    parser.add_argument("instruction", nargs="?", help="what to segment; required with an image of your own")
-    parser.add_argument("--model", default=str(MODEL), help=f"{options.MODEL}; default: the small model that ships")
+    options.add_image(parser)
     parser.add_argument("--output", type=Path, default=Path("runs/segment"), help="folder; default: %(default)s")
     parser.add_argument(
         "--threshold",
@@ -39,11 +35,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--explain", action="store_true", help="also write which concepts made the masks")
     args = parser.parse_args(argv)
-    if args.image is None:
-        image, args.instruction = default_scene()
-        args.image = str(image)
-    if args.instruction is None:
-        parser.error(f'no instruction; say what to segment in {args.image}, e.g. "the mug nearest the sink".')
+    options.fill_image(parser, args)
     return args
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from transformers.trainer_utils import get_last_checkpoint
-from trl import ModelConfig, TrlParser, get_quantization_config
+from trl import ModelConfig, get_quantization_config
 
 from segcompass.loaders import load_rows
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
@@ -38,12 +38,10 @@ class GRPOArguments:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command with these options; None takes the process's own."""
-    parser = TrlParser(
-        (GRPOArguments, SegCompassGRPOConfig, ModelConfig), **options.recipe_parser("train grpo", __doc__)
-    )
+    parser = options.recipe_parser("train grpo", __doc__, (GRPOArguments, SegCompassGRPOConfig, ModelConfig))
     arguments, training, extra = parse_with_recipe(parser, argv)
     quantization = get_quantization_config(extra)
-    if extra.load_in_4bit and training.bf16:
+    if quantization is not None and extra.load_in_4bit and training.bf16:
         quantization.bnb_4bit_compute_dtype = torch.bfloat16  # TRL takes the weights' dtype, which is float32 here
     model = SegCompassModel.from_pretrained(arguments.model, dtype="float32", quantization_config=quantization)
     if extra.attn_implementation:

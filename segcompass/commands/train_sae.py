@@ -17,7 +17,6 @@ from pathlib import Path
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from trl import TrlParser
 
 from segcompass.loaders.image_text import image_text, load_image_text
 from segcompass.loading import load_mllm
@@ -75,7 +74,7 @@ class SAEArguments:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command with these options; None takes the process's own."""
-    parser = TrlParser((SAEArguments, SparseAutoencoderTrainerConfig), **options.recipe_parser("train sae", __doc__))
+    parser = options.recipe_parser("train sae", __doc__, (SAEArguments, SparseAutoencoderTrainerConfig))
     arguments, training = parse_with_recipe(parser, argv)
     model_config = AutoConfig.from_pretrained(arguments.model)
     sae_config = make_sae_config(arguments, model_config)
@@ -209,9 +208,11 @@ def print_estimate(
     model_config: PreTrainedConfig,
     sae_config: SparseAutoencoderConfig,
 ) -> None:
-    """Print what training will take, as JSON."""
+    """Print what training will take, as JSON. Raises ValueError without a number of samples."""
     mllm_config = model_config.mllm_config if model_config.model_type == "segcompass" else model_config
     names = ("image_tokens", "text_tokens", "tokens_per_batch", "buffer_size", "tflops", "processes")
+    if arguments.num_samples is None:
+        raise ValueError("num_samples is null, so there is nothing to estimate from; give the number of rows.")
     held_out = 0 if arguments.evaluation_split else arguments.evaluation_samples
     expected = estimate_sae_training(
         mllm_config,

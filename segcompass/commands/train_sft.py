@@ -8,11 +8,11 @@ A recipe is a YAML file, or a name that `segcompass recipes` lists; options repl
 resume an interrupted run from its last checkpoint.
 """
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers.trainer_utils import get_last_checkpoint
-from trl import TrlParser
 
 from segcompass.loaders import load_rows
 from segcompass.loading import load
@@ -32,7 +32,7 @@ class SFTArguments:
     image_encoder: str | None = field(default=None, metadata={"help": "SAM vision encoder to build from"})
     sae: str | None = field(default=None, metadata={"help": "SAE folder or Hub id to put into the model"})
     model_config: dict | str | None = field(
-        default=None, metadata={"help": "fields of SegCompassConfig, for a model built from backbones"}
+        default=None, metadata={"help": "fields of SegCompassConfig (JSON), for a model built from backbones"}
     )
     dataset: str = field(default="scenes", metadata={"help": options.TRAINING_ROWS})
     attn_implementation: str = field(
@@ -50,15 +50,15 @@ def build(arguments: SFTArguments) -> tuple[SegCompassModel, SegCompassProcessor
     if not (arguments.mllm and arguments.image_encoder):
         raise ValueError("name either model, or mllm and image_encoder, in the recipe or on the command line.")
     processor = SegCompassProcessor.from_pretrained(arguments.mllm)
-    model = SegCompassModel.from_backbones(
-        arguments.mllm, arguments.image_encoder, arguments.sae, processor, **(arguments.model_config or {})
-    )
+    fields = arguments.model_config or {}
+    fields = json.loads(fields) if isinstance(fields, str) else fields
+    model = SegCompassModel.from_backbones(arguments.mllm, arguments.image_encoder, arguments.sae, processor, **fields)
     return model, processor
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command with these options; None takes the process's own."""
-    parser = TrlParser((SFTArguments, SegCompassSFTConfig), **options.recipe_parser("train sft", __doc__))
+    parser = options.recipe_parser("train sft", __doc__, (SFTArguments, SegCompassSFTConfig))
     arguments, training = parse_with_recipe(parser, argv)
     model, processor = build(arguments)
     if arguments.model and arguments.sae:

@@ -194,13 +194,13 @@ def heatmap_pairs(outputs: Any, place: int, targets: torch.Tensor) -> list[list[
     return pairs
 
 
+SLOT_FIELDS = ("pred_masks", "heatmaps", "pred_logits", "slot_mask")
+
+
 def _dice_loss(outputs: Any, place: int, targets: torch.Tensor, frame: Frame, side: int) -> float:
     one = slice(place, place + 1)
     _, parts = segmentation_loss(
-        outputs.pred_masks[one],
-        outputs.heatmaps[one],
-        outputs.pred_logits[one],
-        outputs.slot_mask[one],
+        type(outputs)(**{name: outputs[name][one] for name in SLOT_FIELDS}),
         [targets],
         frame.valid_extent(outputs.reshaped_input_sizes[one], side),
     )

@@ -16,7 +16,8 @@ import torch
 from tqdm import tqdm
 
 from segcompass.loaders import load_rows
-from segcompass.loaders.scenes import COLOURS, SHAPES, SIZES, Scene, scene_question
+from segcompass.loaders.scene_drawing import COLOURS, SHAPES, SIZES, Scene
+from segcompass.loaders.scenes import scene_question
 from segcompass.modeling_segcompass.token_layout import IMAGE
 
 from .detectors import best_detectors

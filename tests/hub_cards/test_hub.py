@@ -44,7 +44,7 @@ sae = push_sae(model.sae, {SAE!r}, quality={{"explained_variance": 0.5, "l0": 12
 metrics = {{"gIoU": 0.4, "cIoU": 0.3, "N-acc": None, "T-acc": 1.0, "n": 7, "protocol": "rela", "seconds": 3.0}}
 told = dict(
     example=(image, {INSTRUCTION!r}),
-    evaluations=[Evaluation(metrics, "Noise", "noise", "test", "python examples/evaluate.py")],
+    evaluations=[Evaluation(metrics, "Noise", "noise", "test", "segcompass evaluate")],
     training={{"learning_rate": 2e-6}},
     limitations="It has seen nothing.",
     datasets=[{DATA!r}],
@@ -278,15 +278,14 @@ def test_a_pulled_model_loads_from_the_cache_alone(hub, pushed):
     assert set(masks.values()) == {pushed["first_masks"]} and len(hub.requests()) == before
 
 
-def test_the_script_pushes_and_names_the_commit(hub):
+def test_the_command_pushes_and_names_the_commit(hub):
     code = f"""
-import json, sys
-sys.path.insert(0, "{ROOT}/examples")
-from push_to_hub import main
-main(["metric", "{ROOT}/loaders/reasoning_segmentation", "{OWNER}/by_script", "--tag", "v1"])
+import json
+from segcompass.cli import main
+main(["push", "metric", "{OWNER}/by_command", "--tag", "v1"])
 from huggingface_hub import HfApi
-print(json.dumps(HfApi().list_repo_files("{OWNER}/by_script", repo_type="space", revision="v1")))
+print(json.dumps(HfApi().list_repo_files("{OWNER}/by_command", repo_type="space", revision="v1")))
 """
     output = finish(hub.start(code)).splitlines()
-    assert output[0].startswith(f"{OWNER}/by_script is at ")
-    assert set(json.loads(output[-1])) == {"README.md", "by_script.py"}
+    assert output[0].startswith(f"{OWNER}/by_command is at ")
+    assert set(json.loads(output[-1])) == {"README.md", "by_command.py"}

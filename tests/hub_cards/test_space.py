@@ -48,8 +48,9 @@ def address(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, ROOT / "hub_cards" / "space" / "app.py", "--model", folder / "model", "--port", port]
+    command = [sys.executable, ROOT / "hub_cards" / "space" / "app.py"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home")}
+    environment |= {"SEGCOMPASS_MODEL": str(folder / "model"), "GRADIO_SERVER_PORT": str(port)}
     environment.pop("PYTHONPATH", None)
     with open(folder / "log", "w") as log:
         app = subprocess.Popen(list(map(str, command)), env=environment, cwd=folder, stdout=log, stderr=log)

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 
-from segcompass.loaders.files import read_json, read_pickle
+from segcompass.loaders.files import read_json, read_jsonl, read_pickle
 from tests.support.refer import python2_pickle
 
 PLAIN = [{"ref_id": 1, "sent": "a café", "ids": [1, 2, -1], "inner": {"x": "y"}}]
@@ -80,3 +80,31 @@ def test_json_in_utf8_or_cp1252(tmp_path):
     assert read_json(path) == {"text": "the man’s café"}
     path.write_bytes('{"text": "the man’s café"}'.encode("cp1252"))
     assert read_json(path) == {"text": "the man’s café"}
+
+
+def test_jsonl_of_a_user_is_read_to_its_last_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes('{"a": 1}\r\n\n{"a": "café"}'.encode())
+    assert list(read_jsonl(path)) == [(1, {"a": 1}), (3, {"a": "café"})]
+    for line, message in (
+        (b"[1]", "a line must be a JSON object; this one is a list"),
+        (b"{", "Expecting property"),
+        (b'{"a": "caf\xe9"}', "can't decode byte"),
+    ):
+        path.write_bytes(b"{}\n" + line)
+        with pytest.raises(ValueError, match=rf"a\.jsonl, line 2: .*{message}"):
+            list(read_jsonl(path))
+
+
+def test_torn_line_of_a_journal_is_left_out_and_repaired(tmp_path):
+    path = tmp_path / "a.jsonl"
+    whole = '{"a": "café"}\n{"a": 2}\n'.encode()
+    for length in range(len(whole) + 1):
+        path.write_bytes(whole[:length])
+        lines = [(1, {"a": "café"}), (2, {"a": 2})][: whole[:length].count(b"\n")]
+        assert list(read_jsonl(path, journal=True)) == lines and path.stat().st_size == length
+        assert list(read_jsonl(path, journal=True, repair=True)) == lines
+        assert path.read_bytes() == whole[: whole[:length].rfind(b"\n") + 1]
+    path.write_bytes(b'{"a": 1}\n{oops\n{"a": ')
+    with pytest.raises(ValueError, match="line 2 is damaged .*delete it and start again"):
+        list(read_jsonl(path, journal=True, repair=True))

@@ -1,10 +1,12 @@
-"""Rows by name, for scripts that take a data set as an argument."""
+"""Rows by name, for commands that take a data set as an argument."""
 
 import json
 
 import pytest
+from datasets import Dataset, IterableDataset
 
-from segcompass.loaders import load_obelics, load_rows, load_scenes
+from segcompass.loaders import LOADERS, load_obelics, load_rows, load_scenes, register_loader
+from segcompass.loaders.image_text import image_text, load_image_text
 from segcompass.loaders.rows import FEATURES, expressions
 from tests.support.refer import ref, write_images, write_instances
 
@@ -31,13 +33,91 @@ def test_every_loader_has_the_columns_of_the_scenes():
     assert load_scenes("val", num_samples=1).features == FEATURES
 
 
-def test_unknown_names_are_told(tmp_path):
-    with pytest.raises(ValueError, match="dataset 'nowhere' is neither 'scenes', one of refcoco, "):
-        load_rows("nowhere")
+def test_unknown_names_are_refused_with_those_that_exist(tmp_path):
+    for name in ("nowhere", "nowhere.load", "no where.load"):
+        with pytest.raises(
+            ValueError, match=f"dataset '{name}' is not known; give one of .*reasonseg, refcoco, .*scenes"
+        ):
+            load_rows(name)
     with pytest.raises(ValueError, match="'reasonseg' needs its root"):
         load_rows("reasonseg", "val")
     with pytest.raises(ValueError, match=r"holds neither val-\*\.parquet nor a data set"):
         load_rows(str(tmp_path), "val")
+
+
+TOY = """
+from datasets import Dataset
+
+from segcompass.loaders.masks import encode_mask
+from segcompass.loaders.rows import FEATURES
+
+import numpy as np
+from PIL import Image
+
+def load(split="train"):
+    mask = np.eye(4, dtype=bool)
+    rows = [
+        {
+            "image": Image.new("RGB", (4, 4)), "image_id": f"{split}-{number}", "sample_id": f"{split}-{number}",
+            "dataset": "toy", "split": split, "instruction": "the diagonal", "reasoning": None,
+            "masks": [encode_mask(mask)], "ignore": None, "height": 4, "width": 4, "kind": "single",
+        }
+        for number in range(3)
+    ]
+    return Dataset.from_list(rows, features=FEATURES)
+
+def needs(root, shards):
+    pass
+
+def nothing():
+    return []
+"""
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    (tmp_path / "toy_data.py").write_text(TOY)
+    (tmp_path / "toy_broken.py").write_text("import no_such_package")
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_a_data_set_of_ones_own_is_named_by_its_function(toy):
+    rows = load_rows("toy_data.load", "val")
+    assert isinstance(rows, Dataset) and rows.features == FEATURES
+    assert list(rows["sample_id"]) == ["val-0", "val-1", "val-2"]
+    assert (
+        len(load_rows("toy_data.load", num_samples=2)) == 2 and len(load_rows("toy_data.load", num_samples=None)) == 3
+    )
+    streamed = load_rows("toy_data.load", streaming=True)
+    assert isinstance(streamed, IterableDataset) and len(list(streamed)) == 3
+    row = next(iter(load_image_text("toy_data.load")))
+    assert image_text(row)["text"] == "the diagonal"
+
+
+def test_mistakes_in_ones_own_loader_are_named(toy):
+    for name, error, message in (
+        ("toy_data.lod", ValueError, "the module toy_data has no function 'lod'"),
+        ("toy_data.needs", ValueError, "'toy_data.needs' needs its root: the folder"),
+        ("toy_data.nothing", TypeError, "its function returned a list; it must return a datasets.Dataset"),
+        ("toy_broken.load", ModuleNotFoundError, "no_such_package"),
+    ):
+        with pytest.raises(error, match=message):
+            load_rows(name)
+    with pytest.raises(ValueError, match="needs its shards: give an option of that name, or its function a default"):
+        load_rows("toy_data.needs", root="here")
+
+
+def test_a_registered_data_set_has_a_name():
+    @register_loader("toy")
+    def load_toy(split="train", seed=0, num_samples=None):
+        return load_scenes(split, seed, num_samples)
+
+    try:
+        assert load_rows("toy", "val", 3, 2)["sample_id"][:] == load_scenes("val", 3, 2)["sample_id"][:]
+        with pytest.raises(ValueError, match="registered as 'toy' already"):
+            register_loader("toy")
+    finally:
+        del LOADERS["toy"]
 
 
 def test_bad_obelics_input_is_named(tmp_path):

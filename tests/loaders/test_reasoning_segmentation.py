@@ -1,18 +1,16 @@
-from pathlib import Path
-
 import evaluate
 import numpy as np
 import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from segcompass import METRIC
 from segcompass.loaders.reasoning_segmentation.reasoning_segmentation import (
     intersection_union,
     sample_counts,
     summarise,
 )
 
-METRIC = Path(__file__).parents[2] / "loaders" / "reasoning_segmentation"
 EMPTY = np.zeros((4, 5), dtype=bool)
 
 
@@ -30,7 +28,7 @@ def rle(mask):
 @pytest.fixture
 def metric(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    return evaluate.load(str(METRIC), cache_dir=str(tmp_path))
+    return evaluate.load(METRIC, cache_dir=str(tmp_path))
 
 
 PREDICTION, REFERENCE = box(0, 0, 2, 3), box(1, 1, 3, 4)  # 6 and 6 pixels, 2 shared, 10 in the union

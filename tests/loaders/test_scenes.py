@@ -11,8 +11,10 @@ import pytest
 from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader
 
-from segcompass.loaders import scenes
-from segcompass.loaders.scenes import COLOURS, KINDS, SHAPES, SIZES, ask, draw_scene, load_scenes, scene_question
+from segcompass.loaders import scene_drawing
+from segcompass.loaders.scene_drawing import COLOURS, SHAPES, SIZES, SPLITS, draw_scene, split_of_pair
+from segcompass.loaders.scene_questions import KINDS, ask
+from segcompass.loaders.scenes import NUM_SHARDS, load_scenes, scene_question
 
 NUM_CHECKED = 500
 RANK = {"small": 0, "large": 1}
@@ -146,7 +148,7 @@ SOLVERS = {
 }
 
 
-@pytest.mark.parametrize("split", scenes.SPLITS)
+@pytest.mark.parametrize("split", SPLITS)
 def test_second_solver_finds_the_same_targets_from_instruction_and_scan(split):
     for _, question in drawn(split):
         scan_text, *_, answer = question.reasoning.split(". ")
@@ -167,7 +169,7 @@ def verdicts_of(step):
     return [(w[0], w[1:-1], w[-1] == "yes") for w in words] if VERDICTS.match(step) else None
 
 
-@pytest.mark.parametrize("split", scenes.SPLITS)
+@pytest.mark.parametrize("split", SPLITS)
 def test_verdicts_repeat_facts_of_the_scan_and_end_with_the_targets(split):
     ended_with_verdicts = Counter()
     for scene, question in drawn(split):
@@ -253,7 +255,7 @@ def test_trace_scans_all_objects_from_left_to_right_with_their_places():
 
 def test_questions_use_few_lower_case_words():
     words, traces = set(), set()
-    for split in scenes.SPLITS:
+    for split in SPLITS:
         for _, question in drawn(split):
             assert re.fullmatch(r"[a-z]+( [a-z]+)*", question.instruction)
             words |= set(question.instruction.split())
@@ -265,7 +267,7 @@ def test_questions_use_few_lower_case_words():
 
 def test_shares_of_kinds_and_outcomes():
     kinds, outcomes = Counter(), Counter()
-    questions = [question for split in scenes.SPLITS for _, question in drawn(split)]
+    questions = [question for split in SPLITS for _, question in drawn(split)]
     for question in questions:
         kinds[question.kind] += 1
         outcomes[min(len(question.targets), 2)] += 1
@@ -285,11 +287,11 @@ def test_shares_of_kinds_and_outcomes():
 
 def pairs_of(scene):
     looks = [(thing.colour, thing.shape) for thing in scene.objects]
-    return [scenes.split_of_pair(*pair) for pair in combinations(looks, 2)]
+    return [split_of_pair(*pair) for pair in combinations(looks, 2)]
 
 
 def test_splits_differ_by_the_pairs_of_looks_that_meet():
-    for split in scenes.SPLITS:
+    for split in SPLITS:
         for scene, _ in drawn(split):
             shown = set(pairs_of(scene))
             assert shown <= {"train", split} and split in shown | ({"train"} if split == "train" else set())
@@ -298,16 +300,16 @@ def test_splits_differ_by_the_pairs_of_looks_that_meet():
 def test_shares_of_the_pairs_and_their_symmetry():
     looks = [(colour, shape) for colour in COLOURS for shape in SHAPES]
     pairs = list(combinations(looks, 2))
-    counts = Counter(scenes.split_of_pair(*pair) for pair in pairs)
+    counts = Counter(split_of_pair(*pair) for pair in pairs)
     # Four standard deviations of shares 0.1 and 0.05 of 630 pairs are 0.048 and 0.035.
     assert abs(counts["test"] / len(pairs) - 0.1) < 0.048 and abs(counts["val"] / len(pairs) - 0.05) < 0.035
-    assert all(scenes.split_of_pair(a, b) == scenes.split_of_pair(b, a) for a, b in pairs)
-    assert {scenes.split_of_pair(look, look) for look in looks} == {"train"}
+    assert all(split_of_pair(a, b) == split_of_pair(b, a) for a, b in pairs)
+    assert {split_of_pair(look, look) for look in looks} == {"train"}
 
 
 def test_every_look_is_drawn_in_every_split():
     looks = len(COLOURS) * len(SHAPES)
-    for split in scenes.SPLITS:
+    for split in SPLITS:
         assert len({(thing.colour, thing.shape) for scene, _ in drawn(split) for thing in scene.objects}) == looks
     assert len({(t.size, t.colour, t.shape) for scene, _ in drawn("train") for t in scene.objects}) == 2 * looks
 
@@ -339,7 +341,7 @@ def test_masks_are_disjoint_centred_and_inside_the_image(size):
 def test_objects_keep_their_visible_share_and_their_size(monkeypatch):
     """The area of each object is measured again with the object alone in the image."""
     kept = []
-    arrange = scenes._arrange
+    arrange = scene_drawing._arrange
 
     def recording_arrange(rng, sprites, size):
         arranged = arrange(rng, sprites, size)
@@ -347,7 +349,7 @@ def test_objects_keep_their_visible_share_and_their_size(monkeypatch):
             kept.append((sprites, *arranged))
         return arranged
 
-    monkeypatch.setattr(scenes, "_arrange", recording_arrange)
+    monkeypatch.setattr(scene_drawing, "_arrange", recording_arrange)
     rng = np.random.default_rng(6)
     occluded = 0
     for _ in range(200):
@@ -431,7 +433,7 @@ def test_streamed_rows_equal_stored_rows():
 
 def test_dataloader_workers_stream_disjoint_rows():
     streamed = load_scenes("train", num_samples=50, streaming=True)
-    assert streamed.num_shards == scenes.NUM_SHARDS
+    assert streamed.num_shards == NUM_SHARDS
     loader = DataLoader(streamed, batch_size=None, num_workers=2)
     ids = [row["image_id"] for row in loader]
     assert sorted(ids) == sorted(f"scenes-train-0-{index}" for index in range(50))

@@ -87,7 +87,7 @@ def test_unknown_token_ids_are_refused(parts):
 
 @pytest.fixture
 def passes(parts):
-    """The number of tokens of each pass through the language model, and the passes of SAM's encoder."""
+    """The number of tokens of each pass through the language model, and the passes of the image encoder."""
     model, _ = parts
     lengths, encoded = [], []
     handles = [
@@ -147,7 +147,7 @@ def test_segment_runs_nothing_twice(parts, passes):
     assert passes == ([outputs.prompt_length] + [1] * (written - 1), [1])
 
 
-def test_language_alone_needs_no_sam(parts, passes):
+def test_language_alone_needs_no_image_encoder(parts, passes):
     model, processor = parts
     outputs = model(**processor(images=noise_image(8, 8), text="it", response="no", image_encoder=False))
     assert outputs.pred_masks is None and outputs.loss.isfinite() and passes[1] == []
@@ -411,7 +411,7 @@ def test_gradient_of_the_masks_reaches_all_but_the_frozen(backbone):
         assert not [name for name in missed if name.endswith("weight") and "conv" not in name], missed
     assert reached["query_codebook.codebook"] and reached["query_codebook.slot_queries"]
     assert reached["mask_decoder.mask_token"] and reached["slot_mapper.map_in.weight"]
-    frozen = [name for name in reached if name.startswith(("sae.", "sam.", "image_positions."))]
+    frozen = [name for name in reached if name.startswith(("sae.", "image_encoder.", "image_positions."))]
     assert frozen and not any(reached[name] for name in frozen)
     assert not any(p.requires_grad for module in (model.sae, model.image_encoder) for p in module.parameters())
 

@@ -133,7 +133,7 @@ def test_provenance_is_the_saes_own_activations(activation):
         torch.testing.assert_close(concepts.activations[row], h[row][:, concepts.indices[row]], atol=1e-12, rtol=0)
     torch.testing.assert_close(concepts.values, concepts.activations.amax(1), atol=0, rtol=0)
     relative = concepts.values / sae.mean_active_activation[concepts.indices]
-    assert (relative.diff(dim=1) <= 1e-12).all(), "strongest relative to its usual strength first"
+    assert (relative.diff(dim=1) <= 1e-12).all(), "strongest relative to its mean active activation first"
 
 
 @pytest.mark.parametrize("reading", READINGS)
@@ -188,7 +188,7 @@ def test_scaling_a_concept_scales_its_strength():
     torch.testing.assert_close(after.values[0][after.indices[0] == index], 2.5 * before.values[0, 3:4])
 
 
-def test_where_features_tell_image_from_text():
+def test_position_features_distinguish_image_from_text():
     types = torch.tensor([[IMAGE, INSTRUCTION, RESPONSE]])
     near = token_position_features(types, torch.full((1, 3, 2), 0.2), torch.full((1, 3), 3.0))
     moved = token_position_features(types, torch.full((1, 3, 2), 0.7), torch.full((1, 3), 3.0))

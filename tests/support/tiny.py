@@ -35,7 +35,7 @@ CHAT = {
 
 
 def tiny_tokenizer(backbone):
-    """One token a printable character, spaces included, so any text can be encoded."""
+    """One token per printable character, spaces included, so any text can be encoded."""
     vocabulary = {token: number for number, token in enumerate([*SPECIAL, *map(chr, range(32, 127)), "\n"])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")

@@ -2,7 +2,15 @@ import pytest
 import torch
 from PIL import Image
 
-from segcompass.trainers.activations import ActivationDataset, layer_hidden_states, stream_activations
+from segcompass.modeling_segcompass.token_layout import IMAGE, INSTRUCTION, RESPONSE
+from segcompass.trainers.activations import (
+    SPECIAL,
+    TOKEN_TYPES,
+    ActivationDataset,
+    layer_hidden_states,
+    stream_activations,
+    token_types,
+)
 from tests.support.tiny import BACKBONES, tiny_mllm, tiny_processor
 
 LAYERS, LAYER = 4, 2
@@ -187,3 +195,18 @@ def test_a_loader_that_can_be_read_only_once_is_refused(parts):
     mllm, batches = parts
     with pytest.raises(ValueError, match="read once.*DataLoader or a list"):
         ActivationDataset(mllm, iter(batches), LAYER)
+
+
+def test_token_types_are_the_models_kinds_and_special_and_caches_can_rely_on_their_numbers(parts):
+    mllm, batches = parts
+    assert TOKEN_TYPES == ("image", "instruction", "response", "special")
+    assert (IMAGE, INSTRUCTION, RESPONSE, SPECIAL) == (0, 1, 2, 3)
+    ids, response = batches[0]["input_ids"], batches[0]["response_mask"].bool()
+    dropped = [int(ids[0, -1]), mllm.config.image_token_id]
+    types = token_types(mllm, batches[0], dropped)
+    image, special = ids == mllm.config.image_token_id, ids == dropped[0]
+    assert types.dtype == torch.uint8 and image.any() and special.any()
+    assert torch.equal(types == IMAGE, image)
+    assert torch.equal(types == SPECIAL, special & ~image)
+    assert torch.equal(types == RESPONSE, response & ~special & ~image)
+    assert set(token_types(mllm, {"input_ids": ids}, ()).unique().tolist()) == {IMAGE, INSTRUCTION}

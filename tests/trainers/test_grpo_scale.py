@@ -12,8 +12,10 @@ from safetensors import safe_open
 from trl.trainer.utils import split_pixel_values_by_grid, split_tensor_dict, unsplit_pixel_values_by_grid
 
 from segcompass.modeling_segcompass import SegCompassModel
-from segcompass.trainers import grpo_trainer
-from segcompass.trainers.grpo_trainer import SegCompassGRPOTrainer, _check_rollout_policy
+from segcompass.trainers import checks, grpo_trainer
+from segcompass.trainers.checks import check_rollout_policy
+from segcompass.trainers.grpo_trainer import SegCompassGRPOTrainer
+from segcompass.trainers.joint_forward import JointForward
 from segcompass.trainers.policy import lora_config
 from segcompass.trainers.vllm_policy import PolicyEngine, export_policy, policy_engine
 from tests.support.grpo import SLOTS, make_trainer, rollout, scenes, script_responses, settings, weights
@@ -100,10 +102,10 @@ def test_the_policy_that_samples_is_the_policy_that_is_scored(tmp_path):
 def test_a_sampler_with_other_weights_is_refused():
     old = torch.tensor([[-1.0, -2.0, 0.0]])
     batch = {"old_per_token_logps": old, "completion_mask": torch.tensor([[1, 1, 0]])}
-    _check_rollout_policy(batch)
-    _check_rollout_policy({**batch, "sampling_per_token_logps": old + 0.02})
-    with pytest.raises(RuntimeError, match="differ from the trained policy's by 0.500 a token"):
-        _check_rollout_policy({**batch, "sampling_per_token_logps": old - 0.5})
+    check_rollout_policy(batch)
+    check_rollout_policy({**batch, "sampling_per_token_logps": old + 0.02})
+    with pytest.raises(RuntimeError, match="differ from the trained policy's by 0.500 nats per token"):
+        check_rollout_policy({**batch, "sampling_per_token_logps": old - 0.5})
 
 
 HUB_NAMES = {  # our names -> the Hub checkpoints' (llava-1.5-7b-hf, Qwen2.5-VL-7B-Instruct)
@@ -233,7 +235,7 @@ def test_a_share_of_the_responses_can_be_supervised(tmp_path, backbone):
     batch = micro_batch(trainer)
     outputs = {}
     for rows in (None, [1, 3]):
-        forward = trainer._joint_forward(trainer.core, batch, rows=rows)
+        forward = JointForward(trainer.core, batch, rows=rows)
         images = {n: batch[n] for n in ("pixel_values", "image_grid_thw", "mm_token_type_ids") if n in batch}
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
         mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
@@ -387,7 +389,7 @@ def test_weights_of_half_precision_are_refused(tmp_path):
 
 
 def test_a_reference_that_cannot_be_copied_is_asked_for(tmp_path, monkeypatch):
-    monkeypatch.setattr(grpo_trainer, "is_deepspeed_zero3_enabled", lambda: True)
+    monkeypatch.setattr(checks, "is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(ValueError, match="beta is 0.2, which needs a reference.*pass ref_model="):
         trainer_on(tmp_path, scenes(8))
 

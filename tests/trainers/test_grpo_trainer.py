@@ -1,5 +1,7 @@
 """Joint GRPO and segmentation training, on tiny real LLaVA and Qwen2.5-VL models."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -11,9 +13,10 @@ from trl import GRPOTrainer
 from segcompass.modeling_segcompass import SegCompassModel
 from segcompass.trainers.grpo_config import SegCompassGRPOConfig
 from segcompass.trainers.grpo_trainer import SegCompassGRPOTrainer
-from segcompass.trainers.losses import segmentation_loss
+from segcompass.trainers.joint_forward import JointForward
+from segcompass.trainers.losses import LossWeights, segmentation_loss
 from segcompass.trainers.policy import lora_config
-from segcompass.trainers.rewards import mask_scores
+from segcompass.trainers.rewards import mask_reward, mask_scores
 from segcompass.trainers.targets import valid_extent
 from tests.support.grpo import (
     SLOTS,
@@ -111,8 +114,8 @@ def test_an_iterable_dataset_and_a_further_reward_work(tmp_path):
     script_responses(model, processor)
     seen = {}
 
-    def brevity(completions, mask_score, image, **kwargs):
-        seen.update(scores=mask_score, images=image)
+    def brevity(completions, predictions, image, **kwargs):
+        seen.update(scores=[prediction.score for prediction in predictions], images=image)
         return [1.0 / len(c[0]["content"]) for c in completions]
 
     trainer = SegCompassGRPOTrainer(
@@ -125,6 +128,47 @@ def test_an_iterable_dataset_and_a_further_reward_work(tmp_path):
     trainer.train()
     assert trainer.state.log_history[0]["rewards/brevity/mean"] > 0
     assert len(seen["scores"]) == 8 and all(isinstance(image, Image.Image) for image in seen["images"])
+
+
+TOY_REWARDS = """
+seen = []
+
+def short_answer(completions, **kwargs):
+    return [1.0 / (1.0 + len(completion[0]["content"])) for completion in completions]
+
+def few_slots(predictions, **kwargs):
+    seen.extend(predictions)
+    return [1.0 - p.slot_mask.float().mean().item() for p in predictions]
+"""
+
+
+def test_text_and_mask_rewards_are_found_by_their_dotted_paths(tmp_path, monkeypatch):
+    (tmp_path / "toy_rewards.py").write_text(TOY_REWARDS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    names = ["toy_rewards.few_slots", "toy_rewards.short_answer"]
+    trainer = make_trainer(tmp_path, reward_funcs=names, reward_weights=[2.0, 1.0], max_steps=1, beta=0.0)
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    assert entry["rewards/few_slots/mean"] == pytest.approx(1 / 4)  # one response of four found no slot
+    assert entry["rewards/short_answer/mean"] > 0 and "rewards/mask_reward/mean" not in entry
+    assert entry["reward"] == pytest.approx(2 * 1 / 4 + entry["rewards/short_answer/mean"])
+    assert "format_share" not in entry  # nothing here knows the format
+    predictions = sys.modules.pop("toy_rewards").seen
+    assert len(predictions) == 8
+    for prediction in predictions:
+        side = 4 * trainer.core.config.key_grid
+        assert prediction.pred_masks.shape == (SLOTS, side, side) and prediction.targets.shape[1:] == (side, side)
+        assert prediction.pred_logits.shape == prediction.slot_mask.shape == (SLOTS,)
+        assert prediction.valid_extent.shape == (2,) and 0 <= prediction.score <= 1
+
+
+def test_rewards_and_weights_of_different_number_are_refused(tmp_path):
+    further = ["segcompass.trainers.rewards.mask_reward"]
+    with pytest.raises(
+        ValueError, match=r"reward_weights is \[0.3, 0.7\], but the rewards are format_reward, mask_re.*"
+    ):
+        make_trainer(tmp_path, trainer_kwargs={"reward_funcs": further})
 
 
 def test_evaluation_logs_the_same_terms(tmp_path):
@@ -173,7 +217,7 @@ def test_joint_forward_gives_trl_s_log_probabilities_and_the_model_s_masks(tmp_p
     images = {name: batch[name] for name in ("pixel_values", "image_grid_thw", "mm_token_type_ids") if name in batch}
     kwargs = dict(num_images=batch["num_images"], **images)
 
-    joint = trainer._joint_forward(core, batch)
+    joint = JointForward(core, batch)
     score = GRPOTrainer._get_per_token_logps_and_entropies
     together, _, _ = score(trainer, joint, input_ids, attention_mask, length, **kwargs)
     plain, _, _ = score(trainer, core.mllm, input_ids, attention_mask, length, **kwargs)
@@ -216,17 +260,9 @@ def test_joint_gradient_is_the_sum_of_separately_computed_gradients(tmp_path):
         image_embeddings=torch.stack(batch["image_embeddings"]),
         reshaped_input_sizes=batch["reshaped_input_sizes"],
     )
-    loss, _ = segmentation_loss(
-        output.pred_masks,
-        output.heatmaps,
-        output.pred_logits,
-        output.slot_mask,
-        batch["mask_targets"],
-        valid_extent(batch["reshaped_input_sizes"], 32, output.pred_masks.shape[-1]),
-        lambda_s=1.0,
-        lambda_c=0.2,
-        lambda_d=0.6,
-    )
+    extent = valid_extent(batch["reshaped_input_sizes"], 32, output.pred_masks.shape[-1])
+    weights = LossWeights(lambda_s=1.0, lambda_c=0.2, lambda_d=0.6)
+    loss, _ = segmentation_loss(output, batch["mask_targets"], extent, weights)
     segmentation = torch.autograd.grad(loss, learning, allow_unused=True)
 
     largest = max(gradient.abs().max() for gradient in joint if gradient is not None)
@@ -265,7 +301,7 @@ def test_rewarded_masks_do_not_depend_on_which_pass_decoded_them(tmp_path, backb
     for case in cases:
         trainer = make_trainer(tmp_path, backbone, **case)
         kept = []
-        trainer.reward_funcs.append(lambda mask_score, kept=kept, **kwargs: kept.extend(mask_score) or mask_score)
+        trainer.reward_funcs.append(lambda kept=kept, **kwargs: kept.extend(mask_reward(**kwargs)) or kept)
         trainer.reward_func_names.append("keep")
         trainer.reward_processing_classes.append(None)
         trainer.reward_weights = torch.tensor([0.3, 0.7, 0.0])
@@ -312,7 +348,7 @@ def test_reference_masks_come_from_the_frozen_mllm_in_its_own_pass(tmp_path):
     counted = Passes(backbone=own.model, reference=trainer.ref_model.model)
     states = []
     original = trainer.core.decode_masks
-    trainer.core.decode_masks = lambda *args, **kwargs: states.append(args[3]) or original(*args, **kwargs)
+    trainer.core.decode_masks = lambda **kwargs: states.append(kwargs["z"]) or original(**kwargs)
     rollout(trainer)
     assert counted.counts == {"reference no grad": 2} and trainer.core.mllm is own
     first = list(states)

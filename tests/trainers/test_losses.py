@@ -1,9 +1,20 @@
 import math
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from segcompass.trainers.losses import erasure_loss, segmentation_loss
+from segcompass.trainers import losses
+from segcompass.trainers.losses import LossWeights, Term, erasure_loss, segmentation_loss
+
+OUTPUTS = ("pred_masks", "heatmaps", "pred_logits", "slot_mask")
+
+
+def loss_of(batch, weights=None):
+    """`segmentation_loss` of a batch held as one dict."""
+    outputs = SimpleNamespace(**{name: batch[name] for name in OUTPUTS})
+    return segmentation_loss(outputs, batch["targets"], batch["valid_extent"], weights)
 
 
 def random_batch(seed=0, counts=(2, 1, 0), slots=3, grid=4, factor=4):
@@ -15,12 +26,12 @@ def random_batch(seed=0, counts=(2, 1, 0), slots=3, grid=4, factor=4):
         "pred_logits": torch.randn(batch, slots, generator=generator, requires_grad=True),
         "slot_mask": torch.ones(batch, slots, dtype=torch.bool),
         "targets": [torch.rand(count, size, size, generator=generator).round() for count in counts],
-        "valid": torch.tensor([[size, size]] * batch),
+        "valid_extent": torch.tensor([[size, size]] * batch),
     }
 
 
 def gradients(batch):
-    total, parts = segmentation_loss(**batch)
+    total, parts = loss_of(batch)
     return total, parts, torch.autograd.grad(total, [batch[k] for k in ("pred_masks", "heatmaps", "pred_logits")])
 
 
@@ -29,9 +40,9 @@ def test_terms_by_hand():
     target = torch.tensor([[[1.0, 1.0, 1.0, 0.0], [1.0, 1.0, 1.0, 0.0]]])
     heatmaps = torch.tensor([[[[math.log(3.0), 0.0]]]])  # probabilities 0.75 and 0.5
     pred_masks = torch.zeros(1, 1, 2, 4)  # 0.5 everywhere
-    total, parts = segmentation_loss(
-        pred_masks, heatmaps, torch.tensor([[math.log(3.0)]]), torch.ones(1, 1, dtype=torch.bool), [target], [(2, 4)]
-    )
+    confidence_logits, found = torch.tensor([[math.log(3.0)]]), torch.ones(1, 1, dtype=torch.bool)
+    outputs = SimpleNamespace(pred_masks=pred_masks, heatmaps=heatmaps, pred_logits=confidence_logits, slot_mask=found)
+    total, parts = segmentation_loss(outputs, [target], [(2, 4)])
     heat = (-math.log(0.75) - math.log(0.5)) / 2  # goals 1 and 0.5
     dice = 1 - (2 * 3.0 + 1) / (4.0 + 6.0 + 1)
     confidence = -math.log(0.75)
@@ -48,9 +59,12 @@ def test_terms_by_hand():
 def test_optional_terms_by_hand():
     target = torch.tensor([[[1.0, 0.0]]])
     logits = torch.tensor([[[[math.log(3.0), 0.0]]]])
-    arguments = (logits, logits, torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool), [target], [(1, 2)])
-    base, _ = segmentation_loss(*arguments)
-    total, parts = segmentation_loss(*arguments, focal=2.0, heatmap_dice=3.0)
+    found = torch.ones(1, 1, dtype=torch.bool)
+    outputs = SimpleNamespace(pred_masks=logits, heatmaps=logits, pred_logits=torch.zeros(1, 1), slot_mask=found)
+    base, _ = segmentation_loss(outputs, [target], [(1, 2)])
+    total, parts = segmentation_loss(
+        outputs, [target], [(1, 2)], LossWeights(lambda_focal=2.0, lambda_heatmap_dice=3.0)
+    )
     focal = (0.25 * 0.25**2 * -math.log(0.75) + 0.75 * 0.5**2 * -math.log(0.5)) / 2
     dice = 1 - (2 * 0.75 + 1) / (1.25 + 1 + 1)
     assert parts["mask_focal"].item() == pytest.approx(focal, rel=1e-6)
@@ -64,7 +78,7 @@ def test_a_sample_without_target_changes_only_the_confidence_term():
     for key in ("pred_masks", "heatmaps", "pred_logits"):
         more[key].data[:2] = batch[key].data
     more["targets"][:2] = batch["targets"]
-    _, parts = segmentation_loss(**batch)
+    _, parts = loss_of(batch)
     _, more_parts, grads = gradients(more)
     for name in ("heatmap_bce", "mask_dice", "matched_iou"):
         torch.testing.assert_close(parts[name], more_parts[name])
@@ -74,8 +88,8 @@ def test_a_sample_without_target_changes_only_the_confidence_term():
 
 def test_samples_weigh_the_same_whatever_their_number_of_targets():
     batch = random_batch(counts=(3, 1))
-    alone = [segmentation_loss(**{k: v[i : i + 1] for k, v in batch.items()})[1]["mask_dice"].item() for i in range(2)]
-    assert segmentation_loss(**batch)[1]["mask_dice"].item() == pytest.approx(sum(alone) / 2, rel=1e-6)
+    alone = [loss_of({k: v[i : i + 1] for k, v in batch.items()})[1]["mask_dice"].item() for i in range(2)]
+    assert loss_of(batch)[1]["mask_dice"].item() == pytest.approx(sum(alone) / 2, rel=1e-6)
 
 
 @pytest.mark.parametrize("found", [True, False])
@@ -109,9 +123,9 @@ def test_slots_without_their_token_enter_no_term():
 
 def test_padding_never_matters():
     batch = random_batch(counts=(2, 2))
-    batch["valid"] = torch.tensor([[16, 7], [9, 16]])  # extents that cut grid cells
+    batch["valid_extent"] = torch.tensor([[16, 7], [9, 16]])  # extents that cut grid cells
     total, _, grads = gradients(batch)
-    for sample, (height, width) in enumerate(batch["valid"].tolist()):
+    for sample, (height, width) in enumerate(batch["valid_extent"].tolist()):
         for key, value in (("pred_masks", torch.nan), ("targets", 1.0)):
             outside = torch.ones(16, 16, dtype=torch.bool)
             outside[:height, :width] = False
@@ -132,7 +146,10 @@ def test_a_target_that_fills_the_unpadded_part_of_a_cell_is_a_full_heatmap_targe
     mask = torch.ones(1, 1, dtype=torch.bool)
     target = torch.zeros(1, 4, 4)
     target[:, :3, :2] = 1.0
-    _, parts = segmentation_loss(torch.zeros(1, 1, 4, 4), heatmaps, torch.zeros(1, 1), mask, [target], [(3, 2)])
+    outputs = SimpleNamespace(
+        pred_masks=torch.zeros(1, 1, 4, 4), heatmaps=heatmaps, pred_logits=torch.zeros(1, 1), slot_mask=mask
+    )
+    _, parts = segmentation_loss(outputs, [target], [(3, 2)])
     assert parts["heatmap_bce"].item() == pytest.approx(0.0, abs=1e-6)
 
 
@@ -145,7 +162,7 @@ def test_gradient_agrees_with_finite_differences():
         ends = []
         for sign in (1, -1):
             moved = dict(batch, **{key: batch[key].detach() + sign * step * direction})
-            ends.append(segmentation_loss(**moved)[0].item())
+            ends.append(loss_of(moved)[0].item())
         # float32 losses of size 1 over a step of 0.02: rounding leaves about 1e-5
         assert (ends[0] - ends[1]) / (2 * step) == pytest.approx((grad * direction).sum().item(), abs=1e-4)
 
@@ -159,7 +176,7 @@ def test_descent_separates_two_targets_into_two_slots():
     optimizer = torch.optim.Adam(leaves, lr=0.2)
     for _ in range(150):
         optimizer.zero_grad()
-        total, parts = segmentation_loss(**batch)
+        total, parts = loss_of(batch)
         total.backward()
         optimizer.step()
     assert parts["matched_iou"] > 0.95
@@ -168,9 +185,9 @@ def test_descent_separates_two_targets_into_two_slots():
 
 def test_values_are_the_same_under_autocast():
     batch = random_batch()
-    plain, _ = segmentation_loss(**batch)
+    plain, _ = loss_of(batch)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast, _ = segmentation_loss(**batch)
+        cast, _ = loss_of(batch)
     assert cast.dtype == torch.float32
     assert torch.equal(plain, cast)
 
@@ -188,9 +205,41 @@ def test_bfloat16_predictions_and_bool_targets_are_taken():
 def test_errors_name_what_is_wrong():
     batch = random_batch()
     with pytest.raises(ValueError, match=r"targets\[1\] must be \(G, 16, 16\)"):
-        segmentation_loss(**dict(batch, targets=[batch["targets"][0], torch.zeros(1, 4, 4), batch["targets"][2]]))
+        loss_of(dict(batch, targets=[batch["targets"][0], torch.zeros(1, 4, 4), batch["targets"][2]]))
     with pytest.raises(ValueError, match="whole multiple"):
-        segmentation_loss(**dict(batch, heatmaps=torch.zeros(3, 3, 5, 5)))
+        loss_of(dict(batch, heatmaps=torch.zeros(3, 3, 5, 5)))
+
+
+def test_weights_multiply_their_terms():
+    batch = random_batch()
+    weights = LossWeights(lambda_s=0.3, lambda_c=0.5, lambda_d=0.8, lambda_focal=5.0, lambda_heatmap_dice=0.7)
+    total, parts = loss_of(batch, weights)
+    masks = parts["heatmap_bce"] + 0.8 * parts["mask_dice"] + 5.0 * parts["mask_focal"] + 0.7 * parts["heatmap_dice"]
+    assert total.item() == pytest.approx((0.3 * masks + 0.5 * parts["conf_bce"]).item(), rel=1e-6)
+
+
+def test_a_new_term_is_a_weight_a_function_and_a_line_in_the_table(monkeypatch):
+    @dataclass
+    class Weights(LossWeights):
+        lambda_empty: float = 0.0
+
+    def emptiness(slots):
+        return slots.mean(slots.probabilities.mean((-2, -1)))
+
+    term = Term("emptiness", ("lambda_s", "lambda_empty"), emptiness, optional=True)
+    monkeypatch.setattr(losses, "TERMS", (*losses.TERMS, term))
+    batch = random_batch()
+    without, parts = loss_of(batch, Weights())
+    assert "emptiness" not in parts
+    total, parts = loss_of(batch, Weights(lambda_s=1.0, lambda_empty=3.0))
+    assert parts["emptiness"] > 0
+    assert total.item() == pytest.approx((without + 3.0 * parts["emptiness"]).item(), rel=1e-6)
+    assert torch.autograd.grad(total - without, batch["pred_masks"])[0].abs().max() > 0
+
+
+def erased_outputs(whole, erased, heatmaps, logits, slots):
+    erased = SimpleNamespace(pred_masks=erased, heatmaps=heatmaps, pred_logits=logits)
+    return SimpleNamespace(pred_masks=whole, erased=erased, erased_slots=slots)
 
 
 def test_erasure_by_hand():
@@ -200,7 +249,7 @@ def test_erasure_by_hand():
     heat = torch.tensor([[[[0.0, math.log(3.0)]], [[9.0, 9.0]]]])
     logits = torch.tensor([[0.0, 9.0]])
     slots = torch.tensor([[True, False]])
-    total, parts = erasure_loss(whole, erased, heat, logits, slots, [(2, 3)])
+    total, parts = erasure_loss(erased_outputs(whole, erased, heat, logits, slots), [(2, 3)])
     assert parts["still_there"].item() == pytest.approx(0.75)
     heat_bce = (-math.log(0.5) - math.log(0.25)) / 2
     assert total.item() == pytest.approx(heat_bce + 0.75 - math.log(0.5), rel=1e-6)
@@ -212,7 +261,7 @@ def test_erasure_teaches_only_the_erased_pass_and_only_the_erased_slots():
     heat = torch.randn(2, 3, 4, 4, generator=generator, requires_grad=True)
     logits = torch.randn(2, 3, generator=generator, requires_grad=True)
     slots = torch.tensor([[True, False, True], [False, False, False]])
-    total, _ = erasure_loss(whole, erased, heat, logits, slots, [(8, 8), (8, 8)])
+    total, _ = erasure_loss(erased_outputs(whole, erased, heat, logits, slots), [(8, 8), (8, 8)])
     taught = torch.autograd.grad(total, [whole, erased, heat, logits], allow_unused=True)
     assert taught[0] is None
     for gradient in taught[1:]:
@@ -223,6 +272,8 @@ def test_erasure_teaches_only_the_erased_pass_and_only_the_erased_slots():
 def test_erasure_without_a_slot_is_zero_and_connected():
     erased = torch.randn(1, 2, 8, 8, requires_grad=True)
     none = torch.zeros(1, 2, dtype=torch.bool)
-    total, parts = erasure_loss(erased, erased, torch.randn(1, 2, 4, 4), torch.randn(1, 2), none, [(8, 8)])
+    total, parts = erasure_loss(
+        erased_outputs(erased, erased, torch.randn(1, 2, 4, 4), torch.randn(1, 2), none), [(8, 8)]
+    )
     total.backward()
     assert total.item() == 0 and not erased.grad.any() and parts["still_there"].isnan()

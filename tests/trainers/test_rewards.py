@@ -1,9 +1,17 @@
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from segcompass.trainers.rewards import format_score, make_format_reward, mask_reward, mask_score, mask_scores
+from segcompass.trainers.rewards import (
+    MaskPrediction,
+    find_rewards,
+    format_reward,
+    format_score,
+    mask_reward,
+    mask_scores,
+)
 
 RUN = "<REF_POS>" * 3
 ALL = torch.ones(3, dtype=torch.bool)
@@ -52,17 +60,21 @@ def test_format_score_with_one_slot_is_the_papers_single_token():
 
 
 def test_format_reward_takes_text_and_messages():
-    reward = make_format_reward(3)
     good = f"<think>a</think>{RUN}"
-    assert reward.__name__ == "format_reward"
-    assert reward(completions=[good, "no"], prompts=["", ""], trainer_state=None) == [1.0, 0.0]
-    assert reward(completions=[[{"role": "assistant", "content": good}]]) == [1.0]
+    assert format_reward(completions=[good, "no"], num_slots=[3, 3], prompts=["", ""], trainer_state=None) == [1.0, 0.0]
+    assert format_reward(completions=[[{"role": "assistant", "content": good}]], num_slots=[3]) == [1.0]
 
 
-def test_mask_reward_hands_on_the_column():
-    assert mask_reward(completions=["a", "b"], prompts=[], mask_score=[0.25, 1]) == [0.25, 1.0]
-    with pytest.raises(ValueError, match="1 mask scores for 2 completions"):
-        mask_reward(completions=["a", "b"], mask_score=[0.5])
+def test_mask_reward_is_each_prediction_s_score():
+    parts = (torch.zeros(1, 1, 4), torch.zeros(1), ALL[:1], torch.zeros(0, 1, 4), torch.tensor([1, 4]))
+    predictions = [MaskPrediction(*parts, score=score) for score in (0.25, 1.0)]
+    assert mask_reward(predictions=predictions, completions=["a", "b"], prompts=[]) == [0.25, 1.0]
+
+
+def mask_score(pred_masks, pred_logits, slot_mask, targets, valid_extent):
+    """`mask_scores` of one sample: the same arguments without their batch dimension."""
+    batch = SimpleNamespace(pred_masks=pred_masks[None], pred_logits=pred_logits[None], slot_mask=slot_mask[None])
+    return mask_scores(batch, [targets], torch.as_tensor(valid_extent)[None])[0]
 
 
 def masks(*rows):
@@ -117,13 +129,13 @@ def test_batch_scores_are_the_samples_own_and_ignore_the_padding():
         slot_mask=torch.rand(4, 3, generator=generator) > 0.2,
     )
     targets = [torch.rand(count, 8, 8, generator=generator).round() for count in (2, 0, 4, 1)]
-    valid = torch.tensor([[8, 8], [8, 5], [3, 8], [2, 2]])
-    scores = mask_scores(outputs, targets, valid)
-    rows = zip(outputs.pred_masks, outputs.pred_logits, outputs.slot_mask, targets, valid, strict=True)
+    extent = torch.tensor([[8, 8], [8, 5], [3, 8], [2, 2]])
+    scores = mask_scores(outputs, targets, extent)
+    rows = zip(outputs.pred_masks, outputs.pred_logits, outputs.slot_mask, targets, extent, strict=True)
     assert scores == pytest.approx([mask_score(*row) for row in rows])
     outputs.pred_masks[3, :, 2:] = torch.nan
     targets[3][:, :, 2:] = 1.0
-    assert mask_scores(outputs, targets, valid) == scores
+    assert mask_scores(outputs, targets, extent) == scores
     assert all(isinstance(value, float) and 0.0 <= value <= 1.0 for value in scores)
 
 
@@ -136,3 +148,42 @@ def test_unequal_batches_are_refused():
 def test_a_mask_that_is_not_finite_is_refused_not_scored():
     with pytest.raises(ValueError, match=r"slots \[0\] is not finite"):
         mask_score(torch.full((1, 1, 4), torch.nan), torch.ones(1), ALL[:1], torch.ones(1, 1, 4), (1, 4))
+
+
+# -- rewards by name --------------------------------------------------------------------------------------------------
+
+
+def test_a_file_in_the_current_folder_is_found_by_its_dotted_path(tmp_path, monkeypatch):
+    (tmp_path / "toy_rewards.py").write_text(
+        "def brevity(completions, **kwargs):\n    return [1.0 for _ in completions]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    brevity, builtin = find_rewards(["toy_rewards.brevity", "segcompass.trainers.rewards.mask_reward"])
+    assert brevity(completions=["a"], prompts=[]) == [1.0] and builtin is mask_reward
+    assert sys.path[-1] == str(tmp_path)  # behind everything installed, which it must not shadow
+
+
+def test_functions_and_reward_models_stay_as_they_are():
+    model = torch.nn.Linear(1, 1)
+    assert find_rewards([mask_reward, model]) == [mask_reward, model]
+
+
+@pytest.mark.parametrize(
+    ("reward", "error", "message"),
+    [
+        ("brevity", ValueError, "'brevity', which is no dotted path; write package.module.function"),
+        ("nowhere.rewards.brevity", ValueError, r"nowhere.rewards cannot be imported \(No module named 'nowhere'\)"),
+        (
+            "segcompass.trainers.rewards.mask_rewards",
+            ValueError,
+            "has no function 'mask_rewards'; its functions are: .*format_reward.*mask_reward",
+        ),
+        ("segcompass.trainers.rewards.MAX_THINK_CHARACTERS", ValueError, "has no function 'MAX_THINK_CHARACTERS'"),
+        (0.5, TypeError, "a reward is a float, 0.5; give the dotted path of a function"),
+        (lambda completions: [0.0], ValueError, r"<lambda>\(completions\) takes no \*\*kwargs"),
+    ],
+)
+def test_what_is_no_reward_is_refused(reward, error, message):
+    with pytest.raises(error, match=message):
+        find_rewards([reward])

@@ -129,10 +129,10 @@ def test_recipes_state_what_the_function_computes(name, layer):
     )
     stated = " ".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
     for figure in (
-        f"{expected.tokens:,} tokens a pass",
+        f"{expected.tokens:,} tokens per pass",
         f"{expected.steps:,} steps",
         f"{expected.disk_gb:,.0f} GB of disk",
-        f"{expected.memory_gb:.0f} GB of memory a process",
+        f"{expected.memory_gb:.0f} GB of memory per process",
         f"{expected.hours:.1f} h streaming",
         f"{expected.hours_cached:.1f} h with a cache",
     ):

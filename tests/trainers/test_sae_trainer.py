@@ -6,14 +6,15 @@ from torch.utils.data import IterableDataset
 
 from segcompass.modeling_segcompass.configuration_segcompass import SparseAutoencoderConfig
 from segcompass.modeling_segcompass.modeling_sparse_autoencoder import SparseAutoencoder
-from segcompass.trainers.sae_trainer import (
-    SparseAutoencoderTrainer,
-    SparseAutoencoderTrainerConfig,
-    evaluate_sae,
-    last_checkpoint,
-    measure_usual_strength,
-    take_tokens,
+from segcompass.modeling_segcompass.sae_activations import (
+    SAE_ACTIVATIONS,
+    SparseActivation,
+    max_over_encoded_tokens,
 )
+from segcompass.trainers.activations import take_tokens
+from segcompass.trainers.sae_frame import Frame
+from segcompass.trainers.sae_quality import evaluate_sae, measure_mean_active_activation
+from segcompass.trainers.sae_trainer import SparseAutoencoderTrainer, SparseAutoencoderTrainerConfig, last_checkpoint
 
 D_IN, D_SAE, ATOMS = 16, 64, 32
 TOPK = {"activation": "topk", "k": 4}
@@ -109,7 +110,7 @@ def test_the_penalty_in_the_config_is_that_of_raw_hidden_states(tmp_path):
 @pytest.mark.parametrize("options", VARIANTS)
 def test_resuming_gives_the_weights_of_an_uninterrupted_run(tmp_path, options):
     whole, resumed = build_sae(**options), build_sae(**options)
-    # 25 batches a pass, so that step 30 is in the second; features die and are revived before and after it.
+    # 25 batches per pass, so that step 30 is in the second; features die and are revived before and after it.
     data = Mixtures(25, scale=20.0, offset=2.0)
     options = dict(max_steps=60, save_strategy="steps", save_steps=30, dead_window=2000)
     build_trainer(tmp_path, whole, data, **options).train()
@@ -210,24 +211,24 @@ def test_evaluation_during_training_leaves_the_training_as_it_was(tmp_path):
     assert all(torch.equal(value, evaluated.state_dict()[name]) for name, value in plain.state_dict().items())
 
 
-def test_usual_strength_is_the_mean_over_the_tokens_where_a_feature_is_active():
+def test_mean_active_activation_is_the_mean_over_the_tokens_where_a_feature_is_active():
     sae = build_sae()
     with torch.no_grad():
         sae.b_enc[5] = -1e6
     z = torch.randn(40, D_IN, generator=torch.Generator().manual_seed(0))
-    measure_usual_strength(sae, z.split(7))
+    measure_mean_active_activation(sae, z.split(7))
     h = sae.encode(z)
     for j in (0, 17, 63):
         torch.testing.assert_close(sae.mean_active_activation[j], h[:, j][h[:, j] > 0].mean())
     assert sae.mean_active_activation[5] == 1  # never active: not measured
 
 
-def test_training_measures_usual_strength(tmp_path):
+def test_training_measures_the_mean_active_activation(tmp_path):
     sae = build_sae(**TOPK)
     data = Mixtures(scale=20.0)
     build_trainer(tmp_path, sae, data, max_steps=100).train()
     trained = sae.mean_active_activation.clone()
-    measure_usual_strength(sae, take_tokens(data, 8192))
+    measure_mean_active_activation(sae, take_tokens(data, 8192))
     assert torch.equal(trained, sae.mean_active_activation)
     assert trained.median() > 5  # in units of the raw hidden states, not of the training frame
 
@@ -384,3 +385,65 @@ def test_taking_tokens_stops_without_asking_for_another_batch():
         raise AssertionError("a batch too many")
 
     assert [len(z) for z in take_tokens(source(), 15)] == [10, 10]
+
+
+@pytest.mark.parametrize("options", VARIANTS)
+def test_entering_and_leaving_the_frame_changes_only_what_is_read(options):
+    sae = build_sae(**options)
+    with torch.no_grad():
+        sae.b_enc.normal_()
+        sae.b_dec.normal_()
+        if hasattr(sae, "threshold"):
+            sae.threshold.uniform_(0.1, 0.5)
+    z = 3 * torch.randn(50, D_IN) + 1
+    frame = Frame.measure(z.split(9), D_IN, torch.device("cpu"), lambda moments: moments)
+    before = {name: value.clone() for name, value in sae.state_dict().items()}
+    fields = {name: getattr(sae.config, name) for name in ("l1_coefficient", "l0_coefficient", "bandwidth")}
+    raw = sae.eval()(z)
+    frame.enter(sae)
+    inside = sae(frame.to_frame(z))
+    torch.testing.assert_close(frame.scale * inside.feature_acts, raw.feature_acts, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(frame.scale**2 * inside.loss, raw.loss)  # the penalty's coefficient comes along
+    held = {name: value.clone() for name, value in sae.state_dict().items()}
+    with frame.left(sae):
+        torch.testing.assert_close(sae(z).reconstruction, raw.reconstruction, atol=1e-4, rtol=1e-4)
+    assert all(torch.equal(value, held[name]) for name, value in sae.state_dict().items())
+    frame.leave(sae)
+    torch.testing.assert_close(sae.state_dict(), before)
+    assert {name: getattr(sae.config, name) for name in fields} == pytest.approx(fields)
+
+
+class NearMax(SparseActivation):
+    """A toy: features at least half as strong as their token's strongest one."""
+
+    def encode(self, sae, pre):
+        h = torch.relu(pre)
+        return h * (h >= h.amax(-1, keepdim=True) / 2)
+
+    def max_over_tokens(self, sae, z, token_mask, max_elements):
+        return max_over_encoded_tokens(sae, z, token_mask, max_elements)
+
+
+def test_an_activation_in_the_table_trains_without_another_file(tmp_path, monkeypatch):
+    monkeypatch.setitem(SAE_ACTIVATIONS, "nearmax", NearMax)
+    sae = build_sae(activation="nearmax")
+    before = sae.W_enc.clone()
+    data = Mixtures(scale=20.0, offset=2.0)
+    build_trainer(tmp_path, sae, data, max_steps=1).train()
+    assert not torch.equal(sae.W_enc, before)
+    z = torch.cat(list(take_tokens(data, 1000)))
+    h = torch.relu(z @ sae.W_enc + sae.b_enc)
+    h = h * (h >= h.amax(1, keepdim=True) / 2)
+    torch.testing.assert_close(sae.encode(z), h)
+    torch.testing.assert_close(sae.eval()(z).reconstruction, h @ sae.W_dec + sae.b_dec)
+    indices, values = sae.encode_sparse(z, 5)
+    torch.testing.assert_close(values, h.topk(5).values)
+    mask = torch.ones(1, len(z), dtype=torch.bool)
+    strongest, smallest = sae.max_over_tokens(z[None], mask)
+    torch.testing.assert_close(strongest[0], h.amax(0))
+    selected = sae.encode_selected(z[None], indices[:1], smallest)
+    torch.testing.assert_close(selected[0], h[:, indices[0]], atol=1e-4, rtol=1e-4)
+    sae.save_pretrained(tmp_path / "final")
+    assert torch.equal(SparseAutoencoder.from_pretrained(tmp_path / "final").encode(z), sae.encode(z))
+    with pytest.raises(ValueError, match="'nearmax', for which SAELens has no architecture; relu, topk"):
+        sae.save_saelens(tmp_path / "saelens")

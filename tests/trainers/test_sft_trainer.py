@@ -99,14 +99,16 @@ def test_everything_learns_when_the_recipe_says_so(rows, tmp_path):
 
 def test_segmentation_modules_have_their_own_rate(rows, tmp_path):
     model, processor = tiny_segcompass("llava")
+    factors = {"query_codebook": 5.0, "slot_mapper": 3.0, "mask_decoder": 2.0}
+    multipliers = {f"{part}_lr_multiplier": factor for part, factor in factors.items()}
     arguments = SegCompassSFTConfig(
-        output_dir=str(tmp_path), learning_rate=1e-4, segmentation_lr_multiplier=5.0, use_cpu=True, report_to="none"
+        output_dir=str(tmp_path), learning_rate=1e-4, use_cpu=True, report_to="none", **multipliers
     )
     optimizer = SegCompassSFTTrainer(model, arguments, processor, train_dataset=rows).create_optimizer()
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            expected = 5e-4 if name.startswith(MODULES) else 1e-4
+            expected = 1e-4 * factors.get(name.split(".")[0], 1.0)
             assert rates.pop(id(parameter)) == pytest.approx(expected), name
     assert not rates
 
@@ -155,7 +157,7 @@ def test_erasure_is_trained_and_logged(rows, tmp_path):
     plain, same = tiny_segcompass("llava")
     without = train(plain, same, rows, tmp_path / "plain")
     entries = [[entry for entry in t.state.log_history if "loss" in entry] for t in (trainer, without)]
-    assert "still_there" in entries[0][0] and "still_there" not in entries[1][0]
+    assert "seg/still_there" in entries[0][0] and "seg/still_there" not in entries[1][0]
     assert entries[0][0]["loss"] > entries[1][0]["loss"], "the erasure loss is added"
     assert moved(model, before, "query_codebook")
 

@@ -16,6 +16,7 @@ from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import add_fused_lm_head, pad, shuffle_sequence_dict, split_tensor_dict
 
+from segcompass.trainers import checks, grpo_trainer, joint_forward, optimization, reward_masks, rollout_rows
 from segcompass.trainers.grpo_config import SegCompassGRPOConfig
 from segcompass.trainers.grpo_trainer import SegCompassGRPOTrainer
 
@@ -32,6 +33,23 @@ OVERRIDDEN = {
     "log": ["self", "logs", "start_time"],
     "training_step": ["self", "model", "inputs"],
 }
+# TRL's and Trainer's private attributes and methods that our files read, write or call, beside those overridden
+PRIVATE = {
+    grpo_trainer: {
+        "_buffered_inputs",
+        "_created_lr_scheduler",
+        "_get_output_dir",
+        "_metrics",
+        "_step",
+        "_total_train_tokens",
+    },
+    reward_masks: {"_tokenizer"},
+    checks: set(),
+    joint_forward: set(),
+    optimization: set(),
+    rollout_rows: set(),
+}
+OURS = {"_make_reference", "_overlays", "_rollout", "_supervised_rows", "_timed_steps", "_timer"}
 HELPERS = {
     add_fused_lm_head: ["model", "temperature", "cast_lm_head_to_fp32", "outputs"],
     disable_gradient_checkpointing: ["model", "gradient_checkpointing_kwargs"],
@@ -81,10 +99,28 @@ def test_signature_of_used(helper):
     assert parameters(helper)[: len(HELPERS[helper])] == HELPERS[helper]
 
 
+@pytest.mark.parametrize("module", PRIVATE, ids=lambda module: module.__name__.split(".")[-1])
+def test_every_private_of_trl_is_named_here_and_still_exists(module):
+    """In the trainer itself it is `self._x`; the files beside it are handed the trainer and read `trainer._x`."""
+    owners = ("self",) if module is grpo_trainer else ("trainer", "GRPOTrainer")
+    used = set()
+    for node in ast.walk(ast.parse(inspect.getsource(module))):
+        if isinstance(node, ast.Attribute) and re.match("_[a-z]", node.attr):
+            owner = ast.unparse(node.value)
+            if owner in owners or owner == "super()":
+                used.add(node.attr)
+    assert used - set(OVERRIDDEN) - OURS == PRIVATE[module]
+    upstream = "".join(inspect.getsource(cls) for cls in GRPOTrainer.__mro__ if cls is not object)
+    assert all(re.search(rf"\b(self\.|def ){name}\b", upstream) for name in used - OURS)
+    assert not any(re.search(rf"\bself\.{name}\b", upstream) for name in OURS)
+
+
 def test_nothing_else_of_trl_is_overridden():
     ours = {name for name, value in vars(SegCompassGRPOTrainer).items() if callable(value) or type(value) is property}
     assert {name for name in ours if hasattr(GRPOTrainer, name)} - {"__init__"} == set(OVERRIDDEN)
-    assert not re.search(r"self\.(_rollout|core)\b", inspect.getsource(GRPOTrainer))
+    assert not re.search(
+        r"self\.(core|image_features|log_mean|mode|scoring_batch_size)\b", inspect.getsource(GRPOTrainer)
+    )
 
 
 def test_the_loss_uses_the_model_for_one_unchunked_forward():

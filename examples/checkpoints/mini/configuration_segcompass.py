@@ -1,61 +1,72 @@
 """Configurations of SegCompass and of its sparse autoencoder. They build with no network and no weights."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from transformers import AutoConfig, PreTrainedConfig, SamVisionConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from .image_encoder import Frame, encoder_of
 from .old_names import with_new_names
+from .sae_activations import SAE_ACTIVATIONS
 
 CONCEPT_READINGS = ("feature", "token")
-SAE_ACTIVATIONS = ("relu", "topk", "batchtopk", "jumprelu")
 
 
 class SparseAutoencoderConfig(PreTrainedConfig):
     """Shape and origin of a sparse autoencoder (section 3.2).
 
-    Attributes:
+    Args:
         d_in: width of the hidden states it reads, d_π (4096 LLaVA-1.5-7B, 5120 13B, 3584 Qwen2.5-VL-7B).
         d_sae: number of dictionary atoms (65,536 in the paper).
-        activation: which pre-activations become features. "relu": every positive one, made few by Eq. 7's penalty.
-            "topk": the `k` largest positive ones of each token. "batchtopk": in training the `k` N largest of a batch
-            of N tokens, afterwards those above the threshold that this amounted to. "jumprelu": those above a
-            threshold that is learned for each feature, made few by a penalty on their number.
-        k: features a token keeps with "topk", and on average with "batchtopk".
+        activation: which pre-activations become features, a name in `sae_activations.SAE_ACTIVATIONS`. "relu": every
+            positive one, made few by Eq. 7's penalty. "topk": the `k` largest positive ones of each token. "batchtopk":
+            in training the `k` N largest of a batch of N tokens, afterwards those above the threshold that this
+            amounted to. "jumprelu": those above a threshold that is learned for each feature, made few by a penalty on
+            their number.
+        k: features that a token keeps with "topk", and on average with "batchtopk".
         l1_coefficient: α of Eq. 7 ("relu" only); the penalty is weighted by the norm of each decoder row.
-        l0_coefficient: price of one active feature ("jumprelu" only).
-        bandwidth: width around a threshold within which pre-activations tell it where to go ("jumprelu" only).
         backbone: model id of the MLLM whose hidden states it was trained on, or None when untrained.
         layer: L, counted so that the input is the output of the L-th decoder block, `hidden_states[L]`.
+        l0_coefficient: price of one active feature ("jumprelu" only).
+        bandwidth: width of the window around a threshold from which the threshold learns ("jumprelu" only).
         dataset: what its hidden states were gathered from, or None when unknown.
         token_window: most tokens a sample had when they were gathered, or None when unknown.
+        **kwargs: other fields of `PreTrainedConfig`, and fields that an activation of one's own reads.
+
+    Raises:
+        ValueError: a field is out of range, or no activation has that name.
+
+    Example:
+        >>> config = SparseAutoencoderConfig(d_in=3584, d_sae=65536, activation="topk", k=64, layer=13)
+        >>> sae = SparseAutoencoder(config)
     """
 
     model_type = "segcompass_sae"
 
     def __init__(
         self,
-        d_in=4096,
-        d_sae=65536,
-        activation="relu",
-        k=64,
-        l1_coefficient=5.0,
-        backbone=None,
-        layer=16,
-        l0_coefficient=1.0,
-        bandwidth=0.5,
-        dataset=None,
-        token_window=None,
+        d_in: int = 4096,
+        d_sae: int = 65536,
+        activation: str = "relu",
+        k: int = 64,
+        l1_coefficient: float = 5.0,
+        backbone: str | None = None,
+        layer: int = 16,
+        l0_coefficient: float = 1.0,
+        bandwidth: float = 0.5,
+        dataset: str | None = None,
+        token_window: int | None = None,
         **kwargs,
     ):
         for name, value in (("d_in", d_in), ("d_sae", d_sae), ("k", k), ("layer", layer)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1.")
         if activation not in SAE_ACTIVATIONS:
-            raise ValueError(f"activation is {activation!r}; choose one of {SAE_ACTIVATIONS}.")
-        if activation in ("topk", "batchtopk") and k > d_sae:
-            raise ValueError(f"k is {k}, but the SAE has {d_sae} features; choose k of at most d_sae.")
-        for name, value in (("l1_coefficient", l1_coefficient), ("l0_coefficient", l0_coefficient)):
-            if value < 0:
-                raise ValueError(f"{name} is {value}; a penalty is 0 or more.")
+            raise ValueError(f"activation is {activation!r}; choose one of {tuple(SAE_ACTIVATIONS)}.")
+        for name, coefficient in (("l1_coefficient", l1_coefficient), ("l0_coefficient", l0_coefficient)):
+            if coefficient < 0:
+                raise ValueError(f"{name} is {coefficient}; a penalty is 0 or more.")
         if bandwidth <= 0:
             raise ValueError(f"bandwidth is {bandwidth}; it must be positive.")
         self.d_in = d_in
@@ -70,68 +81,85 @@ class SparseAutoencoderConfig(PreTrainedConfig):
         self.dataset = dataset
         self.token_window = token_window
         super().__init__(**kwargs)
+        SAE_ACTIVATIONS[activation].check_config(self)
 
 
 class SegCompassConfig(PreTrainedConfig):
     """Everything needed to build a SegCompass model with no network.
 
-    Attributes:
-        mllm_config: configuration of the MLLM policy π_θ (`llava` or `qwen2_5_vl`).
-        image_encoder_config: configuration of SAM's vision encoder F_enc (ViT-B/L/H, or a tiny one).
+    Args:
+        mllm_config: configuration of the MLLM policy π_θ (`llava`, `qwen2_5_vl`), or its dict.
+        image_encoder_config: configuration of the image encoder F_enc (SAM's: ViT-B/L/H, or a tiny one), or its dict.
         sae_config: configuration of the sparse autoencoder E_sae; its `layer` says which hidden states it reads.
         num_slots: K_s, the number of concentration tokens and of slots.
         d_c: width of the concept representations r_k.
         num_concepts: M, how many concepts of a sample become concept tokens.
         concept_reading: "feature" makes one token of each selected SAE feature (Eq. 4); "token" makes one token of
             each MLLM token, the sum of its features' codes.
-        codebook_layers, codebook_heads: depth and heads of the query codebook's encoder blocks.
-        slot_heads, slot_head_dim: N_h and d_h of the slot mapper (Eq. 5).
-        decoder_layers, decoder_heads, decoder_mlp_dim: the two-way transformer of the mask decoder (Eq. 3).
-        ref_token_id, think_end_id: ids of the concentration token and of `</think>` in the MLLM's vocabulary; None
-            until a processor's tokens are known.
+        codebook_layers: depth of the query codebook's encoder.
+        codebook_heads: attention heads of its blocks.
+        slot_heads: N_h of the slot mapper (Eq. 5).
+        slot_head_dim: d_h of the slot mapper (Eq. 5).
+        decoder_layers: depth of the mask decoder's two-way transformer (Eq. 3).
+        decoder_heads: attention heads of its blocks.
+        decoder_mlp_dim: hidden width of its feed-forward layers.
+        ref_token_id: id of the concentration token in the MLLM's vocabulary; None until a processor's tokens are known.
+        think_end_id: id of `</think>`; None until a processor's tokens are known.
         special_token_ids: ids whose hidden states never enter the concept path (BOS, separators, concentration tokens).
         token_dropout: probability, in training, that a sample's queries are built without e_k, so that the concepts
             must carry the mask.
         max_response_length: tokens `segment` may write when the caller names no limit.
+        initializer_range: standard deviation of new embeddings and queries.
         references: {"mllm" | "image_encoder" | "sae": {"repo_id", "revision"}}, parts whose weights this checkpoint
             leaves to other repositories; None when it carries them whole.
+        **kwargs: fields of every configuration; names of earlier versions are understood.
+
+    Raises:
+        ValueError: a value out of range, or an SAE that does not fit the MLLM.
+
+    Example:
+        config = SegCompassConfig(mllm_config={"model_type": "llava"}, num_slots=4)
+        config.key_grid, config.key_channels, config.frame.side  # 64, 256, 1024
+        model = SegCompassModel(config)
     """
 
     model_type = "segcompass"
     sub_configs_defaults = {
         "mllm_config": SubConfigSpec(AutoConfig, model_type="llava"),
-        "image_encoder_config": SamVisionConfig,
-        "sae_config": SparseAutoencoderConfig,
+        "image_encoder_config": SamVisionConfig,  # type: ignore[dict-item]
+        "sae_config": SparseAutoencoderConfig,  # type: ignore[dict-item]
     }
-    auto_map = {}
+    auto_map = {}  # type: ignore[var-annotated]  # an annotation would make it a field
 
     def __init__(
         self,
-        mllm_config=None,
-        image_encoder_config=None,
-        sae_config=None,
-        num_slots=6,
-        d_c=512,
-        num_concepts=256,
-        concept_reading="feature",
-        codebook_layers=2,
-        codebook_heads=8,
-        slot_heads=4,
-        slot_head_dim=64,
-        decoder_layers=2,
-        decoder_heads=8,
-        decoder_mlp_dim=2048,
-        ref_token_id=None,
-        think_end_id=None,
-        special_token_ids=(),
-        token_dropout=0.0,
-        max_response_length=2000,
-        initializer_range=0.02,
-        references=None,
-        **kwargs,
+        mllm_config: Any = None,
+        image_encoder_config: Any = None,
+        sae_config: Any = None,
+        num_slots: int = 6,
+        d_c: int = 512,
+        num_concepts: int = 256,
+        concept_reading: str = "feature",
+        codebook_layers: int = 2,
+        codebook_heads: int = 8,
+        slot_heads: int = 4,
+        slot_head_dim: int = 64,
+        decoder_layers: int = 2,
+        decoder_heads: int = 8,
+        decoder_mlp_dim: int = 2048,
+        ref_token_id: int | None = None,
+        think_end_id: int | None = None,
+        special_token_ids: Sequence[int] = (),
+        token_dropout: float = 0.0,
+        max_response_length: int = 2000,
+        initializer_range: float = 0.02,
+        references: dict[str, dict[str, str]] | None = None,
+        **kwargs: Any,
     ):
+        renamed = {"image_encoder_config": image_encoder_config, "references": references}
+        kwargs = with_new_names({**kwargs, **{name: value for name, value in renamed.items() if value is not None}})
         self.mllm_config = mllm_config
-        self.image_encoder_config = image_encoder_config
+        self.image_encoder_config = kwargs.pop("image_encoder_config", None)
         self.sae_config = sae_config
         if concept_reading not in CONCEPT_READINGS:
             raise ValueError(f"concept_reading is {concept_reading!r}; choose one of {CONCEPT_READINGS}.")
@@ -156,17 +184,17 @@ class SegCompassConfig(PreTrainedConfig):
         self.token_dropout = token_dropout
         self.max_response_length = max_response_length
         self.initializer_range = initializer_range
-        self.references = references
+        self.references = kwargs.pop("references", None)
         super().__init__(**kwargs)
         self.check_sae(self.sae_config)
 
     @classmethod
-    def from_dict(cls, config_dict, **kwargs):
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As transformers', and reads what earlier versions saved."""
         return super().from_dict(with_new_names(config_dict), **kwargs)
 
-    def check_sae(self, sae_config):
-        """Refuse an SAE of another width, layer or backbone than this model's. Raises ValueError."""
+    def check_sae(self, sae_config: SparseAutoencoderConfig) -> None:
+        """Refuse an SAE of another width than the MLLM's, or of a layer that it lacks. Raises ValueError."""
         text = self.mllm_config.get_text_config()
         if sae_config.d_in != text.hidden_size:
             raise ValueError(
@@ -179,14 +207,26 @@ class SegCompassConfig(PreTrainedConfig):
                 f"choose a layer from 1 to {text.num_hidden_layers}."
             )
 
-    def get_text_config(self, *args, **kwargs):
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
+        """The language model's configuration."""
         return self.mllm_config.get_text_config(*args, **kwargs)
 
     @property
-    def image_token_id(self):
+    def image_token_id(self) -> int:
+        """The MLLM's image token, which stands once per image token in `input_ids`."""
         return self.mllm_config.image_token_id
 
     @property
-    def key_grid(self):
+    def key_grid(self) -> int:
         """Side of the (square) grid of image keys K: 64 for SAM at 1024 pixels."""
-        return self.image_encoder_config.image_size // self.image_encoder_config.patch_size
+        return encoder_of(self).key_grid(self.image_encoder_config)
+
+    @property
+    def key_channels(self) -> int:
+        """d_k, the width of the image keys K: 256 for SAM."""
+        return encoder_of(self).channels(self.image_encoder_config)
+
+    @property
+    def frame(self) -> Frame:
+        """Where an image lies in the image encoder's square input."""
+        return encoder_of(self).frame(self.image_encoder_config)

@@ -1,20 +1,41 @@
 """Why a mask looks as it does: the concepts that made it, and the words and image patches they fired on.
 
-`explain_slot` reads the provenance that every decoding leaves in its output; nothing is run again. An `Explanation`
-renders itself to HTML without scripts or links, and to a matplotlib figure. Knows nothing about weights; needs a
-processor only to turn token ids into words.
+`explain_slot` reads the provenance that every decoding leaves in its output; nothing is run again. `explanation_page`
+renders what it returns. Knows nothing about weights; needs a processor only to turn token ids into words.
 """
 
-import base64
-import html
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from .query_codebook import IMAGE, RESPONSE
+from .token_layout import IMAGE, RESPONSE
+
+if TYPE_CHECKING:
+    import torch
+
+    from .processing_segcompass import SegCompassProcessor
+
+Extent = tuple[float, float, float, float]
+"""(left, top, right, bottom) in pixels: the part of an image that the image patches cover."""
+
+TOP_CONCEPTS = 8
+"""How many concepts of a slot are listed where nobody says how many."""
+
+
+@dataclass(frozen=True)
+class HeavyConcept:
+    """A concept that weighs much in a slot."""
+
+    column: int
+    """its place among the M concepts of its sample."""
+    index: int
+    """feature of the SAE."""
+    weight: float
+    """its share of the slot, in [0, 1]."""
+    value: float
+    """h_j, its greatest strength over the tokens."""
 
 
 class TokenHit(NamedTuple):
@@ -59,7 +80,13 @@ class ConceptShare:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `model.explain` returns: one slot of one sample."""
+    """One slot of one sample, as `model.explain` returns it.
+
+    Example:
+        explanation = model.explain(model.segment(**inputs), slot=0, processor=processor)
+        print([(concept.index, concept.weight) for concept in explanation.concepts])
+        Path("why.html").write_text(explanation.to_html(image))
+    """
 
     sample: int
     slot: int
@@ -70,7 +97,7 @@ class Explanation:
     rest: float
     """weight of all other concepts: it and the concepts' weights sum to 1."""
     heatmap: np.ndarray
-    """float (h, w) in [0, 1], H_k over the image (SAM's padding cut off)."""
+    """float (h, w) in [0, 1], H_k over the image (the frame's padding cut off)."""
     patch_grid: tuple[int, int]
     """(rows, columns) of image patches."""
     patch_map: np.ndarray
@@ -79,68 +106,133 @@ class Explanation:
     words: list[TokenHit]
     """all words of instruction and response in order; strength is the slot's weighted sum."""
 
-    def to_html(self, image, mask=None, extent=None) -> str:
-        """A self-contained page, see `render_html`."""
-        return render_html([self], image, None if mask is None else [mask], extent)
-
-    def to_figure(self, image, mask=None, instruction=None, extent=None):
-        """A matplotlib Figure: image, activated tokens, heatmap, mask, and the concepts with their words.
+    def to_html(self, image: Any, mask: np.ndarray | None = None, extent: Extent | None = None) -> str:
+        """A page that needs nothing but itself, see `explanation_page.render_html`.
 
         Args:
-            image: PIL image or uint8 (H, W, 3); mask: bool (H, W); instruction: the title.
-            extent: (left, top, right, bottom) in pixels of what the image patches cover; None = the whole image.
+            image: PIL image or uint8 (H, W, 3).
+            mask: bool (H, W), or None.
+            extent: the part of the image that the patches cover; None = the whole image.
+
+        Returns:
+            The text of an HTML file.
+        """
+        from .explanation_page import render_html
+
+        return render_html([self], image, None if mask is None else [mask], extent)
+
+    def to_figure(
+        self, image: Any, mask: np.ndarray | None = None, instruction: str | None = None, extent: Extent | None = None
+    ) -> Any:
+        """A matplotlib Figure, see `explanation_page.draw_figure`.
+
+        Args:
+            image: PIL image or uint8 (H, W, 3).
+            mask: bool (H, W), or None.
+            instruction: the title.
+            extent: the part of the image that the patches cover; None = the whole image.
+
+        Returns:
+            The figure.
 
         Raises:
             ImportError: matplotlib is not installed.
         """
-        try:  # in a try block, so that a model served from the Hub does not ask for matplotlib
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("to_figure draws with matplotlib: pip install matplotlib, or use to_html.") from error
+        from .explanation_page import draw_figure
 
-        image = np.asarray(image)
-        height, width = image.shape[:2]
-        figure = Figure(figsize=(17, 4), layout="constrained")
-        axes = figure.subplots(1, 5, width_ratios=[1, 1, 1, 1, 1.5])
-        left, top, right, bottom = extent or (0, 0, width, height)
-        shown = [
-            ("image", None, None),
-            ("activated tokens", self.patch_map / max(self.patch_map.max(), 1e-9), (left, right, bottom, top)),
-            (f"heatmap, confidence {self.confidence:.2f}", self.heatmap, (0, width, height, 0)),
-            ("mask", None if mask is None else np.float32(mask), (0, width, height, 0)),
-        ]
-        for ax, (title, layer, area) in zip(axes, shown, strict=False):
-            ax.imshow(image, extent=(0, width, height, 0), alpha=1 if layer is None else 0.6)
-            if layer is not None:
-                ax.imshow(layer, extent=area, cmap="inferno", vmin=0, vmax=1, alpha=0.85 * np.clip(layer, 0, 1))
-            ax.set(title=title, xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
-        names = [_concept_name(concept) for concept in self.concepts]
-        axes[4].barh(range(len(names)), [concept.weight for concept in self.concepts], color="#ff6b1a")
-        axes[4].set_yticks(range(len(names)), names, fontsize=8)
-        axes[4].invert_yaxis()
-        axes[4].set(title=f"concepts of slot {self.slot} (others {self.rest:.2f})", xlabel="weight")
-        if instruction:
-            figure.suptitle(f"“{instruction}”", parse_math=False)
-        return figure
+        return draw_figure(self, image, mask, instruction, extent)
+
+
+def heaviest_concepts(
+    outputs: Any, slots: int | Sequence[int], sample: int = 0, count: int = TOP_CONCEPTS
+) -> list[HeavyConcept]:
+    """The concepts that weigh most in a slot, or in any of several slots, heaviest first.
+
+    Args:
+        outputs: SegCompassOutput of a forward pass or `segment`.
+        slots: k, or several of them; a concept's weight is then its greatest among these slots.
+        sample: the slots' place in the batch.
+        count: how many at most.
+
+    Returns:
+        Concepts whose weight is above 0; [] when the queries were built without concepts, or no slot is given.
+    """
+    slots = [slots] if isinstance(slots, int) else list(slots)
+    if outputs.concept_weights is None or not slots:
+        return []
+    weights = outputs.concept_weights[sample, slots].detach().float().amax(0)  # (M,)
+    columns = weights.sort(descending=True, stable=True).indices[:count].tolist()
+    indices = outputs.concept_indices[sample].tolist()
+    values = outputs.concept_values[sample].tolist()
+    return [
+        HeavyConcept(column, indices[column], float(weights[column]), values[column])
+        for column in columns
+        if weights[column] > 0
+    ]
 
 
 def explain_slot(
-    outputs, slot=0, sample=0, top=10, labels: Mapping[int, str] | None = None, processor=None, frame=None
+    outputs: Any,
+    slot: int = 0,
+    sample: int = 0,
+    top: int = 10,
+    labels: Mapping[int, str] | None = None,
+    processor: "SegCompassProcessor | None" = None,
+    frame: int | None = None,
 ) -> Explanation:
     """Read the explanation of a slot out of what `segment` or `forward` returned.
 
     Args:
         outputs: SegCompassOutput whose queries were built from concepts.
-        slot: k, from 0; sample: its place in the batch.
+        slot: k, from 0.
+        sample: its place in the batch.
         top: how many concepts to list.
         labels: {feature index: label}, such as `ConceptDictionary.labels`.
         processor: SegCompassProcessor, for the words' text.
-        frame: side of SAM's frame in pixels, to cut its padding off the heatmap.
+        frame: side of the image encoder's frame in pixels, to cut its padding off the heatmap.
+
+    Returns:
+        The explanation.
 
     Raises:
         ValueError: outputs without concepts, slot or sample out of range, a slot without a concentration token, or
             top below 1.
     """
+    _check_request(outputs, slot, sample, top)
+    weights = outputs.concept_weights[sample, slot].detach().float().cpu().numpy()  # (M,)
+    activations = outputs.concept_activations[sample].detach().float().cpu().numpy()  # (T, M)
+    types = outputs.token_types[sample].cpu().numpy()  # (T,)
+    rows, columns = outputs.patch_grid[sample].tolist()
+    on_image = activations[types == IMAGE][: rows * columns]  # (rows * columns, M)
+    words = _words(outputs.sequences[sample], types, activations @ weights, processor)
+    concepts = []
+    for heavy in heaviest_concepts(outputs, slot, sample, top):
+        fired = on_image[:, heavy.column]  # (rows * columns,)
+        patches = [PatchHit(p // columns, p % columns, float(fired[p])) for p in np.argsort(-fired) if fired[p] > 0]
+        tokens = [
+            word._replace(strength=float(activations[word.position, heavy.column]))
+            for word in words
+            if activations[word.position, heavy.column] > 0
+        ]
+        tokens.sort(key=lambda word: -word.strength)
+        label = (labels or {}).get(heavy.index)
+        concepts.append(ConceptShare(heavy.index, label, heavy.weight, heavy.value, tokens, patches))
+    patch_map = np.zeros(rows * columns, np.float32)
+    patch_map[: len(on_image)] = np.maximum(on_image - on_image.mean(0), 0) @ weights if len(on_image) else 0
+    return Explanation(
+        sample=sample,
+        slot=slot,
+        confidence=float(outputs.pred_logits[sample, slot].float().sigmoid()),
+        concepts=concepts,
+        rest=max(0.0, 1.0 - sum(concept.weight for concept in concepts)),
+        heatmap=_heatmap(outputs, sample, slot, frame),
+        patch_grid=(rows, columns),
+        patch_map=patch_map.reshape(rows, columns),
+        words=words,
+    )
+
+
+def _check_request(outputs: Any, slot: int, sample: int, top: int) -> None:
     if outputs.concept_weights is None:
         raise ValueError(
             "these outputs have no concepts: they were decoded with query_source='tokens', or hold no masks; call "
@@ -158,54 +250,20 @@ def explain_slot(
             f"slot {slot} made no mask, because its concentration token is missing from the response; slots with a "
             f"token: {found}."
         )
-    weights = outputs.concept_weights[sample, slot].detach().float().cpu().numpy()
-    activations = outputs.concept_activations[sample].detach().float().cpu().numpy()  # (T, M)
-    indices = outputs.concept_indices[sample].tolist()
-    values = outputs.concept_values[sample].tolist()
-    types = outputs.token_types[sample].cpu().numpy()
-    rows, columns = outputs.patch_grid[sample].tolist()
-    on_image = activations[types == IMAGE][: rows * columns]
-    words = _words(outputs.sequences[sample], types, activations @ weights, processor)
-    order = [column for column in np.argsort(-weights, kind="stable")[:top].tolist() if weights[column] > 0]
-    concepts = []
-    for column in order:
-        fired = on_image[:, column]
-        patches = [PatchHit(p // columns, p % columns, float(fired[p])) for p in np.argsort(-fired) if fired[p] > 0]
-        tokens = [
-            word._replace(strength=float(activations[word.position, column]))
-            for word in words
-            if activations[word.position, column] > 0
-        ]
-        tokens.sort(key=lambda word: -word.strength)
-        label = (labels or {}).get(indices[column])
-        concepts.append(ConceptShare(indices[column], label, float(weights[column]), values[column], tokens, patches))
-    patch_map = np.zeros(rows * columns, np.float32)
-    patch_map[: len(on_image)] = np.maximum(on_image - on_image.mean(0), 0) @ weights if len(on_image) else 0
-    return Explanation(
-        sample=sample,
-        slot=slot,
-        confidence=float(outputs.pred_logits[sample, slot].float().sigmoid()),
-        concepts=concepts,
-        rest=max(0.0, 1.0 - sum(concept.weight for concept in concepts)),
-        heatmap=_heatmap(outputs, sample, slot, frame),
-        patch_grid=(rows, columns),
-        patch_map=patch_map.reshape(rows, columns),
-        words=words,
-    )
 
 
-def _heatmap(outputs, sample, slot, frame):
-    heat = outputs.heatmaps[sample, slot].detach().float().sigmoid().cpu().numpy()
+def _heatmap(outputs: Any, sample: int, slot: int, frame: int | None) -> np.ndarray:
+    heat = outputs.heatmaps[sample, slot].detach().float().sigmoid().cpu().numpy()  # (h, w)
     if outputs.reshaped_input_sizes is None or frame is None:
         return heat
     sizes = outputs.reshaped_input_sizes[sample]
-    height, width = (-(-int(n) * side // frame) for n, side in zip(sizes, heat.shape, strict=True))
+    height, width = (-(-int(n) * side // frame) for n, side in zip(sizes, heat.shape, strict=True))  # rounded up
     return heat[:height, :width]
 
 
-def _words(ids, types, strengths, processor):
+def _words(sequence: "torch.Tensor", types: np.ndarray, strengths: np.ndarray, processor: Any | None) -> list[TokenHit]:
     """Every text token as a TokenHit; a piece's text is what it adds to its predecessor's, spaces included."""
-    ids = ids.tolist()
+    ids = sequence.tolist()
     words = []
     for position in range(len(types)):
         if types[position] == IMAGE:
@@ -219,123 +277,3 @@ def _words(ids, types, strengths, processor):
         part = "response" if types[position] == RESPONSE else "instruction"
         words.append(TokenHit(position, part, text, float(strengths[position])))
     return words
-
-
-def _concept_name(concept):
-    if concept.label:
-        return f"{concept.index} {concept.label}"
-    heard = list(dict.fromkeys(word.text.strip() for word in concept.tokens))[:3]
-    return f"{concept.index}" + (f" ({', '.join(heard)})" if heard else "")
-
-
-# -- the page ----------------------------------------------------------------------------------------------------------
-
-PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 15px/1.5 system-ui, sans-serif; color: #1b1f27; max-width: 1200px; margin: 2em auto; padding: 0 1em }}
-.row {{ display: flex; flex-wrap: wrap; gap: 1em }} figure {{ margin: 0 }} figcaption {{ color: #5b6472 }}
-svg {{ width: 260px; background: #222 }} .concept svg {{ width: 150px }}
-.concept {{ border-top: 1px solid #c9ced6; padding: .6em 0; display: flex; gap: 1em }}
-.bar {{ height: .5em; background: #ff6b1a; display: block; margin: .2em 0 }} .word {{ border-radius: 3px }}
-.part {{ color: #5b6472 }} b {{ font-weight: 600 }}
-</style></head><body>
-<svg style="display:none"><defs><image id="photo" width="{width}" height="{height}" href="{photo}"/></defs></svg>
-<h1>{title}</h1>
-{body}
-</body></html>
-"""
-
-
-def render_html(explanations: Sequence[Explanation], image, masks=None, extent=None, title="Why this mask") -> str:
-    """A page that shows slots with their heatmaps, masks and concepts, with nothing outside the file itself.
-
-    Args:
-        explanations: of one image's slots; image: PIL image or uint8 (H, W, 3).
-        masks: bool (H, W) arrays, one a slot, or None.
-        extent: (left, top, right, bottom) in pixels of what the image patches cover; None = the whole image.
-        title: heading, such as the instruction.
-    """
-    picture = np.asarray(image)
-    height, width = picture.shape[:2]
-    area = extent or (0, 0, width, height)
-    body = []
-    for number, told in enumerate(explanations):
-        layers = [("image", ""), ("activated tokens", _patch_layer(told.patch_map, area))]
-        layers.append((f"heatmap, confidence {told.confidence:.2f}", _heat_layer(told.heatmap, width, height)))
-        if masks is not None:
-            layers.append(("mask", _heat_layer(np.float32(masks[number]), width, height)))
-        body.append(f"<h2>slot {told.slot}</h2><div class='row'>")
-        body += [
-            f"<figure>{_svg(layer, width, height)}<figcaption>{name}</figcaption></figure>" for name, layer in layers
-        ]
-        body.append("</div>" + _text(told.words))
-        heaviest = max((concept.weight for concept in told.concepts), default=1)
-        body += [_concept_row(concept, heaviest, told.patch_grid, area, width, height) for concept in told.concepts]
-        body.append(f"<p class='part'>all other concepts together: {told.rest:.3f}</p>")
-    return PAGE.format(title=html.escape(title), width=width, height=height, photo=_png(picture), body="\n".join(body))
-
-
-def _concept_row(concept, heaviest, grid, area, width, height):
-    fired = np.zeros(grid, np.float32)
-    for row, column, strength in concept.patches:
-        fired[row, column] = strength
-    words = ", ".join(
-        f"“{html.escape(word.text.strip() or '␣')}” <span class='part'>({word.part}, {word.strength:.2f})</span>"
-        for word in concept.tokens[:8]
-    )
-    return (
-        f"<div class='concept'>{_svg(_patch_layer(fired, area), width, height)}<div style='flex:1'>"
-        f"<b>concept {concept.index}</b> {html.escape(concept.label or '')}"
-        f"<span class='bar' style='width:{100 * concept.weight / heaviest:.1f}%'></span>"
-        f"weight {concept.weight:.3f}, strength {concept.value:.2f}, {len(concept.patches)} patches<br>"
-        f"words: {words or 'none'}</div></div>"
-    )
-
-
-def _text(words):
-    """Instruction and response, each word as bright as the slot's concepts are strong there."""
-    strongest = max((word.strength for word in words), default=0) or 1
-    parts = []
-    for part in ("instruction", "response"):
-        pieces = "".join(
-            f"<span class='word' style='background:rgba(255,107,26,{word.strength / strongest:.2f})'>"
-            f"{html.escape(word.text)}</span>"
-            for word in words
-            if word.part == part
-        )
-        parts.append(f"<p><span class='part'>{part}: </span>{pieces}</p>")
-    return "".join(parts)
-
-
-def _svg(layer, width, height):
-    shade = f'<rect width="{width}" height="{height}" fill-opacity=".5"/>' if layer else ""
-    return f'<svg viewBox="0 0 {width} {height}"><use href="#photo"/>{shade}{layer}</svg>'
-
-
-def _patch_layer(values, area):
-    """Squares over the patches, as opaque as the values are large."""
-    left, top, right, bottom = area
-    rows, columns = values.shape
-    step_x, step_y = (right - left) / columns, (bottom - top) / rows
-    strongest = float(values.max()) or 1.0
-    squares = [
-        f'<rect x="{left + column * step_x:.1f}" y="{top + row * step_y:.1f}" width="{step_x:.1f}" '
-        f'height="{step_y:.1f}" fill="#ff6b1a" fill-opacity="{0.75 * values[row, column] / strongest:.2f}"/>'
-        for row, column in zip(*np.nonzero(values > 0), strict=True)
-    ]
-    return "".join(squares)
-
-
-def _heat_layer(heat, width, height):
-    colours = np.zeros((*heat.shape, 4), np.uint8)
-    colours[..., :3] = (255, 107, 26)
-    colours[..., 3] = (200 * np.clip(heat, 0, 1)).astype(np.uint8)
-    return f'<image width="{width}" height="{height}" preserveAspectRatio="none" href="{_png(colours)}"/>'
-
-
-def _png(pixels):
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(file, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")

@@ -1,13 +1,13 @@
 """The sparse autoencoder E_sae, D_sae (section 3.2, Eq. 7): hidden states in, a few active dictionary atoms out.
 
 It reads the raw hidden states of one MLLM layer, whatever their scale. It knows nothing about tokens, images or how
-those hidden states were gathered, and it does not train itself: see `trainers.sae_trainer`.
+those hidden states were gathered; what its activation decides is in `sae_activations`, and it does not train itself:
+see `trainers.sae_trainer`.
 """
 
-import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import nn
@@ -17,30 +17,29 @@ from transformers.utils import ModelOutput
 
 from .configuration_segcompass import SparseAutoencoderConfig
 from .old_names import OLD_WEIGHTS
-
-THRESHOLD_RATE = 0.01
-"""How far "batchtopk" moves its threshold towards that of each training batch."""
+from .sae_activations import SAE_ACTIVATIONS
+from .saelens import load_saelens, save_saelens
 
 
 @dataclass
 class SparseAutoencoderOutput(ModelOutput):
     """What one pass of the autoencoder gives; every scalar is a mean over the N tokens."""
 
-    loss: torch.FloatTensor | None = None
-    """Eq. 7, scalar: `mse`, with "relu" plus `l1_coefficient * l1`, with "jumprelu" plus `l0_coefficient * l0`."""
-    reconstruction: torch.FloatTensor | None = None
+    loss: torch.Tensor | None = None
+    """Eq. 7, scalar: `mse`, and where the activation has a penalty, its coefficient times `penalty`."""
+    reconstruction: torch.Tensor | None = None
     """ẑ, (..., d_in)."""
-    feature_acts: torch.FloatTensor | None = None
+    feature_acts: torch.Tensor | None = None
     """h(z), (..., d_sae), non-negative; None when not asked for."""
-    mse: torch.FloatTensor | None = None
+    mse: torch.Tensor | None = None
     """||z - ẑ||², scalar: squared error summed over the d_in dimensions."""
-    l1: torch.FloatTensor | None = None
-    """Σ_j h_j ||W_dec[j]||, scalar, before `l1_coefficient`; None where it is no part of the loss."""
-    l0: torch.FloatTensor | None = None
+    penalty: torch.Tensor | None = None
+    """Scalar, before its coefficient: Σ_j h_j ||W_dec[j]|| with "relu", `l0` with "jumprelu"; None without penalty."""
+    l0: torch.Tensor | None = None
     """|S(z)| of Eq. 4, scalar: features different from zero. With "jumprelu" it has a gradient for the thresholds."""
-    active: torch.FloatTensor | None = None
+    active: torch.Tensor | None = None
     """(...,) features active at each token."""
-    fired: torch.FloatTensor | None = None
+    fired: torch.Tensor | None = None
     """(d_sae,) tokens at which each feature is active."""
 
 
@@ -48,10 +47,18 @@ class SparseAutoencoder(PreTrainedModel):
     """Sparse autoencoder of section 3.2: h = act(z W_enc + b_enc), ẑ = h W_dec + b_dec.
 
     Parameters are `W_enc` (d_in, d_sae), `b_enc` (d_sae,), `W_dec` (d_sae, d_in), whose rows are the dictionary atoms,
-    and `b_dec` (d_in,). "batchtopk" and "jumprelu" also have `threshold` (d_sae,): features at or below it are off. The
+    and `b_dec` (d_in,); `activation` may add its own, as the `threshold` (d_sae,) of "batchtopk" and "jumprelu". The
     buffer `mean_active_activation` (d_sae,) is each feature's mean activation over the tokens where it is active: ones
     until it is measured. A concept's strength means little beside another's; its ratio to this mean does, so concepts
     are ranked by it.
+
+    Args:
+        config: its shape and activation.
+
+    Example:
+        >>> sae = SparseAutoencoder(SparseAutoencoderConfig(d_in=64, d_sae=1024, activation="topk", k=8))
+        >>> indices, values = sae.encode_sparse(torch.randn(5, 64), max_active=8)  # (5, 8) each
+        >>> loss = sae(torch.randn(5, 64)).loss
     """
 
     config_class = SparseAutoencoderConfig
@@ -59,16 +66,17 @@ class SparseAutoencoder(PreTrainedModel):
     main_input_name = "hidden_states"
     _supports_sdpa = _supports_flash_attn = True  # it has no attention, so it stands in no model's way
 
+    config: SparseAutoencoderConfig
+    mean_active_activation: torch.Tensor
+
     def __init__(self, config: SparseAutoencoderConfig):
         super().__init__(config)
+        self.activation = SAE_ACTIVATIONS[config.activation]()
         self.W_enc = nn.Parameter(torch.empty(config.d_in, config.d_sae))
         self.b_enc = nn.Parameter(torch.empty(config.d_sae))
         self.W_dec = nn.Parameter(torch.empty(config.d_sae, config.d_in))
         self.b_dec = nn.Parameter(torch.empty(config.d_in))
-        if config.activation == "jumprelu":
-            self.threshold = nn.Parameter(torch.empty(config.d_sae))
-        elif config.activation == "batchtopk":
-            self.register_buffer("threshold", torch.empty(config.d_sae))
+        self.activation.add_tensors(self)
         self.register_buffer("mean_active_activation", torch.empty(config.d_sae))
         self.post_init()
 
@@ -83,20 +91,14 @@ class SparseAutoencoder(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        """Atoms are random directions of norm 1 and the encoder their transpose; biases are zero.
-
-        Thresholds start at zero ("batchtopk", where the first batch sets them) or at the bandwidth ("jumprelu").
-        """
+        """Atoms are random directions of norm 1 and the encoder their transpose; biases are zero."""
         if isinstance(module, SparseAutoencoder):
             init.normal_(module.W_dec)
             init.copy_(module.W_dec, nn.functional.normalize(module.W_dec, dim=1))
             init.copy_(module.W_enc, module.W_dec.T)
             init.zeros_(module.b_enc)
             init.zeros_(module.b_dec)
-            if module.config.activation == "jumprelu":
-                init.constant_(module.threshold, module.config.bandwidth)
-            elif module.config.activation == "batchtopk":
-                init.zeros_(module.threshold)
+            module.activation.init_tensors(module)
             init.ones_(module.mean_active_activation)
 
     def encode(self, z: torch.Tensor) -> torch.Tensor:
@@ -111,41 +113,56 @@ class SparseAutoencoder(PreTrainedModel):
         Raises:
             ValueError: the last dimension of `z` is not `d_in`.
         """
-        h = self.gate(torch.relu(self._checked(z) @ self.W_enc + self.b_enc))
-        if self.config.activation == "topk":
-            values, indices = h.topk(self.config.k, dim=-1, sorted=False)
-            h = torch.zeros_like(h).scatter(-1, indices, values)
-        return h
-
-    def gate(self, h: torch.Tensor, indices: torch.Tensor | slice = slice(None)) -> torch.Tensor:
-        """Switch off what does not exceed its feature's threshold, where the activation has thresholds.
-
-        Args:
-            h: (..., M) non-negative pre-activations of the features `indices`, which broadcasts against h.
-        """
-        if self.config.activation not in ("batchtopk", "jumprelu"):
-            return h
-        return h * (h > self.threshold[indices])
+        return self.activation.encode(self, self._pre_activations(z))
 
     def decode(self, h: torch.Tensor) -> torch.Tensor:
         """Reconstruct hidden states (..., d_in) from activations `h` (..., d_sae)."""
         return h @ self.W_dec + self.b_dec
 
-    def encode_selected(self, z: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    def encode_selected(
+        self, z: torch.Tensor, indices: torch.Tensor, smallest: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Encode some features only, differentiably: the columns `indices` of `encode(z)`, never the whole of it.
 
         Args:
-            z: (N, d_in) hidden states.
-            indices: (M,) long, features in [0, d_sae).
+            z: (..., N, d_in) hidden states, of one sample or a batch of them.
+            indices: (..., M) long, features in [0, d_sae) of each sample.
+            smallest: (..., N), the smallest activation that counts at each token, from `max_over_tokens`. Where a
+                token's features compete ("topk") and it is None, activations are returned even where they lose.
 
         Returns:
-            (N, M) non-negative activations, equal to `encode(z)[:, indices]` in value and gradient. Only with "topk" a
-            feature is returned even where it is not among a token's k largest: mask it there.
+            (..., N, M) non-negative activations, equal to `encode(z)[..., indices]` in value and gradient.
 
         Raises:
             ValueError: the last dimension of `z` is not `d_in`.
         """
-        return self.gate(torch.relu(self._checked(z) @ self.W_enc[:, indices] + self.b_enc[indices]), indices)
+        z = self._checked(z)
+        encoder = self.W_enc[:, indices].movedim(
+            0, -2
+        )  # (..., d_in, M); along the rows of W_enc, as they lie in memory
+        indices = indices[..., None, :]  # (..., 1, M)
+        h = self.activation.activate(self, z @ encoder + self.b_enc[indices], indices)  # (..., N, M)
+        if smallest is None:
+            return h
+        return h * (h >= smallest[..., None] * (1 - 1e-5))  # the other product's sums may be in another order
+
+    @torch.no_grad()
+    def max_over_tokens(
+        self, z: torch.Tensor, token_mask: torch.Tensor, max_elements: int = 2**23
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Find each feature's greatest activation in each sample, in chunks, without gradients.
+
+        Args:
+            z: (B, T, d_in) hidden states.
+            token_mask: bool (B, T), tokens to look at.
+            max_elements: about how many numbers to hold at once.
+
+        Returns:
+            Activations (B, d_sae), 0 where a feature is active at none of the tokens, and the smallest activation that
+            wins at each token, (B, T), where a token's features compete ("topk"). Elsewhere the latter is None and the
+            activations may be rounded to half precision; measure those that matter with `encode_selected`.
+        """
+        return self.activation.max_over_tokens(self, z, token_mask, max_elements)
 
     @torch.no_grad()
     def encode_sparse(
@@ -175,102 +192,46 @@ class SparseAutoencoder(PreTrainedModel):
         z = self._checked(z)
         indices = torch.zeros(len(z), max_active, dtype=torch.long, device=z.device)
         values = torch.zeros(len(z), max_active, dtype=z.dtype, device=z.device)
-        kept = min(max_active, self.config.k) if self.config.activation == "topk" else max_active
         for start in range(0, len(z), chunk_size):
             rows = slice(start, start + chunk_size)
-            h = self.gate(torch.relu(z[rows] @ self.W_enc + self.b_enc))
-            strongest, features = h.topk(kept, dim=-1)
-            values[rows, :kept] = strongest
-            indices[rows, :kept] = features.masked_fill(strongest == 0, 0)
+            strongest, features = self.activation.strongest(self, self._pre_activations(z[rows]), max_active)
+            found = slice(strongest.shape[1])
+            values[rows, found] = strongest
+            indices[rows, found] = features.masked_fill(strongest == 0, 0)
         return indices, values
 
     def forward(self, hidden_states: torch.Tensor, output_feature_acts: bool = True) -> SparseAutoencoderOutput:
-        """Encode, decode and score (Eq. 7, its penalty weighted by the decoder norms).
-
-        A plain Σ_j h_j is gamed by shrinking h and growing W_dec; Σ_j h_j ||W_dec[j]|| is not. With "topk" and
-        "batchtopk" the decoder and all gradients touch the kept features only, which is what makes training fast.
+        """Encode, decode and score (Eq. 7). With "topk" and "batchtopk" gradients touch the kept features only.
 
         Args:
             hidden_states: (..., d_in) hidden states of the configured layer, as the MLLM gives them.
             output_feature_acts: False leaves out `feature_acts`, which nothing else needs.
 
+        Returns:
+            SparseAutoencoderOutput.
+
         Raises:
             ValueError: the last dimension of `hidden_states` is not `d_in`.
         """
         z = self._checked(hidden_states)
-        if self.config.activation == "topk" or (self.config.activation == "batchtopk" and self.training):
-            return self._forward_kept(z, output_feature_acts)
-        pre = z @ self.W_enc + self.b_enc
-        if self.config.activation == "jumprelu":
-            h, on = _Jump.apply(pre, self.threshold, self.config.bandwidth)
-        else:
-            h = self.gate(torch.relu(pre))
-            on = h.detach().sign()  # count_nonzero is three times slower on a CPU
-        z_hat = self.decode(h)
-        active = on.sum(-1, dtype=torch.float32)
-        loss = mse = (z - z_hat).square().sum(-1).mean()
-        l1, l0 = None, active.mean()
-        if self.config.activation == "relu":
-            l1 = (h @ self.W_dec.norm(dim=1)).mean()
-            loss = mse + self.config.l1_coefficient * l1
-        elif self.config.activation == "jumprelu":
-            loss = mse + self.config.l0_coefficient * l0
+        code = self.activation.forward(self, z, output_feature_acts)
+        loss = mse = (z - code.reconstruction).square().sum(-1).mean()  # (..., d_in) -> scalar
+        penalty = self.activation.penalty(self, code)
+        if self.activation.coefficient is not None:
+            loss = mse + getattr(self.config, self.activation.coefficient) * penalty
         return SparseAutoencoderOutput(
             loss=loss,
-            reconstruction=z_hat,
-            feature_acts=h if output_feature_acts else None,
+            reconstruction=code.reconstruction,
+            feature_acts=code.feature_acts if output_feature_acts else None,
             mse=mse,
-            l1=l1,
-            l0=l0,
-            active=active.detach(),
-            fired=on.detach().flatten(0, -2).sum(0, dtype=torch.float32),
+            penalty=penalty,
+            l0=code.active.mean(),
+            active=code.active.detach(),
+            fired=code.fired,
         )
-
-    def _forward_kept(self, z, output_feature_acts):
-        """`forward` where a fixed number of features is kept: P = k N pairs (token, feature) instead of N x d_sae."""
-        flat = z.flatten(0, -2)
-        tokens, d_sae = len(flat), self.config.d_sae
-        with torch.no_grad():
-            pre = flat @ self.W_enc + self.b_enc
-            if self.config.activation == "topk":
-                values, features = (kept.flatten() for kept in pre.topk(self.config.k, dim=-1, sorted=False))
-                rows = torch.arange(tokens, device=z.device).repeat_interleave(self.config.k)
-            else:
-                places = pre.flatten().topk(self.config.k * tokens, sorted=False).indices.sort().values
-                values, rows, features = pre.flatten()[places], places // d_sae, places % d_sae
-                self._follow_threshold(values)
-            values = values.relu().to(z.dtype)
-            on = (values > 0).float()
-            active = on.new_zeros(tokens).index_add_(0, rows, on)
-            fired = on.new_zeros(d_sae).index_add_(0, features, on)
-            offsets = torch.searchsorted(rows, torch.arange(tokens, device=z.device))
-        values = _Kept.apply(flat, self.W_enc, self.b_enc, values, rows, features)
-        z_hat = nn.functional.embedding_bag(
-            features, self.W_dec, offsets, mode="sum", per_sample_weights=values.to(self.W_dec.dtype)
-        )
-        z_hat = (z_hat + self.b_dec).view(z.shape)
-        h = None
-        if output_feature_acts:
-            h = values.new_zeros(tokens * d_sae).scatter(0, rows * d_sae + features, values).view(*z.shape[:-1], d_sae)
-        mse = (z - z_hat).square().sum(-1).mean()
-        return SparseAutoencoderOutput(
-            loss=mse,
-            reconstruction=z_hat,
-            feature_acts=h,
-            mse=mse,
-            l0=active.mean(),
-            active=active.view(z.shape[:-1]),
-            fired=fired,
-        )
-
-    def _follow_threshold(self, values):
-        """Move the threshold towards the smallest activation kept in this batch; the first batch sets it."""
-        smallest = values.amin().clamp(min=0).to(self.threshold.dtype)
-        followed = self.threshold.lerp(smallest.expand_as(self.threshold), THRESHOLD_RATE)
-        self.threshold.copy_(torch.where(self.threshold > 0, followed, smallest))
 
     @classmethod
-    def from_saelens(cls, folder: str | Path, layer: int | None = None, dtype="float32") -> "SparseAutoencoder":
+    def from_saelens(cls, folder: str | Path, layer: int | None = None, dtype: str = "float32") -> Self:
         """Load an SAE that SAELens saved (`cfg.json` and `sae_weights.safetensors`), as exactly as it computes.
 
         SAELens' subtraction of b_dec from the input, and its ranking by decoder norm, are folded into the weights.
@@ -278,104 +239,34 @@ class SparseAutoencoder(PreTrainedModel):
         Args:
             folder: where the two files are.
             layer: L, when the configuration does not name a residual stream hook.
+            dtype: name of the weights' dtype.
+
+        Returns:
+            The autoencoder.
 
         Raises:
             ValueError: an architecture or a normalisation that cannot be expressed here, or no layer.
             OSError: a file is missing.
         """
-        from safetensors.torch import load_file
-
-        folder = Path(folder)
-        theirs = json.loads((folder / "cfg.json").read_text())
-        weights = load_file(folder / "sae_weights.safetensors")
-        metadata = theirs.get("metadata") or theirs  # releases before 6 had no metadata
-        activation = _OURS.get(theirs.get("architecture", "standard"))
-        if activation == "relu" and theirs.get("activation_fn_str", "relu") == "topk":
-            activation, theirs["k"] = "topk", theirs["activation_fn_kwargs"]["k"]
-        if activation is None:
-            raise ValueError(
-                f"{folder} holds a SAELens {theirs['architecture']!r} SAE; {', '.join(map(repr, _OURS))} can be loaded."
-            )
-        for name in ("normalize_activations", "reshape_activations"):
-            if theirs.get(name, "none") != "none":
-                raise ValueError(
-                    f"{folder} was saved with {name}={theirs[name]!r}; only 'none' can be loaded: fold it into the "
-                    "weights with SAELens first."
-                )
-        layer = layer or _layer_of(metadata.get("hook_name") or "")
-        if layer is None:
-            raise ValueError(
-                f"{folder} was trained at {metadata.get('hook_name')!r}, which names no residual stream after a "
-                "decoder block; say which block with layer=."
-            )
-        sae = cls(
-            SparseAutoencoderConfig(
-                d_in=theirs["d_in"],
-                d_sae=theirs["d_sae"],
-                activation=activation,
-                k=int(theirs.get("k", 64)),
-                backbone=metadata.get("model_name"),
-                layer=layer,
-                dataset=metadata.get("dataset_path"),
-                token_window=metadata.get("context_size"),
-            )
-        )
-        with torch.no_grad():
-            for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"):
-                if hasattr(sae, name):
-                    getattr(sae, name).copy_(weights[name])
-            if theirs.get("apply_b_dec_to_input", False):
-                sae.b_enc.sub_(sae.b_dec @ sae.W_enc)
-            if theirs.get("rescale_acts_by_decoder_norm", False):
-                norm = sae.W_dec.norm(dim=1)
-                sae.W_enc.mul_(norm)
-                sae.b_enc.mul_(norm)
-                sae.W_dec.div_(norm[:, None])
-            strength = folder / "mean_active_activation.safetensors"
-            if strength.exists():
-                sae.mean_active_activation.copy_(load_file(strength)["mean_active_activation"])
-        return sae.to(getattr(torch, dtype))
+        return load_saelens(cls, folder, layer, dtype)
 
     def save_saelens(self, folder: str | Path) -> None:
         """Write the SAE so that SAELens loads it (`SAE.load_from_disk`), and all that is built on SAELens.
 
         "batchtopk" becomes SAELens' "jumprelu", as SAELens saves its own. `mean_active_activation`, which SAELens
         does not have, goes to a third file, from which `from_saelens` takes it back.
-        """
-        from safetensors.torch import save_file
 
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = self.config
-        architecture = {"relu": "standard", "topk": "topk"}.get(config.activation, "jumprelu")
-        cfg = {
-            "architecture": architecture,
-            "d_in": config.d_in,
-            "d_sae": config.d_sae,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "device": "cpu",
-            "apply_b_dec_to_input": False,
-            "normalize_activations": "none",
-            "reshape_activations": "none",
-            "metadata": {
-                "model_name": config.backbone,
-                "hook_name": f"blocks.{config.layer - 1}.hook_resid_post",
-                "dataset_path": config.dataset,
-                "context_size": config.token_window,
-                "prepend_bos": True,
-            },
-        }
-        if architecture == "topk":
-            cfg |= {"k": config.k, "rescale_acts_by_decoder_norm": False}
-        names = ["W_enc", "b_enc", "W_dec", "b_dec"] + ["threshold"] * (architecture == "jumprelu")
-        save_file(
-            {name: getattr(self, name).detach().cpu().contiguous() for name in names},
-            folder / "sae_weights.safetensors",
-        )
-        save_file(
-            {"mean_active_activation": self.mean_active_activation.cpu()}, folder / "mean_active_activation.safetensors"
-        )
-        (folder / "cfg.json").write_text(json.dumps(cfg, indent=2) + "\n")
+        Args:
+            folder: where the files go; made if there is none.
+
+        Raises:
+            ValueError: SAELens has no architecture for the SAE's activation.
+        """
+        save_saelens(self, folder)
+
+    def _pre_activations(self, z):
+        """(..., d_in) -> (..., d_sae)."""
+        return self._checked(z) @ self.W_enc + self.b_enc
 
     def _checked(self, z):
         if z.shape[-1] != self.config.d_in:
@@ -384,67 +275,6 @@ class SparseAutoencoder(PreTrainedModel):
                 f"{self.config.layer} of {self.config.backbone or 'its backbone'}, or load the SAE of your backbone."
             )
         return z.to(self.W_enc.dtype)
-
-
-_OURS = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu"}
-"""SAELens' name of an architecture -> ours."""
-
-
-def _layer_of(hook):
-    """L of a hook's name as TransformerLens or transformers write it: the residual stream after the L-th block."""
-    if found := re.fullmatch(r"blocks\.(\d+)\.hook_resid_post|(?:\w+\.)*layers\.(\d+)", hook):
-        return int(found[1] or found[2]) + 1
-    if found := re.fullmatch(r"blocks\.([1-9]\d*)\.hook_resid_pre", hook):
-        return int(found[1])
-    return None
-
-
-class _Kept(torch.autograd.Function):
-    """The kept pre-activations as a function of the encoder: values (P,), whose gradient touches kept features only.
-
-    dW_enc[:, j] is the sum of dh z over the tokens that kept j, so it is a bag of rows of z.
-    """
-
-    @staticmethod
-    def forward(ctx, z, W_enc, b_enc, values, rows, features):
-        ctx.save_for_backward(z, W_enc, values, rows, features)
-        return values.view_as(values)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        z, W_enc, values, rows, features = ctx.saved_tensors
-        gradient = (gradient * (values > 0)).to(z.dtype)
-        features, order = features.sort(stable=True)
-        bag = {"mode": "sum", "per_sample_weights": gradient[order]}
-        starts = torch.searchsorted(features, torch.arange(W_enc.shape[1], device=z.device))
-        encoder = nn.functional.embedding_bag(rows[order], z, starts, **bag).T
-        bias = gradient.new_zeros(W_enc.shape[1]).index_add_(0, features, gradient[order])
-        inputs = None
-        if ctx.needs_input_grad[0]:
-            inputs = torch.zeros_like(z).index_add_(0, rows[order], gradient[order, None] * W_enc.T[features])
-        return inputs, encoder, bias, None, None, None
-
-
-class _Jump(torch.autograd.Function):
-    """(h, on) of "jumprelu": h = pre where pre > θ, on = 1 there.
-
-    Neither has a gradient for θ, so θ gets that of the expected loss, estimated from the pre-activations within a
-    window of width `bandwidth` around it.
-    """
-
-    @staticmethod
-    def forward(ctx, pre, threshold, bandwidth):
-        on = ((pre > threshold) & (pre > 0)).to(pre.dtype)
-        ctx.save_for_backward(pre, threshold, on)
-        ctx.bandwidth = bandwidth
-        return pre * on, on
-
-    @staticmethod
-    def backward(ctx, gradient, gradient_on):
-        pre, threshold, on = ctx.saved_tensors
-        near = ((pre - threshold).abs() < ctx.bandwidth / 2).to(gradient.dtype)
-        pull = near * (threshold * gradient + gradient_on)
-        return gradient * on, -pull.flatten(0, -2).sum(0) / ctx.bandwidth, None
 
 
 SparseAutoencoderConfig.register_for_auto_class()

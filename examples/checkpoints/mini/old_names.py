@@ -3,6 +3,8 @@
 It knows names only; what the values mean is the business of the configuration, the processor and the model.
 """
 
+from typing import Any
+
 OLD_FIELDS = {
     "sam_config": "image_encoder_config",
     "sam_image_processor": "encoder_image_processor",
@@ -10,7 +12,7 @@ OLD_FIELDS = {
 """Fields of config.json and processor_config.json."""
 
 OLD_PARTS = {"sam": "image_encoder"}
-"""Parts of the model, as `references` in config.json names them."""
+"""Parts of the model, as `references` in config.json and `from_backbones` name them."""
 
 OLD_WEIGHTS = {
     r"^sam\.": "image_encoder.",
@@ -20,19 +22,23 @@ OLD_WEIGHTS = {
 """Regular expressions of weight names, as transformers' `key_mapping` takes them."""
 
 
-def with_new_names(fields: dict) -> dict:
-    """The fields of a saved JSON under today's names.
+def with_new_names(fields: dict[str, Any], names: dict[str, str] = OLD_FIELDS) -> dict[str, Any]:
+    """The fields of a saved JSON, or the keywords of a call, under today's names.
 
     Args:
-        fields: a configuration's or processor's fields, as read from the file.
+        fields: a configuration's or processor's fields, or keyword arguments.
+        names: old name -> new name.
+
+    Returns:
+        dict: new names; everything else as it was.
 
     Raises:
         ValueError: a field is there under its old and its new name.
     """
-    for old, new in OLD_FIELDS.items():
+    for old, new in names.items():
         if old in fields and new in fields:
             raise ValueError(f"both {old!r} and {new!r} (its new name) are given; keep {new!r} only.")
-    fields = {OLD_FIELDS.get(name, name): value for name, value in fields.items()}
+    fields = {names.get(name, name): value for name, value in fields.items()}
     if fields.get("references"):
         fields["references"] = {OLD_PARTS.get(part, part): where for part, where in fields["references"].items()}
     return fields

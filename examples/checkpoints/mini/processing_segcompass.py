@@ -1,13 +1,18 @@
 """From images and instructions to model inputs, and from model outputs to masks at the image's own size.
 
-One processor for both backbones: it expands image tokens as LLaVA-1.5 or Qwen2.5-VL expect, without their video part,
-so it works without torchvision. It knows nothing about weights.
+One processor for all backbones: it expands image tokens as the MLLM's own processor does (`backbone.py`), without a
+video part, so it works without torchvision. It knows nothing about weights.
 """
+
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import BatchFeature, ProcessorMixin
-from transformers.image_utils import load_image
 
+from .backbone import Backbone, backbone_of
+from .image_encoder import Frame, image_side, without_torchvision
+from .images import read_image
 from .old_names import with_new_names
 
 REF_TOKEN, THINK, THINK_END = "<REF_POS>", "<think>", "</think>"
@@ -20,31 +25,45 @@ PROMPT = (
 
 
 class SegCompassProcessor(ProcessorMixin):
-    """Wraps the MLLM's image processor, its tokenizer and SAM's image processor.
+    """Wraps the MLLM's image processor, its tokenizer and the image encoder's image processor.
 
     Args:
         image_processor: the MLLM's (CLIP for LLaVA-1.5, Qwen2-VL's for Qwen2.5-VL).
         tokenizer: the MLLM's; `<think>`, `</think>` and `<REF_POS>` are added as ordinary tokens when absent.
-        encoder_image_processor: SAM's (longest side to S, padded right and bottom to a square).
+        encoder_image_processor: the image encoder's (SAM: longest side to S, padded right and bottom to a square).
+        chat_template: Jinja template of the MLLM's conversations.
         prompt_template: text with `{instruction}` and optionally `{num_slots}`; it must not contain `<REF_POS>`.
         num_slots: K_s, how many concentration tokens a response ends with.
         max_prompt_length: longest prompt in tokens, image tokens included.
-        patch_size, vision_feature_select_strategy, num_additional_image_tokens: as in LlavaProcessor; unused for Qwen.
+        patch_size: as in LlavaProcessor; unused for Qwen.
+        vision_feature_select_strategy: as in LlavaProcessor; unused for Qwen.
+        num_additional_image_tokens: as in LlavaProcessor; unused for Qwen.
+        **kwargs: as ProcessorMixin's.
+
+    Raises:
+        ValueError: the prompt template contains `<REF_POS>`.
+
+    Example:
+        processor = SegCompassProcessor.from_pretrained(path)
+        outputs = model.segment(**processor(images=image, text="the mug nearest the sink"))
+        result = processor.post_process_instance_segmentation(outputs, target_sizes=[(image.height, image.width)])[0]
     """
+
+    encoder_image_processor: Any  # ProcessorMixin sets what its constructor is given
 
     def __init__(
         self,
-        image_processor=None,
-        tokenizer=None,
-        encoder_image_processor=None,
-        chat_template=None,
-        prompt_template=PROMPT,
-        num_slots=6,
-        max_prompt_length=1400,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        **kwargs,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        encoder_image_processor: Any = None,
+        chat_template: str | None = None,
+        prompt_template: str = PROMPT,
+        num_slots: int = 6,
+        max_prompt_length: int = 1400,
+        patch_size: int = 14,
+        vision_feature_select_strategy: str = "default",
+        num_additional_image_tokens: int = 1,
+        **kwargs: Any,
     ):
         if REF_TOKEN in prompt_template:
             raise ValueError(
@@ -56,22 +75,35 @@ class SegCompassProcessor(ProcessorMixin):
         self.patch_size = patch_size
         self.vision_feature_select_strategy = vision_feature_select_strategy
         self.num_additional_image_tokens = num_additional_image_tokens
-        self.merges_patches = hasattr(image_processor, "merge_size")  # Qwen2.5-VL
-        self.return_mm_token_type_ids = self.merges_patches
+        backbone = backbone_of(image_processor)
+        self.return_mm_token_type_ids = backbone.returns_token_types
         tokenizer.add_tokens([token for token in (THINK, THINK_END, REF_TOKEN) if token not in tokenizer.get_vocab()])
-        self.image_token = "<|image_pad|>" if self.merges_patches else "<image>"
+        self.image_token = backbone.image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         self.ref_token_id = tokenizer.convert_tokens_to_ids(REF_TOKEN)
         self.think_end_id = tokenizer.convert_tokens_to_ids(THINK_END)
         super().__init__(image_processor, tokenizer, encoder_image_processor, chat_template=chat_template)
 
     @classmethod
-    def get_processor_dict(cls, pretrained_model_name_or_path, **kwargs):
+    def get_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict]:
         """As transformers', and reads what earlier versions saved."""
         fields, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
-        return with_new_names(fields), kwargs
+        fields = with_new_names(fields)
+        if "encoder_image_processor" in fields:
+            fields["encoder_image_processor"] = without_torchvision(fields["encoder_image_processor"])
+        return fields, kwargs
 
-    def model_tokens(self):
+    @property
+    def backbone(self) -> Backbone:
+        """The MLLM's family, as its image processor shows it."""
+        return backbone_of(self.image_processor)
+
+    @property
+    def frame(self) -> Frame:
+        """Where an image lies in the image encoder's square input."""
+        return Frame(image_side(self.encoder_image_processor))
+
+    def model_tokens(self) -> dict[str, Any]:
         """The token ids that SegCompassConfig needs."""
         special = {*self.tokenizer.all_special_ids, self.ref_token_id} - {self.image_token_id}
         return {
@@ -82,7 +114,7 @@ class SegCompassProcessor(ProcessorMixin):
 
     # -- prompts and responses ---------------------------------------------------------------------------------------
 
-    def prompt_text(self, instruction):
+    def prompt_text(self, instruction: str) -> str:
         """The text of the user turn for one instruction. Raises ValueError when it is empty or holds `<REF_POS>`."""
         if not isinstance(instruction, str) or not instruction.strip():
             raise ValueError(f"the instruction is {instruction!r}; say what to segment, like 'the mug by the sink'.")
@@ -91,32 +123,44 @@ class SegCompassProcessor(ProcessorMixin):
                 raise ValueError(f"the instruction contains {token!r}, which is reserved; remove it.")
         return self.prompt_template.format(instruction=instruction.strip(), num_slots=self.num_slots)
 
-    def build_messages(self, instruction):
+    def build_messages(self, instruction: str) -> list[dict[str, Any]]:
         """The conversation for one instruction, in the chat-template form with one image."""
         content = [{"type": "image"}, {"type": "text", "text": self.prompt_text(instruction)}]
         return [{"role": "user", "content": content}]
 
-    def format_response(self, reasoning):
+    def format_response(self, reasoning: str) -> str:
         """A well-formed response: the reasoning in think tags, then K_s concentration tokens."""
         return f"{THINK}{reasoning}{THINK_END}{REF_TOKEN * self.num_slots}"
 
     # -- inputs ------------------------------------------------------------------------------------------------------
 
-    def __call__(self, images=None, text=None, response=None, image_encoder=True, return_tensors=None, **kwargs):
+    def __call__(
+        self,
+        images: Any = None,
+        text: str | Sequence[str] | None = None,
+        response: str | Sequence[str] | None = None,
+        image_encoder: bool = True,
+        return_tensors: str | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
         """Make model inputs.
 
         Args:
             images: one image or a list (PIL, array, path or URL as transformers reads them).
             text: one instruction or a list of as many. A text that already holds the image token is a finished prompt
-                (as `apply_chat_template` makes): then this is the MLLM's own processor and SAM's inputs are left out.
+                (as `apply_chat_template` makes): then this is the MLLM's own processor and the image encoder's inputs
+                are left out.
             response: optional responses (without the end token) to append; adds `labels` and `response_mask`.
-            image_encoder: False leaves out SAM's inputs (for language alone, or with cached image embeddings).
+            image_encoder: False leaves out the image encoder's inputs (for language alone, or with cached image
+                embeddings).
+            return_tensors: "pt" (also the default for instructions), "np" or None, as transformers'.
+            **kwargs: options of tokenizer and image processors.
 
         Returns:
             BatchFeature: input_ids, attention_mask (B, T) long, prompts padded left, responses right; pixel_values
-            (and image_grid_thw, mm_token_type_ids for Qwen2.5-VL); encoder_pixel_values (B, 3, S, S); original_sizes
-            and reshaped_input_sizes (B, 2) long, (H, W); labels (B, T) long and response_mask (B, T) bool with
-            `response`.
+            (and image_grid_thw, mm_token_type_ids for Qwen2.5-VL); encoder_pixel_values float (B, 3, S, S);
+            original_sizes and reshaped_input_sizes (B, 2) long, (H, W); labels (B, T) long and response_mask (B, T)
+            bool with `response`.
 
         Raises:
             ValueError: no or empty image, empty or too long text, lengths that differ.
@@ -148,10 +192,21 @@ class SegCompassProcessor(ProcessorMixin):
             self._append_responses(inputs, [response] if isinstance(response, str) else list(response))
         return BatchFeature(dict(inputs), tensor_type=return_tensors or "pt")
 
-    def encoder_inputs(self, images):
-        """SAM's part of the inputs: encoder_pixel_values (B, 3, S, S), original_sizes, reshaped_input_sizes (B, 2)."""
+    def encoder_inputs(self, images: Any) -> dict[str, torch.Tensor]:
+        """The image encoder's part of the inputs.
+
+        Args:
+            images: one image or a list, as for the call.
+
+        Returns:
+            dict: encoder_pixel_values float (B, 3, S, S); original_sizes and reshaped_input_sizes long (B, 2), (H, W).
+
+        Raises:
+            ValueError: no or an empty image, or one so narrow that nothing would be left of it.
+            OSError: an image that cannot be read.
+        """
         images = self._check_images(images)
-        side = self.encoder_image_processor.size["longest_edge"]
+        side = self.frame.side
         for number, image in enumerate(images):
             if max(image.size) > 2 * side * min(image.size):
                 raise ValueError(
@@ -169,23 +224,7 @@ class SegCompassProcessor(ProcessorMixin):
         if images is None or (isinstance(images, (list, tuple)) and not images):
             raise ValueError("no image was given; pass images=<PIL image, array or path>, or a list of them.")
         images = images if isinstance(images, (list, tuple)) else [images]
-        checked = []
-        for number, image in enumerate(images):
-            if hasattr(image, "shape"):
-                from PIL import Image
-
-                if 0 in image.shape:
-                    raise ValueError(f"image {number} is empty (shape {tuple(image.shape)}); give at least 1x1 pixels.")
-                image = Image.fromarray(image)
-            elif isinstance(image, str) or not hasattr(image, "convert"):
-                try:
-                    image = load_image(image if isinstance(image, str) else str(image))
-                except Exception as error:
-                    raise OSError(f"image {number} ({image!r}) cannot be read: {error}") from error
-            if 0 in image.size:
-                raise ValueError(f"image {number} is empty (size {image.size}); give at least 1x1 pixels.")
-            checked.append(image if image.mode == "RGB" else image.convert("RGB"))
-        return checked
+        return [read_image(image, f"image {number}") for number, image in enumerate(images)]
 
     def _append_responses(self, inputs, responses):
         if len(responses) != len(inputs["input_ids"]):
@@ -203,55 +242,55 @@ class SegCompassProcessor(ProcessorMixin):
         inputs["response_mask"] = torch.cat([torch.zeros_like(prompt, dtype=torch.bool), mask], 1)
         inputs["input_ids"] = torch.cat([inputs["input_ids"], rows["input_ids"]], 1)
         inputs["attention_mask"] = torch.cat([inputs["attention_mask"], rows["attention_mask"]], 1)
-        if "mm_token_type_ids" in inputs:
-            types = torch.as_tensor(inputs["mm_token_type_ids"])
-            inputs["mm_token_type_ids"] = torch.cat([types, types.new_zeros(mask.shape)], 1)
+        self.backbone.append_text(inputs, mask.shape[1])
 
-    def replace_image_token(self, image_inputs, image_idx, **kwargs):
+    def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
         """The image placeholder repeated once per image token of the backbone (called by ProcessorMixin)."""
-        if self.merges_patches:
-            count = int(image_inputs["image_grid_thw"][image_idx].prod()) // self.image_processor.merge_size**2
-        else:
-            height, width = image_inputs["pixel_values"][image_idx].shape[-2:]
-            count = (height // self.patch_size) * (width // self.patch_size) + self.num_additional_image_tokens
-            count -= self.vision_feature_select_strategy == "default"
-        return self.image_token * count
+        return self.backbone.replace_image_token(self, image_inputs, image_idx)
 
     # -- outputs -----------------------------------------------------------------------------------------------------
 
-    def post_process_masks(self, pred_masks, original_sizes):
-        """Mask logits on SAM's frame to mask logits at each image's own size.
+    def post_process_masks(self, pred_masks: torch.Tensor, original_sizes: Any) -> list[torch.Tensor]:
+        """Mask logits on the image encoder's frame to mask logits at each image's own size.
 
         Args:
-            pred_masks: float (B, K, s, s); original_sizes: (B, 2), (H, W).
+            pred_masks: float (B, K, s, s).
+            original_sizes: (B, 2), (H, W) in pixels.
 
         Returns:
-            list of B float tensors (K, H, W).
+            list: B float tensors (K, H, W).
+
+        Raises:
+            ValueError: not one size per prediction.
         """
-        side = self.encoder_image_processor.size["longest_edge"]
+        side = self.frame.side
         sizes = [tuple(int(n) for n in size) for size in original_sizes]
         if len(sizes) != len(pred_masks):
             raise ValueError(f"{len(pred_masks)} predictions but {len(sizes)} target sizes; give one (H, W) per image.")
         frames = torch.nn.functional.interpolate(pred_masks.float(), (side, side), mode="bilinear", align_corners=False)
         masks = []
         for frame, (height, width) in zip(frames, sizes, strict=True):
-            scale = side / max(height, width)
-            inside = frame[None, :, : int(height * scale + 0.5), : int(width * scale + 0.5)]
+            rows, columns = self.frame.reshaped_size(height, width)
+            inside = frame[None, :, :rows, :columns]  # (1, K, rows, columns)
             if inside.shape[-2:] != (height, width):
                 inside = torch.nn.functional.interpolate(inside, (height, width), mode="bilinear", align_corners=False)
             masks.append(inside[0])
         return masks
 
-    def post_process_instance_segmentation(self, outputs, threshold=0.5, mask_threshold=0.5, target_sizes=None):
+    def post_process_instance_segmentation(
+        self, outputs: Any, threshold: float = 0.5, mask_threshold: float = 0.5, target_sizes: Any = None
+    ) -> list[dict[str, torch.Tensor]]:
         """One instance per slot whose confidence reaches the threshold.
 
         Args:
-            outputs: SegCompassOutput; threshold, mask_threshold: probabilities in [0, 1].
+            outputs: SegCompassOutput.
+            threshold: confidence from which a slot is kept, in [0, 1].
+            mask_threshold: probability above which a pixel belongs to a mask, in [0, 1].
             target_sizes: (B, 2), the images' (H, W), e.g. `inputs["original_sizes"]`.
 
         Returns:
-            list of dicts: scores float (n,), boxes float (n, 4) xyxy in pixels, masks bool (n, H, W), slots long (n,).
-            n is 0 when nothing matches the instruction or the response had no concentration tokens.
+            list: B dicts of scores float (n,), boxes float (n, 4) xyxy in pixels, masks bool (n, H, W), slots long
+            (n,). n is 0 when nothing matches the instruction or the response had no concentration tokens.
 
         Raises:
             ValueError: no target sizes, or not one per image; a threshold outside [0, 1].
@@ -284,8 +323,20 @@ class SegCompassProcessor(ProcessorMixin):
         rows, columns = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
         return [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1]
 
-    def post_process_semantic_segmentation(self, outputs, target_sizes=None, threshold=0.5, mask_threshold=0.5):
-        """The union of the confident slots' masks: list of bool (H, W), all False when there is no target."""
+    def post_process_semantic_segmentation(
+        self, outputs: Any, target_sizes: Any = None, threshold: float = 0.5, mask_threshold: float = 0.5
+    ) -> list[torch.Tensor]:
+        """The union of the confident slots' masks; arguments as for instances.
+
+        Args:
+            outputs: SegCompassOutput.
+            target_sizes: (B, 2), the images' (H, W).
+            threshold: confidence from which a slot is kept, in [0, 1].
+            mask_threshold: probability above which a pixel belongs to a mask, in [0, 1].
+
+        Returns:
+            list: B bool tensors (H, W), all False when there is no target.
+        """
         results = self.post_process_instance_segmentation(outputs, threshold, mask_threshold, target_sizes)
         return [result["masks"].any(0) for result in results]
 

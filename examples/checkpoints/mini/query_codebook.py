@@ -7,15 +7,14 @@ much in which slot.
 It knows nothing about masks or images; it sees hidden states, where each token sits, and a frozen SAE.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
 
-IMAGE, INSTRUCTION, RESPONSE = 0, 1, 2
-TEXT_FREQUENCIES = 6
-IMAGE_FREQUENCIES = 5
-WHERE_DIM = 3 + 2 * TEXT_FREQUENCIES + 4 * IMAGE_FREQUENCIES
+from .configuration_segcompass import SegCompassConfig
+from .modeling_sparse_autoencoder import SparseAutoencoder
+from .token_layout import TOKEN_POSITION_DIM
 
 
 class Concepts(NamedTuple):
@@ -24,7 +23,7 @@ class Concepts(NamedTuple):
     representations: torch.Tensor | None
     """r_k, float (B, K_s, d_c)."""
     indices: torch.Tensor | None = None
-    """j in S(z): long (B, M), features of the SAE, strongest relative to their usual strength first."""
+    """j in S(z): long (B, M), features of the SAE, strongest relative to their mean active activation first."""
     values: torch.Tensor | None = None
     """h_j: float (B, M), each concept's strength, the maximum over tokens; 0 marks padding."""
     weights: torch.Tensor | None = None
@@ -33,32 +32,10 @@ class Concepts(NamedTuple):
     """concept -> token: float (B, T, M), h_j at each token."""
 
 
-def token_position_features(token_types, image_xy, distance):
-    """Describe where each token sits, so that a concept can carry where it fired.
-
-    Args:
-        token_types: long (B, T), IMAGE, INSTRUCTION or RESPONSE.
-        image_xy: float (B, T, 2), centre of an image token's patch in [0, 1]; ignored for text.
-        distance: float (B, T), tokens from here to the first concentration token; ignored for image tokens.
-
-    Returns:
-        float (B, T, WHERE_DIM): type indicator, Fourier features of the patch position, of the text distance.
-    """
-    kind = nn.functional.one_hot(token_types, 3).to(image_xy.dtype)
-    octaves = 2.0 ** torch.arange(IMAGE_FREQUENCIES, device=image_xy.device) * torch.pi / 2
-    xy = (image_xy[..., None] * octaves).flatten(-2)
-    steps = torch.pi / 2.0 ** torch.arange(TEXT_FREQUENCIES, device=image_xy.device)
-    text = distance[..., None] * steps
-    is_image = kind[..., :1]
-    return torch.cat(
-        [kind, is_image * xy.sin(), is_image * xy.cos(), (1 - is_image) * text.sin(), (1 - is_image) * text.cos()], -1
-    )
-
-
 class EncoderBlock(nn.Module):
     """Pre-norm transformer encoder block."""
 
-    def __init__(self, width, heads):
+    def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
         self.attention_norm = nn.LayerNorm(width)
@@ -68,149 +45,172 @@ class EncoderBlock(nn.Module):
         self.mlp_in = nn.Linear(width, 4 * width)
         self.mlp_out = nn.Linear(4 * width, width)
 
-    def forward(self, x, valid):
-        """x (B, N, width), valid (B, N) bool -> x."""
+    def forward(self, x: torch.Tensor, token_mask: torch.Tensor) -> torch.Tensor:
+        """Mix the tokens that count: x float (B, N, width), token_mask bool (B, N) -> float (B, N, width)."""
         q, k, v = self._project(x)
-        return self._finish(x, nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=valid[:, None, None]))
+        return self._finish(x, nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=token_mask[:, None, None]))
 
-    def read(self, x, valid, rows):
+    def read(self, x: torch.Tensor, token_mask: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The first `rows` elements of `forward`, and their attention (B, rows, N), averaged over heads."""
         q, k, v = self._project(x)
-        scores = (q[:, :, :rows] @ k.mT) * q.shape[-1] ** -0.5
-        scores = scores.masked_fill(~valid[:, None, None], float("-inf"))
+        scores = (q[:, :, :rows] @ k.mT) * q.shape[-1] ** -0.5  # (B, heads, rows, N)
+        scores = scores.masked_fill(~token_mask[:, None, None], float("-inf"))
         attention = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-        return self._finish(x[:, :rows], attention.to(v.dtype) @ v), attention.mean(1)
+        return self._finish(x[:, :rows], attention.to(v.dtype) @ v), attention.mean(1)  # (B, rows, N)
 
     def _project(self, x):
         """q, k, v: each (B, heads, N, width / heads)."""
         return self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
     def _finish(self, x, mixed):
-        x = x + self.out(mixed.transpose(1, 2).flatten(2))
+        x = x + self.out(mixed.transpose(1, 2).flatten(2))  # (B, heads, N, width / heads) -> (B, N, width)
         return x + self.mlp_out(nn.functional.gelu(self.mlp_in(self.mlp_norm(x))))
 
 
 class QueryCodebook(nn.Module):
     """C ∈ R^{d_sae x d_c} and the encoder blocks that gather the active concepts into r_1 ... r_{K_s}."""
 
-    def __init__(self, config):
+    def __init__(self, config: SegCompassConfig):
         super().__init__()
         self.reading = config.concept_reading
         self.num_concepts = min(config.num_concepts, config.sae_config.d_sae)
         self.codebook = nn.Parameter(torch.empty(config.sae_config.d_sae, config.d_c))
         self.slot_queries = nn.Parameter(torch.empty(config.num_slots, config.d_c))
-        self.where = nn.Linear(WHERE_DIM, config.d_c)
+        self.where = nn.Linear(TOKEN_POSITION_DIM, config.d_c)
         self.blocks = nn.ModuleList(
             EncoderBlock(config.d_c, config.codebook_heads) for _ in range(config.codebook_layers)
         )
         self.norm = nn.LayerNorm(config.d_c)
 
-    def forward(self, sae, z, mask, where, scale=None):
+    def forward(
+        self,
+        sae: SparseAutoencoder,
+        z: torch.Tensor,
+        may_fire: torch.Tensor,
+        token_positions: torch.Tensor,
+        scale: torch.Tensor | None = None,
+    ) -> Concepts:
         """Select, decode and gather the active concepts of each sample.
 
         Args:
-            sae: the frozen SparseAutoencoder.
+            sae: the frozen SAE.
             z: float (B, T, d_π), hidden states at the SAE's layer.
-            mask: bool (B, T), tokens that may fire concepts (no padding, no special tokens).
-            where: float (B, T, WHERE_DIM) from `token_position_features`.
-            scale: optional float (d_sae,) or (B, d_sae) factors on h_j, 1 but at the concepts intervened on.
+            may_fire: bool (B, T), tokens that may fire concepts (no padding, no special tokens).
+            token_positions: float (B, T, TOKEN_POSITION_DIM), from `token_position_features`.
+            scale: float (d_sae,) or (B, d_sae), factors on h_j, 1 but at the concepts intervened on; None leaves all.
 
         Returns:
-            Concepts.
+            Concepts, with all fields.
         """
-        tokens, valid, concepts = self.concept_tokens(sae, z, mask, where, scale)
+        tokens, token_mask, concepts = self.concept_tokens(sae, z, may_fire, token_positions, scale)
         batch, slots = len(z), len(self.slot_queries)
-        x = torch.cat([self.slot_queries.expand(batch, -1, -1), tokens], 1)
-        valid = torch.cat([valid.new_ones(batch, slots), valid], 1)
+        x = torch.cat([self.slot_queries.expand(batch, -1, -1), tokens], 1)  # (B, K_s + N, d_c)
+        token_mask = torch.cat([token_mask.new_ones(batch, slots), token_mask], 1)  # (B, K_s + N)
         for block in self.blocks[:-1]:
-            x = block(x, valid)
-        r, attention = self.blocks[-1].read(x, valid, slots)
-        weights = attention[:, :, slots:]
+            x = block(x, token_mask)
+        last = cast(EncoderBlock, self.blocks[-1])
+        r, attention = last.read(x, token_mask, slots)  # (B, K_s, d_c), (B, K_s, K_s + N)
+        weights = attention[:, :, slots:]  # (B, K_s, N)
         if self.reading == "token":
-            strength = self.codebook[concepts.indices].norm(dim=-1)
-            share = (concepts.activations * strength[:, None]).to(weights.dtype)
-            weights = weights @ (share / share.sum(-1, keepdim=True).clamp_min(1e-6))
+            strength = self.codebook[concepts.indices].norm(dim=-1)  # (B, M)
+            share = (concepts.activations * strength[:, None]).to(weights.dtype)  # (B, T, M)
+            weights = weights @ (share / share.sum(-1, keepdim=True).clamp_min(1e-6))  # (B, K_s, M)
         weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-12)
         return concepts._replace(representations=self.norm(r), weights=weights)
 
-    def concept_tokens(self, sae, z, mask, where, scale=None):
-        """Eq. 4's decoding of the active features, up to the encoder blocks; arguments as `forward`'s.
+    def concept_tokens(
+        self,
+        sae: SparseAutoencoder,
+        z: torch.Tensor,
+        may_fire: torch.Tensor,
+        token_positions: torch.Tensor,
+        scale: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, Concepts]:
+        """Eq. 4's decoding of the active features, up to the encoder blocks.
+
+        Args:
+            sae: the frozen SAE.
+            z: float (B, T, d_π), hidden states at the SAE's layer.
+            may_fire: bool (B, T), tokens that may fire concepts.
+            token_positions: float (B, T, TOKEN_POSITION_DIM), from `token_position_features`.
+            scale: float (d_sae,) or (B, d_sae), factors on h_j, or None.
 
         Returns:
-            tokens: float (B, N, d_c), h_j C_j and where it fired for each of N = M features, or, with the "token"
-            reading, the sum of the codes of each of N = T tokens; valid: bool (B, N), those with something active;
+            The concept tokens, float (B, N, d_c): h_j C_j and where it fired for each of N = M features, or, with the
+            "token" reading, the sum of the codes of each of N = T tokens. Those with something active, bool (B, N).
             Concepts without `representations` and `weights`.
         """
-        indices, threshold = self.select(sae, z, mask, scale)
-        activations = self.activate(sae, z, mask, indices, threshold, scale)
-        values = activations.amax(1)
-        codes = self.codebook[indices]
-        where = where.to(codes.dtype)
+        indices, smallest = self.select(sae, z, may_fire, scale)
+        activations = self.activate(sae, z, may_fire, indices, smallest, scale)
+        values = activations.amax(1)  # (B, T, M) -> (B, M)
+        codes = self.codebook[indices]  # (B, M, d_c)
+        token_positions = token_positions.to(codes.dtype)
         if self.reading == "feature":
-            fired_at = (activations.mT @ where) / activations.sum(1).clamp_min(1e-6)[..., None]
-            tokens, valid = values[..., None] * codes + self.where(fired_at), values > 0
+            fired_at = activations.mT @ token_positions  # (B, M, TOKEN_POSITION_DIM)
+            fired_at = fired_at / activations.sum(1).clamp_min(1e-6)[..., None]
+            tokens, token_mask = values[..., None] * codes + self.where(fired_at), values > 0
         else:
-            tokens, valid = activations @ codes + self.where(where), mask & (activations > 0).any(-1)
-        return tokens, valid, Concepts(None, indices, values, None, activations)
+            tokens = activations @ codes + self.where(token_positions)  # (B, T, d_c)
+            token_mask = may_fire & (activations > 0).any(-1)
+        return tokens, token_mask, Concepts(None, indices, values, None, activations)
 
     @torch.no_grad()
-    def select(self, sae, z, mask, scale=None, max_elements=2**23):
-        """Choose each sample's M concepts by strength relative to the feature's usual strength, a chunk at a time.
+    def select(
+        self,
+        sae: SparseAutoencoder,
+        z: torch.Tensor,
+        may_fire: torch.Tensor,
+        scale: torch.Tensor | None = None,
+        max_elements: int = 2**23,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Choose each sample's M concepts by strength relative to the feature's mean active activation.
 
-        With a "relu" SAE only the maximum over tokens of each feature counts, and it is found in half precision where
-        the machine multiplies faster in it; the best 2 M are then measured exactly, and of these the best M taken.
+        Where the SAE's search may round to half precision, the best 2 M are measured exactly and the best M of them
+        taken.
+
+        Args:
+            sae: the frozen SAE.
+            z: float (B, T, d_π), hidden states at the SAE's layer.
+            may_fire: bool (B, T), tokens that may fire concepts.
+            scale: float (d_sae,) or (B, d_sae), factors on h_j, or None.
+            max_elements: about how many numbers to hold at once.
 
         Returns:
-            indices: long (B, M); threshold: None, or float (B, T), the smallest activation that counts as active at
-            each token (for SAEs that keep the k largest).
+            The concepts, long (B, M), strongest first, and the smallest activation that counts at each token, float
+            (B, T), or None where the features of a token do not compete.
         """
-        search = self._search_topk if sae.config.activation == "topk" else self._search_relu
-        strength, threshold = search(sae, z, mask, max_elements)
+        strength, smallest = sae.max_over_tokens(z, may_fire, max_elements)  # (B, d_sae)
         relative = strength / sae.mean_active_activation.clamp_min(1e-6)
         if scale is not None:
             relative = relative * scale
-        if threshold is not None:
-            return relative.topk(self.num_concepts, dim=-1).indices, threshold
-        likely = relative.topk(min(2 * self.num_concepts, sae.config.d_sae), dim=-1).indices
-        relative = self.activate(sae, z, mask, likely, scale=scale).amax(1) / sae.mean_active_activation[
-            likely
-        ].clamp_min(1e-6)
+        if smallest is not None:  # the search was exact
+            return relative.topk(self.num_concepts, dim=-1).indices, smallest
+        likely = relative.topk(min(2 * self.num_concepts, sae.config.d_sae), dim=-1).indices  # (B, 2 M)
+        strength = self.activate(sae, z, may_fire, likely, scale=scale).amax(1)  # (B, 2 M)
+        relative = strength / sae.mean_active_activation[likely].clamp_min(1e-6)
         return likely.gather(1, relative.topk(self.num_concepts, dim=-1).indices), None
 
-    @staticmethod
-    def _search_relu(sae, z, mask, max_elements):
-        """Each feature's greatest activation, (B, d_sae), in chunks of features."""
-        batch, length, _ = z.shape
-        halves = z.is_cuda or torch.cpu._is_avx512_bf16_supported()
-        # A masked token stands in as the first valid one, which leaves the maximum as it is.
-        stand_in = torch.where(mask, torch.arange(length, device=z.device), mask.int().argmax(1, keepdim=True))
-        low = z.to(torch.bfloat16 if halves else sae.W_enc.dtype).gather(1, stand_in[..., None].expand_as(z))
-        strength = sae.b_enc.masked_fill(~mask.any(1, keepdim=True), float("-inf"))
-        step = max(1, max_elements // (batch * length))
-        for start in range(0, sae.config.d_sae, step):
-            columns = slice(start, start + step)
-            strength[:, columns] += (low @ sae.W_enc[:, columns].to(low.dtype)).amax(1)
-        return sae.gate(strength.relu_()), None
+    def activate(
+        self,
+        sae: SparseAutoencoder,
+        z: torch.Tensor,
+        may_fire: torch.Tensor,
+        indices: torch.Tensor,
+        smallest: torch.Tensor | None = None,
+        scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Activations h_j(z_t) of the selected concepts only, differentiable in z.
 
-    @staticmethod
-    def _search_topk(sae, z, mask, max_elements):
-        """The same in chunks of tokens, and each token's k-th largest activation, (B, T)."""
-        batch, length, _ = z.shape
-        step = max(1, max_elements // (batch * sae.config.d_sae))
-        strength, threshold = z.new_zeros(batch, sae.config.d_sae, dtype=sae.W_enc.dtype), []
-        for start in range(0, length, step):
-            h = sae.encode(z[:, start : start + step])
-            threshold.append(h.masked_fill(h == 0, float("inf")).amin(-1))
-            h = h.masked_fill(~mask[:, start : start + step, None], 0)
-            strength = torch.maximum(strength, h.amax(1))
-        return strength, torch.cat(threshold, 1)
+        Args:
+            sae: the frozen SAE.
+            z: float (B, T, d_π), hidden states at the SAE's layer.
+            may_fire: bool (B, T), tokens that may fire concepts.
+            indices: long (B, M), the concepts.
+            smallest: float (B, T), the smallest activation that counts at each token, or None.
+            scale: float (d_sae,) or (B, d_sae), factors on h_j, or None.
 
-    def activate(self, sae, z, mask, indices, threshold=None, scale=None):
-        """h_j(z_t) of the selected concepts only, differentiable in z: float (B, T, M)."""
-        encoder = sae.W_enc[:, indices].transpose(0, 1)  # (B, d_π, M); along the rows of W_enc, as they lie in memory
-        h = torch.relu(z.to(encoder.dtype) @ encoder + sae.b_enc[indices][:, None])
-        h = sae.gate(h, indices[:, None])
-        if threshold is not None:
-            h = h * (h >= threshold[..., None] * (1 - 1e-5))
-        h = h * mask[..., None]
+        Returns:
+            float (B, T, M), 0 at tokens that may not fire.
+        """
+        h = sae.encode_selected(z, indices, smallest) * may_fire[..., None]  # (B, T, M)
         return h if scale is None else h * scale.expand(len(indices), -1).gather(1, indices)[:, None]

@@ -1,15 +1,15 @@
 """What joint training adds: held-out gIoU before it and after it, over seeds, and how the rewards rose.
 
     for seed in 1 2 3; do
-        python examples/train_grpo.py --config examples/recipes/mini/grpo.yaml --seed $seed --dataset_seed 4$seed \\
-            --output_dir runs/mini/grpo-$seed
-        python examples/evaluate.py --model runs/mini/grpo-$seed --dataset scenes --split test --seed 100 \\
+        segcompass train grpo --config mini/grpo --seed $seed --dataset-seed 4$seed \\
+            --output-dir runs/mini/grpo-$seed
+        segcompass evaluate --model runs/mini/grpo-$seed --dataset scenes --split test --seed 100 \\
             --num-samples 500 --output runs/mini/evaluation-grpo-$seed
     done
     python examples/recipes/mini/joint_gain.py --start runs/mini/evaluation-masks --runs runs/mini/grpo-[123] \\
         --output docs/figures/joint_training.png
 
-The evaluation of runs/mini/NAME lies in runs/mini/evaluation-NAME. Draws the mean reward of each step, a line a seed,
+The evaluation of runs/mini/NAME is in runs/mini/evaluation-NAME. Draws the mean reward of each step, one line per seed,
 and gIoU before and after; prints the metrics, and the mean gain beside the spread of the seeds (greatest minus least).
 """
 
@@ -21,11 +21,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 
-def read(path):
+def read(path: Path) -> dict:
+    """The content of a JSON file."""
     return json.loads(path.read_text())
 
 
-def last_log(run):
+def last_log(run: Path) -> np.ndarray:
     """Steps and mean rewards of a training, float (2, n)."""
     states = sorted(run.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name.split("-")[1]))
     if not states:
@@ -34,7 +35,8 @@ def last_log(run):
     return np.array([(entry["step"], entry["reward"]) for entry in log if "reward" in entry]).T
 
 
-def main():
+def main() -> None:
+    """Draw and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--start", type=Path, required=True, help="evaluation of the model joint training started from")
     parser.add_argument("--runs", type=Path, nargs="+", required=True)
@@ -57,8 +59,8 @@ def main():
     args.output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.output, dpi=130)
 
-    for name, told in zip(["start", *(run.name for run in args.runs)], [start, *ends], strict=True):
-        print(f"{name:<12}" + "   ".join(f"{key} {told[key]:.4f}" for key in ("gIoU", "cIoU", "N-acc", "T-acc")))
+    for name, metrics in zip(["start", *(run.name for run in args.runs)], [start, *ends], strict=True):
+        print(f"{name:<12}" + "   ".join(f"{key} {metrics[key]:.4f}" for key in ("gIoU", "cIoU", "N-acc", "T-acc")))
     spread = gains.max() - gains.min()
     print(f"gain in gIoU {gains.mean():+.4f} on average, {gains.min():+.4f} at least; spread of the seeds {spread:.4f}")
 

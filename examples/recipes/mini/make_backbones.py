@@ -1,13 +1,13 @@
-"""Make one of the mini recipe's backbones from nothing: a tiny LLaVA (with tokenizer) or a tiny SAM encoder.
+"""Make one of the mini recipe's backbones from nothing: a tiny LLaVA (with tokenizer), or a tiny SAM.
 
 Real backbones come pretrained. These do not. Both vision parts are first taught to see: from each image patch a linear
 head predicts the attributes and the centre of the object there (labels the scenes know), and is thrown away. LLaVA is
 then taught to talk about scenes: several questions on each image, which is run once for all of them.
 
-    torchrun --nproc_per_node 2 examples/recipes/mini/make_backbones.py sam --output runs/mini/sam --minutes 13
+    torchrun --nproc_per_node 2 examples/recipes/mini/make_backbones.py image_encoder --output runs/mini/sam --minutes 8
     torchrun --nproc_per_node 2 examples/recipes/mini/make_backbones.py mllm --output runs/mini/mllm --minutes 50
 
-An interrupted run goes on from its last state (at most two minutes old) when the command is repeated.
+Repeat the command to resume an interrupted run from its last state, at most two minutes old.
 """
 
 import argparse
@@ -33,7 +33,8 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
-from segcompass.loaders.scenes import BOARD, COLOURS, KINDS, SHAPES, SIZES, ask, draw_scene
+from segcompass.loaders.scene_drawing import BOARD, COLOURS, SHAPES, SIZES, draw_scene
+from segcompass.loaders.scene_questions import KINDS, ask
 from segcompass.modeling_segcompass import SegCompassProcessor
 
 IMAGE_SIZE, PATCH, SAM_PATCH, WIDTH, SAM_WIDTH, NUM_SLOTS = 128, 16, 8, 192, 96, 4
@@ -94,7 +95,7 @@ def make_processor(tokenizer):
 def grid_waves(side, width):
     """Sines and cosines of a side x side grid's coordinates: (side², width), the start of a position embedding.
 
-    From small random embeddings the towers here did not learn where anything is (docs/experiments.md).
+    From small random embeddings the towers here did not learn where anything is (dev/log.md).
     """
     y, x = torch.meshgrid(torch.arange(side) / side, torch.arange(side) / side, indexing="ij")
     frequencies = torch.pi * 2.0 ** torch.linspace(0, 4, width // 4)

@@ -181,7 +181,7 @@ def test_dictionary_is_built_resumed_saved_and_scored(saved, tmp_path, writes, c
     [
         (["--num-samples", "0"], "argument --num-samples: it is '0'; it must be a whole number of at least 1"),
         (["--split", "dev"], "split='dev'"),
-        (["--dataset", "nowhere"], "neither 'scenes'"),
+        (["--dataset", "nowhere"], "is not known; give one of"),
         (["--model", "nowhere"], "nowhere' is no folder or Hub id of a SegCompass model"),
     ],
 )

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from segcompass.loaders.scenes import draw_scene, scene_question
+from segcompass.loaders.scene_drawing import draw_scene
+from segcompass.loaders.scenes import scene_question
 from segcompass.white_box.scene_attributes import ATTRIBUTES, patch_shares, patch_words
 
 

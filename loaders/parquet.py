@@ -5,12 +5,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 from datasets import Dataset, Image, load_dataset
+from pycocotools import mask as coco_mask
 
 from .files import need
-from .masks import coco_rle, encode_mask
-from .rows import LeftOut, expressions, to_dataset
+from .masks import coco_rle, read_mask
+from .rows import LeftOut, expressions, target_kind, to_dataset
 
 FLATTENED = (
     "it keeps one flat polygon of each mask (column 'segmentation'), so objects in several parts lose all but one, and "
@@ -27,20 +27,27 @@ def load_parquet(
 ) -> Dataset:
     """Rows from a Hub data set or a folder of parquet files in one of the layouts people use.
 
-    Known by their columns: one row a ref with COCO annotations and no image (`jxu124/refcoco`, `refcocoplus`,
-    `refcocog`; their "test" is testA), and one row a mask with its image (`Ricky06662/...`). In the latter ReasonSeg's
-    ignored pixels were merged into the target, which cannot be undone: score them with protocol "visionreasoner".
+    Known by their columns: one row per ref with COCO annotations and no image (`jxu124/refcoco`, `refcocoplus`,
+    `refcocog`; their "test" is testA), and one row per mask with its image (`Ricky06662/...`). In the latter
+    ReasonSeg's ignored pixels were merged into the target, which cannot be undone: score them with protocol
+    "visionreasoner".
 
     Args:
         path: Hub id, folder or file.
         split: as the data set names it.
         image_dir: the COCO train2014 images, for the layout without images; None leaves them out.
-        unit: see `load_refcoco`; the layout with images has one sentence a row whatever the unit.
+        unit: see `load_refcoco`; the layout with images has one sentence per row whatever the unit.
         num_samples: the first so many rows, or None for all.
+
+    Returns:
+        Dataset with the columns of `loaders.rows.FEATURES`; `kind` is "single", or "none" without a target.
 
     Raises:
         ValueError: a layout that loses polygons, or an unknown one; a mask of another size than its image.
         FileNotFoundError: an image is missing.
+
+    Example:
+        rows = load_parquet("jxu124/refcocog", "test", image_dir="train2014")
     """
     expressions([], unit)
     files = []
@@ -90,14 +97,17 @@ def _ref_rows(source: Dataset, name: str, split: str, image_dir: Path | None, un
                 "width": info["width"],
                 "kind": "single",
             }
-    left_out.tell()
+    left_out.warn()
 
 
 def _mask_rows(source: Dataset, name: str, split: str) -> Iterator[dict]:
     for number, row in enumerate(source.cast_column("image", Image(decode=False))):
-        mask, size = np.array(row["mask"], dtype=bool), (row["img_height"], row["img_width"])
-        if mask.shape != size:
-            raise ValueError(f"row {number} of {name} has a mask of size {mask.shape}, its image {size}.")
+        height, width = row["img_height"], row["img_width"]
+        try:
+            mask = read_mask(row["mask"], height, width)
+        except ValueError as error:
+            raise ValueError(f"row {number} of {name}: {error}") from error
+        masks = [mask] if coco_mask.area(mask) else []
         yield {
             "image": row["image"],
             "image_id": str(row["image_id"]),
@@ -106,9 +116,9 @@ def _mask_rows(source: Dataset, name: str, split: str) -> Iterator[dict]:
             "split": split,
             "instruction": row["text"],
             "reasoning": None,
-            "masks": [encode_mask(mask)] if mask.any() else [],
+            "masks": masks,
             "ignore": None,
-            "height": size[0],
-            "width": size[1],
-            "kind": "single" if mask.any() else "none",
+            "height": height,
+            "width": width,
+            "kind": target_kind(len(masks)),
         }

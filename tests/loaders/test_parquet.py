@@ -73,7 +73,7 @@ def test_layout_of_one_row_a_mask(tmp_path):
     assert (coco_mask.decode(first["masks"][0]).astype(bool) == mask).all() and second["masks"] == []
     assert first["image"].size == (WIDTH, HEIGHT) and first["sample_id"] != second["sample_id"]
     write(tmp_path / "b", [row | {"mask": np.zeros((3, 4), bool).tolist()}], features=features)
-    with pytest.raises(ValueError, match=r"row 0 of b has a mask of size \(3, 4\), its image \(24, 32\)"):
+    with pytest.raises(ValueError, match=r"row 0 of b: a mask of size \(3, 4\), its image \(24, 32\)"):
         load_parquet(tmp_path / "b")
 
 

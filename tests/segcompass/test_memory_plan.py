@@ -1,14 +1,14 @@
 """Every recipe's model builds on the meta device at its real dimensions, and the paper's recipes fit into 8 x 80 GB."""
 
 from pathlib import Path
-from types import SimpleNamespace
 
-import plan_memory
 import pytest
 import torch
 import yaml
 from trl import TrlParser
 
+from segcompass import memory_plan
+from segcompass.commands import train_grpo, train_sft
 from segcompass.modeling_segcompass import SegCompassConfig
 from segcompass.trainers import SegCompassGRPOConfig, SegCompassSFTConfig
 from segcompass.trainers.optimization import SEGMENTATION_MODULES, parameter_groups
@@ -22,15 +22,15 @@ MLLM = {"llava-1.5-7b": 7.06e9, "llava-1.5-13b": 13.35e9, "qwen2.5-vl-7b": 8.29e
 def config_of(name):
     if name == "mini":
         return SegCompassConfig.from_pretrained(ROOT / "examples" / "checkpoints" / "mini")
-    return plan_memory.recipe_config(RECIPES / name / "grpo.yaml")
+    return memory_plan.recipe_config(RECIPES / name / "grpo.yaml")
 
 
 @pytest.mark.parametrize("name", ["mini", *LARGE])
 def test_the_model_builds_on_meta_and_its_groups_have_the_papers_rates(name, capsys):
     config = config_of(name)
-    model = plan_memory.build(config)
+    model = memory_plan.build(config)
     assert all(p.device.type == "meta" for p in model.parameters())
-    counts = plan_memory.count(model)
+    counts = memory_plan.count(model)
     for part, (total, learning) in counts.items():
         print(f"{name:<16}{part:<18}{total:>16,}{learning:>16,}")
     assert capsys.readouterr().out.count(name) == len(counts)
@@ -50,26 +50,20 @@ def test_the_model_builds_on_meta_and_its_groups_have_the_papers_rates(name, cap
     assert sum(p.numel() for group in groups for p in group["params"]) == sum(part[1] for part in counts.values())
 
 
-def arguments(**changes):
-    return SimpleNamespace(
-        **{"strategy": "fsdp2", "gpus": 8, "gpu_memory": 80.0, "lora_rank": 0, "prompt_length": 1400, **changes}
-    )
-
-
 @pytest.mark.parametrize("name", LARGE)
 def test_the_papers_recipes_fit_into_eight_gpus(name):
     training = yaml.safe_load((RECIPES / name / "grpo.yaml").read_text())
     config = config_of(name)
-    sharded = plan_memory.plan(config, training, arguments())
+    sharded = memory_plan.plan(config, training)
     assert sharded["peak"] < sharded["room"] and sharded["responses"] <= sharded["responses_that_fit"]
-    replicated = plan_memory.plan(config, training, arguments(strategy="ddp"))
+    replicated = memory_plan.plan(config, training, strategy="ddp")
     assert replicated["peak"] > replicated["room"]  # a full fine-tune cannot be replicated
 
 
 def test_adapters_leave_little_to_learn():
     training = yaml.safe_load((RECIPES / "llava-1.5-7b" / "grpo.yaml").read_text())
     config = config_of("llava-1.5-7b")
-    full, lora = (plan_memory.plan(config, training, arguments(lora_rank=rank)) for rank in (0, 16))
+    full, lora = (memory_plan.plan(config, training, lora_rank=rank) for rank in (0, 16))
     moments = [dict(result["static"])["optimizer states"] for result in (full, lora)]
     assert 0 < moments[1] < moments[0] / 10
     assert dict(lora["static"])["reference MLLM"] == 0
@@ -79,7 +73,7 @@ def test_adapters_leave_little_to_learn():
 def test_saved_bytes_are_what_autograd_keeps():
     linear = torch.nn.Linear(3, 5)
     x = torch.randn(7, 3, requires_grad=True)
-    with plan_memory.SavedBytes(linear) as saved:
+    with memory_plan.SavedBytes(linear) as saved:
         torch.tanh(linear(x))
     assert saved.bytes == 4 * 7 * 3 + 4 * 7 * 5  # the input, and tanh's output; the weight is a parameter
 
@@ -89,15 +83,11 @@ def test_saved_bytes_are_what_autograd_keeps():
 )
 @pytest.mark.parametrize("name", LARGE)
 def test_the_recipes_parse(name, stage, arguments, monkeypatch, tmp_path):
-    import train_grpo
-    import train_sft
-
-    script = {"sft": train_sft, "grpo": train_grpo}[stage]
     recipe = yaml.safe_load((RECIPES / name / f"{stage}.yaml").read_text())
     recipe |= {"bf16": False, "use_cpu": True, "output_dir": str(tmp_path)}  # what this machine can do
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    classes = [script.ScriptArguments, arguments]
+    classes = [{"sft": train_sft.SFTArguments, "grpo": train_grpo.GRPOArguments}[stage], arguments]
     if stage == "grpo":
         from trl import ModelConfig
 

@@ -1,15 +1,14 @@
-"""train_sae.py and evaluate_sae.py on tiny real models."""
+"""`segcompass train sae` and `segcompass evaluate-sae` on tiny real models."""
 
 import json
 
 import pytest
 import torch
-from evaluate_sae import language_losses, next_token_loss
-from evaluate_sae import main as evaluate
-from train_sae import main as train
 
+from segcompass.commands import evaluate_sae, train_sae
 from segcompass.loaders.image_text import image_text, load_image_text
 from segcompass.modeling_segcompass import SparseAutoencoder
+from segcompass.sae_evaluation import language_losses, next_token_loss
 from segcompass.trainers.activations import TOKEN_TYPES, token_types
 from segcompass.trainers.collator import ImageTextCollator
 from tests.support.tiny import BACKBONES, tiny_segcompass
@@ -76,7 +75,7 @@ def test_only_the_named_tokens_are_replaced(parts):
     assert torch.equal(seen[0][~where], seen[1][~where])
 
 
-def test_scripts_train_cache_resume_and_judge(tmp_path, monkeypatch):
+def test_commands_train_cache_and_judge(tmp_path):
     model, processor = tiny_segcompass("llava")
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
@@ -101,8 +100,7 @@ def test_scripts_train_cache_resume_and_judge(tmp_path, monkeypatch):
         "output_dir": tmp_path / "sae",
         "cache_dir": tmp_path / "cache",
     }
-    monkeypatch.setattr("sys.argv", ["train_sae.py", *(f"--{name}={value}" for name, value in options.items())])
-    train()
+    train_sae.main([f"--{name}={value}" for name, value in options.items()])
     sae = SparseAutoencoder.from_pretrained(tmp_path / "sae")
     config = sae.config
     assert (config.activation, config.k, config.d_sae, config.layer) == ("batchtopk", 8, 64, 2)
@@ -112,7 +110,7 @@ def test_scripts_train_cache_resume_and_judge(tmp_path, monkeypatch):
     assert len(list((tmp_path / "cache").glob("shard-*.safetensors"))) == 2
 
     arguments = ["--model", str(tmp_path / "model"), "--sae", str(tmp_path / "sae"), "--output", str(tmp_path / "out")]
-    judged = evaluate([*arguments, "--num-samples", "4", "--batch-size", "2"])
+    judged = evaluate_sae.main([*arguments, "--num-samples", "4", "--batch-size", "2"])
     assert judged == json.loads((tmp_path / "out" / "quality.json").read_text())
     assert judged["by_type"].keys() == set(TOKEN_TYPES) and judged["language_model"]["all"].keys() >= {"recovered"}
     lines = (tmp_path / "out" / "quality.md").read_text().splitlines()
@@ -128,5 +126,5 @@ def test_an_autoencoder_of_another_backbone_is_refused(tmp_path):
     other.d_in = 16
     SparseAutoencoder(other).save_pretrained(tmp_path / "sae")
     arguments = ["--model", str(tmp_path / "model"), "--sae", str(tmp_path / "sae"), "--output", str(tmp_path / "out")]
-    with pytest.raises(SystemExit, match="reads 16 numbers of layer 2, but the MLLM is 32 wide"):
-        evaluate(arguments)
+    with pytest.raises(ValueError, match="reads 16 numbers of layer 2, but the MLLM is 32 wide"):
+        evaluate_sae.main(arguments)

@@ -1,4 +1,4 @@
-"""`examples/evaluate.py` as real processes that are killed and started again: every road leads to one metrics.json."""
+"""`segcompass evaluate` as real processes that are killed and started again: every road leads to one metrics.json."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def start(model, output, processes, pause):
         launch += ["-m", "accelerate.commands.launch", "--cpu", "--num_machines", "1", "--mixed_precision", "no"]
         launch += ["--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
         launch += ["--num_processes", str(processes), "--main_process_port", str(free_port())]
-    script = [str(ROOT / "tests" / "examples" / "forced_evaluate.py"), GOOD, str(pause)]
+    script = [str(ROOT / "tests" / "segcompass" / "forced_evaluation.py"), GOOD, str(pause)]
     arguments = ["--model", str(model), "--split", "test", "--seed", "3", "--num-samples", str(N)]
     arguments += ["--batch-size", "2", "--threshold", "0", "--output", str(output)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

@@ -1,11 +1,7 @@
-"""`examples/evaluate.py` on tiny real models and drawn scenes, its main function called as the command line would."""
+"""`segcompass evaluate` on tiny real models and drawn scenes, its main function called as the command line would."""
 
-import importlib.util
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,31 +10,23 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from segcompass import evaluation
+from segcompass.commands import evaluate
 from segcompass.loaders import load_scenes
 from tests.support.refer import image_name, ref, write_images, write_instances
 
-ROOT = Path(__file__).parents[2]
 N = 14
 GOOD = "<think>a red ball</think>" + "<REF_POS>" * 3
 KEYS = {"sample_id", "kind", "instruction", "text", "format", "slots", "I", "U", "pred_empty", "ref_empty", "seconds"}
 
 
-@pytest.fixture(scope="module")
-def script():
-    """The script as a module; by path, because its name is also a library's."""
-    spec = importlib.util.spec_from_file_location("evaluate_script", ROOT / "examples" / "evaluate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def run(script, saved, tmp_path):
-    """Runs the script on the first scenes of a seed and returns its metrics."""
+def run(saved, tmp_path):
+    """Runs the command on the first scenes of a seed and returns its metrics."""
 
     def run(*options, output="run"):
         arguments = ["--model", str(saved[0]), "--split", "test", "--seed", "3", "--num-samples", str(N)]
-        script.main([*arguments, "--batch-size", "4", "--output", str(tmp_path / output), *options])
+        evaluate.main([*arguments, "--batch-size", "4", "--output", str(tmp_path / output), *options])
         return json.loads((tmp_path / output / "metrics.json").read_text())
 
     return run
@@ -93,21 +81,21 @@ def test_response_without_concentration_tokens_fails_the_format_and_predicts_not
     assert not any(record["slots"] for record in lines(tmp_path / "run" / "predictions.jsonl"))
 
 
-def test_killed_and_resumed_run_equals_an_uninterrupted_one(script, run, saved, tmp_path, writes, monkeypatch):
+def test_killed_and_resumed_run_equals_an_uninterrupted_one(run, saved, tmp_path, writes, monkeypatch):
     writes(GOOD, saved[1])
     options = ("--threshold", "0")  # keeps every slot, so that there are masks to compare
     whole = run(*options, output="whole")
-    predict = script.predict
+    predict = evaluation.predict
 
-    def killed(args, model, processor, batch, *features):
+    def killed(settings, model, processor, batch, *features):
         if batch[0]["sample_id"].startswith("scenes-test-3-8-"):
             raise KeyboardInterrupt
-        return predict(args, model, processor, batch, *features)
+        return predict(settings, model, processor, batch, *features)
 
-    monkeypatch.setattr(script, "predict", killed)
+    monkeypatch.setattr(evaluation, "predict", killed)
     with pytest.raises(KeyboardInterrupt):
         run(*options, output="parts")
-    monkeypatch.setattr(script, "predict", predict)
+    monkeypatch.setattr(evaluation, "predict", predict)
     path = tmp_path / "parts" / "predictions.jsonl"
     assert len(lines(path)) == 8 and not (tmp_path / "parts" / "metrics.json").exists()
     torn = path.read_text()[:-40]  # the eighth line was being written
@@ -119,11 +107,11 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(script, run, saved, 
     assert [{**record, "seconds": 0} for record in written] == [
         {**record, "seconds": 0} for record in lines(tmp_path / "whole" / "predictions.jsonl")
     ]
-    monkeypatch.setattr(script, "predict", killed)  # a finished run needs no model
+    monkeypatch.setattr(evaluation, "predict", killed)  # a finished run needs no model
     assert run(*options, output="parts") == whole
 
 
-def test_what_another_process_wrote_is_taken_up(script, run, saved, tmp_path, writes, monkeypatch):
+def test_what_another_process_wrote_is_taken_up(run, saved, tmp_path, writes, monkeypatch):
     writes(GOOD, saved[1])
     whole = run("--threshold", "0")
     path = tmp_path / "run" / "predictions.jsonl"
@@ -132,7 +120,7 @@ def test_what_another_process_wrote_is_taken_up(script, run, saved, tmp_path, wr
     other = path.with_name("predictions.rank1.jsonl")
     other.write_text("".join(records[4:8]) + records[8])  # one was written twice
     (tmp_path / "run" / "metrics.json").unlink()
-    monkeypatch.setattr(script, "predict", None)  # nothing is left to predict
+    monkeypatch.setattr(evaluation, "predict", None)  # nothing is left to predict
     assert run("--threshold", "0") == whole
     assert path.read_text() == "".join(records) and not other.exists()
 
@@ -159,7 +147,7 @@ def test_gallery_and_model_index(run, saved, tmp_path, writes):
     assert len(card.data.eval_results) == 4, "the Hub reads it"
 
 
-def test_predictions_of_any_model_are_scored_by_the_same_path(script, run, saved, tmp_path, writes):
+def test_predictions_of_any_model_are_scored_by_the_same_path(run, saved, tmp_path, writes):
     writes(GOOD, saved[1])
     metrics = run("--threshold", "0")
     records = lines(tmp_path / "run" / "predictions.jsonl")
@@ -168,7 +156,7 @@ def test_predictions_of_any_model_are_scored_by_the_same_path(script, run, saved
         path = tmp_path / f"{output}.jsonl"
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
         arguments = ["--predictions", str(path), "--split", "test", "--seed", "3", "--num-samples", str(N)]
-        return script.main([*arguments, *options, "--output", str(tmp_path / output)])
+        return evaluate.main([*arguments, *options, "--output", str(tmp_path / output)])
 
     own = score(records, output="own")
     assert own == {name: value for name, value in metrics.items() if name != "n_format_fail"}
@@ -191,14 +179,14 @@ def test_predictions_of_any_model_are_scored_by_the_same_path(script, run, saved
         ([*theirs[1:], {"sample_id": theirs[0]["sample_id"]}], "needs one of masks, mask, slots"),
         ([*theirs, {"masks": []}], "line 15 is no prediction"),
     ):
-        with pytest.raises(SystemExit, match=message):
+        with pytest.raises(ValueError, match=message):
             score(odd, output="odd")
         (tmp_path / "odd" / "run.json").unlink(missing_ok=True)
-    with pytest.raises(SystemExit, match="none.jsonl"):
-        script.main(["--predictions", str(tmp_path / "none.jsonl"), "--output", str(tmp_path / "none")])
+    with pytest.raises(FileNotFoundError, match="none.jsonl"):
+        evaluate.main(["--predictions", str(tmp_path / "none.jsonl"), "--output", str(tmp_path / "none")])
 
 
-def test_a_benchmark_in_its_original_files(script, saved, tmp_path, writes):
+def test_a_benchmark_in_its_original_files(saved, tmp_path, writes):
     writes(GOOD, saved[1])
     write_images(tmp_path / "train2014")
     write_instances(tmp_path / "grefcoco")
@@ -206,35 +194,35 @@ def test_a_benchmark_in_its_original_files(script, saved, tmp_path, writes):
     (tmp_path / "grefcoco" / "grefs(unc).json").write_text(json.dumps(refs))
     arguments = ["--model", str(saved[0]), "--dataset", "grefcoco", "--split", "val", "--root", str(tmp_path)]
 
-    def evaluate(*options, output="run"):
-        return script.main([*arguments, *options, "--output", str(tmp_path / output)])
+    def score(*options, output="run"):
+        return evaluate.main([*arguments, *options, "--output", str(tmp_path / output)])
 
-    metrics = evaluate("--image-dir", str(tmp_path / "train2014"))
+    metrics = score("--image-dir", str(tmp_path / "train2014"))
     assert (metrics["n"], metrics["n_no_target"], metrics["unit"]) == (3, 1, "sentence")
     assert set(metrics["by_kind"]) == {"single", "none"}
-    metrics = evaluate("--image-dir", str(tmp_path / "train2014"), "--protocol", "himtok", output="himtok")
+    metrics = score("--image-dir", str(tmp_path / "train2014"), "--protocol", "himtok", output="himtok")
     assert (metrics["n"], metrics["protocol"], metrics["unit"]) == (2, "himtok", "merged")
-    with pytest.raises(SystemExit, match="has no image; give --image-dir"):
-        evaluate(output="blind")
-    with pytest.raises(SystemExit, match="cannot load split 'val' of 'grefcoco': dataset 'grefcoco' needs its root"):
-        script.main([*arguments[:6], "--output", str(tmp_path / "rootless")])
+    with pytest.raises(ValueError, match="has no image; give --image-dir"):
+        score(output="blind")
+    with pytest.raises(ValueError, match="cannot load split 'val' of 'grefcoco': dataset 'grefcoco' needs its root"):
+        evaluate.main([*arguments[:6], "--output", str(tmp_path / "rootless")])
     Image.new("RGB", (9, 9)).save(tmp_path / "train2014" / image_name(1))
-    with pytest.raises(SystemExit, match=r"image of sample 'grefcoco-unc-val-1-100' has \(width, height\) \(9, 9\)"):
-        evaluate("--image-dir", str(tmp_path / "train2014"), output="small")
+    with pytest.raises(ValueError, match=r"image of sample 'grefcoco-unc-val-1-100' has \(width, height\) \(9, 9\)"):
+        score("--image-dir", str(tmp_path / "train2014"), output="small")
 
 
 def test_predictions_of_another_run_are_refused_by_name(run, saved, writes):
     writes(GOOD, saved[1])
     run()
-    with pytest.raises(SystemExit, match=r"threshold=0\.5, this run has 0\.25"):
+    with pytest.raises(ValueError, match=r"threshold=0\.5, this run has 0\.25"):
         run("--threshold", "0.25")
-    with pytest.raises(SystemExit, match="query_source='both', this run has 'tokens'"):
+    with pytest.raises(ValueError, match="query_source='both', this run has 'tokens'"):
         run("--query-source", "tokens")
-    with pytest.raises(SystemExit, match="seed=3, this run has 4"):
+    with pytest.raises(ValueError, match="seed=3, this run has 4"):
         run("--seed", "4")
     for weights in saved[0].glob("*.safetensors"):
         os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 10**9))
-    with pytest.raises(SystemExit, match="weights="):
+    with pytest.raises(ValueError, match="weights="):
         run()
 
 
@@ -243,37 +231,30 @@ def test_damaged_line_is_named(run, saved, tmp_path, writes):
     run()
     path = tmp_path / "run" / "predictions.jsonl"
     path.write_text(path.read_text().replace("\n", "\n{oops\n", 1))
-    with pytest.raises(SystemExit, match="line 2 is damaged"):
+    with pytest.raises(ValueError, match="line 2 is damaged"):
         run()
 
 
-def test_folder_of_rows_without_kinds(script, saved, tmp_path, writes):
+def test_folder_of_rows_without_kinds(saved, tmp_path, writes):
     writes(GOOD, saved[1])
     rows = load_scenes("val", seed=1, num_samples=3).remove_columns("kind")
     rows.save_to_disk(tmp_path / "rows")
     arguments = ["--dataset", str(tmp_path / "rows"), "--split", "val", "--query-source", "tokens"]
-    metrics = script.main(["--model", str(saved[0]), *arguments, "--output", str(tmp_path / "run")])
+    metrics = evaluate.main(["--model", str(saved[0]), *arguments, "--output", str(tmp_path / "run")])
     assert metrics["n"] == 3 and "by_kind" not in metrics
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--num-samples", "0"], "--num-samples is 0"),
-        (["--threshold", "2"], "--threshold is 2.0"),
+        (["--num-samples", "0"], "--num-samples: it is '0'"),
+        (["--threshold", "2"], "--threshold: it is '2'"),
         (["--split", "dev"], "split='dev'"),
-        (["--dataset", "nowhere"], "neither 'scenes', one of refcoco"),
+        (["--dataset", "nowhere"], "is not known; give one of obelics, reasonseg, refcoco"),
+        (["--protocol", "mine"], "the protocol is 'mine'; choose one of rela, lisa"),
     ],
 )
 def test_wrong_arguments_are_named(run, options, message, capsys):
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises((SystemExit, ValueError)) as stopped:
         run(*options)
     assert message in capsys.readouterr().err + str(stopped.value)
-
-
-def test_script_finds_the_library_that_shares_its_name():
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "examples/evaluate.py", "--help"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "predictions.jsonl" in done.stdout

@@ -1,4 +1,4 @@
-"""`examples/prepare_data.py` on small files in the released formats."""
+"""`segcompass prepare-data` on small files in the released formats."""
 
 import functools
 import http.server
@@ -13,12 +13,12 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import prepare_data
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from segcompass.commands import prepare_data
 from segcompass.loaders import load_obelics, load_refcoco, load_rows
 from segcompass.loaders.obelics import image_name as stored_name
 from segcompass.loaders.published import compare
@@ -68,7 +68,7 @@ def test_converted_rows_are_those_of_the_loader(arguments, tmp_path, images, cap
     assert " ".join(table[1][6:]) == "2 images, published 1,500"
 
 
-def test_interrupted_conversion_goes_on(arguments, tmp_path):
+def test_interrupted_conversion_resumes(arguments, tmp_path):
     folder = tmp_path / "out"
     command = [sys.executable, str(ROOT / "examples" / "prepare_data.py"), *arguments, "--rows-per-file", "1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(tmp_path / "cache")}
@@ -83,15 +83,15 @@ def test_interrupted_conversion_goes_on(arguments, tmp_path):
     assert len(list(folder.glob("*.parquet"))) == 12 and not list(folder.glob("*.part"))
     assert {path: path.stat().st_mtime_ns for path in done} == done, "what was written is not written again"
     assert len(set(load_rows(str(folder), "val")["sample_id"])) == 11
-    with pytest.raises(SystemExit, match="holds a conversion with unit='sentence', this one has 'ref'"):
+    with pytest.raises(ValueError, match="holds a conversion with unit='sentence', this run has 'ref'"):
         prepare_data.main([*arguments, "--rows-per-file", "1", "--unit", "ref", "--output", str(folder)])
 
 
 def test_image_of_another_size_than_its_masks_is_named(arguments, tmp_path):
     Image.new("RGB", (24, 32)).save(tmp_path / "train2014" / image_name(1))
-    with pytest.raises(SystemExit, match=r"000000000001\.jpg has \(height, width\) \(32, 24\), the masks of sample"):
+    with pytest.raises(ValueError, match=r"000000000001\.jpg has \(height, width\) \(32, 24\), the masks of sample"):
         prepare_data.main([*arguments, "--output", str(tmp_path / "out")])
-    with pytest.raises(SystemExit, match="needs its root"):
+    with pytest.raises(ValueError, match="needs its root"):
         prepare_data.main(["reasonseg", "--output", str(tmp_path / "rootless")])
 
 

@@ -1,0 +1,185 @@
+"""Building a SegCompass model from its parts, and saving and loading it: what stands behind the model's methods."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+from transformers import AutoModelForImageTextToText, PreTrainedModel, SamVisionModel
+from transformers import initialization as init
+from transformers.quantizers import AutoQuantizationConfig
+
+from .configuration_segcompass import SegCompassConfig, SparseAutoencoderConfig
+from .image_encoder import load_image_encoder
+from .modeling_sparse_autoencoder import SparseAutoencoder
+from .old_names import OLD_FIELDS, OLD_PARTS, OLD_WEIGHTS, with_new_names
+from .pipeline_segcompass import CUSTOM_PIPELINES
+from .sam_weights import start_mask_decoder
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_segcompass.SegCompassConfig",
+    "AutoModel": "modeling_segcompass.SegCompassModel",
+    "AutoModelForImageTextToText": "modeling_segcompass.SegCompassModel",
+    "AutoProcessor": "processing_segcompass.SegCompassProcessor",
+}
+SUBMODELS: dict[str, Any] = {
+    "mllm": AutoModelForImageTextToText,
+    "image_encoder": SamVisionModel,
+    "sae": SparseAutoencoder,
+}
+"""The parts that have weights of their own before there is a SegCompass model, and what loads them."""
+HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token")
+# Only the MLLM is quantised: these are small, or their output is a mask's edge. The head is named as by default.
+UNQUANTIZED = ("lm_head", "image_encoder", "sae", "query_codebook", "slot_mapper", "image_positions", "mask_decoder")
+
+
+def build_from_backbones(
+    model_class: type, mllm: Any, image_encoder: Any, sae: Any, processor: Any, dtype: Any, config: dict[str, Any]
+) -> Any:
+    """The body of `SegCompassModel.from_backbones`, which says what the arguments are."""
+    config = with_new_names(config, OLD_FIELDS | OLD_PARTS)
+    if "image_encoder" in config:  # given under its old name
+        if image_encoder is not None:
+            raise ValueError("both sam= and image_encoder= (its new name) are given; keep image_encoder= only.")
+        image_encoder = config.pop("image_encoder")
+    if image_encoder is None:
+        raise ValueError("no image encoder was given; pass image_encoder=<model id, folder, .pth file or model>.")
+    if isinstance(mllm, str):
+        mllm = AutoModelForImageTextToText.from_pretrained(mllm, dtype=dtype)
+    image_encoder, decoder_weights = load_image_encoder(image_encoder, dtype)
+    if isinstance(sae, str):
+        sae = SparseAutoencoder.from_pretrained(sae, dtype=dtype)
+    name = mllm.config._name_or_path or None
+    if sae is not None:
+        config["sae_config"] = sae.config
+        if sae.config.backbone and name and sae.config.backbone != name:
+            raise ValueError(
+                f"the SAE was trained on {sae.config.backbone!r}, but the MLLM is {name!r}; load an SAE of this "
+                "backbone, or set sae.config.backbone=None to overrule."
+            )
+    elif "sae_config" not in config:
+        text = mllm.config.get_text_config()
+        config["sae_config"] = SparseAutoencoderConfig(
+            d_in=text.hidden_size, layer=max(1, text.num_hidden_layers // 2), backbone=name
+        )
+    if processor is not None:
+        config = {**processor.model_tokens(), "num_slots": processor.num_slots, **config}
+        if len(processor.tokenizer) > mllm.get_input_embeddings().num_embeddings:
+            mllm.resize_token_embeddings(len(processor.tokenizer), mean_resizing=True)
+    whole = SegCompassConfig(
+        mllm_config=mllm.config,
+        image_encoder_config=image_encoder.config,
+        attn_implementation=mllm.config._attn_implementation,
+        **config,
+    )
+    model = model_class(whole, mllm=mllm, image_encoder=image_encoder, sae=sae)
+    start_mask_decoder(model, decoder_weights)
+    return model
+
+
+def put_sae(model: Any, sae: Any) -> None:
+    """The body of `SegCompassModel.load_sae`."""
+    if isinstance(sae, str):
+        sae = SparseAutoencoder.from_pretrained(sae)
+    for name in ("d_in", "d_sae", "layer"):
+        ours, theirs = getattr(model.config.sae_config, name), getattr(sae.config, name)
+        if ours != theirs:
+            raise ValueError(
+                f"the SAE has {name}={theirs}, this model was built for {ours}; train one for it, or build a model "
+                "around this SAE with from_backbones."
+            )
+    model.sae = sae.to(model.device)
+    model.config.sae_config = sae.config
+    model.freeze_encoders()
+
+
+def load_whole(load: Callable, path: Any, args: tuple, output_loading_info: bool, keywords: dict[str, Any]) -> Any:
+    """The body of `SegCompassModel.from_pretrained`.
+
+    Args:
+        load: transformers' own `from_pretrained` of the model's class.
+        path: folder or Hub id.
+        args: further positional arguments of `load`.
+        output_loading_info: also return transformers' report on the weights.
+        keywords: keyword arguments of `load`.
+
+    Returns:
+        the model, or the model and the report.
+
+    Raises:
+        ValueError: see `SegCompassModel.from_pretrained`.
+    """
+    hub = {name: keywords[name] for name in HUB_KEYWORDS if name in keywords}
+    keywords.setdefault("key_mapping", OLD_WEIGHTS)
+    config = keywords.get("config")
+    if not isinstance(config, SegCompassConfig):
+        of_config = {name: keywords[name] for name in ("revision", "subfolder") if keywords.get(name) is not None}
+        config = SegCompassConfig.from_pretrained(path, **hub, **of_config)
+    references = config.references or {}
+    if keywords.get("quantization_config") is not None:
+        keywords["quantization_config"] = spare_from_quantization(keywords["quantization_config"])
+    for name in ("device_map", "quantization_config"):
+        if references and keywords.get(name) is not None:
+            raise ValueError(
+                f"{name} needs a checkpoint that carries its weights whole, but this one refers to "
+                f"{', '.join(references)}; load it without, save_pretrained it, and load that."
+            )
+    with init.no_init_weights() if references else nullcontext():
+        model, info = load(path, *args, output_loading_info=True, **keywords)
+    loading = {name: keywords[name] for name in ("dtype", "attn_implementation") if name in keywords}
+    for part, where in references.items():
+        loaded = SUBMODELS[part].from_pretrained(where["repo_id"], revision=where["revision"], **hub, **loading)
+        getattr(model, part).load_state_dict(loaded.state_dict())
+        info["missing_keys"] = {key for key in info["missing_keys"] if not key.startswith(f"{part}.")}
+    wrong = {name: sorted(map(str, info[name])) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    if any(wrong.values()):
+        found = "; ".join(f"{name}: {len(keys)} ({', '.join(keys[:3])} ...)" for name, keys in wrong.items() if keys)
+        raise ValueError(
+            f"{path} does not match this model ({found}); nothing was loaded. Use the folder that save_pretrained "
+            "wrote, with its own config.json."
+        )
+    if any(weight.is_meta for weight in model.sae.parameters()):
+        raise ValueError(
+            "device_map left no memory for the SAE, which cannot be offloaded (its encoder is read by columns); "
+            'name a device for it, as in device_map={"sae": "cpu", ...}, or raise max_memory.'
+        )
+    model.config.references = None  # it is whole now, and is saved whole
+    model.freeze_encoders()
+    return (model, info) if output_loading_info else model
+
+
+def save_whole(
+    model: PreTrainedModel, save: Callable, folder: Any, args: tuple, references: Any, keywords: dict[str, Any]
+) -> None:
+    """The body of `SegCompassModel.save_pretrained`; `save` is transformers' own, bound to the model."""
+    keywords["save_original_format"] = False
+    model.config.auto_map = dict(AUTO_MAP)
+    model.config.custom_pipelines = CUSTOM_PIPELINES
+    if references:
+        state_dict = model.state_dict() if keywords.get("state_dict") is None else keywords["state_dict"]
+        keywords["state_dict"] = {key: w for key, w in state_dict.items() if key.split(".")[0] not in references}
+    try:
+        model.config.references = checked_references(references)
+        save(folder, *args, **keywords)
+    finally:
+        model.config.references = None
+
+
+def checked_references(references: dict[str, dict[str, str]] | None) -> dict[str, dict[str, str]] | None:
+    """The references as they are, or None; raises ValueError for an unknown part or a revision that is not named."""
+    for part, where in (references or {}).items():
+        if part not in SUBMODELS or not where.get("repo_id") or not where.get("revision"):
+            raise ValueError(
+                f"references[{part!r}] is {where!r}; name one of {tuple(SUBMODELS)} with its repo_id and revision."
+            )
+    return references or None
+
+
+def spare_from_quantization(quantization_config: Any) -> Any:
+    """The quantisation config (or its dict form) with everything but the MLLM among the modules it leaves alone."""
+    if isinstance(quantization_config, dict):
+        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
+    for field in ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules"):
+        if hasattr(quantization_config, field):
+            named = getattr(quantization_config, field) or []
+            setattr(quantization_config, field, [*named, *(name for name in UNQUANTIZED if name not in named)])
+    return quantization_config

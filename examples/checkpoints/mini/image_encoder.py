@@ -1,0 +1,163 @@
+"""F_enc, the frozen image encoder that gives the image keys K: this file knows SAM's, everybody else asks it.
+
+    encoder_of(config).encode(model.image_encoder, pixels)      # K, float (B, d_k, h, w)
+
+Another encoder is another class with these answers and an entry in `ENCODERS`. Where the image lies in the encoder's
+square input is its `Frame`: keys, heatmaps, masks and their targets are all laid over it.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoConfig, PreTrainedModel, SamVisionModel
+
+from .sam_weights import read_sam
+
+
+class Frame(NamedTuple):
+    """F_enc's square input: the image's longest side becomes `side` pixels, the rest is padded right and bottom.
+
+    Example:
+        frame = Frame(1024)
+        frame.reshaped_size(480, 640)                           # (768, 1024)
+        frame.valid_extent(torch.tensor([[768, 1024]]), 64)     # [[48, 64]] of 64 x 64 cells
+    """
+
+    side: int
+    """in pixels."""
+
+    def reshaped_size(self, height: int, width: int) -> tuple[int, int]:
+        """(H, W) of an image inside the frame, rounded to whole pixels."""
+        scale = self.side / max(height, width)
+        return int(height * scale + 0.5), int(width * scale + 0.5)
+
+    def valid_extent(self, reshaped_sizes: torch.Tensor, grid_size: int) -> torch.Tensor:
+        """The unpadded part of a grid laid over the frame: a cell counts when some of it is image.
+
+        Args:
+            reshaped_sizes: long (B, 2), (H, W) inside the frame.
+            grid_size: side of the grid in cells.
+
+        Returns:
+            long (B, 2), (rows, columns).
+        """
+        return (reshaped_sizes * grid_size + self.side - 1) // self.side
+
+    def cell_mask(self, reshaped_sizes: torch.Tensor, grid_size: int) -> torch.Tensor:
+        """The unpadded cells of a grid laid over the frame.
+
+        Args:
+            reshaped_sizes: long (B, 2), (H, W) inside the frame.
+            grid_size: side of the grid in cells.
+
+        Returns:
+            bool (B, grid_size, grid_size), False where the frame is padding.
+        """
+        extent = self.valid_extent(reshaped_sizes, grid_size)
+        cells = torch.arange(grid_size, device=extent.device)
+        return (cells < extent[:, :1])[:, :, None] & (cells < extent[:, 1:])[:, None]  # (B, h, w)
+
+
+class SamEncoder:
+    """The vision encoder of SAM (ViT-B, L or H) as transformers has it.
+
+    Example:
+        encoder = encoder_of(model)
+        keys = encoder.encode(model.image_encoder, inputs["encoder_pixel_values"])  # (B, d_k, h, w)
+        channels, grid = encoder.channels(config), encoder.key_grid(config)         # 256, 64
+    """
+
+    model_types = ("sam_vision_model", "sam")
+    """`model_type` of the configurations it is built from, and of the models it is taken out of."""
+    model_class = SamVisionModel
+
+    def build(self, config: Any) -> PreTrainedModel:
+        """The encoder with random weights."""
+        return self.model_class._from_config(config)
+
+    def encode(self, encoder: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
+        """Image keys K.
+
+        Args:
+            encoder: as `build` makes it.
+            pixels: float (B, 3, S, S), as its image processor makes them.
+
+        Returns:
+            float (B, d_k, h, w).
+        """
+        return encoder(pixels.to(encoder.dtype)).last_hidden_state
+
+    def channels(self, config: Any) -> int:
+        """d_k, the width of the image keys."""
+        return config.output_channels
+
+    def key_grid(self, config: Any) -> int:
+        """Side of the square grid of image keys: 64 for SAM at 1024 pixels."""
+        return config.image_size // config.patch_size
+
+    def frame(self, config: Any) -> Frame:
+        """Where the image lies in the encoder's input."""
+        return Frame(config.image_size)
+
+
+ENCODERS = {name: encoder for encoder in (SamEncoder(),) for name in encoder.model_types}
+
+
+def encoder_of(source: Any) -> SamEncoder:
+    """What is known about an image encoder.
+
+    Args:
+        source: a SegCompassModel, its configuration, an image encoder, or its configuration.
+
+    Returns:
+        SamEncoder: the answers for its kind.
+
+    Raises:
+        ValueError: an encoder of an unknown kind.
+    """
+    config = getattr(source, "config", source)
+    config = getattr(config, "image_encoder_config", config)
+    return _known(config.model_type, f"the image encoder ({type(config).__name__})")
+
+
+def load_image_encoder(
+    source: str | PreTrainedModel, dtype: str | torch.dtype = "float32"
+) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+    """An image encoder with its weights.
+
+    Args:
+        source: model id, folder or loaded model; also an original segment-anything `.pth` file.
+        dtype: of what is loaded here; "auto" keeps the checkpoint's own.
+
+    Returns:
+        tuple: the encoder, and the weights that the mask decoder can start from, {} when there are none.
+
+    Raises:
+        ValueError: an encoder of an unknown kind, or weights that do not fit it.
+    """
+    if not isinstance(source, str):
+        _known(source.config.model_type, type(source).__name__)
+    elif Path(source).suffix != ".pth":
+        _known(AutoConfig.from_pretrained(source).model_type, repr(source))
+    return read_sam(source, dtype)
+
+
+def image_side(image_processor: Any) -> int:
+    """S, the side in pixels of the frame that the encoder's image processor makes."""
+    return image_processor.size["longest_edge"]
+
+
+def without_torchvision(image_processor: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a saved image processor, in its PIL form: the same pixels with and without torchvision."""
+    name = image_processor.get("image_processor_type", "")
+    return {**image_processor, "image_processor_type": f"{name.removesuffix('Fast').removesuffix('Pil')}Pil"}
+
+
+def _known(model_type, name):
+    if model_type not in ENCODERS:
+        raise ValueError(
+            f"{name} is of type {model_type!r}, which is no image encoder known here; choose a SAM "
+            "(facebook/sam-vit-base, -large or -huge, or one of the original .pth files)."
+        )
+    return ENCODERS[model_type]

@@ -1,0 +1,521 @@
+"""The activations of the sparse autoencoder: which pre-activations z W_enc + b_enc become features, one class each.
+
+Whatever depends on the activation is in its class. The configuration, the autoencoder, the query codebook, the trainer,
+the estimate and the exchange with SAELens look the class up in `SAE_ACTIVATIONS` and ask it. To add an activation,
+subclass `SparseActivation`, override what differs, and add a line to `SAE_ACTIVATIONS`.
+
+The classes hold no state: an activation's parameters and buffers are attributes of the autoencoder, which every method
+takes as its first argument.
+"""
+
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+if TYPE_CHECKING:
+    from .configuration_segcompass import SparseAutoencoderConfig
+    from .modeling_sparse_autoencoder import SparseAutoencoder
+
+THRESHOLD_RATE = 0.01
+"""How far "batchtopk" moves its threshold towards that of each training batch."""
+
+
+class Code(NamedTuple):
+    """What an activation's `forward` makes of hidden states (..., d_in)."""
+
+    reconstruction: torch.Tensor
+    """ẑ, float (..., d_in)."""
+    feature_acts: torch.Tensor | None
+    """h(z), float (..., d_sae); None where it was not needed and not asked for."""
+    active: torch.Tensor
+    """float32 (...,), features active at each token."""
+    fired: torch.Tensor
+    """float32 (d_sae,), tokens at which each feature is active; without gradient."""
+
+
+class TrainingCost(NamedTuple):
+    """What one training step takes."""
+
+    flops: int
+    """Operations per token, two per multiply-add."""
+    arrays: int
+    """Arrays of tokens x d_sae numbers that are held at a time."""
+
+
+class SparseActivation:
+    """Everything an activation decides. The base class is ReLU without a penalty; subclasses override what differs.
+
+    Two cases are simple. Where each activation depends on its own pre-activation only and never decreases with it,
+    override `activate`: encoding, training and search call it. Where the features of a token compete, override
+    `encode`, which training calls, and `max_over_tokens`.
+
+    The trainer's frame relies on homogeneity: without biases, and with `tensors` scaled along, h(c z) = c h(z), c > 0.
+    """
+
+    tensors: ClassVar[dict[str, int]] = {}
+    """Parameters and buffers that `add_tensors` registers: name -> p, where the tensor grows with (scale of z)^p."""
+    fields: ClassVar[dict[str, int]] = {}
+    """Fields of the configuration that depend on the scale of z, likewise. The training arguments have fields of the
+    same names, with values for hidden states of unit variance per dimension."""
+    coefficient: ClassVar[str | None] = None
+    """The field that multiplies `penalty`; None where there is no penalty."""
+    saelens_architecture: ClassVar[str | None] = None
+    """SAELens' name of the architecture it is saved as; None where SAELens has none."""
+
+    # -- configuration and cost ----------------------------------------------------------------------------------------
+
+    @classmethod
+    def check_config(cls, config: "SparseAutoencoderConfig") -> None:
+        """Refuse a configuration that this activation cannot work with.
+
+        Args:
+            config: with all its fields set.
+
+        Raises:
+            ValueError: a field is out of range.
+        """
+
+    @classmethod
+    def training_cost(cls, config: "SparseAutoencoderConfig") -> TrainingCost:
+        """Operations and memory of training; by default those of dense products."""
+        # Encoder and decoder, forward and backward; pre-activations, activations and the gradient of one of them.
+        return TrainingCost(flops=10 * config.d_in * config.d_sae, arrays=3)
+
+    # -- extra tensors -------------------------------------------------------------------------------------------------
+
+    def add_tensors(self, sae: "SparseAutoencoder") -> None:
+        """Register the activation's own parameters and buffers, empty, on the autoencoder under their names."""
+
+    def init_tensors(self, sae: "SparseAutoencoder") -> None:
+        """Give them the values of a fresh autoencoder, through `transformers.initialization`."""
+
+    # -- encoding ------------------------------------------------------------------------------------------------------
+
+    def activate(
+        self, sae: "SparseAutoencoder", pre: torch.Tensor, features: torch.Tensor | slice = slice(None)
+    ) -> torch.Tensor:
+        """Compute activations from their own pre-activations only, differentiably.
+
+        Args:
+            sae: the autoencoder.
+            pre: float (..., M), pre-activations of the features `features`.
+            features: long, broadcasts against `pre`; or a slice of all d_sae features.
+
+        Returns:
+            float (..., M), non-negative. Where a token's features compete, those of winners and losers alike.
+        """
+        return torch.relu(pre)
+
+    def encode(self, sae: "SparseAutoencoder", pre: torch.Tensor) -> torch.Tensor:
+        """Activations h(z), float (..., d_sae), from all pre-activations `pre` (..., d_sae), in use after training."""
+        return self.activate(sae, pre)
+
+    def strongest(self, sae: "SparseAutoencoder", pre: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """List each token's strongest features.
+
+        Args:
+            sae: the autoencoder.
+            pre: float (N, d_sae), pre-activations.
+            count: how many features to list per token, in [1, d_sae].
+
+        Returns:
+            Activations, float (N, A), strongest first, and their features, long (N, A). A is `count`, or less where a
+            token never has as many.
+        """
+        return self.encode(sae, pre).topk(count, dim=-1)
+
+    def max_over_tokens(
+        self, sae: "SparseAutoencoder", z: torch.Tensor, token_mask: torch.Tensor, max_elements: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Find each feature's greatest activation in each sample; called without gradients.
+
+        An activation that never decreases is greatest where the pre-activation is, so only the maximum of the latter is
+        searched, in chunks of features, and in half precision where the machine multiplies faster in it. Where this
+        does not hold, override it by calling `max_over_encoded_tokens`.
+
+        Args:
+            sae: the autoencoder.
+            z: float (B, T, d_in), hidden states.
+            token_mask: bool (B, T), tokens to look at.
+            max_elements: about how many numbers to hold at once.
+
+        Returns:
+            Activations, float (B, d_sae), and the smallest activation that wins at each token, float (B, T), or None
+            where a token's features do not compete. With None the activations may be rounded to half precision.
+        """
+        batch, length, _ = z.shape
+        halves = z.is_cuda or torch.cpu._is_avx512_bf16_supported()
+        # A masked token stands in as the first valid one, which leaves the maximum as it is.
+        places = torch.arange(length, device=z.device)
+        stand_in = torch.where(token_mask, places, token_mask.int().argmax(1, keepdim=True))  # (B, T)
+        low = z.to(torch.bfloat16 if halves else sae.W_enc.dtype).gather(1, stand_in[..., None].expand_as(z))
+        strongest = sae.b_enc.masked_fill(~token_mask.any(1, keepdim=True), float("-inf"))  # (B, d_sae)
+        step = max(1, max_elements // (batch * length))
+        for start in range(0, sae.config.d_sae, step):
+            columns = slice(start, start + step)
+            strongest[:, columns] += (low @ sae.W_enc[:, columns].to(low.dtype)).amax(1)  # (B, T, step) -> (B, step)
+        return self.activate(sae, strongest), None
+
+    # -- training ------------------------------------------------------------------------------------------------------
+
+    def forward(self, sae: "SparseAutoencoder", z: torch.Tensor, output_feature_acts: bool) -> Code:
+        """Encode and decode, differentiably.
+
+        Args:
+            sae: the autoencoder.
+            z: float (..., d_in), hidden states in the dtype of the weights.
+            output_feature_acts: whether `feature_acts` is wanted.
+
+        Returns:
+            Code. In training its activations may differ from those of `encode`, as with "batchtopk".
+        """
+        h, on = self.activate_with_indicator(sae, z @ sae.W_enc + sae.b_enc)
+        return Code(
+            reconstruction=sae.decode(h),
+            feature_acts=h,
+            active=on.sum(-1, dtype=torch.float32),
+            fired=on.detach().flatten(0, -2).sum(0, dtype=torch.float32),
+        )
+
+    def activate_with_indicator(self, sae: "SparseAutoencoder", pre: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Activations h, and 1 where they are on, else 0: float (..., d_sae) each. The dense `forward` calls it."""
+        h = self.encode(sae, pre)
+        return h, h.detach().sign()  # count_nonzero is three times slower on a CPU
+
+    def penalty(self, sae: "SparseAutoencoder", code: Code) -> torch.Tensor | None:
+        """The term that keeps features few, before its coefficient: scalar, a mean over tokens; None without one."""
+        return None
+
+    def start_training(self, sae: "SparseAutoencoder") -> None:
+        """Set the extra tensors of an untrained autoencoder, in the trainer's frame of unit variance per dimension."""
+
+    def follow_norms(self, sae: "SparseAutoencoder", norms: torch.Tensor) -> None:
+        """Scale extra parameters after `W_enc` and `b_enc` were multiplied by the decoder rows' `norms` (d_sae,)."""
+
+    def revive(self, sae: "SparseAutoencoder", features: torch.Tensor) -> list[nn.Parameter]:
+        """Restart the extra parameters of dead features.
+
+        Args:
+            sae: the autoencoder.
+            features: long (M,), the dead.
+
+        Returns:
+            The parameters that were set, (d_sae,) each; the trainer clears these features' optimizer state.
+        """
+        return []
+
+    # -- SAELens -------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def saelens_fields(cls, config: "SparseAutoencoderConfig") -> dict[str, Any]:
+        """Fields that `cfg.json` of SAELens needs for this architecture, beyond the common ones."""
+        return {}
+
+    @classmethod
+    def from_saelens(cls, saelens_config: dict[str, Any]) -> dict[str, Any] | None:
+        """Fields of our configuration for `cfg.json` of SAELens, or None if its SAE has another activation."""
+        return {} if saelens_config.get("architecture", "standard") == cls.saelens_architecture else None
+
+
+class Relu(SparseActivation):
+    """Every positive pre-activation is a feature; Eq. 7's penalty, weighted by the decoder norms, makes them few.
+
+    A plain Σ_j h_j is gamed by shrinking h and growing W_dec; Σ_j h_j ||W_dec[j]|| is not.
+    """
+
+    fields = {"l1_coefficient": 1}
+    coefficient = "l1_coefficient"
+    saelens_architecture = "standard"
+
+    def penalty(self, sae: "SparseAutoencoder", code: Code) -> torch.Tensor:
+        """Σ_j h_j ||W_dec[j]||."""
+        assert code.feature_acts is not None  # the dense `forward` always gives them
+        return (code.feature_acts @ sae.W_dec.norm(dim=1)).mean()
+
+    @classmethod
+    def from_saelens(cls, saelens_config: dict[str, Any]) -> dict[str, Any] | None:
+        """SAELens before release 6 called "standard" also what keeps the k largest; that is not it."""
+        return None if saelens_config.get("activation_fn_str") == "topk" else super().from_saelens(saelens_config)
+
+
+class _KeepLargest(SparseActivation):
+    """In training k features per token are kept; decoder and gradients touch only these, which makes it fast."""
+
+    @classmethod
+    def check_config(cls, config: "SparseAutoencoderConfig") -> None:
+        """Refuse a k beyond the number of features."""
+        if config.k > config.d_sae:
+            raise ValueError(f"k is {config.k}, but the SAE has {config.d_sae} features; choose k of at most d_sae.")
+
+    @classmethod
+    def training_cost(cls, config: "SparseAutoencoderConfig") -> TrainingCost:
+        """The encoder forward; all else on kept features."""
+        return TrainingCost(flops=2 * config.d_in * config.d_sae + 8 * config.k * config.d_in, arrays=1)
+
+    def keep(self, sae: "SparseAutoencoder", pre: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Choose P = k N pairs (token, feature) from pre-activations (N, d_sae); without gradients.
+
+        Args:
+            sae: the autoencoder.
+            pre: float (N, d_sae), pre-activations.
+
+        Returns:
+            The pairs' pre-activations, float (P,), tokens, long (P,), in order, and features, long (P,).
+        """
+        raise NotImplementedError
+
+    def forward(self, sae: "SparseAutoencoder", z: torch.Tensor, output_feature_acts: bool) -> Code:
+        """As the dense `forward`, in value and gradient, but on the P kept pairs instead of N x d_sae."""
+        flat = z.flatten(0, -2)  # (N, d_in)
+        tokens, d_sae = len(flat), sae.config.d_sae
+        with torch.no_grad():
+            values, rows, features = self.keep(sae, flat @ sae.W_enc + sae.b_enc)  # (P,) each
+            values = values.relu().to(z.dtype)
+            on = (values > 0).float()
+            active = on.new_zeros(tokens).index_add_(0, rows, on)  # (N,)
+            fired = on.new_zeros(d_sae).index_add_(0, features, on)  # (d_sae,)
+            offsets = torch.searchsorted(rows, torch.arange(tokens, device=z.device))  # (N,) each token's first pair
+        values = _Kept.apply(flat, sae.W_enc, sae.b_enc, values, rows, features)  # (P,) with gradient
+        z_hat = nn.functional.embedding_bag(
+            features, sae.W_dec, offsets, mode="sum", per_sample_weights=values.to(sae.W_dec.dtype)
+        )
+        z_hat = (z_hat + sae.b_dec).view(z.shape)  # (N, d_in) -> (..., d_in)
+        h = None
+        if output_feature_acts:
+            h = values.new_zeros(tokens * d_sae).scatter(0, rows * d_sae + features, values)
+            h = h.view(*z.shape[:-1], d_sae)  # (..., d_sae)
+        return Code(z_hat, h, active.view(z.shape[:-1]), fired)
+
+
+class TopK(_KeepLargest):
+    """The k largest positive pre-activations of each token are its features; there is no penalty."""
+
+    saelens_architecture = "topk"
+
+    def encode(self, sae: "SparseAutoencoder", pre: torch.Tensor) -> torch.Tensor:
+        """At most k of a token's activations differ from zero."""
+        values, indices = torch.relu(pre).topk(sae.config.k, dim=-1, sorted=False)  # (..., k)
+        return torch.zeros_like(pre).scatter(-1, indices, values)  # (..., d_sae)
+
+    def strongest(self, sae: "SparseAutoencoder", pre: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """At most k features per token; nothing is chosen twice."""
+        return torch.relu(pre).topk(min(count, sae.config.k), dim=-1)
+
+    def max_over_tokens(
+        self, sae: "SparseAutoencoder", z: torch.Tensor, token_mask: torch.Tensor, max_elements: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features of a token compete, so that the maximum is taken over encoded tokens."""
+        return max_over_encoded_tokens(sae, z, token_mask, max_elements)
+
+    def keep(self, sae: "SparseAutoencoder", pre: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The k largest of each token."""
+        values, features = (kept.flatten() for kept in pre.topk(sae.config.k, dim=-1, sorted=False))  # (N k,)
+        return values, torch.arange(len(pre), device=pre.device).repeat_interleave(sae.config.k), features
+
+    @classmethod
+    def saelens_fields(cls, config: "SparseAutoencoderConfig") -> dict[str, Any]:
+        """Its k, and that decoder norms take no part in the ranking."""
+        return {"k": config.k, "rescale_acts_by_decoder_norm": False}
+
+    @classmethod
+    def from_saelens(cls, saelens_config: dict[str, Any]) -> dict[str, Any] | None:
+        """SAELens before release 6 saved it as "standard", with another activation function."""
+        architecture = saelens_config.get("architecture", "standard")
+        if architecture == "standard" and saelens_config.get("activation_fn_str") == "topk":
+            return {"k": int(saelens_config["activation_fn_kwargs"]["k"])}
+        return {"k": int(saelens_config.get("k", 64))} if architecture == "topk" else None
+
+
+class BatchTopK(_KeepLargest):
+    """In training the k N largest of a batch of N tokens are features, afterwards those above a threshold.
+
+    The buffer `threshold` follows the smallest activation that was kept in training, and is the same for all features.
+    """
+
+    tensors = {"threshold": 1}
+    saelens_architecture = "jumprelu"  # as SAELens saves its own
+
+    def add_tensors(self, sae: "SparseAutoencoder") -> None:
+        """The buffer `threshold` (d_sae,)."""
+        sae.register_buffer("threshold", torch.empty(sae.config.d_sae))
+
+    def init_tensors(self, sae: "SparseAutoencoder") -> None:
+        """Zero, which means that no batch has set it."""
+        init.zeros_(_threshold(sae))
+
+    def activate(
+        self, sae: "SparseAutoencoder", pre: torch.Tensor, features: torch.Tensor | slice = slice(None)
+    ) -> torch.Tensor:
+        """Features at or below the threshold are off."""
+        h = torch.relu(pre)
+        return h * (h > _threshold(sae)[features])
+
+    def forward(self, sae: "SparseAutoencoder", z: torch.Tensor, output_feature_acts: bool) -> Code:
+        """In training the batch's largest, otherwise by the threshold."""
+        if sae.training:
+            return super().forward(sae, z, output_feature_acts)
+        return SparseActivation.forward(self, sae, z, output_feature_acts)
+
+    def keep(self, sae: "SparseAutoencoder", pre: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The k N largest of the batch; the threshold follows."""
+        tokens, d_sae = pre.shape
+        flat = pre.flatten()
+        places = flat.topk(sae.config.k * tokens, sorted=False).indices.sort().values  # (N k,) in order of tokens
+        values = flat[places]
+        self._follow_threshold(sae, values)
+        return values, places // d_sae, places % d_sae
+
+    def start_training(self, sae: "SparseAutoencoder") -> None:
+        """Zero: the first batch sets it."""
+        _threshold(sae).zero_()
+
+    @classmethod
+    def from_saelens(cls, saelens_config: dict[str, Any]) -> dict[str, Any] | None:
+        """Never: what SAELens calls "jumprelu" is loaded as "jumprelu"."""
+        return None
+
+    @staticmethod
+    def _follow_threshold(sae, values):
+        """Move the threshold towards the smallest activation kept in this batch; the first batch sets it."""
+        threshold = _threshold(sae)
+        smallest = values.amin().clamp(min=0).to(threshold.dtype)
+        followed = threshold.lerp(smallest.expand_as(threshold), THRESHOLD_RATE)
+        threshold.copy_(torch.where(threshold > 0, followed, smallest))
+
+
+class JumpRelu(SparseActivation):
+    """Pre-activations above a threshold that is learned for each feature; a penalty on their number makes them few.
+
+    The parameter `threshold` learns from the pre-activations within a window of width `bandwidth` around it.
+    """
+
+    tensors = {"threshold": 1}
+    fields = {"l0_coefficient": 2, "bandwidth": 1}
+    coefficient = "l0_coefficient"
+    saelens_architecture = "jumprelu"
+
+    def add_tensors(self, sae: "SparseAutoencoder") -> None:
+        """The parameter `threshold` (d_sae,)."""
+        sae.threshold = nn.Parameter(torch.empty(sae.config.d_sae))
+
+    def init_tensors(self, sae: "SparseAutoencoder") -> None:
+        """The bandwidth."""
+        init.constant_(_threshold(sae), sae.config.bandwidth)
+
+    def activate(
+        self, sae: "SparseAutoencoder", pre: torch.Tensor, features: torch.Tensor | slice = slice(None)
+    ) -> torch.Tensor:
+        """Features at or below their threshold are off."""
+        h = torch.relu(pre)
+        return h * (h > _threshold(sae)[features])
+
+    def activate_with_indicator(self, sae: "SparseAutoencoder", pre: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both with an estimated gradient for the thresholds."""
+        return _Jump.apply(pre, _threshold(sae), sae.config.bandwidth)
+
+    def penalty(self, sae: "SparseAutoencoder", code: Code) -> torch.Tensor:
+        """The number of active features."""
+        return code.active.mean()
+
+    def start_training(self, sae: "SparseAutoencoder") -> None:
+        """Half the bandwidth, so that the window around a threshold begins at zero."""
+        _threshold(sae).fill_(sae.config.bandwidth / 2)
+
+    def follow_norms(self, sae: "SparseAutoencoder", norms: torch.Tensor) -> None:
+        """Thresholds grow with the pre-activations, and an optimizer's step leaves them at zero or more."""
+        _threshold(sae).mul_(norms).clamp_(min=0)
+
+    def revive(self, sae: "SparseAutoencoder", features: torch.Tensor) -> list[nn.Parameter]:
+        """The threshold of a revived feature is zero."""
+        _threshold(sae)[features] = 0
+        return [cast(nn.Parameter, _threshold(sae))]
+
+
+SAE_ACTIVATIONS: dict[str, type[SparseActivation]] = {
+    "relu": Relu,
+    "topk": TopK,
+    "batchtopk": BatchTopK,
+    "jumprelu": JumpRelu,
+}
+"""`SparseAutoencoderConfig.activation` -> its class."""
+
+
+def max_over_encoded_tokens(
+    sae: "SparseAutoencoder", z: torch.Tensor, token_mask: torch.Tensor, max_elements: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`SparseActivation.max_over_tokens` for any activation: encodes tokens, in chunks.
+
+    Args:
+        sae: the autoencoder.
+        z: float (B, T, d_in), hidden states.
+        token_mask: bool (B, T), tokens to look at.
+        max_elements: about how many numbers to hold at once.
+
+    Returns:
+        Each feature's greatest activation, float (B, d_sae), and each token's smallest one that is not zero, float
+        (B, T), infinite where all are.
+    """
+    batch, length, _ = z.shape
+    step = max(1, max_elements // (batch * sae.config.d_sae))
+    strongest, smallest = z.new_zeros(batch, sae.config.d_sae, dtype=sae.W_enc.dtype), []
+    for start in range(0, length, step):
+        h = sae.encode(z[:, start : start + step])  # (B, step, d_sae)
+        smallest.append(h.masked_fill(h == 0, float("inf")).amin(-1))  # (B, step)
+        h = h.masked_fill(~token_mask[:, start : start + step, None], 0)
+        strongest = torch.maximum(strongest, h.amax(1))
+    return strongest, torch.cat(smallest, 1)  # (B, d_sae), (B, T)
+
+
+def _threshold(sae: "SparseAutoencoder") -> torch.Tensor:
+    """The extra tensor of "batchtopk" (a buffer) and of "jumprelu" (a parameter), (d_sae,)."""
+    return cast(torch.Tensor, sae.threshold)
+
+
+class _Kept(torch.autograd.Function):
+    """The kept pre-activations as a function of the encoder: values (P,), whose gradient touches kept features only.
+
+    dW_enc[:, j] is the sum of dh z over the tokens that kept j, so it is a bag of rows of z.
+    """
+
+    @staticmethod
+    def forward(ctx, z, W_enc, b_enc, values, rows, features):
+        ctx.save_for_backward(z, W_enc, values, rows, features)
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        z, W_enc, values, rows, features = ctx.saved_tensors
+        gradient = (gradient * (values > 0)).to(z.dtype)  # (P,)
+        features, order = features.sort(stable=True)
+        bag = {"mode": "sum", "per_sample_weights": gradient[order]}
+        starts = torch.searchsorted(features, torch.arange(W_enc.shape[1], device=z.device))  # (d_sae,)
+        encoder = nn.functional.embedding_bag(rows[order], z, starts, **bag).T  # (d_in, d_sae)
+        bias = gradient.new_zeros(W_enc.shape[1]).index_add_(0, features, gradient[order])  # (d_sae,)
+        inputs = None
+        if ctx.needs_input_grad[0]:
+            inputs = torch.zeros_like(z).index_add_(0, rows[order], gradient[order, None] * W_enc.T[features])
+        return inputs, encoder, bias, None, None, None
+
+
+class _Jump(torch.autograd.Function):
+    """(h, on) of "jumprelu": h = pre where pre > θ, on = 1 there.
+
+    Neither has a gradient for θ, so θ gets that of the expected loss, estimated from the pre-activations within a
+    window of width `bandwidth` around it.
+    """
+
+    @staticmethod
+    def forward(ctx, pre, threshold, bandwidth):
+        on = ((pre > threshold) & (pre > 0)).to(pre.dtype)
+        ctx.save_for_backward(pre, threshold, on)
+        ctx.bandwidth = bandwidth
+        return pre * on, on
+
+    @staticmethod
+    def backward(ctx, gradient, gradient_on):
+        pre, threshold, on = ctx.saved_tensors
+        near = ((pre - threshold).abs() < ctx.bandwidth / 2).to(gradient.dtype)  # (..., d_sae)
+        pull = near * (threshold * gradient + gradient_on)
+        return gradient * on, -pull.flatten(0, -2).sum(0) / ctx.bandwidth, None  # (..., d_sae), (d_sae,)

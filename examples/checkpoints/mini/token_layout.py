@@ -1,0 +1,112 @@
+"""Which token is what, and where it sits: the concentration tokens, the tokens that may fire concepts, the positions.
+
+Pure functions of token ids and masks. Families of MLLMs differ in how image tokens lie on the image: `backbone.py`.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+IMAGE, INSTRUCTION, RESPONSE = 0, 1, 2
+TEXT_FREQUENCIES = 6
+IMAGE_FREQUENCIES = 5
+TOKEN_POSITION_DIM = 3 + 2 * TEXT_FREQUENCIES + 4 * IMAGE_FREQUENCIES
+
+
+def find_slots(input_ids: torch.Tensor, response_mask: torch.Tensor, config: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Locate the first K_s concentration tokens of the response, after `</think>`.
+
+    Args:
+        input_ids: long (B, T).
+        response_mask: bool (B, T), True at response tokens.
+        config: SegCompassConfig, for `ref_token_id`, `think_end_id` and `num_slots`.
+
+    Returns:
+        tuple: positions, long (B, K_s), 0 where missing, and slot_mask, bool (B, K_s), True where found.
+
+    Raises:
+        ValueError: the config does not know the tokens' ids.
+    """
+    if config.ref_token_id is None or config.think_end_id is None:
+        raise ValueError(
+            "config.ref_token_id and config.think_end_id are None, so concentration tokens cannot be found; build "
+            "the model with SegCompassModel.from_backbones(..., processor=processor) or set both ids."
+        )
+    after_thought = ((input_ids == config.think_end_id) & response_mask).cumsum(1) > 0
+    found = (input_ids == config.ref_token_id) & response_mask & after_thought
+    rank = found.cumsum(1) - 1
+    slots = torch.arange(config.num_slots, device=input_ids.device)
+    hit = found[:, None] & (rank[:, None] == slots[:, None])  # (B, K_s, T)
+    return hit.int().argmax(-1), hit.any(-1)
+
+
+def concept_token_mask(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, special_token_ids: list[int]
+) -> torch.Tensor:
+    """The tokens that may fire concepts: no padding and no special tokens, which are attention sinks.
+
+    Args:
+        input_ids: long (B, T).
+        attention_mask: (B, T), 0 at padding.
+        special_token_ids: ids that never fire.
+
+    Returns:
+        bool (B, T).
+    """
+    special = torch.tensor(special_token_ids, dtype=input_ids.dtype, device=input_ids.device)
+    return attention_mask.bool() & ~torch.isin(input_ids, special)
+
+
+def token_types(input_ids: torch.Tensor, response_mask: torch.Tensor, image_token_id: int) -> torch.Tensor:
+    """What each token is.
+
+    Args:
+        input_ids: long (B, T).
+        response_mask: bool (B, T), True at response tokens.
+        image_token_id: the MLLM's image token.
+
+    Returns:
+        long (B, T), IMAGE, INSTRUCTION (with the words of the chat template) or RESPONSE.
+    """
+    is_image = input_ids == image_token_id
+    return torch.where(response_mask, RESPONSE, INSTRUCTION).masked_fill(is_image, IMAGE)
+
+
+def distance_to_slots(attention_mask: torch.Tensor, positions: torch.Tensor, slot_mask: torch.Tensor) -> torch.Tensor:
+    """How many tokens come between each token and the first concentration token (without one, the last token).
+
+    Args:
+        attention_mask: (B, T), 0 at padding.
+        positions: long (B, K_s) from `find_slots`.
+        slot_mask: bool (B, K_s) from `find_slots`.
+
+    Returns:
+        long (B, T), 0 from the first concentration token on.
+    """
+    steps = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    last = (attention_mask * steps).amax(1)  # (B,)
+    end = torch.where(slot_mask[:, 0], positions[:, 0], last)[:, None]
+    return (end - steps).clamp_min(0)
+
+
+def token_position_features(token_types: torch.Tensor, image_xy: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
+    """Describe where each token sits, so that a concept can carry where it fired.
+
+    Args:
+        token_types: long (B, T), IMAGE, INSTRUCTION or RESPONSE.
+        image_xy: float (B, T, 2), centre of an image token's patch in [0, 1]; ignored for text.
+        distance: float (B, T), tokens from here to the first concentration token; ignored for image tokens.
+
+    Returns:
+        float (B, T, TOKEN_POSITION_DIM): type indicator, Fourier features of the patch position, of the text distance.
+    """
+    kind = nn.functional.one_hot(token_types, 3).to(image_xy.dtype)  # (B, T, 3)
+    octaves = 2.0 ** torch.arange(IMAGE_FREQUENCIES, device=image_xy.device) * torch.pi / 2
+    xy = (image_xy[..., None] * octaves).flatten(-2)  # (B, T, 2 · IMAGE_FREQUENCIES)
+    steps = torch.pi / 2.0 ** torch.arange(TEXT_FREQUENCIES, device=image_xy.device)
+    text = distance[..., None] * steps  # (B, T, TEXT_FREQUENCIES)
+    is_image = kind[..., :1]
+    return torch.cat(
+        [kind, is_image * xy.sin(), is_image * xy.cos(), (1 - is_image) * text.sin(), (1 - is_image) * text.cos()], -1
+    )

@@ -1,0 +1,69 @@
+"""F_enc's answers and its frame, against transformers' own encoder and image processor."""
+
+import pytest
+import torch
+from transformers import Dinov2Config, Dinov2Model
+from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
+
+from segcompass.modeling_segcompass import SegCompassConfig
+from segcompass.modeling_segcompass.image_encoder import (
+    Frame,
+    encoder_of,
+    image_side,
+    load_image_encoder,
+    without_torchvision,
+)
+from tests.support.scripted import noise_image
+from tests.support.tiny import tiny_segcompass
+
+SIZES = [(32, 32), (38, 61), (61, 37), (11, 13), (200, 150), (1, 64), (333, 500)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_image_lies_in_the_frame_where_the_image_processor_puts_it(size):
+    images = SamImageProcessorPil(size={"longest_edge": 32}, pad_size={"height": 32, "width": 32})
+    prepared = images([noise_image(*size)], return_tensors="pt")
+    frame = Frame(image_side(images))
+    assert list(frame.reshaped_size(*size)) == torch.as_tensor(prepared["reshaped_input_sizes"])[0].tolist()
+
+
+def test_a_cell_counts_when_some_of_it_is_image():
+    frame = Frame(32)
+    sizes = torch.tensor([[32, 32], [22, 32], [32, 20], [1, 17]])
+    mask = frame.cell_mask(sizes, 8)
+    for (height, width), cells, extent in zip(sizes.tolist(), mask, frame.valid_extent(sizes, 8).tolist(), strict=True):
+        pixels = torch.zeros(32, 32)
+        pixels[:height, :width] = 1
+        some = pixels.unflatten(0, (8, 4)).unflatten(2, (8, 4)).amax((1, 3)) > 0
+        assert torch.equal(cells, some)
+        assert extent == [int(some.any(1).sum()), int(some.any(0).sum())]
+
+
+def test_keys_are_the_encoders_output_and_the_config_knows_their_shape():
+    model, processor = tiny_segcompass("llava")
+    pixels = processor.encoder_inputs(noise_image(30, 44))["encoder_pixel_values"]
+    keys = encoder_of(model).encode(model.image_encoder, pixels)
+    assert torch.equal(keys, model.image_encoder(pixels).last_hidden_state)
+    config = model.config
+    assert keys.shape == (1, config.key_channels, config.key_grid, config.key_grid)
+    assert config.frame == processor.frame == Frame(32)
+    assert encoder_of(model) is encoder_of(config) is encoder_of(model.image_encoder)
+
+
+def test_default_is_sam_at_1024_pixels():
+    config = SegCompassConfig()
+    assert (config.key_grid, config.key_channels, config.frame.side) == (64, 256, 1024)
+
+
+def test_an_unknown_encoder_is_refused_by_name(tmp_path):
+    encoder = Dinov2Model(Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28))
+    encoder.save_pretrained(tmp_path)
+    for source, name in ((encoder, "Dinov2Model"), (str(tmp_path), str(tmp_path))):
+        with pytest.raises(ValueError, match=f"{name}.* is of type 'dinov2', which is no image encoder known here; ch"):
+            load_image_encoder(source)
+
+
+@pytest.mark.parametrize("name", ["SamImageProcessor", "SamImageProcessorPil", "SamImageProcessorFast"])
+def test_saved_image_processors_are_read_without_torchvision(name):
+    settings = without_torchvision({"image_processor_type": name, "do_pad": True})
+    assert settings == {"image_processor_type": "SamImageProcessorPil", "do_pad": True}

@@ -1,0 +1,77 @@
+"""Names of earlier versions still load through one table: fields, keywords, weights. Both names at once are refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import SamVisionConfig
+
+from segcompass.modeling_segcompass import SegCompassConfig, SegCompassModel, SegCompassProcessor
+from segcompass.modeling_segcompass.old_names import OLD_FIELDS, OLD_PARTS, with_new_names
+from tests.support.tiny import tiny_segcompass
+
+MINI = Path(__file__).parents[2] / "examples" / "checkpoints" / "mini"
+TINY_SAM = {"hidden_size": 16, "num_hidden_layers": 1, "image_size": 32, "patch_size": 4, "output_channels": 16}
+
+
+def test_from_backbones_takes_the_image_encoder_under_its_old_name():
+    model, processor = tiny_segcompass("llava")
+    fields = dict(processor=processor, d_c=16, decoder_heads=4, codebook_heads=4)
+    built = SegCompassModel.from_backbones(model.mllm, sam=model.image_encoder, **fields)
+    assert built.image_encoder is model.image_encoder
+    with pytest.raises(ValueError, match="both sam= and image_encoder= .*keep image_encoder= only"):
+        SegCompassModel.from_backbones(model.mllm, model.image_encoder, sam=model.image_encoder, **fields)
+    with pytest.raises(ValueError, match="no image encoder was given; pass image_encoder="):
+        SegCompassModel.from_backbones(model.mllm, **fields)
+
+
+def test_configuration_takes_the_image_encoder_under_its_old_name():
+    old, new = SegCompassConfig(sam_config=TINY_SAM), SegCompassConfig(image_encoder_config=TINY_SAM)
+    assert isinstance(old.image_encoder_config, SamVisionConfig)
+    assert old.to_diff_dict() == new.to_diff_dict() and not hasattr(old, "sam_config")
+    with pytest.raises(ValueError, match="both 'sam_config' and 'image_encoder_config'"):
+        SegCompassConfig(sam_config=TINY_SAM, image_encoder_config=TINY_SAM)
+
+
+def test_references_of_earlier_versions_name_todays_parts():
+    where = {"repo_id": "a/b", "revision": "main"}
+    assert SegCompassConfig(references={"sam": where}).references == {"image_encoder": where}
+    assert SegCompassConfig.from_dict({"references": {"sam": where}}).references == {"image_encoder": where}
+
+
+def test_every_old_name_has_a_new_one_that_is_not_old():
+    names = OLD_FIELDS | OLD_PARTS
+    assert not set(names.values()) & set(names)
+    assert with_new_names({"kept": 1, **dict.fromkeys(OLD_FIELDS, 2)}) == {
+        "kept": 1,
+        **dict.fromkeys(OLD_FIELDS.values(), 2),
+    }
+
+
+def test_folder_of_an_earlier_version_gives_the_same_model(tmp_path):
+    model, processor = tiny_segcompass("llava")
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    for name in ("config.json", "processor_config.json"):
+        fields = json.loads((tmp_path / name).read_text())
+        old = {new: old for old, new in OLD_FIELDS.items()}
+        (tmp_path / name).write_text(json.dumps({old.get(key, key): value for key, value in fields.items()}))
+    weights = load_file(tmp_path / "model.safetensors")
+    old = {
+        key.replace("image_encoder.", "sam.").replace("sae.mean_active_activation", "sae.usual_strength"): value
+        for key, value in weights.items()
+    }
+    assert {key.split(".")[0] for key in old} >= {"sam"} and "sae.usual_strength" in old
+    save_file(old, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded, expected = SegCompassModel.from_pretrained(tmp_path).state_dict(), model.state_dict()
+    assert loaded.keys() == expected.keys() and all(torch.equal(loaded[key], expected[key]) for key in expected)
+    assert SegCompassProcessor.from_pretrained(tmp_path).frame == processor.frame
+
+
+def test_the_embedded_folder_loads(capfd):
+    assert SegCompassModel.from_pretrained(MINI).config.frame.side == 128
+    processor = SegCompassProcessor.from_pretrained(MINI)
+    assert type(processor.encoder_image_processor).__name__ == "SamImageProcessorPil"
+    assert "torchvision" not in capfd.readouterr().err

@@ -1,0 +1,102 @@
+"""The command `segcompass`: its table, its help, how options are spelled, and how it fails."""
+
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import segcompass
+from segcompass import cli
+from segcompass.commands import options, plan_memory, recipes
+
+
+def test_every_command_has_a_module_and_a_sentence_and_every_module_a_command():
+    files = {path.stem for path in Path(cli.__file__).parent.glob("commands/*.py")}
+    assert {module for module, _ in cli.COMMANDS.values()} == files - {"__init__", "options"}
+    for _, sentence in cli.COMMANDS.values():
+        assert sentence[0].isupper() and sentence.endswith(".")
+
+
+def test_help_lists_the_commands_and_imports_nothing_heavy():
+    code = """
+import sys
+from segcompass.cli import COMMANDS, main
+main(["--help"])
+for command in COMMANDS:
+    if not command.startswith("train "):
+        try:
+            main([*command.split(), "--help"])
+        except SystemExit as stopped:
+            assert not stopped.code, command
+assert not {"torch", "transformers", "datasets"} & sys.modules.keys(), sorted(sys.modules)
+"""
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    for command, (_, sentence) in cli.COMMANDS.items():
+        assert f"{command:<21}{sentence}" in shown
+        assert command.startswith("train ") or f"usage: segcompass {command}" in shown
+
+
+def test_version_and_the_stages_of_training(capsys):
+    cli.main(["--version"])
+    assert capsys.readouterr().out == f"segcompass {segcompass.__version__}\n"
+    cli.main(["train", "--help"])
+    shown = capsys.readouterr().out
+    assert "train sae" in shown and "train grpo" in shown and "evaluate" not in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "usage: segcompass COMMAND"),
+        (["train"], "usage: segcompass train STAGE"),
+        (["train", "grp"], "'train grp' is no command; choose one of train sae, train sft, train grpo."),
+        (["segmnt"], "'segmnt' is no command; choose one of segment, explain,"),
+    ],
+)
+def test_what_is_no_command_is_named_beside_those_that_are(words, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(words)
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("spelling", ["--num-samples", "--num_samples"])
+def test_options_are_spelled_either_way(spelling, monkeypatch):
+    taken = []
+    monkeypatch.setattr(import_module("segcompass.commands.evaluate"), "main", taken.append)
+    cli.main(["evaluate", f"{spelling}=5", spelling, "5", "--output", "runs/my_run", "a_b--c_d"])
+    assert taken == [["--num-samples=5", "--num-samples", "5", "--output", "runs/my_run", "a_b--c_d"]]
+
+
+def test_errors_of_ours_are_one_line_and_others_keep_their_traceback(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["recipes", "nowhere"])
+    assert stopped.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("segcompass recipes: 'nowhere' is neither a file nor the name of a recipe; there are llava")
+    with pytest.raises(ValueError, match="nowhere"):
+        cli.main(["--debug", "recipes", "nowhere"])
+
+    def fail(argv):
+        raise ValueError("from somewhere else")
+
+    monkeypatch.setattr(recipes, "main", fail)
+    with pytest.raises(ValueError, match="from somewhere else"):
+        cli.main(["recipes"])
+
+
+def test_wrong_values_of_shared_options_are_named(capsys):
+    parser = options.command_parser("x", None)
+    options.add_rows(parser, "test", 5)
+    assert vars(parser.parse_args(["--dataset-seed", "3"])) == vars(parser.parse_args(["--seed", "3"]))
+    for value in ("0", "-1", "many"):
+        with pytest.raises(SystemExit):
+            parser.parse_args([f"--num-samples={value}"])
+        assert f"argument --num-samples: it is '{value}'; it must be a whole number" in capsys.readouterr().err
+
+
+def test_memory_is_planned_for_a_recipe_by_name(capsys):
+    result = plan_memory.main(["--recipe", "llava-1.5-7b/grpo", "--lora-rank", "16"])
+    assert result["peak"] < result["room"]
+    assert "grpo.yaml: fsdp2 on 8 GPUs of 80 GB" in capsys.readouterr().out

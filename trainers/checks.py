@@ -1,0 +1,318 @@
+"""Checks before the first step and at each rollout: what training cannot use is refused, and why.
+
+Each check raises with what it is, what it must be, and what to do. Knows nothing about how training is done.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import torch
+from torch import nn
+from transformers import PreTrainedModel, ProcessorMixin
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from segcompass.modeling_segcompass.processing_segcompass import REF_TOKEN
+
+from .optimization import SEGMENTATION_MODULES
+from .policy import is_quantized
+from .rewards import RewardFunction, reward_name
+
+if TYPE_CHECKING:  # the config imports what this file imports
+    from .grpo_config import SegCompassGRPOConfig
+
+ROW_COLUMNS = ("image", "image_id", "sample_id", "instruction", "masks", "height", "width")
+CHECKED_ROWS = 2000  # whose masks are checked before the first step; the others when their turn comes
+MAX_SAMPLING_GAP = 0.2  # nats per token between vLLM's and the trained policy's log-probabilities; bf16 alone is ~0.02
+
+
+def check_before_training(
+    model: Any,
+    processor: Any,
+    args: "SegCompassGRPOConfig",
+    rewards: Sequence[RewardFunction],
+    train_dataset: Any,
+    eval_dataset: Any,
+    ref_model: PreTrainedModel | None,
+    with_adapters: bool,
+) -> None:
+    """All that joint training can refuse before TRL's trainer is built.
+
+    Args:
+        model: what the trainer was given as its model.
+        processor: what the trainer was given as its processing class.
+        args: the settings.
+        rewards: the reward functions, in the order of their weights.
+        train_dataset: the rows, or None.
+        eval_dataset: the rows, a dict of such, or None.
+        ref_model: the frozen MLLM for the KL term, if the user brings one.
+        with_adapters: whether PEFT adapters are trained.
+
+    Raises:
+        TypeError: model or processor is of another kind.
+        ValueError: anything else that does not fit.
+    """
+    check_model(model, processor)
+    check_rows(train_dataset, eval_dataset, args)
+    check_reward_weights(rewards, args.reward_weights)
+    check_quantization(model, with_adapters)
+    check_reference(args, ref_model, with_adapters)
+
+
+# -- model and processor ----------------------------------------------------------------------------------------------
+
+
+def check_model(model: Any, processor: Any) -> None:
+    """Refuse what is no SegCompass model with its own processor.
+
+    Args:
+        model: what the trainer was given as its model.
+        processor: what the trainer was given as its processing class.
+
+    Raises:
+        TypeError: one of them is of another kind.
+        ValueError: they disagree on the number of slots or on the concentration token, or decoding strips that token.
+    """
+    config = getattr(model, "config", None)
+    if getattr(config, "model_type", None) != "segcompass":
+        raise TypeError(
+            f"model is {type(model).__name__}; pass a SegCompassModel (SegCompassModel.from_pretrained(path), or "
+            "from_backbones to build one)."
+        )
+    if not isinstance(processor, ProcessorMixin) or not hasattr(processor, "num_slots"):
+        raise TypeError(f"processing_class is {type(processor).__name__}; pass the model's SegCompassProcessor.")
+    check_slots(config, processor)
+    tokenizer: Any = getattr(processor, "tokenizer", None)
+    token = tokenizer.convert_tokens_to_ids(REF_TOKEN)
+    if token is None or token == tokenizer.unk_token_id or token != getattr(config, "ref_token_id", None):
+        raise ValueError(
+            f"the processor's id of {REF_TOKEN} is {token}, the model's is {getattr(config, 'ref_token_id', None)}; "
+            "build the model with SegCompassModel.from_backbones(..., processor=processor) or load both from one "
+            "folder."
+        )
+    if REF_TOKEN not in tokenizer.decode([token], skip_special_tokens=True):
+        raise ValueError(
+            f"{REF_TOKEN} is a special token of this tokenizer, so TRL would strip it from every response and the "
+            "format reward would stay 0; add it with tokenizer.add_tokens, as SegCompassProcessor does."
+        )
+
+
+def check_slots(config: Any, processor: Any) -> None:
+    """Refuse a processor that asks for another number of concentration tokens than the model has slots.
+
+    Args:
+        config: the model's SegCompassConfig.
+        processor: a SegCompassProcessor.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    if processor.num_slots != config.num_slots:
+        raise ValueError(
+            f"the processor asks for {processor.num_slots} concentration tokens, but the model has {config.num_slots} "
+            "slots; build both with the same num_slots."
+        )
+
+
+def check_quantization(model: nn.Module, with_adapters: bool) -> None:
+    """Refuse to train a quantised MLLM whole.
+
+    Args:
+        model: a SegCompassModel, or a PeftModel around one.
+        with_adapters: whether PEFT adapters are trained.
+
+    Raises:
+        ValueError: its weights are of 4 or 8 bits and there are no adapters.
+    """
+    if is_quantized(model) and not with_adapters:
+        raise ValueError(
+            "the MLLM is quantised, and its weights of 4 or 8 bits cannot be trained; pass peft_config="
+            "segcompass.trainers.policy.lora_config(model), or load the model without quantization_config."
+        )
+
+
+def check_precision(model: nn.Module) -> None:
+    """Refuse trainable weights of half precision.
+
+    Args:
+        model: the model as it will be trained.
+
+    Raises:
+        ValueError: naming the first such weight.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"{name} is trained in {parameter.dtype}, which rounds AdamW's small steps away (and float16 has no "
+                "gradient scaler); load the model with dtype='float32' and set bf16=True for autocast."
+            )
+
+
+def check_adapters(model: nn.Module) -> None:
+    """Refuse a PEFT model whose adapters leave what must learn frozen, or reach the image encoder or the SAE.
+
+    The segmentation modules and the concentration token's embedding and output rows must learn. TRL's log-probabilities
+    read the LM head's weight itself, which PEFT's token rows leave as it was while generation adds them: on the head
+    they would make the policy that samples another than the one trained, so they are refused there.
+
+    Args:
+        model: the PeftModel.
+
+    Raises:
+        ValueError: naming the modules and the remedy.
+    """
+    parameters = [name for name, p in model.named_parameters() if p.requires_grad]
+    learning = {part for name in parameters for part in name.split(".")}
+    frozen = [name for name in SEGMENTATION_MODULES if name not in learning]
+    if frozen:
+        raise ValueError(
+            f"{', '.join(frozen)} would not learn; add modules_to_save={list(SEGMENTATION_MODULES)} to the PEFT config."
+        )
+    for module, remedy in (
+        ("embed_tokens", "trainable_token_indices={'embed_tokens': [think_end_id, ref_token_id]}"),
+        ("lm_head", "'lm_head' to modules_to_save"),
+    ):
+        if module not in learning:
+            raise ValueError(
+                f"the concentration token's row of {module} would not learn; add {remedy} in the PEFT config, or make "
+                "it with segcompass.trainers.policy.lora_config."
+            )
+    if any("lm_head.token_adapter" in name for name in parameters):
+        raise ValueError(
+            "the PEFT config trains single rows of lm_head, which sampling uses and the log-probabilities do not; put "
+            "'lm_head' into modules_to_save instead."
+        )
+    reached = [name for name in ("image_encoder", "sae") if name in learning]
+    if reached:
+        raise ValueError(
+            f"the PEFT config trains parts of {', '.join(reached)}, but the image encoder and the SAE stay frozen; "
+            r"restrict target_modules to the MLLM, e.g. r'.*mllm\.model\.language_model\..*\.(q|v)_proj'."
+        )
+
+
+# -- reference and rewards --------------------------------------------------------------------------------------------
+
+
+def check_reference(args: "SegCompassGRPOConfig", ref_model: PreTrainedModel | None, with_adapters: bool) -> None:
+    """Refuse a reference that cannot be made, or that cannot make the masks to reward.
+
+    Args:
+        args: the settings.
+        ref_model: the frozen MLLM for the KL term, if the user brings one.
+        with_adapters: whether PEFT adapters are trained.
+
+    Raises:
+        ValueError: masks of the reference are asked for and it is not the trainer's own copy of the MLLM, or DeepSpeed
+            ZeRO-3 leaves nothing to copy.
+    """
+    if args.reward_mask_source == "reference" and (with_adapters or ref_model is not None):
+        raise ValueError(
+            "reward_mask_source='reference' needs the trainer's own copy of the MLLM, which adapters (whose "
+            "reference also restores the initial segmentation modules) and ref_model= replace; set "
+            "reward_mask_source='policy'."
+        )
+    if args.beta != 0.0 and ref_model is None and not with_adapters and is_deepspeed_zero3_enabled():
+        raise ValueError(
+            f"beta is {args.beta}, which needs a reference, and DeepSpeed ZeRO-3 has already partitioned the "
+            "weights to copy; pass ref_model=<the MLLM, loaded again>, or set beta=0."
+        )
+
+
+def check_reward_weights(rewards: Sequence[RewardFunction], weights: Sequence[float] | None) -> None:
+    """Refuse weights that are not one per reward.
+
+    Args:
+        rewards: the reward functions.
+        weights: their weights; None weighs them all alike.
+
+    Raises:
+        ValueError: with the weights and the rewards' names.
+    """
+    if weights is not None and len(weights) != len(rewards):
+        raise ValueError(
+            f"reward_weights is {list(weights)}, but the rewards are {', '.join(map(reward_name, rewards))}; give one "
+            "weight for each, in that order."
+        )
+
+
+def check_rollout_policy(batch: Mapping[str, Any]) -> None:
+    """vLLM must sample from the policy that is trained: compare the log-probabilities both give the same tokens.
+
+    Generation with transformers uses the trained model itself and leaves nothing to compare.
+
+    Args:
+        batch: TRL's generated and scored batch.
+
+    Raises:
+        RuntimeError: they differ by more than `MAX_SAMPLING_GAP` nats per token, on average.
+    """
+    sampled, old = batch.get("sampling_per_token_logps"), batch.get("old_per_token_logps")
+    if sampled is None or old is None:
+        return
+    mask = batch["completion_mask"].bool() & ~sampled.isnan()
+    gap = (sampled - old)[mask].abs().mean().item() if mask.any() else 0.0
+    if gap > MAX_SAMPLING_GAP:
+        raise RuntimeError(
+            f"vLLM's log-probabilities differ from the trained policy's by {gap:.3f} nats per token, more than "
+            f"{MAX_SAMPLING_GAP}: it samples from other weights. Check that its model is this run's MLLM "
+            "(segcompass.trainers.vllm_policy.export_policy) and that the sampling temperature is the trainer's."
+        )
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+
+def check_rows(train_dataset: Any, eval_dataset: Any, args: "SegCompassGRPOConfig") -> None:
+    """Refuse rows that training cannot use, as far as that can be seen without reading all of them.
+
+    Args:
+        train_dataset: a Dataset, an IterableDataset or None.
+        eval_dataset: the same, or a dict of such.
+        args: the settings; they say how many prompts one generation batch needs.
+
+    Raises:
+        ValueError: a column is missing, a mask is missing or of another size than its image, or there are too few rows.
+    """
+    parts = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
+    for name, dataset in {"train_dataset": train_dataset, **parts}.items():
+        columns = getattr(dataset, "column_names", None)
+        missing = [column for column in ROW_COLUMNS if columns is not None and column not in columns]
+        if missing:
+            raise ValueError(
+                f"{name} has no column {', '.join(missing)}; rows need {', '.join(ROW_COLUMNS)}, as the loaders "
+                "return them."
+            )
+        if isinstance(dataset, datasets.Dataset):
+            rows = dataset.select(range(min(CHECKED_ROWS, len(dataset))))
+            for row in rows.select_columns(["sample_id", "masks", "height", "width"]):
+                check_masks(row)
+    settings: Any = args  # TRL fills in what its fields leave open
+    prompts = settings.generation_batch_size // settings.num_generations
+    if isinstance(train_dataset, datasets.Dataset) and len(train_dataset) < prompts:
+        raise ValueError(
+            f"train_dataset has {len(train_dataset)} rows, but one generation batch needs {prompts} prompts "
+            f"(generation_batch_size {args.generation_batch_size} / num_generations {args.num_generations}), so no "
+            "step would be made; use more rows, or lower per_device_train_batch_size or gradient_accumulation_steps."
+        )
+
+
+def check_masks(row: Mapping[str, Any]) -> None:
+    """Refuse a row without masks, or with masks of another size than it says.
+
+    Args:
+        row: a row of the shared schema.
+
+    Raises:
+        ValueError: naming the sample and the sizes.
+    """
+    if row["masks"] is None:
+        raise ValueError(
+            f"sample {row['sample_id']!r} has masks=None; the mask reward and the supervised terms need them (an empty "
+            "list says that nothing matches)."
+        )
+    for mask in row["masks"]:
+        if list(mask["size"]) != [row["height"], row["width"]]:
+            raise ValueError(
+                f"a mask of sample {row['sample_id']!r} is {list(mask['size'])} (height, width), but its image is "
+                f"[{row['height']}, {row['width']}]; store masks at the image's own size."
+            )

@@ -1,0 +1,154 @@
+"""From rows of a data set to what a rollout carries beside TRL's tensors: images, image keys and mask targets.
+
+Rows follow the project's schema. Knows nothing about rewards or losses. `trainer` is the SegCompassGRPOTrainer.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.distributed.fsdp import register_fsdp_forward_method
+
+from segcompass.modeling_segcompass.states import ReasoningStates
+
+from .checks import check_masks
+from .joint_forward import JointForward
+from .targets import mask_targets
+
+if TYPE_CHECKING:  # the trainer imports this file
+    from .grpo_trainer import SegCompassGRPOTrainer
+
+Row = Mapping[str, Any]
+
+
+@dataclass
+class Rollout:
+    """One generation batch of B responses while TRL generates and scores it."""
+
+    segmentation: dict[str, Any]
+    """what joins TRL's batch: image_embeddings, mask_targets (lists of B tensors), reshaped_input_sizes (B, 2), and,
+    once they are known, mask_scores (B,)."""
+    images: list[Image.Image]
+    """the image of each row, to be drawn on."""
+    written: ReasoningStates | None = None
+    """the states that generation left, without the image; None with vLLM."""
+    scoring_inputs: tuple[tuple, dict[str, Any]] | None = None
+    """the tensors of TRL's last scoring pass: (positional arguments after the model, keyword arguments)."""
+    scored: JointForward | None = None
+    """the pass that decoded the masks to reward, where generation left no states."""
+
+
+def leave_images_encoded(dataset: Any) -> Any:
+    """TRL fetches a generation batch at every micro-step and drops most of them: decode an image only when used.
+
+    Args:
+        dataset: a Dataset, an IterableDataset, a dict of such, or None.
+
+    Returns:
+        The same with encoded images, where they are of datasets' own kind.
+    """
+    if isinstance(dataset, dict):
+        return {name: leave_images_encoded(part) for name, part in dataset.items()}
+    feature = (getattr(dataset, "features", None) or {}).get("image")
+    plain = getattr(dataset, "format", None) is None or dataset.format["type"] is None
+    if isinstance(feature, datasets.Image) and feature.decode and plain:
+        return dataset.cast_column("image", datasets.Image(mode=feature.mode, decode=False))
+    return dataset
+
+
+def decode_images(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Rows with PIL images, each image decoded once.
+
+    Args:
+        rows: rows whose `image` is a PIL image or datasets' encoded form.
+
+    Returns:
+        As many rows.
+
+    Raises:
+        ValueError: an image is not of its row's size, or a row's masks cannot serve.
+    """
+    decoder, images, decoded = datasets.Image(), {}, []
+    for row in rows:
+        key = _image_key(row)
+        if key not in images:
+            image = row["image"]
+            images[key] = decoder.decode_example(image) if isinstance(image, dict) else image
+            if images[key].size != (row["width"], row["height"]):
+                raise ValueError(
+                    f"the image of sample {row['sample_id']!r} is {images[key].size} (width, height), but its row says "
+                    f"({row['width']}, {row['height']}); masks and image must be of one size."
+                )
+        check_masks(row)
+        decoded.append({**row, "image": images[key]})
+    return decoded
+
+
+def segmentation_batch(trainer: "SegCompassGRPOTrainer", rows: Sequence[Row]) -> dict[str, Any]:
+    """Image keys and mask targets of the rows; the G responses of a prompt share theirs.
+
+    Args:
+        trainer: the trainer.
+        rows: B rows with PIL images.
+
+    Returns:
+        `image_embeddings`, B tensors (d_k, h, w); `reshaped_input_sizes`, long (B, 2); `mask_targets`, B tensors
+        (G_i, s, s); all on the device.
+    """
+    config = trainer.core.config
+    frame, side = config.image_encoder_config.image_size, 4 * config.key_grid
+    images = {_image_key(row): row["image"] for row in rows}
+    embedded = dict(zip(images, embed_images(trainer, list(images.values())), strict=True))
+    targets: dict[tuple, Tensor] = {}
+    for row in rows:
+        if (key := _sample_key(row)) not in targets:
+            target = mask_targets(row["masks"], row["height"], row["width"], frame, side)
+            targets[key] = target.to(trainer.accelerator.device)
+    embeddings, sizes = zip(*(embedded[_image_key(row)] for row in rows), strict=True)
+    return {
+        "image_embeddings": list(embeddings),
+        "reshaped_input_sizes": torch.stack(sizes),  # (B, 2)
+        "mask_targets": [targets[_sample_key(row)] for row in rows],
+    }
+
+
+@torch.no_grad()
+def embed_images(trainer: "SegCompassGRPOTrainer", images: list[Image.Image]) -> list[tuple[Tensor, Tensor]]:
+    """The image encoder's features of each image, encoded now or read from `args.image_features`.
+
+    Args:
+        trainer: the trainer.
+        images: N distinct images.
+
+    Returns:
+        N pairs, on the device: image keys (d_k, h, w), and (H, W) inside the encoder's frame, long (2,).
+    """
+    core, device = trainer.core, trainer.accelerator.device
+    if trainer.image_features is not None:
+        inputs = trainer.image_features.inputs(images)
+        return [
+            (embedding.to(device), size.to(device))
+            for embedding, size in zip(inputs["image_embeddings"], inputs["reshaped_input_sizes"], strict=True)
+        ]
+    if "get_image_embeddings" not in vars(core):
+        register_fsdp_forward_method(core, "get_image_embeddings")  # gathers the weights under FSDP2, else nothing
+    batch_size = trainer.args.per_device_train_batch_size
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for start in range(0, len(images), batch_size):
+        inputs = trainer.processing_class.encoder_inputs(images[start : start + batch_size])
+        with trainer.accelerator.autocast():
+            embeddings = core.get_image_embeddings(inputs["encoder_pixel_values"].to(device))  # (n, d_k, h, w)
+        pairs += zip(embeddings, inputs["reshaped_input_sizes"].to(device), strict=True)
+    return pairs
+
+
+def _image_key(row: Row) -> tuple:
+    return row.get("dataset"), row["image_id"]
+
+
+def _sample_key(row: Row) -> tuple:
+    return row.get("dataset"), row["sample_id"]
