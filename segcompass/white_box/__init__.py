@@ -2,6 +2,7 @@
 
     concept_dictionary     what each feature fires on, and a short name made from that
     dictionary_reader      reads a data set for the dictionary
+    examination            reads rows and measures them, so that a killed run resumes
     detectors              which feature detects an attribute best, chosen and scored on different samples
     scene_attributes       what is true of the procedural scenes, as attributes for the detectors
     decoding               masks decoded again from kept states, with some concepts only
@@ -14,18 +15,14 @@
 The commands `segcompass dictionary`, `faithfulness` and `interpret` hold their options; nothing here reads them.
 """
 
-from .concept_dictionary import ConceptDictionary, ConceptEntry, Context, DictionaryBuilder
-from .detectors import Detector, best_detectors
-from .faithfulness import SlotFaithfulness, slot_faithfulness
+from .concept_dictionary import ConceptDictionary, DictionaryBuilder
+from .detectors import best_detectors
+from .faithfulness import slot_faithfulness
 from .intervals import bootstrap
 
 __all__ = [
     "ConceptDictionary",
-    "ConceptEntry",
-    "Context",
-    "Detector",
     "DictionaryBuilder",
-    "SlotFaithfulness",
     "best_detectors",
     "bootstrap",
     "slot_faithfulness",
