@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import AutoProcessor
 
-from segcompass.modeling_segcompass.backbone import GENERIC, backbone_of
+from segcompass.modeling_segcompass import SegCompassProcessor
+from segcompass.modeling_segcompass.backbone import FAMILIES, GENERIC, Backbone, backbone_of
 from tests.support.scripted import INSTRUCTIONS, noise_image, noise_images
 from tests.support.tiny import BACKBONES, tiny_mllm, tiny_processor, tiny_segcompass
 
@@ -23,8 +24,9 @@ def parts(request):
 def test_everything_of_one_family_has_one_backbone(parts):
     name, model, processor, backbone = parts
     assert name in backbone.model_types
-    sources = (model.mllm, model.config, model.mllm.config, processor, processor.image_processor)
+    sources = (model.mllm, model.config, model.mllm.config, processor)
     assert all(backbone_of(source) is backbone for source in sources)
+    assert model.backbone is processor.backbone is backbone
 
 
 def test_a_family_that_is_not_listed_gets_the_generic_answers(parts):
@@ -33,6 +35,34 @@ def test_a_family_that_is_not_listed_gets_the_generic_answers(parts):
     assert backbone_of(unknown) is GENERIC
     assert GENERIC.blocks(model.mllm) is backbone.blocks(model.mllm)
     assert GENERIC.vision_tower(model.mllm) is backbone.vision_tower(model.mllm)
+
+
+class Toy(Backbone):
+    """A family that writes its image token in brackets, with LLaVA's parts."""
+
+    model_types = ("toy",)
+    image_token = "<|image_pad|>"
+
+    def replace_image_token(self, processor, image_inputs, image_idx):
+        return "<|vision_start|>" + 16 * self.image_token + "<|vision_end|>"
+
+
+def test_a_new_family_is_a_class_and_an_entry(monkeypatch, tmp_path):
+    monkeypatch.setitem(FAMILIES, "toy", Toy())
+    of_llava = tiny_processor("llava")
+    processor = SegCompassProcessor(
+        of_llava.image_processor,
+        of_llava.tokenizer,
+        of_llava.encoder_image_processor,
+        chat_template=of_llava.chat_template.replace("<image>", Toy.image_token),
+        prompt_template="{instruction}",
+        mllm_type="toy",
+    )
+    processor.save_pretrained(tmp_path)
+    ids = SegCompassProcessor.from_pretrained(tmp_path)(images=noise_image(30, 44), text="it")["input_ids"]
+    start, end = processor.tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>"])
+    place = int((ids[0] == start).nonzero())
+    assert (ids[0] == processor.image_token_id).sum() == 16 and ids[0, place + 17] == end
 
 
 def test_parts_are_the_modules_of_transformers(parts):

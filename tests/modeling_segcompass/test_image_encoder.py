@@ -5,16 +5,18 @@ import torch
 from transformers import Dinov2Config, Dinov2Model
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
-from segcompass.modeling_segcompass import SegCompassConfig
+from segcompass.modeling_segcompass import SegCompassConfig, SegCompassModel
 from segcompass.modeling_segcompass.image_encoder import (
+    ENCODERS,
     Frame,
+    SamEncoder,
     encoder_of,
     image_side,
     load_image_encoder,
     without_torchvision,
 )
 from tests.support.scripted import noise_image
-from tests.support.tiny import tiny_segcompass
+from tests.support.tiny import tiny_mllm, tiny_segcompass
 
 SIZES = [(32, 32), (38, 61), (61, 37), (11, 13), (200, 150), (1, 64), (333, 500)]
 
@@ -61,6 +63,39 @@ def test_an_unknown_encoder_is_refused_by_name(tmp_path):
     for source, name in ((encoder, "Dinov2Model"), (str(tmp_path), str(tmp_path))):
         with pytest.raises(ValueError, match=f"{name}.* is of type 'dinov2', which is no image encoder known here; ch"):
             load_image_encoder(source)
+
+
+class ToyEncoder(SamEncoder):
+    """DINOv2's tokens as a grid."""
+
+    def build(self, config):
+        return Dinov2Model._from_config(config)
+
+    def load(self, source, dtype):
+        return source, {}
+
+    def encode(self, encoder, pixels):
+        tokens = encoder(pixels).last_hidden_state[:, 1:]  # (B, h·w, C), without the CLS token
+        side = self.key_grid(encoder.config)
+        return tokens.mT.unflatten(2, (side, side))
+
+    def channels(self, config):
+        return config.hidden_size
+
+
+def test_a_new_encoder_is_a_class_and_an_entry(monkeypatch, tmp_path):
+    monkeypatch.setitem(ENCODERS, "dinov2", ToyEncoder())
+    dino = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=4)
+    _, processor = tiny_segcompass("llava")
+    model = SegCompassModel.from_backbones(
+        tiny_mllm("llava", processor), Dinov2Model(dino), processor=processor, d_c=16, decoder_heads=4, num_concepts=8
+    ).eval()
+    model.save_pretrained(tmp_path)
+    again = SegCompassModel.from_pretrained(tmp_path)
+    inputs = processor(images=noise_image(30, 44), text="it", response="<think>a</think><REF_POS>")
+    with torch.no_grad():
+        assert model(**inputs).heatmaps.shape == (1, 3, 8, 8)
+        assert torch.equal(again(**inputs).pred_masks, model(**inputs).pred_masks)
 
 
 @pytest.mark.parametrize("name", ["SamImageProcessor", "SamImageProcessorPil", "SamImageProcessorFast"])
