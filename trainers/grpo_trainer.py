@@ -50,7 +50,6 @@ from .policy import freeze, is_quantized, restore_masters
 from .reward_masks import decode_in_a_pass, decode_written, following_sae, mask_predictions
 from .rewards import RewardFunction, find_rewards, format_reward
 from .rollout_rows import Rollout, decode_images, leave_images_encoded, segmentation_batch
-from .targets import valid_extent
 from .timing import PhaseTimer
 from .vllm_policy import policy_engine
 
@@ -185,10 +184,8 @@ class SegCompassGRPOTrainer(GRPOTrainer):
         return self.args.per_device_train_batch_size if self.model.training else self.args.per_device_eval_batch_size
 
     def _make_reference(self, ref_model: Any, beta: float) -> None:
-        core = self.core
         if ref_model is None:
-            # The MLLM's hooks are methods of the composite: the memo keeps them there instead of copying it whole.
-            ref_model = copy.deepcopy(core.mllm)
+            ref_model = copy.deepcopy(self.core.mllm)
         ref_model.requires_grad_(False).eval()
         add_fused_head(ref_model, self.temperature)
         if self.is_deepspeed_enabled:
@@ -298,8 +295,8 @@ class SegCompassGRPOTrainer(GRPOTrainer):
         (output,) = forward.outputs  # the one training forward
         rows = list(range(len(output.pred_masks))) if rows is None else rows
         targets = [inputs["mask_targets"][row] for row in rows]
-        frame = self.core.config.image_encoder_config.image_size
-        extent = valid_extent(inputs["reshaped_input_sizes"][rows], frame, output.pred_masks.shape[-1])
+        frame, side = self.core.config.frame, output.pred_masks.shape[-1]
+        extent = frame.valid_extent(inputs["reshaped_input_sizes"][rows], side)  # (rows, 2)
         segmentation, parts = segmentation_loss(output, targets, extent, self.args)
         # TRL's loss comes divided by the accumulation steps (loss_is_scaled_for_ga), and Trainer divides no further.
         accumulation = self.current_gradient_accumulation_steps if self.mode == "train" else 1

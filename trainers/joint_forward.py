@@ -18,20 +18,6 @@ from trl.trainer.utils import add_fused_lm_head
 from segcompass.modeling_segcompass.backbone import PER_TOKEN_INPUTS
 
 
-def trim(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], slice]:
-    """Leave out the columns that are padding in every row.
-
-    Args:
-        inputs: a batch with `attention_mask` (B, T); what is per token is (B, T, ...).
-
-    Returns:
-        The batch with fewer columns, and which of the T columns they are.
-    """
-    used = inputs["attention_mask"].any(0).nonzero()[:, 0]
-    columns = slice(int(used[0]), int(used[-1]) + 1)
-    return {name: value[:, columns] if name in PER_TOKEN_INPUTS else value for name, value in inputs.items()}, columns
-
-
 class TrimmedForward:
     """Called by TRL as if it were the model: leaves out the columns that are padding in every row at hand.
 
@@ -49,12 +35,14 @@ class TrimmedForward:
     def __call__(self, **inputs: Any) -> Any:
         """The model's output, with log-probabilities at the columns TRL knows."""
         length = inputs["input_ids"].shape[1]
-        trimmed, columns = trim(inputs)
+        used = inputs["attention_mask"].any(0).nonzero()[:, 0]
+        start, stop = int(used[0]), int(used[-1]) + 1
+        trimmed = {name: v[:, start:stop] if name in PER_TOKEN_INPUTS else v for name, v in inputs.items()}
         output = self._call_model(trimmed)
-        for name in ("log_probs", "entropy"):  # (B, columns - 1) -> (B, T - 1)
+        for name in ("log_probs", "entropy"):  # (B, stop - start - 1) -> (B, T - 1)
             value = getattr(output, name)
             if value is not None:
-                setattr(output, name, nn.functional.pad(value, (columns.start, length - columns.stop)))
+                setattr(output, name, nn.functional.pad(value, (start, length - stop)))
         return output
 
     def _call_model(self, inputs: dict[str, Any]) -> Any:

@@ -20,7 +20,6 @@ from segcompass.modeling_segcompass.states import ReasoningStates
 from .joint_forward import JointForward
 from .rewards import MaskPrediction, mask_scores
 from .rollout_rows import Rollout
-from .targets import valid_extent
 
 if TYPE_CHECKING:  # the trainer imports this file
     from .grpo_trainer import SegCompassGRPOTrainer
@@ -36,7 +35,7 @@ def decode_written(
     Args:
         trainer: the trainer.
         segmentation: the rollout's image keys and sizes.
-        written: the states that generation left, without the image.
+        written: the states as generation left them, without the image.
 
     Returns:
         One SegCompassOutput per micro-batch.
@@ -52,8 +51,9 @@ def decode_written(
             "image_embeddings": torch.stack(segmentation["image_embeddings"][rows]),  # (rows, d_k, h, w)
             "reshaped_input_sizes": segmentation["reshaped_input_sizes"][rows],
         }
+        states = written.rows(rows).trimmed()._replace(**image)
         with trainer.accelerator.autocast():
-            outputs.append(core.decode_masks(**written.rows(rows).trimmed()._replace(**image)._asdict()))
+            outputs.append(core.decode_masks(**states._asdict()))
     return outputs
 
 
@@ -126,13 +126,13 @@ def mask_predictions(trainer: "SegCompassGRPOTrainer", rollout: Rollout, outputs
     Returns:
         B predictions, on the device; their tensors are views of the outputs'.
     """
-    frame = trainer.core.config.image_encoder_config.image_size
+    frame = trainer.core.config.frame
     predictions: list[MaskPrediction] = []
     for output in outputs:
         rows = slice(len(predictions), len(predictions) + len(output.pred_masks))
         targets: Sequence[Tensor] = rollout.segmentation["mask_targets"][rows]
         sizes = rollout.segmentation["reshaped_input_sizes"][rows]
-        extent = valid_extent(sizes, frame, output.pred_masks.shape[-1])  # (rows, 2)
+        extent = frame.valid_extent(sizes, output.pred_masks.shape[-1])  # (rows, 2)
         scores = mask_scores(output, targets, extent)
         samples = (output.pred_masks, output.pred_logits, output.slot_mask, targets, extent, scores)
         predictions += [MaskPrediction(*sample) for sample in zip(*samples, strict=True)]
@@ -156,7 +156,8 @@ def following_sae(trainer: "SegCompassGRPOTrainer") -> Iterator[None]:
             seen.append(output[0] if isinstance(output, tuple) else output)
 
     core = trainer.core
-    hook = core.backbone.blocks(core.mllm)[core.config.sae_config.layer - 1].register_forward_hook(keep)
+    block = core.backbone.blocks(core.mllm)[core.config.sae_config.layer - 1]
+    hook = block.register_forward_hook(keep)
     try:
         yield
     finally:

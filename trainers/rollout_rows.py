@@ -35,7 +35,7 @@ class Rollout:
     images: list[Image.Image]
     """the image of each row, to be drawn on."""
     written: ReasoningStates | None = None
-    """the states that generation left, without the image; None with vLLM."""
+    """the states of the responses as they were generated, without the image; None with vLLM."""
     scoring_inputs: tuple[tuple, dict[str, Any]] | None = None
     """the tensors of TRL's last scoring pass: (positional arguments after the model, keyword arguments)."""
     scored: JointForward | None = None
@@ -100,7 +100,7 @@ def segmentation_batch(trainer: "SegCompassGRPOTrainer", rows: Sequence[Row]) ->
         (G_i, s, s); all on the device.
     """
     config = trainer.core.config
-    frame, side = config.image_encoder_config.image_size, 4 * config.key_grid
+    frame, side = config.frame.side, 4 * config.key_grid
     images = {_image_key(row): row["image"] for row in rows}
     embedded = dict(zip(images, embed_images(trainer, list(images.values())), strict=True))
     targets: dict[tuple, Tensor] = {}

@@ -36,7 +36,7 @@ class Backbone:
     """
 
     model_types: tuple[str, ...] = ()
-    """`model_type` of the configurations that belong to the family, the first one for its processor's class."""
+    """`model_type` of the configurations that belong to the family."""
     image_token = "<image>"
     """the text that stands for an image in a prompt."""
     returns_token_types = False
@@ -208,7 +208,8 @@ class Backbone:
         Returns:
             str: the text that replaces `image_token`.
         """
-        family = processor_class_from_name(PROCESSOR_MAPPING_NAMES[self.model_types[0]])
+        name = processor.mllm_type or self.model_types[0]
+        family = processor_class_from_name(PROCESSOR_MAPPING_NAMES[name])
         return family.replace_image_token(processor, image_inputs, image_idx)
 
     def seen_extent(self, image_processor: Any, width: int, height: int) -> tuple[float, float, float, float]:
@@ -272,8 +273,7 @@ def backbone_of(source: Any) -> Backbone:
     """The family of an MLLM.
 
     Args:
-        source: a SegCompassModel, an MLLM, the configuration of either, a SegCompassProcessor or an MLLM's image
-            processor.
+        source: a SegCompassModel, an MLLM, the configuration of either, or a SegCompassProcessor.
 
     Returns:
         Backbone: the family's, or the generic one for a `model_type` that is not listed.
@@ -282,5 +282,6 @@ def backbone_of(source: Any) -> Backbone:
     config = getattr(config, "mllm_config", config)
     if hasattr(config, "model_type"):
         return FAMILIES.get(config.model_type, GENERIC)
-    image_processor = getattr(source, "image_processor", source)
-    return FAMILIES["qwen2_5_vl" if hasattr(image_processor, "merge_size") else "llava"]
+    if source.mllm_type is not None:
+        return FAMILIES.get(source.mllm_type, GENERIC)
+    return FAMILIES["qwen2_5_vl" if hasattr(source.image_processor, "merge_size") else "llava"]

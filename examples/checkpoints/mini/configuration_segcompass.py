@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig, SamVisionConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .image_encoder import Frame, encoder_of
@@ -126,7 +126,7 @@ class SegCompassConfig(PreTrainedConfig):
     model_type = "segcompass"
     sub_configs_defaults = {
         "mllm_config": SubConfigSpec(AutoConfig, model_type="llava"),
-        "image_encoder_config": SamVisionConfig,  # type: ignore[dict-item]
+        "image_encoder_config": SubConfigSpec(AutoConfig, model_type="sam_vision_model"),
         "sae_config": SparseAutoencoderConfig,  # type: ignore[dict-item]
     }
     auto_map = {}  # type: ignore[var-annotated]  # an annotation would make it a field

@@ -70,11 +70,16 @@ class SamEncoder:
 
     model_types = ("sam_vision_model", "sam")
     """`model_type` of the configurations it is built from, and of the models it is taken out of."""
-    model_class = SamVisionModel
 
     def build(self, config: Any) -> PreTrainedModel:
         """The encoder with random weights."""
-        return self.model_class._from_config(config)
+        return SamVisionModel._from_config(config)
+
+    def load(
+        self, source: str | PreTrainedModel, dtype: str | torch.dtype
+    ) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+        """The encoder with its weights, and what the mask decoder can start from: see `load_image_encoder`."""
+        return read_sam(source, dtype)
 
     def encode(self, encoder: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
         """Image keys K.
@@ -137,10 +142,12 @@ def load_image_encoder(
         ValueError: an encoder of an unknown kind, or weights that do not fit it.
     """
     if not isinstance(source, str):
-        _known(source.config.model_type, type(source).__name__)
-    elif Path(source).suffix != ".pth":
-        _known(AutoConfig.from_pretrained(source).model_type, repr(source))
-    return read_sam(source, dtype)
+        encoder = _known(source.config.model_type, type(source).__name__)
+    elif Path(source).suffix == ".pth":
+        encoder = ENCODERS["sam"]
+    else:
+        encoder = _known(AutoConfig.from_pretrained(source).model_type, repr(source))
+    return encoder.load(source, dtype)
 
 
 def image_side(image_processor: Any) -> int:

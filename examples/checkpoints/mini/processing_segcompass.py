@@ -38,6 +38,8 @@ class SegCompassProcessor(ProcessorMixin):
         patch_size: as in LlavaProcessor; unused for Qwen.
         vision_feature_select_strategy: as in LlavaProcessor; unused for Qwen.
         num_additional_image_tokens: as in LlavaProcessor; unused for Qwen.
+        mllm_type: `model_type` of the MLLM's configuration; None = LLaVA-1.5 or Qwen2.5-VL, as the image processor
+            shows.
         **kwargs: as ProcessorMixin's.
 
     Raises:
@@ -63,6 +65,7 @@ class SegCompassProcessor(ProcessorMixin):
         patch_size: int = 14,
         vision_feature_select_strategy: str = "default",
         num_additional_image_tokens: int = 1,
+        mllm_type: str | None = None,
         **kwargs: Any,
     ):
         if REF_TOKEN in prompt_template:
@@ -75,10 +78,11 @@ class SegCompassProcessor(ProcessorMixin):
         self.patch_size = patch_size
         self.vision_feature_select_strategy = vision_feature_select_strategy
         self.num_additional_image_tokens = num_additional_image_tokens
-        backbone = backbone_of(image_processor)
-        self.return_mm_token_type_ids = backbone.returns_token_types
+        self.mllm_type = mllm_type
+        self.image_processor = image_processor  # which tells the family, where mllm_type does not
+        self.return_mm_token_type_ids = self.backbone.returns_token_types
         tokenizer.add_tokens([token for token in (THINK, THINK_END, REF_TOKEN) if token not in tokenizer.get_vocab()])
-        self.image_token = backbone.image_token
+        self.image_token = self.backbone.image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         self.ref_token_id = tokenizer.convert_tokens_to_ids(REF_TOKEN)
         self.think_end_id = tokenizer.convert_tokens_to_ids(THINK_END)
@@ -95,8 +99,8 @@ class SegCompassProcessor(ProcessorMixin):
 
     @property
     def backbone(self) -> Backbone:
-        """The MLLM's family, as its image processor shows it."""
-        return backbone_of(self.image_processor)
+        """The MLLM's family."""
+        return backbone_of(self)
 
     @property
     def frame(self) -> Frame:
