@@ -13,7 +13,16 @@ def hub(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hub")
     log, hold = folder / "requests.log", folder / "hold"
     server = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "support" / "hub_server.py"), "--token", TOKEN, "--log", log, "--hold", hold],
+        [
+            sys.executable,
+            str(ROOT / "tests" / "support" / "hub_server.py"),
+            "--token",
+            TOKEN,
+            "--log",
+            log,
+            "--hold",
+            hold,
+        ],
         stdout=subprocess.PIPE,
         text=True,
     )
