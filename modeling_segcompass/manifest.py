@@ -1,8 +1,8 @@
 """What a saved folder holds, signed: `manifest.json` lists every file with its size and SHA-256, and is written last.
 
-A folder whose manifest is there was written to its end, and what differs from it was changed since. The README and the
-manifest itself are left out, so that a card can be edited. This file knows nothing about models: whatever saves a folder
-calls `sign`, whatever loads one calls `check`.
+A folder whose manifest is there was written to its end, and what differs from it was changed since. The README and
+the manifest itself are left out, so that a card can be edited. This file knows nothing about models: whatever saves a
+folder calls `sign`, whatever loads one calls `check`.
 """
 
 import hashlib
@@ -151,7 +151,7 @@ def _read(folder: Path) -> dict[str, dict]:
         ) from error
     if version > FORMAT_VERSION:
         raise ValueError(
-            f"{folder} has format version {version}, this version of segcompass reads up to {FORMAT_VERSION}; upgrade it "
+            f"{folder} has format version {version}, this segcompass reads up to {FORMAT_VERSION}; upgrade it "
             "(pip install -U segcompass), or load with trust_remote_code=True, which uses the code in the folder."
         )
     outside = [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts]
