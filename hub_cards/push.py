@@ -66,7 +66,7 @@ def push_model(
         processor.save_pretrained(folder)
         with signing(folder):
             image.save(Path(folder, "example.png"))
-        config = type(model.config).from_pretrained(folder)
+        config: Any = type(model.config).from_pretrained(folder)
         described = model_card(repo_id, config, instruction, **card)
         return upload(api, folder, described, repo_id, "model", "Push SegCompass model", branch, tag, private)
 
@@ -86,8 +86,8 @@ def pin(api: HfApi, model: SegCompassModel, part: str, repo: str) -> dict[str, s
     Raises:
         ValueError: its weights there differ from the model's.
     """
-    repo_id, _, revision = repo.partition("@")
-    revision = api.repo_info(repo_id, revision=revision or None).sha
+    repo_id, _, wanted = repo.partition("@")
+    revision: Any = api.repo_info(repo_id, revision=wanted or None).sha
     theirs = SUBMODELS[part].from_pretrained(repo_id, revision=revision, token=api.token).state_dict()
     ours = getattr(model, part).state_dict()
     for name in sorted(ours.keys() | theirs.keys()):
@@ -231,7 +231,7 @@ def upload(
         The commit, or the last one where nothing changed.
     """
     card.save(Path(folder, "README.md"))
-    sdk = {"space_sdk": "static"} if kind == "space" else {}
+    sdk: dict[str, Any] = {"space_sdk": "static"} if kind == "space" else {}
     api.create_repo(repo_id, repo_type=kind, private=private, exist_ok=True, **sdk)
     if branch:
         api.create_branch(repo_id, branch=branch, repo_type=kind, exist_ok=True)

@@ -61,7 +61,7 @@ def judge_sae(
     mllm.eval()
     if sae is None and not hasattr(mllm, "sae"):
         raise ValueError(f"{model} is an MLLM without an SAE; name one with --sae.")
-    autoencoder = SparseAutoencoder.from_pretrained(sae).to(mllm.device).eval() if sae else mllm.sae
+    autoencoder: Any = SparseAutoencoder.from_pretrained(sae).to(mllm.device).eval() if sae else mllm.sae
     check(autoencoder, mllm)
     rows = load_image_text(dataset, split, seed, num_samples)
     collate = ImageTextCollator(processor, image_text, token_window)
