@@ -13,8 +13,8 @@ from .image_encoder import load_image_encoder
 from .modeling_sparse_autoencoder import SparseAutoencoder
 from .old_names import OLD_FIELDS, OLD_PARTS, OLD_WEIGHTS, with_new_names
 from .pipeline_segcompass import CUSTOM_PIPELINES
-from .sam_weights import start_mask_decoder
 from .sae_origin import Origin, check_origin, origin_of
+from .sam_weights import start_mask_decoder
 from .saved_folders import HUB_KEYWORDS, check_loaded, check_saved, signing_saved
 from .weights import check_finite
 
@@ -46,7 +46,8 @@ def build_from_backbones(
     if image_encoder is None:
         raise ValueError("no image encoder was given; pass image_encoder=<model id, folder, .pth file or model>.")
     if isinstance(mllm, str):
-        mllm, info = AutoModelForImageTextToText.from_pretrained(mllm, dtype=dtype, output_loading_info=True)
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(mllm, dtype=dtype, output_loading_info=True)
+        mllm, info = loaded
         check_loaded(mllm, {**info, "unexpected_keys": ()}, mllm.config._name_or_path)
     image_encoder, decoder_weights = load_image_encoder(image_encoder, dtype)
     if isinstance(sae, str):

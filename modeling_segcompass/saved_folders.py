@@ -33,7 +33,8 @@ def check_saved(
 
     Args:
         source: folder or Hub id.
-        keywords: those of the `from_pretrained` that asks: `revision`, `subfolder`, `variant`, and how to reach the Hub.
+        keywords: those of the `from_pretrained` that asks: `revision`, `subfolder`, `variant`, and how to
+            reach the Hub.
         endings: of the names of the files that will be read.
         anchor: a file by which the folder is found in the Hub's cache; a model's folder must hold it.
 
@@ -135,7 +136,7 @@ def own_config(source: Any, fields: dict[str, Any], model_type: str) -> dict[str
     """
     if not fields:
         raise OSError(
-            f"{source} holds no {CONFIG_NAME}, so that nobody knows what it is; name a folder that save_pretrained wrote."
+            f"{source} holds no {CONFIG_NAME}, so nobody knows what it is; name a folder that save_pretrained wrote."
         )
     if fields.get("model_type", model_type) != model_type:
         raise ValueError(

@@ -127,3 +127,32 @@ def test_verify_signs_anew_after_an_edit(folder, tmp_path, capsys):
     verify.main(["--sign", str(tmp_path / "mini")])
     verify.main([str(tmp_path / "mini")])
     assert "as it was signed" in capsys.readouterr().out
+
+
+@pytest.fixture
+def cache(folder, tmp_path):
+    """The Hub's cache with the model as someone/mini, but for what loading does not fetch; and its snapshot."""
+    repository = tmp_path / "models--someone--mini"
+    snapshot = repository / "snapshots" / ("0123456789" * 4)
+    shutil.copytree(folder, snapshot, ignore=shutil.ignore_patterns("*.py", "chat_template.jinja", "README.md"))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(snapshot.name)
+    return tmp_path, snapshot
+
+
+def test_a_snapshot_of_the_hub_is_checked_and_misses_nothing(cache, caplog):
+    where, snapshot = cache
+    with caplog.at_level(logging.WARNING, "segcompass"):
+        SegCompassModel.from_pretrained("someone/mini", cache_dir=where)
+        SegCompassProcessor.from_pretrained("someone/mini", cache_dir=where)
+    assert "was changed" not in caplog.text
+    weights = bytearray((snapshot / WEIGHTS).read_bytes())
+    weights[-100] ^= 1
+    (snapshot / WEIGHTS).write_bytes(weights)
+    with pytest.raises(ValueError, match=f"{WEIGHTS} .its content changed"):
+        SegCompassModel.from_pretrained("someone/mini", cache_dir=where)
+    path = snapshot / "processor_config.json"
+    path.write_text(path.read_text().replace("{", "{ ", 1))
+    with caplog.at_level(logging.WARNING, "segcompass"):
+        SegCompassProcessor.from_pretrained("someone/mini", cache_dir=where)
+    assert "processor_config.json" in caplog.text

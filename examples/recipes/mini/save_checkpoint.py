@@ -3,7 +3,7 @@
 python examples/recipes/mini/save_checkpoint.py --model runs/mini/masks --output examples/checkpoints/mini
 python examples/recipes/mini/save_checkpoint.py --code-only --output examples/checkpoints/mini
 
-The second renews the copies of the code beside the weights, after modeling_segcompass/ was edited. Both sign the folder.
+The second renews the copies of the code beside the weights, after modeling_segcompass/ was edited. Both sign.
 """
 
 import argparse
