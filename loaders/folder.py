@@ -31,7 +31,9 @@ def load_folder(folder: str | os.PathLike, split: str = "train") -> Dataset:
         note = Path(folder) / f"{split}.json"
         noted = read_json(note).get("rows") if note.exists() else None
         if noted is not None and noted != len(rows):
-            raise ValueError(f"{folder} holds {len(rows)} rows of split {split!r}, {note.name} says {noted}; convert again.")
+            raise ValueError(
+                f"{folder} holds {len(rows)} rows of split {split!r}, {note.name} says {noted}; convert again."
+            )
         return rows
     try:
         rows = load_from_disk(folder)

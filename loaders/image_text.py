@@ -27,7 +27,8 @@ def load_image_text(
 
     Args:
         dataset: "scenes"; a folder that `save_to_disk` wrote; a `.jsonl` file (paths of images in it are relative to
-            the file and stay in its folder); the dotted path of a function that returns rows; or the id of a data set on the Hub.
+            the file and stay in its folder); the dotted path of a function that returns rows; or the id of a data set
+            on the Hub.
         split: which split; a `.jsonl` file has one only.
         seed: seed of the procedural scenes; others ignore it.
         num_samples: rows at most; None means all, and 100,000 scenes.

@@ -2,7 +2,7 @@
 
 | a mask comes as | read by |
 |---|---|
-| an RLE dict, a mask file (path, bytes, `{"bytes", "path"}`), a PIL image, an array, a tensor or rows of 0 and 1 | `read_mask` |
+| an RLE dict, a mask file (a path, its bytes), a PIL image, an array, a tensor or rows of 0 and 1 | `read_mask` |
 | polygons of one instance, flat or as points | `read_polygons` |
 | a COCO annotation's segmentation: polygons or run lengths, compressed or not | `coco_rle` |
 | polygons to be painted pixel by pixel, outline included | `paint_polygon` |
@@ -108,7 +108,9 @@ def read_mask(mask: Any, height: int, width: int, folder: Path = Path()) -> dict
     else:
         inside = _inside_array(mask, height, width)
     if inside.shape != (height, width):
-        raise ValueError(f"a mask of size {inside.shape}, its image {(height, width)} (height, width); make them equal.")
+        raise ValueError(
+            f"a mask of size {inside.shape}, its image {(height, width)} (height, width); make them equal."
+        )
     return encode_mask(inside)
 
 

@@ -43,8 +43,8 @@ def load_parquet(
         Dataset with the columns of `loaders.rows.FEATURES`; `kind` is "single", or "none" without a target.
 
     Raises:
-        ValueError: a layout that loses polygons, or an unknown one; a mask of another size than its image; a folder with
-            only some of a split's files.
+        ValueError: a layout that loses polygons, or an unknown one; a mask of another size than its image; a folder
+            with only some of a split's files.
         FileNotFoundError: an image is missing.
 
     Example:

@@ -2,10 +2,10 @@
 
 | an image comes as | read as |
 |---|---|
-| path (text or PathLike), bytes, an open file, base64 text, a data: URL, an http(s) address | the file's first frame, upright |
+| path, bytes, open file, base64 text, data: URL, http(s) address | the file's first frame, upright |
 | `{"bytes", "path"}`, as `datasets.Image(decode=False)` gives it | the bytes; the path where there are none |
 | PIL image | its current frame, upright |
-| array or tensor (H, W), (H, W, 1 to 4) or (1, 3 or 4, H, W): bool, uint8, uint16, other integers, floats in [0, 1] | as it is |
+| array or tensor (H, W), (H, W, 1 to 4) or (1, 3 or 4, H, W) of bool, integers, floats in [0, 1] | as it is |
 
 Upright: turned as the EXIF orientation says, whatever the way in. Transparency is dropped: the colours stored under it
 are taken, as transformers takes them. 16 bits lose their lower 8, as in Pillow. docs/data.md has the whole table with
@@ -61,7 +61,7 @@ def read_image(image: Any, name: str = "the image") -> Any:
             raise OSError(f"{name} cannot be read as an image: it has neither 'bytes' nor 'path', but {sorted(image)}.")
     if isinstance(source, Image.Image):
         return _to_rgb(source, name, "a PIL image")
-    if hasattr(source, "shape") or hasattr(source, "__array_interface__"):
+    if not isinstance(source, memoryview) and (hasattr(source, "shape") or hasattr(source, "__array_interface__")):
         return _from_array(source, name)
     if hasattr(source, "convert") and hasattr(source, "mode"):
         return _to_rgb(source, name, "a PIL image")

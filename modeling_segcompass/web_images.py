@@ -60,7 +60,9 @@ def fetch(address: str, max_bytes: int = MAX_BYTES, seconds: float = SECONDS, to
                 if len(content) > max_bytes:
                     raise ValueError(f"the file at {address[:200]!r} has more than {max_bytes:,} bytes; use a smaller.")
                 if time.monotonic() > end:
-                    raise TimeoutError(f"the file at {address[:200]!r} took longer than {total:g} s; download it first.")
+                    raise TimeoutError(
+                        f"the file at {address[:200]!r} took longer than {total:g} s; download it first."
+                    )
     except urllib.error.URLError as error:
         if isinstance(error.reason, ValueError):
             raise error.reason from None
@@ -73,9 +75,7 @@ def fetch(address: str, max_bytes: int = MAX_BYTES, seconds: float = SECONDS, to
 def _check_scheme(address: str) -> None:
     """Raises ValueError for anything but http and https."""
     if urllib.parse.urlsplit(address).scheme not in ("http", "https"):
-        raise ValueError(
-            f"the address {address[:200]!r} is not http or https; download the file and give its path."
-        )
+        raise ValueError(f"the address {address[:200]!r} is not http or https; download the file and give its path.")
 
 
 def _check_plain(address: str) -> None:

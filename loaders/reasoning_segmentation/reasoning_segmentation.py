@@ -468,7 +468,9 @@ class ReasoningSegmentation(evaluate.Metric):
         """
         for name, one, other in (("prediction", prediction, predictions), ("reference", reference, references)):
             if (one is None) == (other is None):
-                raise ValueError(f"add takes one {name} ([] for an empty mask); got {'none' if one is None else 'two'}.")
+                raise ValueError(
+                    f"add takes one {name} ([] for an empty mask); got {'none' if one is None else 'two'}."
+                )
         self.add_batch(
             predictions=[predictions if prediction is None else prediction],
             references=[references if reference is None else reference],
