@@ -138,7 +138,12 @@ def file_content(source: Any, name: str) -> Any:
         return BytesIO(content)
     if isinstance(source, str):
         if re.match(r"https?://", source, re.IGNORECASE):
-            return BytesIO(fetch(source))
+            try:
+                return BytesIO(fetch(source))
+            except OSError as error:
+                raise OSError(f"{name} ({_shown(source)}) cannot be read as an image: {str(error)[:300]}") from error
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
         if source.startswith("data:"):
             return BytesIO(_from_base64(source.partition(",")[2], name))
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", source):

@@ -131,6 +131,6 @@ def embed_images(trainer: "SegCompassGRPOTrainer", images: list[Image.Image]) ->
 
 
 def _masks_key(row: Row) -> tuple:
-    """What targets are made from; ids may repeat from data set to data set."""
+    """What targets are made from and laid over; ids may repeat from data set to data set."""
     masks = tuple((tuple(mask["size"]), mask["counts"]) for mask in row["masks"])
-    return row["height"], row["width"], masks
+    return id(row["image"]), row["height"], row["width"], masks
