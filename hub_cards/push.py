@@ -64,7 +64,7 @@ def push_model(
         model.save_pretrained(folder, references=pinned)
         processor.save_pretrained(folder)
         image.save(Path(folder, "example.png"))
-        config = type(model.config).from_pretrained(folder)
+        config: Any = type(model.config).from_pretrained(folder)
         described = model_card(repo_id, config, instruction, **card)
         return upload(api, folder, described, repo_id, "model", "Push SegCompass model", branch, tag, private)
 
@@ -84,8 +84,8 @@ def pin(api: HfApi, model: SegCompassModel, part: str, repo: str) -> dict[str, s
     Raises:
         ValueError: its weights there differ from the model's.
     """
-    repo_id, _, revision = repo.partition("@")
-    revision = api.repo_info(repo_id, revision=revision or None).sha
+    repo_id, _, asked = repo.partition("@")
+    revision = api.repo_info(repo_id, revision=asked or None).sha or ""
     theirs = SUBMODELS[part].from_pretrained(repo_id, revision=revision, token=api.token).state_dict()
     ours = getattr(model, part).state_dict()
     for name in sorted(ours.keys() | theirs.keys()):
@@ -229,8 +229,8 @@ def upload(
         The commit, or the last one where nothing changed.
     """
     card.save(Path(folder, "README.md"))
-    sdk = {"space_sdk": "static"} if kind == "space" else {}
-    api.create_repo(repo_id, repo_type=kind, private=private, exist_ok=True, **sdk)
+    sdk = "static" if kind == "space" else None
+    api.create_repo(repo_id, repo_type=kind, private=private, exist_ok=True, space_sdk=sdk)
     if branch:
         api.create_branch(repo_id, branch=branch, repo_type=kind, exist_ok=True)
     commit = api.upload_folder(

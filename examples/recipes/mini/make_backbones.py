@@ -307,12 +307,9 @@ class Talking(Seeing):
 
 
 def train(pupil, make_batches, minutes, state_file):
-    """Train for some minutes of wall time (all runs together), with as many processes as torchrun started.
-
-    Args:
-        make_batches: seed -> an iterable data set of keyword arguments for `pupil`.
-        state_file: where the training is kept between interruptions.
-    """
+    """Train for some minutes of wall time (all runs together), with as many processes as torchrun started."""
+    # make_batches: seed -> an iterable data set of keyword arguments for `pupil`.
+    # state_file: where the training is kept between interruptions.
     rank = distributed.get_rank() if distributed.is_initialized() else 0
     pupil.train()
     groups = [{"params": list(part.parameters()), "peak": lr} for part, lr in pupil.learning_rates()]
