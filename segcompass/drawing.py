@@ -133,11 +133,11 @@ class Page:
         self.height = height
         self.figure = Figure(figsize=(PAGE / DPI, height / DPI), dpi=DPI, facecolor="white")
 
-    def write(self, left: float, top: float, text: str, **style):
+    def write(self, left: float, top: float, text: str, **style: Any) -> None:
         style = {"color": INK, "va": "top", "parse_math": False, **style}
         self.figure.text(left / PAGE, 1 - top / self.height, text, **style)
 
-    def square(self, left: float, top: float, side: float, colour: str):
+    def square(self, left: float, top: float, side: float, colour: str) -> None:
         corner = (left / PAGE, 1 - (top + side) / self.height)
         self.figure.add_artist(Rectangle(corner, side / PAGE, side / self.height, facecolor=colour))
 

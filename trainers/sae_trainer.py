@@ -230,11 +230,13 @@ class SparseAutoencoderTrainer(Trainer):
         self.model.mean_active_activation.copy_(broadcast(self.model.mean_active_activation))
         return output
 
-    def get_train_dataloader(self):
+    def get_train_dataloader(self) -> DataLoader:
         # Batches are ready made and each process makes its own, so accelerate has nothing to batch or dispatch.
         return DataLoader(self.train_dataset, batch_size=None, collate_fn=_as_inputs)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         z = self._frame.to_frame(inputs["hidden_states"])  # (N, d_in)
         outputs = model(hidden_states=z, output_feature_acts=return_outputs)
         warmup = self.args.l1_warmup * self.state.max_steps
@@ -246,7 +248,9 @@ class SparseAutoencoderTrainer(Trainer):
         loss = loss / self.model.config.d_in  # the variance: the loss is the unexplained share plus the penalty
         return (loss, outputs) if return_outputs else loss
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """Run `evaluate_sae` on the evaluation dataset; metrics carry the prefix `eval_`."""
         with self._raw_weights():
             metrics = evaluate_sae(self.model, self.eval_dataset if eval_dataset is None else eval_dataset)
@@ -255,7 +259,7 @@ class SparseAutoencoderTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def log(self, logs, start_time=None):
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._running:
             running = self.accelerator.reduce(self._running)
             for group, name in enumerate(("", *(f"_{name}" for name in TOKEN_TYPES))[: len(running["tokens"])]):
