@@ -162,7 +162,7 @@ def sae_card(
     Returns:
         The card, not yet saved.
     """
-    on_hub = config.backbone and config.backbone.count("/") == 1
+    on_hub = config.backbone is not None and config.backbone.count("/") == 1
     optional: dict[str, Any] = {"base_model_relation": "adapter"} if on_hub else {}
     data = ModelCardData(
         library_name="transformers",

@@ -84,8 +84,8 @@ def pin(api: HfApi, model: SegCompassModel, part: str, repo: str) -> dict[str, s
     Raises:
         ValueError: its weights there differ from the model's.
     """
-    repo_id, _, asked = repo.partition("@")
-    revision = api.repo_info(repo_id, revision=asked or None).sha or ""
+    repo_id, _, wanted = repo.partition("@")
+    revision: Any = api.repo_info(repo_id, revision=wanted or None).sha
     theirs = load_submodel(model.config, part, repo_id, revision=revision, token=api.token).state_dict()
     ours = getattr(model, part).state_dict()
     for name in sorted(ours.keys() | theirs.keys()):
@@ -229,8 +229,8 @@ def upload(
         The commit, or the last one where nothing changed.
     """
     card.save(Path(folder, "README.md"))
-    sdk = "static" if kind == "space" else None
-    api.create_repo(repo_id, repo_type=kind, private=private, exist_ok=True, space_sdk=sdk)
+    sdk: dict[str, Any] = {"space_sdk": "static"} if kind == "space" else {}
+    api.create_repo(repo_id, repo_type=kind, private=private, exist_ok=True, **sdk)
     if branch:
         api.create_branch(repo_id, branch=branch, repo_type=kind, exist_ok=True)
     commit = api.upload_folder(

@@ -88,7 +88,7 @@ class ImageFeatureWriter:
 
     Example:
         >>> encoder = encoder_id(model.image_encoder, processor.encoder_image_processor)
-        >>> writer = ImageFeatureWriter("runs/features", encoder, model.config.image_encoder_config.image_size)
+        >>> writer = ImageFeatureWriter("runs/features", encoder, model.config.frame.side)
         >>> writer.add(image_key(image), model.get_image_embeddings(pixels)[0])
         >>> writer.close()
     """

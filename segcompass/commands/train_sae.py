@@ -153,7 +153,20 @@ def cached(
     rows: Dataset | IterableDataset,
     sae_config: SparseAutoencoderConfig,
 ) -> CachedActivations:
-    """The activations of the cache in a folder, which is filled first as far as it is not."""
+    """The activations of a cache, which is filled first.
+
+    Args:
+        folder: of the cache.
+        arguments: the command's options.
+        training: the trainer's.
+        model: SegCompass model or MLLM.
+        collate: makes inputs of rows.
+        rows: rows to train on.
+        sae_config: of the SAE that will be trained.
+
+    Returns:
+        What the trainer reads.
+    """
     names = ("model", "dataset", "split", "evaluation_split", "evaluation_samples", "dataset_seed", "token_window")
     report = cache_activations(
         folder,

@@ -9,7 +9,7 @@ import pytest
 
 import segcompass
 from segcompass import cli
-from segcompass.commands import options, plan_memory, recipes
+from segcompass.commands import demo, options, plan_memory, recipes
 
 
 def test_every_command_has_a_module_and_a_sentence_and_every_module_a_command():
@@ -100,3 +100,9 @@ def test_memory_is_planned_for_a_recipe_by_name(capsys):
     result = plan_memory.main(["--recipe", "llava-1.5-7b/grpo", "--lora-rank", "16"])
     assert result["peak"] < result["room"]
     assert "grpo.yaml: fsdp2 on 8 GPUs of 80 GB" in capsys.readouterr().out
+
+
+def test_the_demo_says_what_it_lacks(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)  # as if it were not installed
+    with pytest.raises(ValueError, match=r'gradio is missing, .*pip install "segcompass\[demo\]"'):
+        demo.main([])

@@ -13,6 +13,7 @@ Repeat the command to resume an interrupted run from its last state, at most two
 import argparse
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -306,10 +307,17 @@ class Talking(Seeing):
         return language + 0.3 * loss, parts
 
 
-def train(pupil, make_batches, minutes, state_file):
-    """Train for some minutes of wall time (all runs together), with as many processes as torchrun started."""
-    # make_batches: seed -> an iterable data set of keyword arguments for `pupil`.
-    # state_file: where the training is kept between interruptions.
+def train(
+    pupil: Seeing, make_batches: Callable[[list[int]], IterableDataset], minutes: float, state_file: Path
+) -> None:
+    """Train for some minutes of wall time (all runs together), with as many processes as torchrun started.
+
+    Args:
+        pupil: what learns.
+        make_batches: seed -> an iterable data set of keyword arguments for `pupil`.
+        minutes: how long, of all runs together.
+        state_file: where the training is kept between interruptions.
+    """
     rank = distributed.get_rank() if distributed.is_initialized() else 0
     pupil.train()
     groups = [{"params": list(part.parameters()), "peak": lr} for part, lr in pupil.learning_rates()]
