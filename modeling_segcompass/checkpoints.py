@@ -143,8 +143,18 @@ def load_whole(load: Callable, path: Any, args: tuple, output_loading_info: bool
     return (model, info) if output_loading_info else model
 
 
-def load_submodel(config: SegCompassConfig, part: str, repo_id: str, **keywords: Any) -> Any:
-    """A part of a model from a repository of its own; keywords as transformers' `from_pretrained` takes them."""
+def load_submodel(config: Any, part: str, repo_id: str, **keywords: Any) -> Any:
+    """A part of a model, by the model's configuration, from a repository of its own.
+
+    Args:
+        config: SegCompassConfig.
+        part: a name in SUBMODELS.
+        repo_id: folder or Hub id.
+        **keywords: as of transformers' `from_pretrained`.
+
+    Returns:
+        the part, a model of its own.
+    """
     classes: dict[str, Any] = {
         "mllm": AutoModelForImageTextToText,
         "image_encoder": encoder_of(config).model_class,

@@ -43,6 +43,7 @@ class ReasoningSegmentationPipeline(Pipeline):
         answers = pipe(image, ["the mug", "the sink"], explain=True)
     """
 
+    processor: Any  # always a SegCompassProcessor
     _load_processor = True  # type: ignore[assignment]
     _load_tokenizer = _load_image_processor = _load_feature_extractor = _load_video_processor = False  # type: ignore[assignment]
     _pipeline_calls_generate = False  # `segment` decides how to generate
@@ -118,7 +119,7 @@ class ReasoningSegmentationPipeline(Pipeline):
         given = {"threshold": threshold, "mask_threshold": mask_threshold, "explain": explain}
         return {}, segment_parameters, {name: value for name, value in given.items() if value is not None}
 
-    def preprocess(self, rows: list[dict]) -> dict[str, Any]:
+    def preprocess(self, rows: list[dict]) -> dict[str, Any]:  # type: ignore[override]
         """Rows {"image", "instruction"} to the model's inputs."""
         instructions = [row["instruction"] for row in rows]
         inputs = self.processor(images=[row["image"] for row in rows], text=instructions, return_tensors="pt")
@@ -129,7 +130,7 @@ class ReasoningSegmentationPipeline(Pipeline):
         outputs = self.model.segment(**inputs, **segment_parameters)
         return {**model_inputs, "sizes": inputs["original_sizes"], "outputs": outputs}
 
-    def postprocess(
+    def postprocess(  # type: ignore[override]
         self,
         model_outputs: dict[str, Any],
         threshold: float = 0.5,

@@ -110,6 +110,14 @@ def test_public_name_exists_and_a_public_class_has_an_example(name):
         assert "Example:" in (value.__doc__ or ""), f"{name} has no 'Example:' of three lines in its docstring"
 
 
+def test_type_checkers_see_the_public_names():
+    seen = {}
+    for node in ast.walk(ast.parse((ROOT / "segcompass" / "__init__.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("segcompass."):
+            seen |= {alias.asname: node.module for alias in node.names}
+    assert seen == {name: f"segcompass.{part}" for name, part in segcompass._PART_OF.items()}
+
+
 def test_every_module_says_what_it_is():
     modules = [path for path in CODE if ROOT / "tests" not in path.parents]
     silent = [name_of(path) for path in modules if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))]

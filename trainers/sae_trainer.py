@@ -181,7 +181,7 @@ class SparseAutoencoderTrainer(Trainer):
             train_dataset = _Endless(train_dataset, model.config.d_in, args.on_nonfinite)
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         self.add_callback(_AfterStep(self))
-        self._frame: Frame | None = None  # while the weights are those of the training frame
+        self._frame: Any = None  # a Frame while the weights are those of the training frame
         self._tokens_since_active = torch.zeros(model.config.d_sae, dtype=torch.long, device=args.device)
         self._tokens_since_revival = 0
         self._running: dict[str, torch.Tensor] = {}  # `moments` since the last log
@@ -252,8 +252,9 @@ class SparseAutoencoderTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Run `evaluate_sae` on the evaluation dataset; metrics carry the prefix `eval_`."""
+        held_out: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         with self._raw_weights():
-            metrics = evaluate_sae(self.model, self.eval_dataset if eval_dataset is None else eval_dataset)
+            metrics = evaluate_sae(self.model, held_out)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
