@@ -110,6 +110,14 @@ def test_public_name_exists_and_a_public_class_has_an_example(name):
         assert "Example:" in (value.__doc__ or ""), f"{name} has no 'Example:' of three lines in its docstring"
 
 
+def test_type_checkers_see_the_public_names():
+    seen = {}
+    for node in ast.walk(ast.parse((ROOT / "segcompass" / "__init__.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("segcompass."):
+            seen |= {alias.asname: node.module for alias in node.names}
+    assert seen == {name: f"segcompass.{part}" for name, part in segcompass._PART_OF.items()}
+
+
 def test_every_module_says_what_it_is():
     modules = [path for path in CODE if ROOT / "tests" not in path.parents]
     silent = [name_of(path) for path in modules if not ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))]
@@ -261,6 +269,7 @@ def test_commands_and_options_in_the_pages_exist():
     from segcompass.cli import COMMANDS
 
     helps: dict[str, str] = {}
+    added = set(re.findall(r"^\+ +(\w+):", (ROOT / "docs" / "extending.md").read_text(encoding="utf-8"), re.M))
     for page, words, _ in commands_in_pages():
         if not re.match(r"[a-z]", words):  # `segcompass …`, `segcompass --help`
             continue
@@ -271,6 +280,7 @@ def test_commands_and_options_in_the_pages_exist():
             helps[command] = help_of(command)
         for option in re.findall(r"--[\w-]+", words):
             known = option.replace("_", "-") in helps[command].replace("_", "-")
+            known |= page == "docs/extending.md" and option[2:].replace("-", "_") in added
             assert known, f"{page}: `segcompass {command}` has no option {option}"
 
 

@@ -91,8 +91,8 @@ def test_top_level_of_the_wheel_is_segcompass_alone(wheel):
 def test_an_installed_user_segments_the_shipped_scene_and_finds_the_recipes(installed, elsewhere):
     assert run(installed.command, "--version", cwd=elsewhere) == f"segcompass {segcompass.__version__}\n"
     assert "mini/grpo" in run(installed.command, "recipes", cwd=elsewhere)
-    told = run(installed.command, "segment", "--output", "out", "--explain", cwd=elsewhere)
-    assert "result       2 instances" in told
+    shown = run(installed.command, "segment", "--output", "out", "--explain", cwd=elsewhere)
+    assert "result       2 instances" in shown
     result = json.loads((elsewhere / "out" / "result.json").read_text())
     assert len(result["instances"]) == 2 and (elsewhere / "out" / "explanation.html").exists()
 
