@@ -16,6 +16,7 @@ import time
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from segcompass.loaders import METRIC
 from segcompass.loaders.reasoning_segmentation.reasoning_segmentation import sample_counts, sample_iou, summarise
 
 HEIGHT, WIDTH = 480, 640
@@ -88,7 +89,7 @@ def growth(pairs, samples):
     """MiB that the peak memory grows while the metric object takes the last four fifths of the samples."""
     import evaluate
 
-    metric = evaluate.load("loaders/reasoning_segmentation")
+    metric = evaluate.load(METRIC)
     marks = []
     for start in range(0, samples, len(pairs)):
         metric.add_batch(predictions=list(pairs[:, 0]), references=list(pairs[:, 1]))

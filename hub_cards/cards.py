@@ -101,6 +101,9 @@ def model_card(
         if not evaluation.metrics.get("protocol"):
             raise ValueError(f"the evaluation on {evaluation.name!r} names no protocol; pass metrics.json as it is.")
     base_model = backbones(config) if base_model is None else list(base_model)
+    optional: dict[str, Any] = {"base_model_relation": "finetune"} if base_model else {}
+    if emissions is not None:
+        optional["co2_eq_emissions"] = {"emissions": emissions}
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-segmentation",
@@ -112,8 +115,7 @@ def model_card(
         metrics=sorted({metric for evaluation in evaluations for metric in evaluation.scores()}) or None,
         model_name=repo_id.split("/")[-1],
         eval_results=[result for evaluation in evaluations for result in evaluation.results()] or None,
-        **({"base_model_relation": "finetune"} if base_model else {}),
-        **({"co2_eq_emissions": {"emissions": emissions}} if emissions is not None else {}),
+        **optional,
     )
     return ModelCard.from_template(
         data,
@@ -160,14 +162,15 @@ def sae_card(
     Returns:
         The card, not yet saved.
     """
-    on_hub = config.backbone and config.backbone.count("/") == 1
+    on_hub = config.backbone is not None and config.backbone.count("/") == 1
+    optional: dict[str, Any] = {"base_model_relation": "adapter"} if on_hub else {}
     data = ModelCardData(
         library_name="transformers",
         license=license,
         base_model=config.backbone if on_hub else None,
         datasets=datasets,
         tags=[*TAGS, "interpretability"],
-        **({"base_model_relation": "adapter"} if on_hub else {}),
+        **optional,
     )
     return ModelCard.from_template(
         data,

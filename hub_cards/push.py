@@ -15,7 +15,7 @@ from huggingface_hub import CommitInfo, DatasetCard, HfApi, RepoCard
 from PIL import Image
 
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor, SparseAutoencoder
-from segcompass.modeling_segcompass.checkpoints import SUBMODELS
+from segcompass.modeling_segcompass.checkpoints import load_submodel
 
 from .cards import dataset_card, metric_card, model_card, sae_card
 
@@ -64,7 +64,7 @@ def push_model(
         model.save_pretrained(folder, references=pinned)
         processor.save_pretrained(folder)
         image.save(Path(folder, "example.png"))
-        config = type(model.config).from_pretrained(folder)
+        config: Any = type(model.config).from_pretrained(folder)
         described = model_card(repo_id, config, instruction, **card)
         return upload(api, folder, described, repo_id, "model", "Push SegCompass model", branch, tag, private)
 
@@ -84,9 +84,9 @@ def pin(api: HfApi, model: SegCompassModel, part: str, repo: str) -> dict[str, s
     Raises:
         ValueError: its weights there differ from the model's.
     """
-    repo_id, _, revision = repo.partition("@")
-    revision = api.repo_info(repo_id, revision=revision or None).sha
-    theirs = SUBMODELS[part].from_pretrained(repo_id, revision=revision, token=api.token).state_dict()
+    repo_id, _, wanted = repo.partition("@")
+    revision: Any = api.repo_info(repo_id, revision=wanted or None).sha
+    theirs = load_submodel(model.config, part, repo_id, revision=revision, token=api.token).state_dict()
     ours = getattr(model, part).state_dict()
     for name in sorted(ours.keys() | theirs.keys()):
         if name not in ours or name not in theirs or not same(ours[name], theirs[name]):
@@ -229,7 +229,7 @@ def upload(
         The commit, or the last one where nothing changed.
     """
     card.save(Path(folder, "README.md"))
-    sdk = {"space_sdk": "static"} if kind == "space" else {}
+    sdk: dict[str, Any] = {"space_sdk": "static"} if kind == "space" else {}
     api.create_repo(repo_id, repo_type=kind, private=private, exist_ok=True, **sdk)
     if branch:
         api.create_branch(repo_id, branch=branch, repo_type=kind, exist_ok=True)

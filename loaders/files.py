@@ -16,7 +16,7 @@ def need(path: Path, where: str) -> Path:
 
     Args:
         path: a file or a folder.
-        where: the end of the error: where such a file is usually found.
+        where: the end of the error: where such a file is found.
 
     Returns:
         `path`.

@@ -39,7 +39,7 @@ NUM_SHARDS = 16
 
 
 def target_kind(num_targets: int) -> str:
-    """The usual `kind` of a row: "none", "single" or "multi", by its number of targets."""
+    """The `kind` of a row: "none", "single" or "multi", by its number of targets."""
     return ("none", "single", "multi")[min(num_targets, 2)]
 
 

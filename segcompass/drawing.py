@@ -127,21 +127,33 @@ def draw_overlay(
 
 
 class Page:
-    """A figure addressed in pixels from the top left."""
+    """A figure addressed in pixels from the top left.
+
+    Args:
+        height: of the page; its width is always the same.
+
+    Example:
+        page = Page(400)
+        page.write(36, 36, "the mug", size=20)
+        page.figure.savefig("page.png")
+    """
 
     def __init__(self, height: float):
         self.height = height
         self.figure = Figure(figsize=(PAGE / DPI, height / DPI), dpi=DPI, facecolor="white")
 
-    def write(self, left: float, top: float, text: str, **style):
+    def write(self, left: float, top: float, text: str, **style: Any) -> None:
+        """Write a text whose top left corner is there; `style` goes to matplotlib."""
         style = {"color": INK, "va": "top", "parse_math": False, **style}
         self.figure.text(left / PAGE, 1 - top / self.height, text, **style)
 
-    def square(self, left: float, top: float, side: float, colour: str):
+    def square(self, left: float, top: float, side: float, colour: str) -> None:
+        """Fill a square."""
         corner = (left / PAGE, 1 - (top + side) / self.height)
         self.figure.add_artist(Rectangle(corner, side / PAGE, side / self.height, facecolor=colour))
 
     def axes(self, left: float, top: float, width: float, height: float) -> Axes:
+        """Framed axes for a picture."""
         corner = (left / PAGE, 1 - (top + height) / self.height)
         axes = self.figure.add_axes((*corner, width / PAGE, height / self.height))
         for spine in axes.spines.values():

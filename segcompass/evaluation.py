@@ -89,12 +89,17 @@ class Evaluation:
             raise ValueError(f"the protocol is {self.protocol!r}; choose one of {', '.join(PROTOCOLS)}.")
         if self.num_samples is None and self.dataset == "scenes":
             self.num_samples = 500
-        if self.threshold is None:
-            self.threshold = 0.0 if PROTOCOLS[self.protocol].matched else 0.5
-        if not 0 <= self.threshold <= 1:
+        if not 0 <= self.min_confidence <= 1:
             raise ValueError(f"the threshold is {self.threshold}; it is a probability, choose a value from 0 to 1.")
         if self.unit is None:  # ReasonSeg's texts describe the same target, and everybody evaluates on the first
             self.unit = "ref" if self.dataset == "reasonseg" else PROTOCOLS[self.protocol].unit
+
+    @property
+    def min_confidence(self) -> float:
+        """The threshold, or its default."""
+        if self.threshold is not None:
+            return self.threshold
+        return 0.0 if PROTOCOLS[self.protocol].matched else 0.5
 
 
 def evaluate(run: Evaluation) -> dict:
@@ -222,9 +227,9 @@ def predict(
     if features:
         inputs.update(features.inputs(images))
     inputs = inputs.to(model.device)
-    outputs = model.segment(**inputs, query_source=run.query_source)
+    outputs: Any = model.segment(**inputs, query_source=run.query_source)
     sizes = [(row["height"], row["width"]) for row in batch]
-    results = processor.post_process_instance_segmentation(outputs, run.threshold, target_sizes=sizes)
+    results = processor.post_process_instance_segmentation(outputs, run.min_confidence, target_sizes=sizes)
     texts = processor.batch_decode(outputs.sequences[:, outputs.prompt_length :], skip_special_tokens=True)
     seconds = (time.perf_counter() - began) / len(batch)
     for row, text, result in zip(batch, texts, results, strict=True):
@@ -282,7 +287,7 @@ def describe_run(run: Evaluation, rows: Dataset) -> dict:
         source: dict[str, Any] = {"predictions": hashlib.sha256(run.predictions.read_bytes()).hexdigest()}
     else:
         source = {"model": run.model, "weights": weights_of(run.model)}
-        source |= {"query_source": run.query_source, "threshold": run.threshold}
+        source |= {"query_source": run.query_source, "threshold": run.min_confidence}
     return source | {
         "dataset": run.dataset,
         "split": run.split,

@@ -165,7 +165,7 @@ def activation_bytes(model: Any, batch: int, length: int) -> tuple[int, int]:
     with SavedBytes(block) as of_block:
         block(x, position_embeddings=rotary)
 
-    grid, width = config.key_grid, config.image_encoder_config.output_channels
+    grid, width = config.key_grid, config.key_channels
     meta["dtype"] = torch.float32  # under autocast part of it is half as large
     e = torch.empty(batch, config.num_slots, text.hidden_size, requires_grad=True, **meta)
     r = torch.empty(batch, config.num_slots, config.d_c, requires_grad=True, **meta)

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -10,7 +11,7 @@ from PIL import Image
 from segcompass.drawing import draw_overlay, label_image
 from segcompass.loaders.masks import encode_mask
 from segcompass.loading import load
-from segcompass.modeling_segcompass import SegCompassModel, SegCompassOutput, SegCompassProcessor
+from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
 from segcompass.modeling_segcompass.explanation import heaviest_concepts
 from segcompass.modeling_segcompass.explanation_page import render_html
 from segcompass.modeling_segcompass.images import read_image
@@ -42,7 +43,7 @@ def segment_image(
     image = read_image(source)
     segcompass, processor = load(model)
     inputs = processor(images=image, text=instruction).to(segcompass.device)
-    outputs = segcompass.segment(**inputs)
+    outputs: Any = segcompass.segment(**inputs)
 
     sizes = inputs["original_sizes"]
     instances = processor.post_process_instance_segmentation(outputs, threshold, target_sizes=sizes)[0]
@@ -71,12 +72,12 @@ def segment_image(
 # -- results as text and JSON ------------------------------------------------------------------------------------------
 
 
-def describe(instruction: str, outputs: SegCompassOutput, processor: SegCompassProcessor, instances: dict) -> dict:
+def describe(instruction: str, outputs: Any, processor: SegCompassProcessor, instances: dict) -> dict:
     """The content of result.json.
 
     Args:
         instruction: what was asked.
-        outputs: of `model.segment` for one image.
+        outputs: SegCompassOutput of `model.segment` for one image.
         processor: the model's.
         instances: of `post_process_instance_segmentation` for that image.
 
@@ -113,7 +114,7 @@ def reasoning_of(text: str) -> str:
     return (thought[1] if thought else text).strip()
 
 
-def verdict_of(result: dict, outputs: SegCompassOutput) -> str:
+def verdict_of(result: dict, outputs: Any) -> str:
     """The result in one line, such as "2 instances" or "no target"."""
     if not outputs.slot_mask[0].any():
         return NO_TOKENS
@@ -133,7 +134,7 @@ def report(result: dict, reasoning: str, verdict: str) -> None:
 
 
 def slot_heatmaps(
-    outputs: SegCompassOutput, processor: SegCompassProcessor, image: Image.Image, kept: list[int]
+    outputs: Any, processor: SegCompassProcessor, image: Image.Image, kept: list[int]
 ) -> list[tuple[int, float, np.ndarray]]:
     """(slot, confidence, heatmap in [0, 1]) of the kept slots; of the most confident found slot when none is kept."""
     found = outputs.slot_mask[0].nonzero()[:, 0].tolist()
@@ -146,7 +147,7 @@ def slot_heatmaps(
 
 
 def concept_heat(
-    outputs: SegCompassOutput,
+    outputs: Any,
     model: SegCompassModel,
     processor: SegCompassProcessor,
     image: Image.Image,
@@ -155,7 +156,7 @@ def concept_heat(
     """How strongly the slots' top concepts fire at each image patch, and the part of the image the patches cover.
 
     Args:
-        outputs: of `model.segment` for one image.
+        outputs: SegCompassOutput of `model.segment` for one image.
         model: the model.
         processor: its processor.
         image: the image.
@@ -183,7 +184,7 @@ def write_explanation(
     folder: Path,
     model: SegCompassModel,
     processor: SegCompassProcessor,
-    outputs: SegCompassOutput,
+    outputs: Any,
     image: Image.Image,
     instruction: str,
     slots: list[int],
@@ -195,7 +196,7 @@ def write_explanation(
         folder: where to write.
         model: the model.
         processor: its processor.
-        outputs: of `model.segment` for one image.
+        outputs: SegCompassOutput of `model.segment` for one image.
         image: the image.
         instruction: what was asked.
         slots: the slots to explain; without any, a line says so and nothing is written.

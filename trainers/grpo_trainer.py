@@ -310,7 +310,7 @@ class SegCompassGRPOTrainer(GRPOTrainer):
             grpo_loss = 0.0 * grpo_loss  # not left out: DDP expects a gradient, if of zeros, of the LM head too
         return grpo_loss + segmentation / accumulation
 
-    def training_step(self, *args, **kwargs):
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """TRL's, timed."""
         with self._timer.phase("update"):
             loss = super().training_step(*args, **kwargs)

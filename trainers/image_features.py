@@ -46,7 +46,8 @@ def encoder_id(image_encoder: Any, encoder_image_processor: Any) -> str:
         digest.update(f"{name} {tuple(value.shape)}".encode())
         digest.update(value.detach().float().cpu().contiguous().numpy())
     config = image_encoder.config
-    return f"sam-{config.num_hidden_layers}x{config.hidden_size}-{config.image_size}px-{digest.hexdigest()[:16]}"
+    kind = config.model_type.removesuffix("_vision_model")
+    return f"{kind}-{config.num_hidden_layers}x{config.hidden_size}-{config.image_size}px-{digest.hexdigest()[:16]}"
 
 
 def _write_whole(path: Path, text: str) -> None:
@@ -88,7 +89,7 @@ class ImageFeatureWriter:
 
     Example:
         >>> encoder = encoder_id(model.image_encoder, processor.encoder_image_processor)
-        >>> writer = ImageFeatureWriter("runs/features", encoder, model.config.image_encoder_config.image_size)
+        >>> writer = ImageFeatureWriter("runs/features", encoder, model.config.frame.side)
         >>> writer.add(image_key(image), model.get_image_embeddings(pixels)[0])
         >>> writer.close()
     """

@@ -7,8 +7,7 @@ import torch
 from PIL import Image
 
 from segcompass.modeling_segcompass import SegCompassProcessor
-
-COLOURS = np.array([(230, 60, 50), (50, 120, 230), (60, 180, 75), (245, 190, 40), (160, 80, 200), (40, 190, 200)])
+from segcompass.modeling_segcompass.palette import slot_colour
 
 
 @torch.no_grad()
@@ -38,6 +37,6 @@ def draw_overlays(
     for image, found in zip(images, instances, strict=False):
         pixels = np.array(image.convert("RGB"))
         for slot, mask in zip(found["slots"].tolist(), found["masks"].cpu().numpy(), strict=True):
-            pixels[mask] = pixels[mask] // 2 + COLOURS[slot % len(COLOURS)].astype(np.uint8) // 2
+            pixels[mask] = pixels[mask] // 2 + np.array(slot_colour(slot), np.uint8) // 2
         overlays.append(Image.fromarray(pixels))
     return overlays

@@ -24,10 +24,11 @@ from segcompass.modeling_segcompass import SparseAutoencoder, SparseAutoencoderC
 from segcompass.recipes import parse_with_recipe
 from segcompass.trainers import SparseAutoencoderTrainer, SparseAutoencoderTrainerConfig
 from segcompass.trainers.activation_cache import CachedActivations, cache_activations
-from segcompass.trainers.activations import ActivationDataset
+from segcompass.trainers.activations import ActivationDataset, take_tokens
 from segcompass.trainers.collator import ImageTextCollator
 from segcompass.trainers.sae_estimate import estimate_sae_training
-from segcompass.trainers.sae_trainer import evaluate_sae, last_checkpoint, take_tokens
+from segcompass.trainers.sae_quality import evaluate_sae
+from segcompass.trainers.sae_trainer import last_checkpoint
 
 from . import options
 
@@ -99,8 +100,11 @@ def main(argv: list[str] | None = None) -> None:
             on_nonfinite=training.on_nonfinite,
         )
 
-    train_dataset = cached(arguments, training, model, collate, rows, sae_config) if arguments.cache_dir else None
-    train_dataset = train_dataset or stream(rows)
+    train_dataset: CachedActivations | ActivationDataset
+    if arguments.cache_dir:
+        train_dataset = cached(arguments.cache_dir, arguments, training, model, collate, rows, sae_config)
+    else:
+        train_dataset = stream(rows)
     if training.max_steps <= 0:
         training.max_steps = count_steps(arguments, training, rows, collate)
     sae = SparseAutoencoder(sae_config)
@@ -141,6 +145,7 @@ def read_rows(arguments: SAEArguments) -> tuple[Dataset | IterableDataset, Datas
 
 
 def cached(
+    folder: str,
     arguments: SAEArguments,
     training: SparseAutoencoderTrainerConfig,
     model: PreTrainedModel,
@@ -148,10 +153,23 @@ def cached(
     rows: Dataset | IterableDataset,
     sae_config: SparseAutoencoderConfig,
 ) -> CachedActivations:
-    """The activations of a cache, which is filled first as far as it is not."""
+    """The activations of a cache, which is filled first.
+
+    Args:
+        folder: of the cache.
+        arguments: the command's options.
+        training: the trainer's.
+        model: SegCompass model or MLLM.
+        collate: makes inputs of rows.
+        rows: rows to train on.
+        sae_config: of the SAE that will be trained.
+
+    Returns:
+        What the trainer reads.
+    """
     names = ("model", "dataset", "split", "evaluation_split", "evaluation_samples", "dataset_seed", "token_window")
     report = cache_activations(
-        arguments.cache_dir,
+        folder,
         model,
         rows,
         collate,
@@ -164,7 +182,7 @@ def cached(
     )
     print(json.dumps({"cache": report}, indent=2))
     return CachedActivations(
-        arguments.cache_dir, sae_config.d_in, arguments.tokens_per_batch, arguments.buffer_size, training.data_seed or 0
+        folder, sae_config.d_in, arguments.tokens_per_batch, arguments.buffer_size, training.data_seed or 0
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 
 import segcompass
 from segcompass import cli
-from segcompass.commands import options, plan_memory, recipes
+from segcompass.commands import demo, options, plan_memory, recipes
 
 
 def test_every_command_has_a_module_and_a_sentence_and_every_module_a_command():
@@ -69,6 +69,15 @@ def test_options_are_spelled_either_way(spelling, monkeypatch):
     assert taken == [["--num-samples=5", "--num-samples", "5", "--output", "runs/my_run", "a_b--c_d"]]
 
 
+def test_modules_of_the_current_folder_are_found_last(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    (tmp_path / "my_data.py").write_text("def load(split):\n    raise ValueError('asked for ' + split)\n")
+    with pytest.raises(ValueError, match="asked for dusk"):
+        cli.main(["prepare-data", "my_data.load", "--split", "dusk", "--output", "out"])
+    assert sys.path[-1] == str(tmp_path)  # behind everything installed, which it must not shadow
+
+
 def test_errors_of_ours_are_one_line_and_others_keep_their_traceback(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["recipes", "nowhere"])
@@ -100,3 +109,9 @@ def test_memory_is_planned_for_a_recipe_by_name(capsys):
     result = plan_memory.main(["--recipe", "llava-1.5-7b/grpo", "--lora-rank", "16"])
     assert result["peak"] < result["room"]
     assert "grpo.yaml: fsdp2 on 8 GPUs of 80 GB" in capsys.readouterr().out
+
+
+def test_the_demo_says_what_it_lacks(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)  # as if it were not installed
+    with pytest.raises(ValueError, match=r'gradio is missing, .*pip install "segcompass\[demo\]"'):
+        demo.main([])

@@ -13,6 +13,7 @@ Repeat the command to resume an interrupted run from its last state, at most two
 import argparse
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -129,7 +130,7 @@ def make_mllm(processor):
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
-            initializer_range=0.06,  # at a width of 192 the usual 0.02 starts too near to nothing
+            initializer_range=0.06,  # at a width of 192 the default 0.02 starts too near to nothing
         ),
         initializer_range=0.06,
         tie_word_embeddings=True,
@@ -306,11 +307,15 @@ class Talking(Seeing):
         return language + 0.3 * loss, parts
 
 
-def train(pupil, make_batches, minutes, state_file):
+def train(
+    pupil: Seeing, make_batches: Callable[[list[int]], IterableDataset], minutes: float, state_file: Path
+) -> None:
     """Train for some minutes of wall time (all runs together), with as many processes as torchrun started.
 
     Args:
+        pupil: what learns.
         make_batches: seed -> an iterable data set of keyword arguments for `pupil`.
+        minutes: how long, of all runs together.
         state_file: where the training is kept between interruptions.
     """
     rank = distributed.get_rank() if distributed.is_initialized() else 0

@@ -25,7 +25,7 @@ def parts(request):
     inputs = processor(images=images, text=["the red box", "it"])
     generation = dict(logits_processor=[Script(processor.tokenizer, RESPONSES)], max_new_tokens=80)
     sequences, states = model.reason(**inputs, **generation)
-    return model, processor, inputs, sequences, states._asdict()
+    return model, processor, inputs, sequences, states
 
 
 @torch.no_grad()
