@@ -98,18 +98,22 @@ def signing_saved(folder: str | os.PathLike, keywords: dict[str, Any]) -> Iterat
         yield
 
 
-def check_loaded(model: Any, info: dict[str, Any], source: Any) -> None:
+def check_loaded(model: Any, info: dict[str, Any], source: Any, unexpected: bool = True) -> None:
     """Refuse a model whose weights were not all in the file, or are not all numbers.
 
     Args:
         model: the loaded model.
         info: transformers' report on its weights.
         source: folder or Hub id, for the error.
+        unexpected: whether weights that the model has no place for are a fault; others' checkpoints may hold more.
 
     Raises:
         ValueError: weights are missing, unexpected, of another shape, or not finite.
     """
-    wrong = {name: sorted(map(str, info[name])) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    kinds = (
+        ("missing_keys", "unexpected_keys", "mismatched_keys") if unexpected else ("missing_keys", "mismatched_keys")
+    )
+    wrong = {name: sorted(map(str, info[name])) for name in kinds}
     if any(wrong.values()):
         found = "; ".join(f"{name}: {len(keys)} ({', '.join(keys[:3])} ...)" for name, keys in wrong.items() if keys)
         raise ValueError(

@@ -23,9 +23,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command with these options; None takes the process's own."""
+    args = parse(argv)
     from segcompass.modeling_segcompass.manifest import findings, sign, unlisted
 
-    args = parse(argv)
     wrong = 0
     for folder in args.folder:
         if not folder.is_dir():
