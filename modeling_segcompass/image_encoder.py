@@ -88,8 +88,9 @@ class ImageEncoder:
         if not isinstance(source, str):
             return source, {}
         loaded: Any = self.model_class.from_pretrained(source, dtype=dtype, output_loading_info=True)
-        check_loaded(*loaded, source, unexpected=False)
-        return loaded[0], {}
+        encoder, info = loaded
+        check_loaded(encoder, info, source, unexpected=False)
+        return encoder, {}
 
     def encode(self, encoder: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
         """Image keys K.

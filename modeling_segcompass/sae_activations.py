@@ -432,6 +432,17 @@ class JumpRelu(SparseActivation):
         """Thresholds grow with the pre-activations, and an optimizer's step leaves them at zero or more."""
         _threshold(sae).mul_(norms).clamp_(min=0)
 
+    @classmethod
+    def from_saelens(cls, saelens_config: dict[str, Any]) -> dict[str, Any] | None:
+        """Thresholds are of activations as they are."""
+        fields = super().from_saelens(saelens_config)
+        if fields is not None and saelens_config.get("rescale_acts_by_decoder_norm"):
+            raise ValueError(
+                "cfg.json of a SAELens 'jumprelu' SAE sets rescale_acts_by_decoder_norm, which has no meaning beside "
+                "thresholds; fold it into the weights with SAELens first."
+            )
+        return fields
+
     def revive(self, sae: "SparseAutoencoder", features: torch.Tensor) -> list[nn.Parameter]:
         """The threshold of a revived feature is zero."""
         _threshold(sae)[features] = 0

@@ -197,11 +197,6 @@ def _config(folder, theirs, layer):
                 f"{folder} was saved with {name}={theirs[name]!r}; only 'none' can be loaded: fold it into the "
                 "weights with SAELens first."
             )
-    if theirs.get("rescale_acts_by_decoder_norm") and activation == "jumprelu":
-        raise ValueError(
-            f"{folder} was saved with rescale_acts_by_decoder_norm, which has no meaning beside thresholds; fold it "
-            "into the weights with SAELens first."
-        )
     layer = layer or _layer_of(metadata.get("hook_name") or "")
     if layer is None:
         raise ValueError(

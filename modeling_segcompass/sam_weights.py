@@ -149,13 +149,12 @@ def read_sam(
         vision.load_state_dict(part)
         vision.config._name_or_path = source
         return vision.eval(), {name: tensor for name, tensor in weights.items() if name not in part}
-    if isinstance(source, str):
-        if AutoConfig.from_pretrained(source).model_type != "sam":
-            return _load(SamVisionModel, source, dtype), {}
-        source = _load(SamModel, source, dtype)
-    vision = SamVisionModel._from_config(source.config.vision_config, dtype=source.dtype)
-    vision.vision_encoder = source.vision_encoder
-    rest = {name: tensor for name, tensor in source.state_dict().items() if not name.startswith("vision_encoder.")}
+    if isinstance(source, str) and AutoConfig.from_pretrained(source).model_type != "sam":
+        return _load(SamVisionModel, source, dtype), {}
+    sam: Any = _load(SamModel, source, dtype) if isinstance(source, str) else source
+    vision = SamVisionModel._from_config(sam.config.vision_config, dtype=sam.dtype)
+    vision.vision_encoder = sam.vision_encoder
+    rest = {name: tensor for name, tensor in sam.state_dict().items() if not name.startswith("vision_encoder.")}
     return vision.eval(), rest
 
 
