@@ -143,7 +143,7 @@ def test_a_folder_without_the_frame_is_no_checkpoint(tmp_path):
     build_trainer(tmp_path, build_sae(**TOPK), max_steps=4, save_strategy="steps", save_steps=4).train()
     (tmp_path / "checkpoint-4" / "training_frame.safetensors").unlink()
     with pytest.raises(ValueError, match="checkpoint-4 is not what was saved: training_frame.safetensors .missing"):
-        build_trainer(tmp_path, build_sae(**TOPK), max_steps=4).train(resume_from_checkpoint=True)
+        build_trainer(tmp_path, build_sae(**TOPK)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     sign(tmp_path / "checkpoint-4")
     with pytest.raises(ValueError, match="no checkpoint of this trainer"):
         build_trainer(tmp_path, build_sae(**TOPK)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
