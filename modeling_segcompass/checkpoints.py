@@ -16,6 +16,7 @@ from .pipeline_segcompass import CUSTOM_PIPELINES
 from .sae_origin import Origin, check_origin, origin_of
 from .sam_weights import start_mask_decoder
 from .saved_folders import HUB_KEYWORDS, check_loaded, check_saved, signing_saved
+from .tokens import give_rows
 from .weights import check_finite
 
 AUTO_MAP = {
@@ -63,8 +64,7 @@ def build_from_backbones(
         )
     if processor is not None:
         config = {**processor.model_tokens(), "num_slots": processor.num_slots, **config}
-        if len(processor.tokenizer) > mllm.get_input_embeddings().num_embeddings:
-            mllm.resize_token_embeddings(len(processor.tokenizer), mean_resizing=True)
+        give_rows(mllm, processor.tokenizer, processor.new_tokens)
     whole = SegCompassConfig(
         mllm_config=mllm.config,
         image_encoder_config=image_encoder.config,
