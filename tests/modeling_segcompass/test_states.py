@@ -105,7 +105,7 @@ def test_a_recorder_hears_its_own_model_only_and_not_what_an_inner_one_hears(par
     inputs = processor(images=noise_images()[0], text=INSTRUCTIONS[0], response=RESPONSES[0])
     other, _ = lively_segcompass("llava")
     with torch.no_grad(), model.reading_states() as recorder:
-        assert hooks(model) == 2
+        assert hooks(model) == 3
         assert open_recorder(model.mllm) is recorder and open_recorder(other.mllm) is None
         model(**inputs)  # opens its own
         assert recorder.z == recorder.last_hidden == []
