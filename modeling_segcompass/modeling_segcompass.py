@@ -430,6 +430,13 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
                 f"{wrong}; masks need prompt and response in one pass: pass the processor's input_ids, whole, or leave "
                 "encoder_pixel_values and image_embeddings out."
             )
+        per_token = {"attention_mask": attention_mask, "labels": labels, "response_mask": response_mask}
+        for name, value in per_token.items() if input_ids is not None and past_key_values is None else ():
+            if value is not None and value.dim() == 2 and value.shape != input_ids.shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(value.shape)}, input_ids {tuple(input_ids.shape)}; give one value per "
+                    "token."
+                )
         keeps_some = isinstance(logits_to_keep, torch.Tensor) or logits_to_keep != 0
         if keeps_some and labels is not None:
             raise ValueError("logits_to_keep is given with labels, whose loss needs all logits; leave one of them out.")

@@ -121,7 +121,7 @@ def test_an_option_that_masks_cannot_follow_is_refused_wherever_it_is_set(parts,
     if place == "keyword":
         options[name] = REFUSED[name]
     elif place == "argument":
-        options["generation_config"] = GenerationConfig(**{name: REFUSED[name]})
+        options["generation_config"] = GenerationConfig(do_sample=True, **{name: REFUSED[name]})
     else:
         setattr(own_config, name, REFUSED[name])
     with pytest.raises(ValueError, match=f"{name} is {REFUSED[name]}; .*use {name}="):
@@ -172,17 +172,15 @@ def test_generate_takes_whatever_the_processor_returns(parts):
         model.generate(**uneven)
 
 
-def test_train_mode_with_gradient_checkpointing_is_right_or_refused(parts):
-    model, _ = parts
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_train_mode_with_gradient_checkpointing_is_right_or_refused(backbone):
+    model, processor = lively_segcompass(backbone)
     model.train()
     model.gradient_checkpointing_enable()
-    try:
-        with pytest.raises(ValueError, match=r"gradient checkpointing.*call model.eval\(\)"):
-            ask(parts)
-        inputs, outputs = ask(parts, use_cache=False)
-    finally:
-        model.gradient_checkpointing_disable()
-        model.eval()
+    with pytest.raises(ValueError, match=r"gradient checkpointing.*call model.eval\(\)"):
+        ask((model, processor))
+    inputs, outputs = ask((model, processor), use_cache=False)
+    model.eval()
     assert (outputs.pred_masks - forced(model, inputs, outputs.sequences).pred_masks).abs().max() < 1e-3
 
 
