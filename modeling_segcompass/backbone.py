@@ -177,12 +177,12 @@ class Backbone:
             inputs: for its forward, by name.
 
         Raises:
-            ValueError: an input that the MLLM does not name, nor transformers for all models.
+            ValueError: an input that neither the MLLM nor its decoder names, nor transformers for all models.
         """
-        parameters = inspect.signature(type(mllm).forward).parameters.values()
-        if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
-            return  # wrapped: its names are not known
-        taken = {parameter.name for parameter in parameters} | TransformersKwargs.__optional_keys__
+        parts = (mllm, self.without_head(mllm), self.language_model(mllm))  # each hands on what it does not name
+        taken = set(TransformersKwargs.__optional_keys__)
+        for part in parts:
+            taken |= set(inspect.signature(type(part).forward).parameters)
         unknown = sorted(set(inputs) - taken)
         if unknown:
             raise ValueError(
