@@ -24,10 +24,11 @@ from segcompass.modeling_segcompass import SparseAutoencoder, SparseAutoencoderC
 from segcompass.recipes import parse_with_recipe
 from segcompass.trainers import SparseAutoencoderTrainer, SparseAutoencoderTrainerConfig
 from segcompass.trainers.activation_cache import CachedActivations, cache_activations
-from segcompass.trainers.activations import ActivationDataset
+from segcompass.trainers.activations import ActivationDataset, take_tokens
 from segcompass.trainers.collator import ImageTextCollator
 from segcompass.trainers.sae_estimate import estimate_sae_training
-from segcompass.trainers.sae_trainer import evaluate_sae, last_checkpoint, take_tokens
+from segcompass.trainers.sae_quality import evaluate_sae
+from segcompass.trainers.sae_trainer import last_checkpoint
 
 from . import options
 

@@ -1,4 +1,4 @@
-"""`generation_kwargs` of GRPO: mask rewards stay the same, or the option is refused by name before a token is written."""
+"""`generation_kwargs` of GRPO: mask rewards stay the same, or the option is refused by name before anything runs."""
 
 import pytest
 

@@ -143,8 +143,7 @@ def few_slots(predictions, **kwargs):
 
 def test_text_and_mask_rewards_are_found_by_their_dotted_paths(tmp_path, monkeypatch):
     (tmp_path / "toy_rewards.py").write_text(TOY_REWARDS)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", list(sys.path))
+    monkeypatch.syspath_prepend(tmp_path)
     names = ["toy_rewards.few_slots", "toy_rewards.short_answer"]
     trainer = make_trainer(tmp_path, reward_funcs=names, reward_weights=[2.0, 1.0], max_steps=1, beta=0.0)
     trainer.train()
@@ -573,7 +572,7 @@ def test_a_bare_mllm_is_refused(tmp_path):
 def test_an_image_of_another_size_than_its_row_is_refused(tmp_path):
     trainer = make_trainer(tmp_path)
     row = {**scenes(1)[0], "height": 41}
-    with pytest.raises(ValueError, match=r"'sample-0' is \(40, 40\).*\(40, 41\)"):
+    with pytest.raises(ValueError, match=r"'sample-0' has .width, height. \(40, 40\).*\(40, 41\)"):
         trainer._generate_and_score_completions([row] * 4)
 
 
