@@ -120,8 +120,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             for key, hook in list(module._forward_hooks.items()):
                 if getattr(hook, "__module__", None) == "transformers.utils.output_capturing":
                     del module._forward_hooks[key]
-            if getattr(module, "_output_capturing_hooks_installed", False):
-                module._output_capturing_hooks_installed = False
+            module.__dict__.pop("_output_capturing_hooks_installed", None)
         return self.__dict__
 
     def freeze_encoders(self) -> None:
@@ -370,11 +369,11 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
                 "encoder_pixel_values and image_embeddings out."
             )
         per_token = {"attention_mask": attention_mask, "labels": labels, "response_mask": response_mask}
-        for name, value in per_token.items() if input_ids is not None and past_key_values is None else ():
-            if value is not None and value.dim() == 2 and value.shape != input_ids.shape:
+        tokens = None if input_ids is None or past_key_values is not None else tuple(input_ids.shape)
+        for name, value in per_token.items():
+            if tokens is not None and value is not None and value.dim() == 2 and value.shape != tokens:
                 raise ValueError(
-                    f"{name} has shape {tuple(value.shape)}, input_ids {tuple(input_ids.shape)}; give one value per "
-                    "token."
+                    f"{name} has shape {tuple(value.shape)}, input_ids {tokens}; give one value per token."
                 )
         keeps_some = isinstance(logits_to_keep, torch.Tensor) or logits_to_keep != 0
         if keeps_some and labels is not None:
