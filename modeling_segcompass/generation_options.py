@@ -61,6 +61,26 @@ def option(name: str, keywords: Mapping[str, Any], mllm: Any) -> Any:
     return getattr(mllm.generation_config, name, None) if value is None else value
 
 
+def refuse_not_followed(options: Mapping[str, Any]) -> None:
+    """Refuse options that masks cannot follow, whatever else there is.
+
+    Args:
+        options: values by name.
+
+    Raises:
+        ValueError: an option of NOT_FOLLOWED that is switched on.
+    """
+    for name, harmless in NOT_FOLLOWED.items():
+        value = options.get(name)
+        if value is not None and not any(value == one for one in harmless):
+            shown = value if isinstance(value, (bool, int, float, str)) else f"a {type(value).__name__}"
+            raise ValueError(
+                f"{name} is {shown}; masks are read from the passes over one sequence per prompt, each token once, "
+                f"and cannot follow it: use {name}={harmless[0]} (keyword, generation_config and the model's own "
+                "generation_config count alike)."
+            )
+
+
 def check_generation(keywords: Mapping[str, Any], mllm: Any, for_masks: bool) -> None:
     """Refuse what cannot be right before anything is generated.
 
@@ -88,15 +108,7 @@ def check_generation(keywords: Mapping[str, Any], mllm: Any, for_masks: bool) ->
         )
     if not for_masks:
         return
-    for name, harmless in NOT_FOLLOWED.items():
-        value = option(name, keywords, mllm)
-        if not any(value is one or value == one for one in harmless):
-            shown = value if isinstance(value, (bool, int, float, str)) else f"a {type(value).__name__}"
-            raise ValueError(
-                f"{name} is {shown}; masks are read from the passes over one sequence per prompt, each token once, "
-                f"and cannot follow it: use {name}={harmless[0]} (keyword, generation_config and the model's own "
-                "generation_config count alike)."
-            )
+    refuse_not_followed({name: option(name, keywords, mllm) for name in NOT_FOLLOWED})
     if option("cache_implementation", keywords, mllm) == "paged":
         raise ValueError(
             "cache_implementation is paged, which batches tokens across requests; masks cannot follow it: use "

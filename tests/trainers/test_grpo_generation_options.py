@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.support.grpo import force_responses, make_trainer, rollout
+from tests.support.grpo import force_responses, make_trainer, rollout, settings
 from tests.support.tiny import BACKBONES
 
 
@@ -21,6 +21,8 @@ def test_rollouts_without_a_cache_or_with_a_static_one_earn_the_same_mask_reward
 
 
 @pytest.mark.parametrize("name", ["num_beams", "num_return_sequences", "guidance_scale", "penalty_alpha"])
-def test_options_that_masks_cannot_follow_are_refused_by_name(tmp_path, name):
+def test_options_that_masks_cannot_follow_are_refused_before_the_first_step(tmp_path, name):
     with pytest.raises(ValueError, match=f"{name} is 2; .*use {name}="):
-        scores(tmp_path, "llava", generation_kwargs={name: 2})
+        settings(tmp_path, generation_kwargs={name: 2})
+    with pytest.raises(ValueError, match="return_dict_in_generate=True, but TRL needs ids alone"):
+        settings(tmp_path, generation_kwargs={"return_dict_in_generate": True})
