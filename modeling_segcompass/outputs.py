@@ -28,7 +28,7 @@ class SegCompassOutput(ModelOutput):
     past_key_values: object | None = None
     """the MLLM's key-value cache."""
     hidden_states: tuple | None = None
-    """the MLLM's hidden states, when `output_hidden_states=True`."""
+    """the MLLM's hidden states, when `output_hidden_states=True`, as keyword or in the configuration."""
     pred_masks: torch.Tensor | None = None
     """float (B, K, 4h, 4w), mask logits on F_enc's square frame."""
     pred_logits: torch.Tensor | None = None
@@ -65,3 +65,5 @@ class SegCompassOutput(ModelOutput):
     """float (B, T - 1), with `fused_lm_head=True`."""
     aux_loss: torch.Tensor | None = None
     """kept for trainers that ask for a router loss; always None."""
+    attentions: tuple | None = None
+    """the MLLM's attention weights, when `output_attentions=True`, as keyword or in the configuration."""

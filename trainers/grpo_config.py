@@ -6,6 +6,8 @@ from typing import Literal, get_args
 from trl import GRPOConfig
 from trl.import_utils import is_vllm_available
 
+from segcompass.modeling_segcompass.generation_options import refuse_not_followed
+
 from .losses import LossWeights
 from .optimization import RateMultipliers, rate_multiplier
 from .rewards import find_rewards
@@ -128,6 +130,12 @@ class SegCompassGRPOConfig(LossWeights, RateMultipliers, GRPOConfig):
             raise ValueError(
                 "reward_mask_source='reference' decodes masks in the reference pass, and beta=0 makes none; "
                 "set beta above 0 or reward_mask_source='policy'."
+            )
+        options = self.generation_kwargs or {}
+        refuse_not_followed(options)
+        if options.get("return_dict_in_generate"):
+            raise ValueError(
+                "generation_kwargs has return_dict_in_generate=True, but TRL needs ids alone; leave it out."
             )
         find_rewards(self.reward_funcs)  # a path that leads nowhere is an error before a model is loaded
         unsupported = {
