@@ -644,9 +644,71 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         top: int = 10,
         labels: Mapping[int, str] | None = None,
         processor: Any = None,
+        image_embeddings: torch.Tensor | None = None,
     ) -> Explanation:
-        """Say which concepts made a slot's mask, and from which words and patches: see `explanation.explain_slot`."""
-        return explain_slot(outputs, slot, sample, top, labels, processor, self.config.frame.side)
+        """Say which concepts made a slot's mask, and from which words and patches: see `explanation.explain_slot`.
+
+        Args:
+            outputs: SegCompassOutput whose queries were built from concepts.
+            slot: k, from 0.
+            sample: its place in the batch.
+            top: how many concepts to list.
+            labels: {feature index: label}; None takes `concept_labels`, if the read-out is grounded.
+            processor: SegCompassProcessor, for the words' text.
+            image_embeddings: float (B, d_k, h, w) or (1, d_k, h, w) that the masks were decoded with; says also what
+                the mask loses without each concept, by one decoding per concept. Grounded read-outs only.
+
+        Returns:
+            Explanation.
+
+        Raises:
+            ValueError: what cannot be explained, see `explain_slot`; image_embeddings with another read-out.
+        """
+        if labels is None and self.grounded:
+            labels = self.concept_labels
+        explanation = explain_slot(outputs, slot, sample, top, labels, processor, self.config.frame.side)
+        if image_embeddings is None:
+            return explanation
+        lost = self.lost_without(outputs, slot, sample, image_embeddings)
+        return explain_slot(outputs, slot, sample, top, labels, processor, self.config.frame.side, lost)
+
+    @torch.no_grad()
+    def lost_without(
+        self, outputs: SegCompassOutput, slot: int, sample: int, image_embeddings: torch.Tensor
+    ) -> dict[int, float]:
+        """What a grounded slot's mask loses when one of its concepts is taken out of the sum, and nothing put in.
+
+        Args:
+            outputs: SegCompassOutput of a grounded read-out.
+            slot: k, from 0.
+            sample: its place in the batch.
+            image_embeddings: float (B, d_k, h, w) or (1, d_k, h, w) that the masks were decoded with.
+
+        Returns:
+            {feature index: share of the mask's pixels that are gone, in [0, 1]}; 0 where there was no mask.
+
+        Raises:
+            ValueError: outputs of another read-out.
+        """
+        grounding = outputs.grounding
+        if grounding is None:
+            raise ValueError(
+                f"these outputs are not grounded (concept_reading is {self.config.concept_reading!r}), so their "
+                "heatmap is no sum; decode again with decode_masks(..., concept_scale={index: 0}) and compare."
+            )
+        columns = grounding.weights[sample, slot].nonzero()[:, 0]  # (n,)
+        heat = outputs.heatmaps[sample, slot]  # (h, w)
+        kept = torch.cat([heat[None], heat - grounding.on_keys(sample, slot)[columns].to(heat.dtype)])  # (1 + n, h, w)
+        keys = image_embeddings[sample : sample + 1] if len(image_embeddings) > 1 else image_embeddings
+        keys = keys.to(heat.device, heat.dtype)
+        sizes = outputs.reshaped_input_sizes
+        cell_mask = self._cell_mask(keys, None if sizes is None else sizes[sample : sample + 1])
+        shown = heat.new_full((1, len(kept)), DECODER_CONFIDENCE)
+        positions = self._key_positions(keys.shape[-2:]).to(heat.dtype)
+        masks = self.mask_decoder(keys, positions, kept[None], shown, cell_mask)[0] > 0  # (1 + n, 4h, 4w)
+        masks = (masks & cell_mask[0].repeat_interleave(4, 0).repeat_interleave(4, 1)).flatten(1)
+        gone = (masks[0] & ~masks[1:]).sum(1) / masks[0].sum().clamp_min(1)
+        return dict(zip(outputs.concept_indices[sample, columns].tolist(), gone.tolist(), strict=True))
 
     predict_forward = predict_forward
 
