@@ -223,7 +223,10 @@ class Backbone:
         Returns:
             (left, top, right, bottom) in pixels of the image.
         """
-        if not getattr(image_processor, "do_center_crop", False):
+        view = self.image_view(image_processor)
+        if view == "frame":  # the square that the image was padded to, beyond the image's edges
+            return 0, 0, max(width, height), max(width, height)
+        if view != "center_crop":
             return 0, 0, width, height
         scale = image_processor.size["shortest_edge"] / min(width, height)
         half_width = image_processor.crop_size["width"] / scale / 2

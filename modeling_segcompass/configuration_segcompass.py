@@ -111,7 +111,8 @@ class SegCompassConfig(PreTrainedConfig):
             reasoning's last sentence.
         image_view: how the MLLM sees the image, a name in `image_encoder.IMAGE_VIEWS`; "grounded" lays its patches over
             the image encoder's frame by it.
-        grounded_rank: width of the word-to-concept map U Vᵀ and of the slots' attention to words ("grounded").
+        grounded_rank: rank of the map U Vᵀ from words' concepts to patches' ("grounded"); 0 leaves it out, for an SAE
+            in which words and patches share concepts. 64 where they do not.
         look_concepts: how many concepts of a slot say what is meant ("grounded").
         place_concepts: how many say where ("grounded").
         place_share: ρ, the share of a slot that the places have, in [0, 1) ("grounded").
@@ -164,7 +165,7 @@ class SegCompassConfig(PreTrainedConfig):
         special_token_ids: Sequence[int] = (),
         sentence_end_ids: Sequence[int] = (),
         image_view: str = "whole",
-        grounded_rank: int = 64,
+        grounded_rank: int = 0,
         look_concepts: int = 3,
         place_concepts: int = 2,
         place_share: float = 0.25,
@@ -187,9 +188,12 @@ class SegCompassConfig(PreTrainedConfig):
             raise ValueError(f"num_slots is {num_slots}; at least 1 slot is needed.")
         if image_view not in IMAGE_VIEWS:
             raise ValueError(f"image_view is {image_view!r}; choose one of {IMAGE_VIEWS}.")
-        counts = {"grounded_rank": grounded_rank, "look_concepts": look_concepts, "phrase_window": phrase_window}
-        for name, count in {**counts, "place_concepts": place_concepts}.items():
-            least = 0 if name == "place_concepts" else 1
+        for name, count, least in (
+            ("grounded_rank", grounded_rank, 0),
+            ("look_concepts", look_concepts, 1),
+            ("place_concepts", place_concepts, 0),
+            ("phrase_window", phrase_window, 1),
+        ):
             if not isinstance(count, int) or count < least:
                 raise ValueError(f"{name} is {count!r}; it must be an integer of at least {least}.")
         if not 0 <= place_share < 1 or not 0 <= place_spread <= 1:

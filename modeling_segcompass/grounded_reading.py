@@ -3,9 +3,12 @@
     H_k(p) = b + |a| Σ_j w_kj relu(ĥ_j(p) - mean ĥ_j)        a sum of named contributions, exact, in patch positions
     H_k(q) = scale Σ_p A(q, p) H_k(p) + shift                A's rows sum to 1: exact in the image encoder's grid too
 
-w_kj comes from the words of the conclusion alone: each slot attends to them (α), its words' relative concept strengths
-t_k give every concept a logit s_kj, and the heaviest few concepts that fire on the image share the slot, looks and
-places apart. No concentration token's state is read. `concept_reading="grounded"` puts this in the place of query
+    s_kj = γ min(2, t_kj) min(2, m_j) + (t_k U Vᵀ)_j + β_j (+ B_kj at places)
+
+Each slot attends to the words of the conclusion (α); t_k are its words' relative concept strengths, m_j is how far j
+stands out on the image. A concept is chosen when it fires on the slot's words and stands out on the image: the heaviest
+few share the slot, looks and places apart. U Vᵀ, from words' concepts to patches', is for an SAE in which words and
+patches share none. No concentration token's state is read. `concept_reading="grounded"` puts this in the place of query
 codebook and slot mapper; the mask decoder stays. Knows nothing about tokens' ids, training or names of concepts.
 """
 
@@ -19,7 +22,10 @@ from .modeling_sparse_autoencoder import SparseAutoencoder
 
 MAX_WORD_STRENGTH = 5.0  # ĥ of a word is cut here: one outlier must not outweigh the other words
 DECODER_CONFIDENCE = 3.0  # logit that the mask decoder is given: what a slot shows is its heatmap's affair alone
+ENOUGH = 2.0  # beyond twice the usual strength a concept fires no more surely
+SLOT_KEY_WIDTH = 64
 GUIDE_WIDTH = 32
+MAX_ELEMENTS = 2**23  # about how many numbers the search over all concepts holds at once
 HIGHEST_PATCHES = 4  # whose mean the confidence reads
 
 
@@ -195,15 +201,15 @@ class GroundedReading(nn.Module):
         self.soft = False
         """True shares a slot among all concepts that fire, not the heaviest few: for the first steps of training."""
         self.word_norm = nn.LayerNorm(width)
-        self.word_key = nn.Linear(width, rank)
-        self.slot_queries = nn.Parameter(torch.empty(slots, rank))
+        self.word_key = nn.Linear(width, SLOT_KEY_WIDTH)
+        self.slot_queries = nn.Parameter(torch.empty(slots, SLOT_KEY_WIDTH))
         self.end_bias = nn.Parameter(torch.empty(slots))
         """what a slot's attention adds per log(1 + words that follow)."""
         self.reach = nn.Parameter(torch.empty(config.phrase_window))
         """κ: σ(κ_o) of what a word says is heard o words later."""
         self.same_concept = nn.Parameter(torch.empty(()))  # γ
-        self.word_side = nn.Parameter(torch.empty(d_sae, rank))  # U
-        self.patch_side = nn.Parameter(torch.empty(d_sae, rank))  # V
+        self.word_side = nn.Parameter(torch.empty(d_sae, rank)) if rank else None  # U
+        self.patch_side = nn.Parameter(torch.empty(d_sae, rank)) if rank else None  # V
         self.concept_bias = nn.Parameter(torch.empty(d_sae))  # β
         self.slot_bias = nn.Parameter(torch.empty(slots, d_sae))  # B, read at places only
         self.gain = nn.Parameter(torch.empty(()))  # a
@@ -220,8 +226,9 @@ class GroundedReading(nn.Module):
     def init_weights(self) -> None:
         """The start of training. Until `spread` is measured, every concept counts as a look."""
         init.normal_(self.slot_queries, std=0.5)
-        init.normal_(self.word_side, std=0.03)
-        init.normal_(self.patch_side, std=0.1)
+        if self.word_side is not None:
+            init.normal_(self.word_side, std=0.03)
+            init.normal_(self.patch_side, std=0.1)
         for zero in (self.end_bias, self.concept_bias, self.slot_bias, self.confidence_concepts):
             init.zeros_(zero)
         init.zeros_(self.confidence_bias)
@@ -267,10 +274,20 @@ class GroundedReading(nn.Module):
         shares = (shares * word_mask[:, None]).to(codes.dtype)
         return WordReading(shares, phrases, shares @ phrases)
 
-    def concept_logits(self, strengths: torch.Tensor) -> torch.Tensor:
-        """s = γ t + t U Vᵀ + β (+ B at places): float (B, K, d_sae) -> float (B, K, d_sae)."""
-        mapped = (strengths @ self.word_side) @ self.patch_side.mT
-        return self.same_concept * strengths + mapped + self._logit_bias()
+    def concept_logits(self, strengths: torch.Tensor, salience: torch.Tensor) -> torch.Tensor:
+        """s, what words and image together say for each concept.
+
+        Args:
+            strengths: float (B, K, d_sae), t_k.
+            salience: float (B, d_sae), m, how far each concept stands out on the image; no gradient goes through it.
+
+        Returns:
+            float (B, K, d_sae).
+        """
+        logits = self.same_concept * strengths.clamp(max=ENOUGH) * salience.clamp(max=ENOUGH)[:, None]
+        if self.word_side is not None:
+            logits = logits + (strengths @ self.word_side) @ self.patch_side.mT
+        return logits + self._logit_bias()
 
     def _logit_bias(self):
         return self.concept_bias + self.slot_bias * self.is_place  # (K, d_sae)
@@ -348,8 +365,10 @@ class GroundedReading(nn.Module):
         found = highest.isfinite()
         mean = highest.masked_fill(~found, 0).sum(-1) / found.sum(-1).clamp_min(1)
         shown = torch.stack([highest[..., 0].masked_fill(~found[..., 0], 0), mean], -1)  # (B, K, 2)
-        return strengths @ self.confidence_concepts + shown.to(strengths.dtype) @ self.confidence_map + (
-            self.confidence_bias
+        return (
+            strengths @ self.confidence_concepts
+            + shown.to(strengths.dtype) @ self.confidence_map
+            + (self.confidence_bias)
         )
 
     # -- the whole ---------------------------------------------------------------------------------------------------
@@ -375,9 +394,10 @@ class GroundedReading(nn.Module):
             PatchReading.
         """
         words = self.read_words(word_codes, word_states, word_mask)
+        salience = centred(patch_codes, patch_mask).amax(1).detach()  # (B, d_sae)
         maps = self.concept_maps(patch_codes, patch_mask)
-        logits = self.concept_logits(words.strengths)
-        weights = self.weigh(logits, (maps > 0).any(1)[:, None])
+        logits = self.concept_logits(words.strengths, salience.to(words.strengths.dtype))
+        weights = self.weigh(logits, (salience > 0)[:, None])
         heatmaps = self.heat(weights, maps)
         confidences = self.confidence(words.strengths, heatmaps, patch_mask)
         return PatchReading(words, logits, weights, maps, heatmaps, confidences)
@@ -408,13 +428,18 @@ class GroundedReading(nn.Module):
             activations h_j, at words float (B, R, M) and at patches (B, P, M), one after the other (B, R + P, M); and
             the fields of Grounding that need no image keys and no positions.
         """
+        with torch.autocast(patch_z.device.type, enabled=False):  # a sum is exact in one precision only
+            return self._ground(sae, word_z, word_states, word_mask, patch_z, patch_mask, steering)
+
+    def _ground(self, sae, word_z, word_states, word_mask, patch_z, patch_mask, steering):
         dtype = self.concept_bias.dtype
         usual = sae.mean_active_activation.clamp_min(1e-6)
         word_h = sae.encode(word_z) * word_mask[..., None]  # (B, R, d_sae)
         words = self.read_words((word_h / usual).to(dtype), word_states.to(dtype), word_mask)
-        strongest, smallest = sae.max_over_tokens(patch_z, patch_mask)  # (B, d_sae), (B, P) or None
-        fires = strongest > 0
-        weights = self.weigh(self.concept_logits(words.strengths), fires[:, None])  # (B, K, d_sae)
+        salience, smallest = _stand_out(sae, patch_z, patch_mask)  # (B, d_sae), (B, P)
+        salience = (salience / usual).to(dtype)
+        fires = salience > 0
+        weights = self.weigh(self.concept_logits(words.strengths, salience), fires[:, None])  # (B, K, d_sae)
         strengths = words.strengths
         count = len(self.slot_queries) * (self.look_concepts + self.place_concepts)
         if steering is not None:
@@ -429,11 +454,7 @@ class GroundedReading(nn.Module):
         maps = self.concept_maps(patch_h / usual[columns], patch_mask)
         heatmaps = self.heat(weights, maps)
         confidences = self.confidence(strengths, heatmaps, patch_mask)
-
-        taken = columns.expand(-1, word_h.shape[1], -1)  # (B, R, M)
-        said = (words.phrases @ self.word_side) @ self.patch_side[indices].mT  # (B, R, M)
-        said = said + self.same_concept * words.phrases.gather(2, taken)
-        bias = self._logit_bias()[:, indices].transpose(0, 1)  # (K, B, M) -> (B, K, M)
+        activations = torch.cat([word_h.gather(2, columns.expand(-1, word_h.shape[1], -1)), patch_h], 1).detach()
         account = dict(
             weights=weights,
             maps=maps,
@@ -444,17 +465,48 @@ class GroundedReading(nn.Module):
             key_shift=self.key_shift.float(),
             word_mask=word_mask,
             word_shares=words.shares,
-            word_logits=(words.shares[..., None] * said[:, None]).detach(),  # (B, K, R, M)
-            logit_bias=bias.detach(),
+            word_logits=self._word_logits(words, salience, indices),
+            logit_bias=self._logit_bias()[:, indices].transpose(0, 1).detach(),  # (B, K, M)
         )
-        activations = torch.cat([word_h.gather(2, taken), patch_h], 1).detach()  # (B, R + P, M)
         return indices, confidences, activations, account
+
+    @torch.no_grad()
+    def _word_logits(self, words, salience, indices):
+        """What each word adds to s_kj of the M concepts, float (B, K, R, M): a capped sum is shared in proportion."""
+        of_words = indices[:, None].expand(-1, words.phrases.shape[1], -1)  # (B, R, M)
+        of_slots = indices[:, None].expand(-1, words.strengths.shape[1], -1)  # (B, K, M)
+        said = words.phrases.gather(2, of_words)  # (B, R, M)
+        cap = (ENOUGH / words.strengths.gather(2, of_slots).clamp_min(1e-6)).clamp(max=1)  # (B, K, M)
+        cap = self.same_concept * cap * salience.gather(1, indices).clamp(max=ENOUGH)[:, None]
+        logits = words.shares[..., None] * said[:, None] * cap[:, :, None]  # (B, K, R, M)
+        if self.word_side is not None:
+            mapped = (words.phrases @ self.word_side) @ self.patch_side[indices].mT  # (B, R, M)
+            logits = logits + words.shares[..., None] * mapped[:, None]
+        return logits
 
     def to_keys(self, heatmaps: torch.Tensor, upsampling: torch.Tensor) -> torch.Tensor:
         """Heatmaps in the image encoder's grid: float (B, K, P) and A (B, h, w, P) -> float32 (B, K, h, w)."""
         with torch.autocast(heatmaps.device.type, enabled=False):
             raised = torch.einsum("bhwp,bkp->bkhw", upsampling.float(), heatmaps.float())
             return self.key_scale.float() * raised + self.key_shift.float()
+
+
+@torch.no_grad()
+def _stand_out(sae, z, token_mask):
+    """max_p h_j - mean_p h_j over the marked tokens, float (B, d_sae), and each token's smallest activation (B, P)."""
+    salience, smallest = [], z.new_zeros(token_mask.shape, dtype=sae.W_enc.dtype)
+    step = max(1, MAX_ELEMENTS // sae.config.d_sae)
+    for row, marked in enumerate(token_mask):
+        at = marked.nonzero()[:, 0]
+        total = highest = sae.W_enc.new_zeros(sae.config.d_sae)
+        for part in at.split(step):
+            h = sae.encode(z[row, part])  # (n, d_sae)
+            total, highest = total + h.sum(0), torch.maximum(highest, h.amax(0))
+            smallest[row, part] = h.masked_fill(h <= 0, torch.finfo(h.dtype).max).amin(1)
+        mean = total / max(1, len(at))
+        # equal everywhere, but for rounding, is not standing out
+        salience.append((highest - mean).masked_fill(highest - mean <= 1e-5 * highest, 0))
+    return torch.stack(salience), smallest
 
 
 def centred(codes: torch.Tensor, patch_mask: torch.Tensor) -> torch.Tensor:

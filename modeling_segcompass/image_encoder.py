@@ -66,7 +66,6 @@ class Frame(NamedTuple):
         cells = torch.arange(grid_size, device=extent.device)
         return (cells < extent[:, :1])[:, :, None] & (cells < extent[:, 1:])[:, None]  # (B, h, w)
 
-
     def place_patches(
         self, patch_xy: torch.Tensor, reshaped_sizes: torch.Tensor | None, view: str
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -3,7 +3,8 @@
 Read `SegCompassModel.decode_masks` with the paper in hand: e_k, E_sae, C, r_k, Q, K, S, (H_k, c_k), F_dec, in order.
 One MLLM pass gives the logits, the concentration tokens' states and the SAE's input; `segment` reads the same states
 out of generation itself, so nothing is run twice. With `concept_reading="grounded"` the concepts' own places are the
-heatmaps (`grounded_reading.py`): only then does another path than the paper's lead to F_dec. Training losses beyond the language loss live with the trainers.
+heatmaps (`grounded_reading.py`): only then does another path than the paper's lead to F_dec. Training losses beyond
+the language loss live with the trainers.
 """
 
 from collections.abc import Mapping
@@ -80,9 +81,9 @@ class SegCompassOutput(ModelOutput):
     """float (B, K, M), how much each concept weighs in each slot; a slot's weights sum to 1 (grounded: 0 for most, and
     unless they were steered)."""
     concept_activations: torch.Tensor | None = None
-    """float (B, T, M), h_j at each token (grounded: at the patches and the conclusion's words, which alone are read)."""
+    """float (B, T, M), h_j at each token (grounded: at the patches and the conclusion's words, nothing else is read)."""
     grounding: Grounding | None = None
-    """with `concept_reading="grounded"`: of which contributions the heatmaps are the sum, and of which words these are."""
+    """with `concept_reading="grounded"`: the contributions whose sum the heatmaps are, and the words behind them."""
     token_types: torch.Tensor | None = None
     """long (B, T), IMAGE, INSTRUCTION or RESPONSE of `token_layout`; with concepts."""
     patch_grid: torch.Tensor | None = None
@@ -394,9 +395,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             concept_values=activations[:, word_positions.shape[1] :].amax(1) * weighs,
             concept_weights=account["weights"],
             concept_activations=at_tokens.scatter_add(1, places, activations),
-            grounding=Grounding(
-                patch_xy=patch_xy, upsampling=upsampling, word_positions=word_positions, **account
-            ),
+            grounding=Grounding(patch_xy=patch_xy, upsampling=upsampling, word_positions=word_positions, **account),
             token_types=types,
             patch_grid=grid,
             sequences=ids,

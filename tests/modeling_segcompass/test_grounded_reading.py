@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from segcompass.modeling_segcompass import SegCompassConfig, SegCompassModel, SparseAutoencoderConfig
-from segcompass.modeling_segcompass.grounded_reading import GroundedReading, GuidedUpsampling, concept_spread
+from segcompass.modeling_segcompass.grounded_reading import GroundedReading, GuidedUpsampling, centred, concept_spread
 from segcompass.modeling_segcompass.image_encoder import Frame
 from segcompass.modeling_segcompass.token_layout import conclusion_mask, gather_positions
 from segcompass.white_box.faithfulness import slot_faithfulness
@@ -33,15 +33,18 @@ def grounded_segcompass(backbone, **config):
         reading.spread[::2] = 0.2
         for weight in (reading.concept_bias, reading.slot_bias, reading.confidence_concepts, reading.end_bias):
             weight.normal_(std=0.3)
-        reading.patch_side.normal_()
-        reading.word_side.normal_(std=0.1)
+        if reading.word_side is not None:
+            reading.patch_side.normal_()
+            reading.word_side.normal_(std=0.1)
     return model, processor
 
 
 @pytest.fixture(scope="module", params=BACKBONES)
 def grounded(request):
     """Model, processor, teacher-forced inputs, their outputs and the states that masks are decoded from."""
-    model, processor = grounded_segcompass(request.param)
+    topk = SparseAutoencoderConfig(d_in=32, d_sae=128, layer=2, activation="topk", k=24)
+    config = {"llava": {"grounded_rank": 8}, "qwen2_5_vl": {"grounded_rank": 0, "sae_config": topk}}
+    model, processor = grounded_segcompass(request.param, **config[request.param])
     inputs = processor(images=noise_images(), text=INSTRUCTIONS, response=RESPONSES)
     with torch.no_grad():
         outputs = model(**inputs)
@@ -108,10 +111,12 @@ def test_heatmap_is_the_formula_computed_densely(grounded):
         scores += reading.end_bias[:, None] * torch.arange(len(words)).flip(0).add(1).log()
         t = scores.softmax(-1) @ phrases
         places = reading.spread < 0.53
-        s = reading.same_concept * t + t @ reading.word_side @ reading.patch_side.T + reading.concept_bias
-        s += reading.slot_bias * places
         patches = h[inputs["input_ids"][sample] == model.config.image_token_id]  # a square image: all are valid
         maps = (patches - patches.mean(0)).clamp_min(0)
+        s = reading.same_concept * t.clamp(max=2) * maps.amax(0).clamp(max=2) + reading.concept_bias
+        s += reading.slot_bias * places
+        if reading.word_side is not None:
+            s += t @ reading.word_side @ reading.patch_side.T
         for slot in range(3):
             w = torch.zeros(128)
             for group, count, share in ((~places, 3, 0.75), (places, 2, 0.25)):
@@ -146,7 +151,10 @@ def test_words_add_up_to_the_concepts_logit(grounded):
         rows = torch.arange(4)[:, None]
         codes = model.sae.encode(states.z[rows, positions]) / model.sae.mean_active_activation
         words = model.grounded_reading.read_words(codes, states.last_hidden[rows, positions], found)
-        logits = model.grounded_reading.concept_logits(words.strengths)
+        image = gather_positions(states.input_ids == model.config.image_token_id)[0]
+        patches = model.sae.encode(states.z[rows, image]) / model.sae.mean_active_activation
+        salience = centred(patches, account.patch_mask).amax(1)
+        logits = model.grounded_reading.concept_logits(words.strengths, salience)
     logits = logits.gather(2, outputs.concept_indices[:, None].expand(-1, 3, -1))
     torch.testing.assert_close(account.word_logits.sum(2) + account.logit_bias, logits, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(account.word_shares.sum(-1), torch.ones(4, 3), atol=1e-5, rtol=0)
@@ -285,7 +293,7 @@ def test_codes_alone_give_the_same_heatmaps_as_the_model(grounded):
     model, _, _, outputs, states = grounded
     account = outputs.grounding
     rows = torch.arange(4)[:, None]
-    patches, _ = gather_positions((states.input_ids == model.config.image_token_id))
+    patches, _ = gather_positions(states.input_ids == model.config.image_token_id)
     codes = {
         name: model.sae.encode(states.z[rows, at]) / model.sae.mean_active_activation
         for name, at in (("words", account.word_positions), ("patches", patches))
