@@ -81,7 +81,7 @@ class SegCompassOutput(ModelOutput):
     """float (B, K, M), how much each concept weighs in each slot; a slot's weights sum to 1 (grounded: 0 for most, and
     unless they were steered)."""
     concept_activations: torch.Tensor | None = None
-    """float (B, T, M), h_j at each token (grounded: at the patches and the conclusion's words, nothing else is read)."""
+    """float (B, T, M), h_j at each token (grounded: at patches and the conclusion's words, nothing else is read)."""
     grounding: Grounding | None = None
     """with `concept_reading="grounded"`: the contributions whose sum the heatmaps are, and the words behind them."""
     token_types: torch.Tensor | None = None
@@ -672,9 +672,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         return explain_slot(outputs, slot, sample, top, labels, processor, self.config.frame.side, lost)
 
     @torch.no_grad()
-    def lost_without(
-        self, outputs: SegCompassOutput, slot: int, sample: int, image_embeddings: torch.Tensor
-    ) -> dict[int, float]:
+    def lost_without(self, outputs: Any, slot: int, sample: int, image_embeddings: torch.Tensor) -> dict[int, float]:
         """What a grounded slot's mask loses when one of its concepts is taken out of the sum, and nothing put in.
 
         Args:
