@@ -572,7 +572,7 @@ def test_a_bare_mllm_is_refused(tmp_path):
 def test_an_image_of_another_size_than_its_row_is_refused(tmp_path):
     trainer = make_trainer(tmp_path)
     row = {**scenes(1)[0], "height": 41}
-    with pytest.raises(ValueError, match=r"'sample-0' is \(40, 40\).*\(40, 41\)"):
+    with pytest.raises(ValueError, match=r"'sample-0' has .width, height. \(40, 40\).*\(40, 41\)"):
         trainer._generate_and_score_completions([row] * 4)
 
 
