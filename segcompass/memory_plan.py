@@ -161,7 +161,7 @@ def activation_bytes(model: Any, batch: int, length: int) -> tuple[int, int]:
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
     if core.grounded:
         raise ValueError(
-            "concept_reading is 'grounded', whose memory is not planned for; plan for concept_reading='feature' instead."
+            "concept_reading is 'grounded', whose memory is not planned for; plan with concept_reading='feature'."
         )
     config, text = core.config, core.config.get_text_config()
     meta: dict[str, Any] = dict(device="meta", dtype=torch.bfloat16)
