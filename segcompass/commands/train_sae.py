@@ -8,6 +8,7 @@ streamed from the model while the SAE trains, or gathered once into a folder (--
 an interrupted run: both gathering and training continue where they stopped.
 """
 
+import hashlib
 import json
 import logging
 from dataclasses import asdict, dataclass, field
@@ -168,13 +169,16 @@ def cached(
         What the trainer reads.
     """
     names = ("model", "dataset", "split", "evaluation_split", "evaluation_samples", "dataset_seed", "token_window")
+    description = {name: getattr(arguments, name) for name in names}
+    if Path(arguments.dataset).is_file():  # a JSONL may change under its name
+        description["content"] = hashlib.sha256(Path(arguments.dataset).read_bytes()).hexdigest()
     report = cache_activations(
         folder,
         model,
         rows,
         collate,
         sae_config.layer,
-        description={name: getattr(arguments, name) for name in names},
+        description=description,
         samples_per_batch=arguments.samples_per_batch,
         samples_per_shard=arguments.samples_per_shard,
         max_gb=arguments.cache_gb,
