@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from transformers.utils import ModelOutput
 
+from .grounded_reading import Grounding
+
 
 @dataclass
 class SegCompassOutput(ModelOutput):
@@ -40,11 +42,14 @@ class SegCompassOutput(ModelOutput):
     concept_indices: torch.Tensor | None = None
     """long (B, M), the SAE features that became concept tokens."""
     concept_values: torch.Tensor | None = None
-    """float (B, M), their values h_j; 0 marks padding."""
+    """float (B, M), their values h_j, the maximum over tokens (grounded: over patches); 0 marks padding."""
     concept_weights: torch.Tensor | None = None
-    """float (B, K, M), how much each concept weighs in each slot; a slot's weights sum to 1."""
+    """float (B, K, M), how much each concept weighs in each slot; a slot's weights sum to 1 (grounded: unless they were
+    steered, or one of the two groups has no concept that fires)."""
     concept_activations: torch.Tensor | None = None
-    """float (B, T, M), h_j at each token."""
+    """float (B, T, M), h_j at each token (grounded: at patches and the conclusion's words, nothing else is read)."""
+    grounding: Grounding | None = None
+    """with `concept_reading="grounded"`: the contributions whose sum the heatmaps are, and the words behind them."""
     token_types: torch.Tensor | None = None
     """long (B, T), IMAGE, INSTRUCTION or RESPONSE of `token_layout`; with concepts."""
     patch_grid: torch.Tensor | None = None

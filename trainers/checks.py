@@ -17,7 +17,7 @@ from segcompass.loaders.masks import has_pixels
 from segcompass.loaders.reasoning_segmentation.run_lengths import checked_rle
 from segcompass.modeling_segcompass.processing_segcompass import REF_TOKEN
 
-from .optimization import SEGMENTATION_MODULES
+from .optimization import segmentation_modules
 from .policy import is_quantized
 from .rewards import RewardFunction, reward_name
 
@@ -166,10 +166,11 @@ def check_adapters(model: nn.Module) -> None:
     """
     parameters = [name for name, p in model.named_parameters() if p.requires_grad]
     learning = {part for name in parameters for part in name.split(".")}
-    frozen = [name for name in SEGMENTATION_MODULES if name not in learning]
+    modules = segmentation_modules(model)
+    frozen = [name for name in modules if name not in learning]
     if frozen:
         raise ValueError(
-            f"{', '.join(frozen)} would not learn; add modules_to_save={list(SEGMENTATION_MODULES)} to the PEFT config."
+            f"{', '.join(frozen)} would not learn; add modules_to_save={list(modules)} to the PEFT config."
         )
     for module, remedy in (
         ("embed_tokens", "trainable_token_indices={'embed_tokens': [think_end_id, ref_token_id]}"),

@@ -70,6 +70,7 @@ class SegCompassGRPOConfig(LossWeights, RateMultipliers, GRPOConfig):
 
     query_codebook_lr_multiplier: float = rate_multiplier("query codebook", 25.0)
     slot_mapper_lr_multiplier: float = rate_multiplier("slot mapper", 80.0)
+    grounded_reading_lr_multiplier: float = rate_multiplier("grounded read-out", 80.0)
     mask_decoder_lr_multiplier: float = rate_multiplier("mask decoder", 10.0)
     final_div_factor: float = field(
         default=6.7, metadata={"help": "What every learning rate is divided by at the end (OneCycleLR)."}

@@ -45,7 +45,7 @@ from .grpo_config import SegCompassGRPOConfig
 from .image_features import ImageFeatures, open_image_features
 from .joint_forward import JointForward, TrimmedForward, adapters_disabled, add_fused_head, mllm_replaced_by
 from .losses import LOG_PREFIX, segmentation_loss
-from .optimization import SEGMENTATION_MODULES, component_optimizer, one_cycle
+from .optimization import component_optimizer, one_cycle, segmentation_modules
 from .overlays import draw_overlays
 from .policy import freeze, is_quantized, restore_masters
 from .reward_masks import decode_in_a_pass, decode_written, following_sae, mask_predictions
@@ -165,7 +165,7 @@ class SegCompassGRPOTrainer(SignedSaves, GRPOTrainer):
         self.core.__dict__.pop("forward", None)  # TRL's fused head sits on the composite; it belongs on the MLLM
         add_fused_head(self.core.mllm, self.temperature)
         if args.training_mode == "rl":  # nothing supervises them
-            for name in SEGMENTATION_MODULES:
+            for name in segmentation_modules(self.core):
                 getattr(self.core, name).requires_grad_(False)
         check_precision(self.model)
 

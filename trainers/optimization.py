@@ -13,6 +13,20 @@ from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 SEGMENTATION_MODULES = ("query_codebook", "slot_mapper", "mask_decoder")
+GROUNDED_MODULES = ("grounded_reading", "mask_decoder")
+"""The same of a model with `concept_reading="grounded"`."""
+
+
+def segmentation_modules(model: Any) -> tuple[str, ...]:
+    """The names of a model's segmentation modules, between the frozen parts and the masks.
+
+    Args:
+        model: SegCompassModel, maybe inside PEFT's wrapper.
+
+    Returns:
+        names of its attributes.
+    """
+    return GROUNDED_MODULES if model.config.concept_reading == "grounded" else SEGMENTATION_MODULES
 
 
 def rate_multiplier(module: str, default: float = 1.0) -> Any:
@@ -41,11 +55,13 @@ class RateMultipliers:
 
     query_codebook_lr_multiplier: float = rate_multiplier("query codebook")
     slot_mapper_lr_multiplier: float = rate_multiplier("slot mapper")
+    grounded_reading_lr_multiplier: float = rate_multiplier("grounded read-out")
     mask_decoder_lr_multiplier: float = rate_multiplier("mask decoder")
 
     def rate_multipliers(self) -> dict[str, float]:
-        """The multiplier of each of `SEGMENTATION_MODULES`."""
-        return {module: getattr(self, f"{module}_lr_multiplier") for module in SEGMENTATION_MODULES}
+        """The multiplier of each of `SEGMENTATION_MODULES` and `GROUNDED_MODULES`."""
+        modules = dict.fromkeys((*SEGMENTATION_MODULES, *GROUNDED_MODULES))
+        return {module: getattr(self, f"{module}_lr_multiplier") for module in modules}
 
 
 def parameter_groups(

@@ -7,6 +7,8 @@ import torch
 
 from segcompass.modeling_segcompass.backbone import backbone_of
 
+from .optimization import segmentation_modules
+
 
 def freeze(
     model: Any,
@@ -80,7 +82,7 @@ def lora_config(model: Any, **settings: Any) -> Any:
     tokens = [model.config.think_end_id, model.config.ref_token_id]
     defaults = {
         "target_modules": backbone_of(model).lora_targets(model.mllm),
-        "modules_to_save": ["query_codebook", "slot_mapper", "mask_decoder", "lm_head"],
+        "modules_to_save": [*segmentation_modules(model), "lm_head"],
         "trainable_token_indices": {"embed_tokens": tokens},
     }
     return LoraConfig(**{**defaults, **settings})
