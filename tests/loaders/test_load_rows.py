@@ -29,8 +29,8 @@ def test_names_lead_to_their_loaders(tmp_path):
     assert load_rows(str(tmp_path / "mine.jsonl"), "train")["instruction"] == ["it"]
 
 
-def test_every_loader_has_the_columns_of_the_scenes():
-    assert load_scenes("val", num_samples=1).features == FEATURES
+def test_scenes_have_the_columns_of_all_rows_and_phrases():
+    assert load_scenes("val", num_samples=1).features == {**FEATURES, **PHRASES}
 
 
 def test_unknown_names_are_refused_with_those_that_exist(tmp_path):
@@ -49,7 +49,7 @@ TOY = """
 from datasets import Dataset
 
 from segcompass.loaders.masks import encode_mask
-from segcompass.loaders.rows import FEATURES
+from segcompass.loaders.rows import FEATURES, PHRASES
 
 import numpy as np
 from PIL import Image
