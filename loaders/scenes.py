@@ -121,8 +121,8 @@ def load_scenes(
 
     Returns:
         Dataset, or IterableDataset when `streaming`, with the columns of `loaders.rows.FEATURES` and
-        `loaders.rows.PHRASES`: `image` is RGB, `masks` has one RLE per target from left to right, `ignore` is None, `kind` is one of
-        `scene_questions.KINDS`, `phrases` are those of the scan and of the answer.
+        `loaders.rows.PHRASES`: `image` is RGB, `masks` has one RLE per target from left to right, `ignore` is None,
+        `kind` is one of `scene_questions.KINDS`, `phrases` are those of the scan and of the answer.
 
     Raises:
         ValueError: an unknown split or way to answer, num_samples None or below 1, seed < 0, twins outside [0, 1], or a

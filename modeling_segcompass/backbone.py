@@ -221,8 +221,10 @@ class Backbone:
             height: of the image in pixels.
 
         Returns:
-            (left, top, right, bottom) in pixels of the image.
+            (left, top, right, bottom) in pixels of the image; beyond it where the image is padded.
         """
+        if getattr(image_processor, "do_pad", False) and image_processor.size.get("longest_edge"):
+            return 0, 0, max(width, height), max(width, height)  # padded right and below to a square
         if not getattr(image_processor, "do_center_crop", False):
             return 0, 0, width, height
         scale = image_processor.size["shortest_edge"] / min(width, height)

@@ -7,7 +7,7 @@ from datasets import Dataset, IterableDataset
 
 from segcompass.loaders import LOADERS, load_obelics, load_rows, load_scenes, register_loader
 from segcompass.loaders.image_text import image_text, load_image_text
-from segcompass.loaders.rows import FEATURES, expressions
+from segcompass.loaders.rows import FEATURES, PHRASES, expressions
 from tests.support.refer import ref, write_images, write_instances
 
 
@@ -49,7 +49,7 @@ TOY = """
 from datasets import Dataset
 
 from segcompass.loaders.masks import encode_mask
-from segcompass.loaders.rows import FEATURES, PHRASES
+from segcompass.loaders.rows import FEATURES
 
 import numpy as np
 from PIL import Image
