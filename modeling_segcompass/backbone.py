@@ -221,16 +221,33 @@ class Backbone:
             height: of the image in pixels.
 
         Returns:
-            (left, top, right, bottom) in pixels of the image; beyond it where the image is padded.
+            (left, top, right, bottom) in pixels of the image.
         """
-        if getattr(image_processor, "do_pad", False) and image_processor.size.get("longest_edge"):
-            return 0, 0, max(width, height), max(width, height)  # padded right and below to a square
-        if not getattr(image_processor, "do_center_crop", False):
+        view = self.image_view(image_processor)
+        if view == "frame":  # the square that the image was padded to, beyond the image's edges
+            return 0, 0, max(width, height), max(width, height)
+        if view != "center_crop":
             return 0, 0, width, height
         scale = image_processor.size["shortest_edge"] / min(width, height)
         half_width = image_processor.crop_size["width"] / scale / 2
         half_height = image_processor.crop_size["height"] / scale / 2
         return width / 2 - half_width, height / 2 - half_height, width / 2 + half_width, height / 2 + half_height
+
+    def image_view(self, image_processor: Any) -> str:
+        """How the MLLM sees an image, as `Frame.place_patches` takes it.
+
+        Args:
+            image_processor: the MLLM's.
+
+        Returns:
+            str: a name in `image_encoder.IMAGE_VIEWS`.
+        """
+        if getattr(image_processor, "do_center_crop", False):
+            return "center_crop"
+        sides = dict(getattr(image_processor, "size", None) or {})
+        if getattr(image_processor, "do_pad", False) and "longest_edge" in sides:
+            return "frame"  # as SAM's: the longest side fills the square, the rest is padded right and below
+        return "whole"
 
     def save_processor(self, processor: Any, folder: str | Path) -> None:
         """Save what AutoProcessor reads beside the bare MLLM, but for the tokenizer.

@@ -25,7 +25,8 @@ SUBMODELS = ("mllm", "image_encoder", "sae")
 """The parts that have weights of their own before there is a SegCompass model."""
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token")
 # Only the MLLM is quantised: these are small, or their output is a mask's edge. The head is named as by default.
-UNQUANTIZED = ("lm_head", "image_encoder", "sae", "query_codebook", "slot_mapper", "image_positions", "mask_decoder")
+UNQUANTIZED = ("lm_head", "image_encoder", "sae", "query_codebook", "slot_mapper", "grounded_reading")
+UNQUANTIZED += ("image_positions", "mask_decoder")
 
 
 def build_from_backbones(

@@ -18,6 +18,11 @@ DEFAULT_ENCODER = "sam_vision_model"
 """`model_type` of the encoder of a configuration that names none."""
 
 
+IMAGE_VIEWS = ("whole", "center_crop", "center_pad", "frame")
+"""How an MLLM sees an image: all of it, in whatever aspect; the square in its middle; all of it in the middle of a
+square; or as the image encoder does, in a square's top left corner."""
+
+
 class Frame(NamedTuple):
     """F_enc's square input: the image's longest side becomes `side` pixels, the rest is padded right and bottom.
 
@@ -60,6 +65,35 @@ class Frame(NamedTuple):
         extent = self.valid_extent(reshaped_sizes, grid_size)
         cells = torch.arange(grid_size, device=extent.device)
         return (cells < extent[:, :1])[:, :, None] & (cells < extent[:, 1:])[:, None]  # (B, h, w)
+
+    def place_patches(
+        self, patch_xy: torch.Tensor, reshaped_sizes: torch.Tensor | None, view: str
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Lay the MLLM's patches over the frame.
+
+        Args:
+            patch_xy: float (B, P, 2), (x, y) of the patches' centres on what the MLLM sees, in [0, 1].
+            reshaped_sizes: long (B, 2), (H, W) of the image inside the frame; None = the whole frame.
+            view: one of IMAGE_VIEWS.
+
+        Returns:
+            The centres on the frame, float (B, P, 2), in units of its side; how large what the MLLM sees is there,
+            float (B, 1, 2), (width, height); and the patches whose centre lies on the image, bool (B, P). Of an image
+            so narrow that no centre lies on it, the nearest row or column counts.
+        """
+        image = torch.ones_like(patch_xy[:, :1])  # (B, 1, 2) width and height
+        if reshaped_sizes is not None:
+            image = reshaped_sizes.to(patch_xy.device).flip(-1)[:, None].to(patch_xy.dtype) / self.side
+        seen = {
+            "whole": image,
+            "center_crop": image.amin(-1, keepdim=True).expand_as(image),
+            "center_pad": image.amax(-1, keepdim=True).expand_as(image),
+            "frame": torch.ones_like(image),
+        }[view]
+        start = (image - seen) / 2 if view.startswith("center") else torch.zeros_like(image)
+        xy = start + patch_xy * seen
+        outside = torch.relu(xy - image) + torch.relu(-xy)  # (B, P, 2)
+        return xy, seen, (outside <= outside.amin(1, keepdim=True)).all(-1)
 
 
 class ImageEncoder:

@@ -2,7 +2,9 @@
 
 Read `SegCompassModel.decode_masks` with the paper in hand: e_k, E_sae, C, r_k, Q, K, S, (H_k, c_k), F_dec, in order.
 One MLLM pass gives the logits, the concentration tokens' states and the SAE's input; `segment` reads the same states
-out of generation itself, so nothing is run twice. Training losses beyond the language loss live with the trainers.
+out of generation itself, so nothing is run twice. With `concept_reading="grounded"` the concepts' own places are the
+heatmaps (`grounded_reading.py`): only then does another path than the paper's lead to F_dec. Training losses beyond
+the language loss live with the trainers.
 """
 
 from collections.abc import Mapping
@@ -19,10 +21,12 @@ from transformers.utils import ModelOutput
 
 from .backbone import backbone_of
 from .checkpoints import build_from_backbones, load_whole, put_sae, save_whole
+from .concept_labels import read_labels
 from .configuration_segcompass import SegCompassConfig
 from .explanation import Explanation, explain_slot
+from .grounded_reading import DECODER_CONFIDENCE, GroundedReading, Grounding
 from .image_encoder import encoder_of
-from .interventions import QUERY_SOURCES, kept_sources, scale_vector, without_heaviest
+from .interventions import QUERY_SOURCES, kept_sources, scale_vector, steer, without_heaviest
 from .mask_decoder import MaskDecoder
 from .modeling_sparse_autoencoder import SparseAutoencoder
 from .query_codebook import Concepts, QueryCodebook
@@ -32,8 +36,10 @@ from .states import ReasoningStates, StateRecorder, open_recorder
 from .token_layout import (
     IMAGE,
     concept_token_mask,
+    conclusion_mask,
     distance_to_slots,
     find_slots,
+    gather_positions,
     token_position_features,
     token_types,
 )
@@ -70,11 +76,14 @@ class SegCompassOutput(ModelOutput):
     concept_indices: torch.Tensor | None = None
     """long (B, M), the SAE features that became concept tokens."""
     concept_values: torch.Tensor | None = None
-    """float (B, M), their values h_j; 0 marks padding."""
+    """float (B, M), their values h_j, the maximum over tokens (grounded: over patches); 0 marks padding."""
     concept_weights: torch.Tensor | None = None
-    """float (B, K, M), how much each concept weighs in each slot; a slot's weights sum to 1."""
+    """float (B, K, M), how much each concept weighs in each slot; a slot's weights sum to 1 (grounded: 0 for most, and
+    unless they were steered)."""
     concept_activations: torch.Tensor | None = None
-    """float (B, T, M), h_j at each token."""
+    """float (B, T, M), h_j at each token (grounded: at the patches and the conclusion's words, nothing else is read)."""
+    grounding: Grounding | None = None
+    """with `concept_reading="grounded"`: the contributions whose sum the heatmaps are, and the words behind them."""
     token_types: torch.Tensor | None = None
     """long (B, T), IMAGE, INSTRUCTION or RESPONSE of `token_layout`; with concepts."""
     patch_grid: torch.Tensor | None = None
@@ -136,8 +145,12 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             encoder_of(config).build(config.image_encoder_config) if image_encoder is None else image_encoder
         )
         self.sae = SparseAutoencoder(config.sae_config) if sae is None else sae
-        self.query_codebook = QueryCodebook(config)
-        self.slot_mapper = SlotMapper(config)
+        self.grounded = config.concept_reading == "grounded"
+        if self.grounded:
+            self.grounded_reading = GroundedReading(config)
+        else:
+            self.query_codebook = QueryCodebook(config)
+            self.slot_mapper = SlotMapper(config)
         self.image_positions = SamPositionalEmbedding(
             SimpleNamespace(scale=1.0, num_pos_feats=config.key_channels // 2)
         )
@@ -147,6 +160,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         units = {*(self._no_split_modules or ()), type(self.backbone.blocks(self.mllm)[0]).__name__}
         self._no_split_modules = sorted(units & {type(module).__name__ for module in self.modules()})
         self.generation_config = self.mllm.generation_config
+        self._concept_labels: dict[int, str] | None = None
         self.freeze_encoders()
 
     def freeze_encoders(self) -> None:
@@ -169,6 +183,8 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             init.normal_(module.slot_queries, std=std)
         elif isinstance(module, SlotMapper):
             init.constant_(module.map_bias, -1.8)  # heatmaps start near "nothing here"
+        elif isinstance(module, GroundedReading):
+            module.init_weights()
         elif isinstance(module, MaskDecoder):
             init.normal_(module.mask_token, std=std)
         elif isinstance(module, SamPositionalEmbedding):
@@ -205,8 +221,10 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         image_embeddings: torch.Tensor,
         reshaped_input_sizes: torch.Tensor | None = None,
         patch_grid: torch.Tensor | None = None,
-        concept_scale: Mapping[int, float] | torch.Tensor | None = None,
+        concept_scale: Mapping[int | str, float] | torch.Tensor | None = None,
         query_source: str = "both",
+        concept_add: Mapping[int | str, float] | None = None,
+        concept_replace: Mapping[int | str, int | str] | None = None,
     ) -> SegCompassOutput:
         """From hidden states to masks: Eq. 2 to 5.
 
@@ -219,18 +237,49 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             image_embeddings: float (B, d_k, h, w) or (1, d_k, h, w) when all questions share one image.
             reshaped_input_sizes: long (B, 2), the image's (H, W) inside F_enc's frame; None = the whole frame.
             patch_grid: long (B, 2), (rows, columns) of the image tokens; None = a square.
-            concept_scale: {feature index: factor on h_j}, or all factors, float (B, d_sae) or (d_sae,): 0 ablates a
-                concept, other factors steer by it.
-            query_source: "both", or "tokens" / "concepts" to build the queries from e_k or r_k alone.
+            concept_scale: {feature index or label: factor on h_j}, or all factors, float (B, d_sae) or (d_sae,): 0
+                ablates a concept, other factors steer by it. Labels are those of `concept_labels`. In the grounded
+                read-out the factor is on the concept's contribution, and no other concept takes its place.
+            query_source: "both", or "tokens" / "concepts" to build the queries from e_k or r_k alone; the grounded
+                read-out never reads e_k.
+            concept_add: {feature index or label: weight that every slot gives it on top}; grounded only.
+            concept_replace: {feature index or label: the one that takes over its weight}; grounded only.
 
         Returns:
             SegCompassOutput: masks, heatmaps, confidences, and the concepts behind them.
 
         Raises:
-            ValueError: an unknown query source, or factors that are no factors.
+            ValueError: an unknown query source, factors that are no factors, an unknown label, or what only the other
+                `concept_reading` can do.
         """
         if query_source not in QUERY_SOURCES:
             raise ValueError(f"query_source is {query_source!r}; choose one of {QUERY_SOURCES}.")
+        if self.grounded:
+            if query_source == "tokens":
+                raise ValueError(
+                    "query_source is 'tokens', but this model's read-out is grounded and reads no concentration "
+                    "token's state; use 'both' or 'concepts'."
+                )
+            return self._decode_grounded(
+                ReasoningStates(
+                    input_ids,
+                    attention_mask,
+                    response_mask,
+                    z,
+                    last_hidden,
+                    image_embeddings,
+                    reshaped_input_sizes,
+                    patch_grid,
+                ),
+                concept_scale,
+                concept_add,
+                concept_replace,
+            )
+        if concept_add or concept_replace:
+            raise ValueError(
+                f"concept_add and concept_replace need concept_reading='grounded', this model has "
+                f"{self.config.concept_reading!r}; use concept_scale."
+            )
         batch = len(input_ids)
         positions, slot_mask = find_slots(input_ids, response_mask, self.config)  # (B, K_s)
 
@@ -255,7 +304,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
                 z,
                 self.concept_token_mask(input_ids, attention_mask),
                 token_position_features(types, image_xy, distance),
-                scale_vector(concept_scale, z, self.config.sae_config.d_sae),
+                scale_vector(concept_scale, z, self.config.sae_config.d_sae, self._labels_for(concept_scale)),
             )
 
         # Q, K, S, (H_k, c_k)
@@ -285,6 +334,93 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             reshaped_input_sizes=reshaped_input_sizes,
         )
 
+    def _decode_grounded(self, states, concept_scale, concept_add, concept_replace):
+        """From hidden states to masks, by the concepts' own places: the grounded form of `decode_masks`."""
+        reading, config = self.grounded_reading, self.config
+        ids, d_sae = states.input_ids, config.sae_config.d_sae
+        labels = self._labels_for(concept_scale, concept_add, concept_replace)
+        steering = steer(concept_scale, concept_add, concept_replace, states.z, d_sae, labels)
+        _, slot_mask = find_slots(ids, states.response_mask, config)  # (B, K_s)
+
+        # what is read: the words of the conclusion, and the patches
+        types = token_types(ids, states.response_mask, config.image_token_id)  # (B, T)
+        conclusion = conclusion_mask(ids, states.attention_mask, states.response_mask, config)
+        word_positions, word_mask = gather_positions(conclusion & (types != IMAGE))  # (B, R)
+        patch_positions, is_patch = gather_positions((types == IMAGE) & states.attention_mask.bool())  # (B, P)
+        grid = states.patch_grid
+        if grid is None:
+            grid = self.backbone.patch_grid(config.mllm_config, ids)
+        patch_xy = _rows_of(self.backbone.patch_positions(types == IMAGE, grid), patch_positions)  # (B, P, 2)
+        patch_xy = patch_xy.masked_fill(~is_patch[..., None], -1e3)  # far off, so that nothing takes it for the nearest
+        patch_xy, seen, on_image = config.frame.place_patches(patch_xy, states.reshaped_input_sizes, config.image_view)
+        patch_mask = on_image & is_patch
+        if not patch_mask.any(1).all():
+            raise ValueError(
+                "a sample has no image token, and the grounded read-out is made of what image tokens show; give each "
+                "sample one image."
+            )
+
+        # ĥ, α, t, s, w, H_k, c_k
+        indices, confidences, activations, account = reading.ground(
+            self.sae,
+            _rows_of(states.z, word_positions),
+            _rows_of(states.last_hidden, word_positions),
+            word_mask,
+            _rows_of(states.z, patch_positions),
+            patch_mask,
+            steering,
+        )
+
+        # K, A, H_k in the image encoder's grid
+        dtype = reading.concept_bias.dtype
+        keys = states.image_embeddings.to(dtype).expand(len(ids), -1, -1, -1)  # (B, d_k, h, w)
+        key_positions = self._key_positions(keys.shape[-2:]).to(dtype)  # (1, d_k, h, w)
+        cell_mask = self._cell_mask(keys, states.reshaped_input_sizes)  # (B, h, w)
+        patch_size = seen / grid.flip(-1)[:, None]  # (B, 1, 2), (x, y)
+        upsampling = reading.upsampling(keys, patch_xy, patch_size, patch_mask)  # (B, h, w, P)
+        heatmaps = reading.to_keys(account["patch_heatmaps"], upsampling).to(dtype)  # (B, K_s, h, w)
+
+        # M̂ = F_dec(K, H_k); the confidence says whether a slot counts, not what it shows
+        shown = torch.full_like(confidences, DECODER_CONFIDENCE)
+        masks = self.mask_decoder(keys, key_positions, heatmaps, shown, cell_mask)  # (B, K_s, 4h, 4w)
+        places = torch.cat([word_positions, patch_positions], 1)[..., None].expand_as(activations)  # (B, R + P, M)
+        at_tokens = activations.new_zeros(*ids.shape, indices.shape[1])  # (B, T, M)
+        weighs = account["weights"].detach().amax(1) > 0  # (B, M)
+        return SegCompassOutput(
+            pred_masks=masks,
+            pred_logits=confidences,
+            heatmaps=heatmaps,
+            slot_mask=slot_mask,
+            concept_indices=indices,
+            concept_values=activations[:, word_positions.shape[1] :].amax(1) * weighs,
+            concept_weights=account["weights"],
+            concept_activations=at_tokens.scatter_add(1, places, activations),
+            grounding=Grounding(patch_xy=patch_xy, upsampling=upsampling, word_positions=word_positions, **account),
+            token_types=types,
+            patch_grid=grid,
+            sequences=ids,
+            reshaped_input_sizes=states.reshaped_input_sizes,
+        )
+
+    @property
+    def concept_labels(self) -> dict[int, str]:
+        """{feature index: label} of the dictionary saved beside the model, {} without one. Can be set."""
+        if self._concept_labels is None:
+            folder, revision = self.config._name_or_path, getattr(self.config, "_commit_hash", None)
+            d_sae = self.config.sae_config.d_sae
+            self._concept_labels = read_labels(folder, d_sae, revision) if folder else {}
+        return self._concept_labels
+
+    @concept_labels.setter
+    def concept_labels(self, labels: Mapping[int, str]) -> None:
+        self._concept_labels = dict(labels)
+
+    def _labels_for(self, *asked):
+        """The labels, if any of the mappings names a concept by its label; read from disk only then."""
+        named = [name for given in asked if isinstance(given, Mapping) for name in given]
+        named += [name for given in asked if isinstance(given, Mapping) for name in given.values()]
+        return self.concept_labels if any(isinstance(name, str) for name in named) else None
+
     def _key_positions(self, grid):
         """The positional code of the image keys, (1, d_k, h, w)."""
         y, x = (torch.arange(side, device=self.image_positions.positional_embedding.device) for side in grid)
@@ -311,8 +447,10 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         response_mask: torch.Tensor | None = None,
         mask_rows: list[int] | None = None,
-        concept_scale: Mapping[int, float] | torch.Tensor | None = None,
+        concept_scale: Mapping[int | str, float] | torch.Tensor | None = None,
         query_source: str = "both",
+        concept_add: Mapping[int | str, float] | None = None,
+        concept_replace: Mapping[int | str, int | str] | None = None,
         num_erased_concepts: int = 0,
         fused_lm_head: bool = False,
         skip_lm_head: bool = False,
@@ -337,6 +475,8 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
                 these.
             concept_scale: see `decode_masks`.
             query_source: see `decode_masks`.
+            concept_add: see `decode_masks`.
+            concept_replace: see `decode_masks`.
             num_erased_concepts: decode a second time without this many of the heaviest concepts of each confident
                 slot (of the most confident one, when none is); the result is `erased`. Training uses it to make
                 concepts necessary.
@@ -382,7 +522,9 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
                 reshaped_input_sizes=reshaped_input_sizes,
             )
             asked = {"query_source": query_source, **states._asdict()}
-            output = self.decode_masks(**asked, concept_scale=concept_scale)
+            output = self.decode_masks(
+                **asked, concept_scale=concept_scale, concept_add=concept_add, concept_replace=concept_replace
+            )
             if num_erased_concepts:
                 d_sae = self.config.sae_config.d_sae
                 scale, output.erased_slots = without_heaviest(output, num_erased_concepts, d_sae)
@@ -415,8 +557,10 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
     def segment(
         self,
         input_ids: torch.Tensor,
-        concept_scale: Mapping[int, float] | torch.Tensor | None = None,
+        concept_scale: Mapping[int | str, float] | torch.Tensor | None = None,
         query_source: str = "both",
+        concept_add: Mapping[int | str, float] | None = None,
+        concept_replace: Mapping[int | str, int | str] | None = None,
         **inputs: Any,
     ) -> SegCompassOutput:
         """Reason about the image, then decode masks from the states that generation left behind.
@@ -425,6 +569,8 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             input_ids: long (B, T), the prompts.
             concept_scale: see `decode_masks`.
             query_source: see `decode_masks`.
+            concept_add: see `decode_masks`.
+            concept_replace: see `decode_masks`.
             **inputs: the processor's other outputs and options, see `reason`.
 
         Returns:
@@ -436,7 +582,13 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         """
         sequences, states = self.reason(input_ids, **inputs)
         with torch.no_grad():
-            output = self.decode_masks(**states._asdict(), concept_scale=concept_scale, query_source=query_source)
+            output = self.decode_masks(
+                **states._asdict(),
+                concept_scale=concept_scale,
+                query_source=query_source,
+                concept_add=concept_add,
+                concept_replace=concept_replace,
+            )
         output.sequences = sequences
         output.prompt_length = input_ids.shape[1]
         return output
@@ -491,9 +643,71 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         top: int = 10,
         labels: Mapping[int, str] | None = None,
         processor: Any = None,
+        image_embeddings: torch.Tensor | None = None,
     ) -> Explanation:
-        """Say which concepts made a slot's mask, and from which words and patches: see `explanation.explain_slot`."""
-        return explain_slot(outputs, slot, sample, top, labels, processor, self.config.frame.side)
+        """Say which concepts made a slot's mask, and from which words and patches: see `explanation.explain_slot`.
+
+        Args:
+            outputs: SegCompassOutput whose queries were built from concepts.
+            slot: k, from 0.
+            sample: its place in the batch.
+            top: how many concepts to list.
+            labels: {feature index: label}; None takes `concept_labels`, if the read-out is grounded.
+            processor: SegCompassProcessor, for the words' text.
+            image_embeddings: float (B, d_k, h, w) or (1, d_k, h, w) that the masks were decoded with; says also what
+                the mask loses without each concept, by one decoding per concept. Grounded read-outs only.
+
+        Returns:
+            Explanation.
+
+        Raises:
+            ValueError: what cannot be explained, see `explain_slot`; image_embeddings with another read-out.
+        """
+        if labels is None and self.grounded:
+            labels = self.concept_labels
+        explanation = explain_slot(outputs, slot, sample, top, labels, processor, self.config.frame.side)
+        if image_embeddings is None:
+            return explanation
+        lost = self.lost_without(outputs, slot, sample, image_embeddings)
+        return explain_slot(outputs, slot, sample, top, labels, processor, self.config.frame.side, lost)
+
+    @torch.no_grad()
+    def lost_without(
+        self, outputs: SegCompassOutput, slot: int, sample: int, image_embeddings: torch.Tensor
+    ) -> dict[int, float]:
+        """What a grounded slot's mask loses when one of its concepts is taken out of the sum, and nothing put in.
+
+        Args:
+            outputs: SegCompassOutput of a grounded read-out.
+            slot: k, from 0.
+            sample: its place in the batch.
+            image_embeddings: float (B, d_k, h, w) or (1, d_k, h, w) that the masks were decoded with.
+
+        Returns:
+            {feature index: share of the mask's pixels that are gone, in [0, 1]}; 0 where there was no mask.
+
+        Raises:
+            ValueError: outputs of another read-out.
+        """
+        grounding = outputs.grounding
+        if grounding is None:
+            raise ValueError(
+                f"these outputs are not grounded (concept_reading is {self.config.concept_reading!r}), so their "
+                "heatmap is no sum; decode again with decode_masks(..., concept_scale={index: 0}) and compare."
+            )
+        columns = grounding.weights[sample, slot].nonzero()[:, 0]  # (n,)
+        heat = outputs.heatmaps[sample, slot]  # (h, w)
+        kept = torch.cat([heat[None], heat - grounding.on_keys(sample, slot)[columns].to(heat.dtype)])  # (1 + n, h, w)
+        keys = image_embeddings[sample : sample + 1] if len(image_embeddings) > 1 else image_embeddings
+        keys = keys.to(heat.device, heat.dtype)
+        sizes = outputs.reshaped_input_sizes
+        cell_mask = self._cell_mask(keys, None if sizes is None else sizes[sample : sample + 1])
+        shown = heat.new_full((1, len(kept)), DECODER_CONFIDENCE)
+        positions = self._key_positions(keys.shape[-2:]).to(heat.dtype)
+        masks = self.mask_decoder(keys, positions, kept[None], shown, cell_mask)[0] > 0  # (1 + n, 4h, 4w)
+        masks = (masks & cell_mask[0].repeat_interleave(4, 0).repeat_interleave(4, 1)).flatten(1)
+        gone = (masks[0] & ~masks[1:]).sum(1) / masks[0].sum().clamp_min(1)
+        return dict(zip(outputs.concept_indices[sample, columns].tolist(), gone.tolist(), strict=True))
 
     predict_forward = predict_forward
 
@@ -602,6 +816,12 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             ValueError: a reference to another part, or without a revision.
         """
         save_whole(self, super().save_pretrained, save_directory, args, references, kwargs)
+
+
+def _rows_of(values, positions):
+    """The tokens at these positions: (B, T, ...) and long (B, N) -> (B, N, ...)."""
+    rows = torch.arange(len(values), device=values.device)[:, None]
+    return values[rows, positions]
 
 
 SegCompassConfig.register_for_auto_class()

@@ -16,6 +16,7 @@ from .images import read_image
 from .old_names import with_new_names
 
 REF_TOKEN, THINK, THINK_END = "<REF_POS>", "<think>", "</think>"
+SENTENCE_ENDS = ".!?。！？\n"
 
 PROMPT = (
     "Find '{instruction}' in the image. First reason inside think tags: name the objects that could be meant, compare "
@@ -108,13 +109,24 @@ class SegCompassProcessor(ProcessorMixin):
         return Frame(image_side(self.encoder_image_processor))
 
     def model_tokens(self) -> dict[str, Any]:
-        """The token ids that SegCompassConfig needs."""
+        """What SegCompassConfig must know of tokens and of the MLLM's view of an image."""
         special = {*self.tokenizer.all_special_ids, self.ref_token_id} - {self.image_token_id}
         return {
             "ref_token_id": self.ref_token_id,
             "think_end_id": self.think_end_id,
             "special_token_ids": sorted(special),
+            "sentence_end_ids": self._sentence_ends(),
+            "image_view": self.backbone.image_view(self.image_processor),
         }
+
+    def _sentence_ends(self):
+        """Ids of full stops, line ends and `<think>`: tokens that hold one of these and no letter or digit."""
+        ends = []
+        for token, number in self.tokenizer.get_vocab().items():
+            text = token.replace("Ġ", " ").replace("▁", " ").replace("Ċ", "\n").replace("<0x0A>", "\n")
+            if token == THINK or (set(text) & set(SENTENCE_ENDS) and not any(map(str.isalnum, text))):
+                ends.append(number)
+        return sorted(ends)
 
     # -- prompts and responses ---------------------------------------------------------------------------------------
 
