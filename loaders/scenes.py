@@ -21,7 +21,7 @@ from .masks import encode_mask
 from .registry import register_loader
 from .rows import FEATURES, NUM_SHARDS, PHRASES
 from .scene_drawing import MIXED, Scene, Size, check_split_and_size, choose_size, draw_scene
-from .scene_questions import Question, ask, check_answers
+from .scene_questions import KINDS, Question, ask, check_answers
 
 FOLDER = Path(__file__).resolve().parent
 SOURCES = ("scene_drawing.py", "scene_questions.py", "scenes.py")
@@ -29,7 +29,13 @@ SOURCES = ("scene_drawing.py", "scene_questions.py", "scenes.py")
 
 
 def scene_question(
-    split: str, seed: int, index: int, size: Size | str = 128, answers: str = "place", twins: float = 0.0
+    split: str,
+    seed: int,
+    index: int,
+    size: Size | str = 128,
+    answers: str = "place",
+    twins: float = 0.0,
+    questions: int = 1,
 ) -> tuple[Scene, Question]:
     """The scene and question behind row `index` of `load_scenes(split, seed)`: a pure function of its arguments.
 
@@ -40,6 +46,7 @@ def scene_question(
         size: see `load_scenes`.
         answers: see `load_scenes`.
         twins: see `load_scenes`.
+        questions: see `load_scenes`.
 
     Returns:
         The scene, and the question about it whose targets index the scene's objects and masks.
@@ -48,14 +55,19 @@ def scene_question(
         ValueError: an unknown split or way to answer, or a size that `draw_scene` refuses.
     """
     check_split_and_size(split, size)
-    rng = np.random.default_rng([zlib.crc32(split.encode()), seed, index])
+    rng = np.random.default_rng([zlib.crc32(split.encode()), seed, index // questions])
     scene = draw_scene(rng, split, choose_size(rng) if isinstance(size, str) else size, twins)
-    return scene, ask(rng, scene, answers=answers)
+    if questions == 1:
+        return scene, ask(rng, scene, answers=answers)
+    kinds = [KINDS[kind] for kind in rng.permutation(len(KINDS))[:questions]]
+    asked = [ask(rng, scene, kind, answers) for kind in kinds]
+    return scene, asked[index % questions]
 
 
 def _row(split: str, seed: int, index: int, style: dict) -> dict:
     scene, question = scene_question(split, seed, index, **style)
-    image_id = f"{'mixed-' * (style['size'] == MIXED)}scenes-{split}-{seed}-{index}"
+    number = index // style["questions"]
+    image_id = f"{'mixed-' * (style['size'] == MIXED)}scenes-{split}-{seed}-{number}"
     masks = [encode_mask(mask) for mask in scene.masks]
     height, width = scene.image.shape[:2]
     return {
@@ -101,10 +113,11 @@ def load_scenes(
     streaming: bool = False,
     answers: str = "place",
     twins: float = 0.0,
+    questions: int = 1,
 ) -> Dataset | IterableDataset:
-    """Rows of drawn scenes, one question per scene.
+    """Rows of drawn scenes, one question per scene or several.
 
-    Row i is a pure function of (split, seed, i, size, answers, twins), whatever `num_samples` and `streaming` are.
+    Row i is a pure function of the arguments other than `num_samples` and `streaming`, and of i.
 
     Args:
         split: "train", "val" or "test"; disjoint by the pairs of looks they show (`scene_drawing.split_of_pair`).
@@ -118,6 +131,7 @@ def load_scenes(
         answers: "place" names every target of an answer by place; "fitting" does so only where the question asks for
             places, and by look elsewhere ("two small red balls").
         twins: probability in [0, 1] that an object after the first repeats the look of an earlier one.
+        questions: how many rows in a row ask about one scene, each a question of another kind, 1 to 6.
 
     Returns:
         Dataset, or IterableDataset when `streaming`, with the columns of `loaders.rows.FEATURES` and
@@ -125,8 +139,8 @@ def load_scenes(
         `kind` is one of `scene_questions.KINDS`, `phrases` are those of the scan and of the answer.
 
     Raises:
-        ValueError: an unknown split or way to answer, num_samples None or below 1, seed < 0, twins outside [0, 1], or a
-            size that is too small or too narrow.
+        ValueError: an unknown split or way to answer, num_samples None or below 1, seed < 0, twins outside [0, 1],
+            questions outside 1 to 6, or a size that is too small or too narrow.
 
     Example:
         >>> row = load_scenes("val", seed=3, num_samples=1)[0]
@@ -137,13 +151,15 @@ def load_scenes(
     check_answers(answers)
     if not 0 <= twins <= 1:
         raise ValueError(f"twins={twins} is no probability; use a number from 0 to 1.")
+    if not 1 <= questions <= len(KINDS):
+        raise ValueError(f"questions={questions} is not in 1 to {len(KINDS)}; a scene has one question of each kind.")
     if num_samples is None:
         raise ValueError("num_samples is None; scenes are drawn without end, so say how many.")
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples} is below 1; ask for at least one row.")
     if seed < 0:
         raise ValueError(f"seed={seed} is negative; use 0 or more.")
-    style = {"size": size, "answers": answers, "twins": twins}
+    style = {"size": size, "answers": answers, "twins": twins, "questions": questions}
     if streaming:
         edges = [num_samples * shard // NUM_SHARDS for shard in range(NUM_SHARDS + 1)]
         shards = [(start, stop) for start, stop in pairwise(edges) if start < stop]

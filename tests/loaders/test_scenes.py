@@ -514,6 +514,16 @@ def test_mixed_rows_have_the_image_and_mask_sizes_of_their_scene():
     assert len(sizes) > 3
 
 
+def test_several_questions_about_a_scene_differ_in_kind_and_share_the_image():
+    rows = load_scenes("train", seed=2, num_samples=9, questions=3)
+    for start in range(0, 9, 3):
+        three = [rows[index] for index in range(start, start + 3)]
+        assert len({row["image_id"] for row in three}) == 1 and len({row["kind"] for row in three}) == 3
+        assert all(np.array_equal(np.asarray(row["image"]), np.asarray(three[0]["image"])) for row in three)
+        assert len({row["reasoning"].split(". ")[0] for row in three}) == 1
+    assert len(set(rows["image_id"])) == 3 and len(set(rows["sample_id"])) == 9
+
+
 def test_streamed_rows_equal_stored_rows():
     stored = load_scenes("train", seed=1, num_samples=20)
     streamed = load_scenes("train", seed=1, num_samples=20, streaming=True)
@@ -544,6 +554,7 @@ def test_fewer_rows_than_shards_are_streamed_once():
         ({"size": (200, 90)}, r"size=\(200, 90\) is narrower than 1:2"),
         ({"size": "large"}, "size='large' is no size"),
         ({"answers": "loud"}, "answers='loud' is not one of place, fitting"),
+        ({"questions": 7}, "questions=7 is not in 1 to 6"),
         ({"twins": 1.5}, "twins=1.5 is no probability"),
     ],
 )
