@@ -9,6 +9,7 @@ from transformers.configuration_utils import SubConfigSpec
 from .image_encoder import Frame, encoder_of
 from .old_names import with_new_names
 from .sae_activations import SAE_ACTIVATIONS
+from .saved_folders import own_config
 
 CONCEPT_READINGS = ("feature", "token")
 
@@ -27,6 +28,7 @@ class SparseAutoencoderConfig(PreTrainedConfig):
         k: features that a token keeps with "topk", and on average with "batchtopk".
         l1_coefficient: α of Eq. 7 ("relu" only); the penalty is weighted by the norm of each decoder row.
         backbone: model id of the MLLM whose hidden states it was trained on, or None when untrained.
+        backbone_revision: commit of that MLLM on the Hub, or None when unknown.
         layer: L, counted so that the input is the output of the L-th decoder block, `hidden_states[L]`.
         l0_coefficient: price of one active feature ("jumprelu" only).
         bandwidth: width of the window around a threshold from which the threshold learns ("jumprelu" only).
@@ -57,6 +59,7 @@ class SparseAutoencoderConfig(PreTrainedConfig):
         bandwidth: float = 0.5,
         dataset: str | None = None,
         token_window: int | None = None,
+        backbone_revision: str | None = None,
         **kwargs,
     ):
         for name, value in (("d_in", d_in), ("d_sae", d_sae), ("k", k), ("layer", layer)):
@@ -77,11 +80,18 @@ class SparseAutoencoderConfig(PreTrainedConfig):
         self.l0_coefficient = l0_coefficient
         self.bandwidth = bandwidth
         self.backbone = backbone
+        self.backbone_revision = backbone_revision
         self.layer = layer
         self.dataset = dataset
         self.token_window = token_window
         super().__init__(**kwargs)
         SAE_ACTIVATIONS[activation].check_config(self)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict]:
+        """As transformers', but a folder without config.json, or with another model's, is refused."""
+        fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return own_config(pretrained_model_name_or_path, fields, cls.model_type), kwargs
 
 
 class SegCompassConfig(PreTrainedConfig):
@@ -187,6 +197,12 @@ class SegCompassConfig(PreTrainedConfig):
         self.references = kwargs.pop("references", None)
         super().__init__(**kwargs)
         self.check_sae(self.sae_config)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict]:
+        """As transformers', but a folder without config.json, or with another model's, is refused."""
+        fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return own_config(pretrained_model_name_or_path, fields, cls.model_type), kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -558,7 +558,8 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             sae: folder, Hub id or loaded SAE.
 
         Raises:
-            ValueError: it has another width or layer than the model was built for.
+            ValueError: it has another width or layer than the model was built for, was trained on another backbone, or
+                holds numbers that are not finite.
         """
         put_sae(self, sae)
 
@@ -582,7 +583,8 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             SegCompassModel: in evaluation mode; with `output_loading_info` a tuple of it and the report.
 
         Raises:
-            ValueError: the checkpoint lacks weights of this model or holds others; `device_map` or
+            ValueError: the folder is not what was saved (see `manifest`), or another model's; it lacks weights of this
+                model or holds others, or numbers that are not finite; `device_map` or
                 `quantization_config` with a checkpoint that refers to its parts; a `device_map` that offloads the SAE.
         """
         load = super().from_pretrained
@@ -596,10 +598,11 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             *args: as transformers'.
             references: {"mllm" | "image_encoder" | "sae": {"repo_id", "revision"}}, parts to leave out of the weights
                 because they are kept elsewhere, unchanged. Loading fetches them from there.
-            **kwargs: as transformers'.
+            **kwargs: as transformers', but for `push_to_hub`.
 
         Raises:
-            ValueError: a reference to another part, or without a revision.
+            ValueError: a reference to another part, or without a revision; `push_to_hub`, which would upload the folder
+                before it is signed.
         """
         save_whole(self, super().save_pretrained, save_directory, args, references, kwargs)
 

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel, SamModel, SamVisionConfig, SamVisionModel
 
+from .saved_folders import check_loaded
+
 # Original name -> transformers' name, first match counts; what no rule changes keeps its name.
 RULES = (
     (r"^image_encoder\.patch_embed\.proj\.", "vision_encoder.patch_embed.projection."),
@@ -148,12 +150,19 @@ def read_sam(
         return vision.eval(), {name: tensor for name, tensor in weights.items() if name not in part}
     if isinstance(source, str):
         if AutoConfig.from_pretrained(source).model_type != "sam":
-            return SamVisionModel.from_pretrained(source, dtype=dtype), {}
-        source = SamModel.from_pretrained(source, dtype=dtype)
+            return _load(SamVisionModel, source, dtype), {}
+        source = _load(SamModel, source, dtype)
     vision = SamVisionModel._from_config(source.config.vision_config, dtype=source.dtype)
     vision.vision_encoder = source.vision_encoder
     rest = {name: tensor for name, tensor in source.state_dict().items() if not name.startswith("vision_encoder.")}
     return vision.eval(), rest
+
+
+def _load(model_class, source, dtype):
+    """transformers' from_pretrained, but weights that the file lacks are an error."""
+    model, info = model_class.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    check_loaded(model, {**info, "unexpected_keys": ()}, source)
+    return model
 
 
 @torch.no_grad()

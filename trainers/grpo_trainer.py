@@ -50,13 +50,14 @@ from .policy import freeze, is_quantized, restore_masters
 from .reward_masks import decode_in_a_pass, decode_written, following_sae, mask_predictions
 from .rewards import RewardFunction, find_rewards, format_reward
 from .rollout_rows import Rollout, decode_images, leave_images_encoded, segmentation_batch
+from .signed_saves import SignedSaves
 from .timing import PhaseTimer
 from .vllm_policy import policy_engine
 
 ROLLOUTS = "rollouts_{}.pt"  # of one process, in each checkpoint
 
 
-class SegCompassGRPOTrainer(GRPOTrainer):
+class SegCompassGRPOTrainer(SignedSaves, GRPOTrainer):
     """GRPO on the responses and supervised segmentation on their masks, one forward and one backward.
 
     The rewards are those that `args.reward_funcs` names, then `reward_funcs`, weighted by `args.reward_weights`. Rows
@@ -341,9 +342,8 @@ class SegCompassGRPOTrainer(GRPOTrainer):
             self._overlays = []
         super().log(logs, start_time)
 
-    def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+    def save_beside(self, folder: Path) -> None:
+        """The rollouts of this process that were made but not yet learned from."""
         between = self._step % (self.args.steps_per_generation * self.num_iterations)
         torch.save(
             {

@@ -35,6 +35,7 @@ from .sae_quality import (
     token_groups,
     variances,
 )
+from .signed_saves import SignedSaves
 
 FRAME_FILE = "training_frame.safetensors"
 """What a checkpoint holds beside raw weights, so that resuming is exact: the frame, and all that differs in it."""
@@ -140,7 +141,7 @@ class _Endless(IterableDataset):
             )
 
 
-class SparseAutoencoderTrainer(Trainer):
+class SparseAutoencoderTrainer(SignedSaves, Trainer):
     """Trains a `SparseAutoencoder` on batches of hidden states.
 
     Decoder rows have norm 1 after every step, their norm moving into the encoder. Features dead for `dead_window`
@@ -225,9 +226,10 @@ class SparseAutoencoderTrainer(Trainer):
                 self._frame = None
         self.model.eval()
         measure_mean_active_activation(
-            self.model, take_tokens(self.train_dataset.one_pass(), self.args.strength_tokens)
+            self.model,
+            take_tokens(self.train_dataset.one_pass(), self.args.strength_tokens),
+            self.accelerator.reduce,
         )
-        self.model.mean_active_activation.copy_(broadcast(self.model.mean_active_activation))
         return output
 
     def get_train_dataloader(self):
@@ -247,9 +249,10 @@ class SparseAutoencoderTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
-        """Run `evaluate_sae` on the evaluation dataset; metrics carry the prefix `eval_`."""
+        """Run `evaluate_sae` on the evaluation dataset, each process on its share; metrics carry the prefix `eval_`."""
         with self._raw_weights():
-            metrics = evaluate_sae(self.model, self.eval_dataset if eval_dataset is None else eval_dataset)
+            activations = self.eval_dataset if eval_dataset is None else eval_dataset
+            metrics = evaluate_sae(self.model, activations, self.accelerator.reduce)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -19,6 +19,7 @@ from .image_features import open_image_features
 from .losses import LOG_PREFIX, LossWeights, erasure_loss, segmentation_loss
 from .optimization import RateMultipliers, component_optimizer
 from .policy import freeze
+from .signed_saves import SignedSaves
 
 
 @dataclass
@@ -70,7 +71,7 @@ class SegCompassSFTConfig(LossWeights, RateMultipliers, TrainingArguments):
     )
 
 
-class SegCompassSFTTrainer(Trainer):
+class SegCompassSFTTrainer(SignedSaves, Trainer):
     """Trains a SegCompassModel on rows with reasoning and masks.
 
     Args:

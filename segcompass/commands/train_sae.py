@@ -21,6 +21,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from segcompass.loaders.image_text import image_text, load_image_text
 from segcompass.loading import load_mllm
 from segcompass.modeling_segcompass import SparseAutoencoder, SparseAutoencoderConfig
+from segcompass.modeling_segcompass.sae_origin import origin_of
 from segcompass.recipes import parse_with_recipe
 from segcompass.trainers import SparseAutoencoderTrainer, SparseAutoencoderTrainerConfig
 from segcompass.trainers.activation_cache import CachedActivations, cache_activations
@@ -112,8 +113,9 @@ def main(argv: list[str] | None = None) -> None:
     trainer.save_model()
     if isinstance(train_dataset, ActivationDataset):
         logger.warning("samples over all passes: %s", dict(train_dataset.report))
+    share = -(-arguments.evaluation_tokens // training.world_size)  # each process streams its own rows
+    quality = evaluate_sae(sae, take_tokens(stream(held_out), share), trainer.accelerator.reduce)
     if trainer.is_world_process_zero():
-        quality = evaluate_sae(sae, take_tokens(stream(held_out), arguments.evaluation_tokens))
         print(json.dumps(quality, indent=2))
         Path(training.output_dir, "quality.json").write_text(json.dumps(quality, indent=2))
 
@@ -127,6 +129,8 @@ def make_sae_config(arguments: SAEArguments, model_config: PreTrainedConfig) -> 
     named = {name: getattr(arguments, name) for name in ("d_sae", "layer", "activation", "k")}
     fields |= {name: value for name, value in named.items() if value is not None}
     fields |= {"d_in": text.hidden_size, "dataset": arguments.dataset, "token_window": arguments.token_window}
+    if not segcompass:
+        fields["backbone_revision"] = origin_of(mllm_config).revision
     fields["backbone"] = fields.get("backbone") or (mllm_config.model_type if segcompass else arguments.model)
     return SparseAutoencoderConfig(**fields)
 

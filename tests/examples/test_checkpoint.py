@@ -9,15 +9,21 @@ from PIL import Image
 
 from segcompass.loaders.scenes import scene_question
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
+from segcompass.modeling_segcompass.manifest import findings, unlisted
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MINI = EXAMPLES / "checkpoints" / "mini"
+RENEW = "python examples/recipes/mini/save_checkpoint.py --code-only --output examples/checkpoints/mini"
 
 
 def test_the_code_beside_the_weights_is_this_packages():
     for copy in MINI.glob("*.py"):
         original = EXAMPLES.parent / "modeling_segcompass" / copy.name
-        assert copy.read_text() == original.read_text(), f"{copy.name} differs: save the checkpoint again"
+        assert copy.read_text() == original.read_text(), f"{copy.name} differs: {RENEW}"
+
+
+def test_the_folder_is_as_signed():
+    assert (findings(MINI), unlisted(MINI)) == ([], []), RENEW
 
 
 def test_weights_are_small():
