@@ -39,6 +39,7 @@ from trl.models import prepare_deepspeed, prepare_fsdp
 
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
 
+from .checkpoints import WholeCheckpoints
 from .checks import check_adapters, check_before_training, check_precision, check_rollout_policy
 from .grpo_config import SegCompassGRPOConfig
 from .image_features import ImageFeatures, open_image_features
@@ -50,14 +51,13 @@ from .policy import freeze, is_quantized, restore_masters
 from .reward_masks import decode_in_a_pass, decode_written, following_sae, mask_predictions
 from .rewards import RewardFunction, find_rewards, format_reward
 from .rollout_rows import Rollout, decode_images, leave_images_encoded, segmentation_batch
-from .signed_saves import SignedSaves
 from .timing import PhaseTimer
 from .vllm_policy import policy_engine
 
 ROLLOUTS = "rollouts_{}.pt"  # of one process, in each checkpoint
 
 
-class SegCompassGRPOTrainer(SignedSaves, GRPOTrainer):
+class SegCompassGRPOTrainer(WholeCheckpoints, GRPOTrainer):
     """GRPO on the responses and supervised segmentation on their masks, one forward and one backward.
 
     The rewards are those that `args.reward_funcs` names, then `reward_funcs`, weighted by `args.reward_weights`. Rows
@@ -343,7 +343,8 @@ class SegCompassGRPOTrainer(SignedSaves, GRPOTrainer):
         super().log(logs, start_time)
 
     def save_beside(self, folder: Path) -> None:
-        """The rollouts of this process that were made but not yet learned from."""
+        """Also the rollouts of this process that were made but not yet learned from."""
+        super().save_beside(folder)
         between = self._step % (self.args.steps_per_generation * self.num_iterations)
         torch.save(
             {
@@ -369,8 +370,8 @@ class SegCompassGRPOTrainer(SignedSaves, GRPOTrainer):
         if state["processes"] != self.accelerator.num_processes and state["rollouts"] is not None:
             raise ValueError(
                 f"{checkpoint} holds rollouts of {state['processes']} processes, this run has "
-                f"{self.accelerator.num_processes}; resume with as many, or delete {path.parent}/rollouts_*.pt to draw "
-                "new ones."
+                f"{self.accelerator.num_processes}; resume with as many, or, to draw new ones, delete {path.parent}/rollouts_*.pt "
+                f"and sign what is left: segcompass verify {path.parent} --sign"
             )
         self._step, self._buffered_inputs = state["step"], state["rollouts"]
         self._total_train_tokens = state["total_train_tokens"]

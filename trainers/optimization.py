@@ -97,7 +97,25 @@ def component_optimizer(trainer: Any, model: nn.Module | None = None) -> torch.o
     return optimizer_class(groups, **settings)
 
 
-def one_cycle(optimizer: torch.optim.Optimizer, total_steps: int, final_div_factor: float) -> OneCycleLR:
+class OneCycle(OneCycleLR):
+    """torch's, but a state that is loaded brings its steps and not its length: resuming with more steps goes on.
+
+    The rates are then those that the longer cycle has from there on.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where another cycle over the same parameters was, possibly one of another length."""
+        own = {name: self.__dict__[name] for name in ("total_steps", "_schedule_phases")}
+        longer = state_dict.get("total_steps") != self.total_steps
+        super().load_state_dict(state_dict)
+        self.__dict__.update(own)
+        if longer and self.last_epoch < self.total_steps:
+            for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+                group["lr"] = rate
+            self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+
+def one_cycle(optimizer: torch.optim.Optimizer, total_steps: int, final_div_factor: float) -> OneCycle:
     """The falling half of one cycle: from each group's rate, along a cosine, to rate / `final_div_factor`.
 
     torch begins one step along the cosine, so a short run starts a little below the rate (2 % at 10 steps).
@@ -110,7 +128,7 @@ def one_cycle(optimizer: torch.optim.Optimizer, total_steps: int, final_div_fact
     Returns:
         torch's scheduler.
     """
-    return OneCycleLR(
+    return OneCycle(
         optimizer,
         max_lr=[group["lr"] for group in optimizer.param_groups],
         total_steps=total_steps,

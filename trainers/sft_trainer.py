@@ -13,13 +13,13 @@ from transformers import Trainer, TrainingArguments
 
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
 
+from .checkpoints import WholeCheckpoints
 from .checks import check_slots
 from .collator import SegCompassCollator
 from .image_features import open_image_features
 from .losses import LOG_PREFIX, LossWeights, erasure_loss, segmentation_loss
 from .optimization import RateMultipliers, component_optimizer
 from .policy import freeze
-from .signed_saves import SignedSaves
 
 
 @dataclass
@@ -71,7 +71,7 @@ class SegCompassSFTConfig(LossWeights, RateMultipliers, TrainingArguments):
     )
 
 
-class SegCompassSFTTrainer(SignedSaves, Trainer):
+class SegCompassSFTTrainer(WholeCheckpoints, Trainer):
     """Trains a SegCompassModel on rows with reasoning and masks.
 
     Args:

@@ -17,7 +17,8 @@ from segcompass.loaders.image_text import image_text
 from segcompass.modeling_segcompass import SparseAutoencoder, SparseAutoencoderConfig
 from segcompass.trainers.activation_cache import CachedActivations, cache_activations
 from segcompass.trainers.collator import ImageTextCollator
-from segcompass.trainers.sae_trainer import SparseAutoencoderTrainer, SparseAutoencoderTrainerConfig, last_checkpoint
+from segcompass.trainers.checkpoints import last_checkpoint
+from segcompass.trainers.sae_trainer import SparseAutoencoderTrainer, SparseAutoencoderTrainerConfig
 from tests.support.tiny import tiny_mllm, tiny_processor
 
 
