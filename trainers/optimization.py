@@ -12,6 +12,12 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
+FINAL_DIV_FACTOR = 6.7
+"""What every rate of joint training is divided by at its end, by default (the paper's)."""
+
+ROWS_HOOKS = "rows_hooks"
+"""Attribute of an embedding of which some rows alone learn: the handles of the hooks that see to it."""
+
 SEGMENTATION_MODULES = ("query_codebook", "slot_mapper", "mask_decoder")
 
 
@@ -46,6 +52,17 @@ class RateMultipliers:
     def rate_multipliers(self) -> dict[str, float]:
         """The multiplier of each of `SEGMENTATION_MODULES`."""
         return {module: getattr(self, f"{module}_lr_multiplier") for module in SEGMENTATION_MODULES}
+
+
+def partly_frozen(model: nn.Module) -> set[str]:
+    """Names of the weights of which some rows alone learn (`policy.freeze`): decay would move the others.
+
+    Args:
+        model: the model as the optimizer will see it.
+    """
+    return {
+        f"{name}.weight" for name, module in model.named_modules(remove_duplicate=False) if hasattr(module, ROWS_HOOKS)
+    }
 
 
 def parameter_groups(
@@ -91,7 +108,7 @@ def component_optimizer(trainer: Any, model: nn.Module | None = None) -> torch.o
         The optimizer that the arguments name, over `parameter_groups`.
     """
     model, args = trainer.model if model is None else model, trainer.args
-    decayed = set(trainer.get_decay_parameter_names(model))
+    decayed = set(trainer.get_decay_parameter_names(model)) - partly_frozen(model)
     groups = parameter_groups(model, args.learning_rate, args.weight_decay, decayed, args.rate_multipliers())
     optimizer_class, settings = trainer.get_optimizer_cls_and_kwargs(args, model)
     return optimizer_class(groups, **settings)

@@ -14,11 +14,12 @@ from transformers import Trainer, TrainingArguments
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
 
 from .checkpoints import WholeCheckpoints
-from .checks import check_slots
+from .checks import check_arguments, check_dataset, check_kinds
 from .collator import SegCompassCollator
 from .image_features import open_image_features
 from .losses import LOG_PREFIX, LossWeights, erasure_loss, segmentation_loss
 from .optimization import RateMultipliers, component_optimizer
+from .options import OPTIONS, refuse_options
 from .policy import freeze
 
 
@@ -70,6 +71,10 @@ class SegCompassSFTConfig(LossWeights, RateMultipliers, TrainingArguments):
         default=False, metadata={"help": "Must stay False, because the collator needs every column."}
     )
 
+    def __post_init__(self):
+        super().__post_init__()
+        refuse_options(self, OPTIONS)
+
 
 class SegCompassSFTTrainer(WholeCheckpoints, Trainer):
     """Trains a SegCompassModel on rows with reasoning and masks.
@@ -81,6 +86,7 @@ class SegCompassSFTTrainer(WholeCheckpoints, Trainer):
         **kwargs: Trainer's (train_dataset, eval_dataset, callbacks, ...).
 
     Raises:
+        TypeError: model, args, processing_class or train_dataset is of another kind.
         ValueError: processor and model disagree, or image features of an encoder that is to be trained.
 
     Example:
@@ -95,7 +101,9 @@ class SegCompassSFTTrainer(WholeCheckpoints, Trainer):
     def __init__(
         self, model: SegCompassModel, args: SegCompassSFTConfig, processing_class: SegCompassProcessor, **kwargs: Any
     ):
-        check_slots(model.config, processing_class)
+        check_arguments(args, SegCompassSFTConfig)
+        check_kinds(model, processing_class)
+        check_dataset(kwargs.get("train_dataset"))
         model.config.token_dropout = args.token_dropout
         freeze(
             model,
@@ -148,7 +156,7 @@ class SegCompassSFTTrainer(WholeCheckpoints, Trainer):
                 erasure, still_there = erasure_loss(outputs, extent)
                 loss, parts = loss + self.args.lambda_e * erasure, {**parts, **still_there}
         logged = {"language": outputs.loss, **{f"{LOG_PREFIX}{name}": value for name, value in parts.items()}}
-        for name, value in logged.items():
+        for name, value in logged.items() if self.model.training else ():  # the log of a step holds no evaluation
             self._parts.setdefault(name, []).append(value.detach().float())
         return (loss, outputs) if return_outputs else loss
 

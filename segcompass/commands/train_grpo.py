@@ -60,5 +60,5 @@ def main(argv: list[str] | None = None) -> None:
         peft_config=adapters,
     )
     Path(training.output_dir).mkdir(parents=True, exist_ok=True)
-    trainer.train(resume_from_checkpoint=last_checkpoint(training.output_dir))
+    trainer.train(training.resume_from_checkpoint or last_checkpoint(training.output_dir))
     trainer.save_model()

@@ -25,8 +25,8 @@ from segcompass.modeling_segcompass.sae_origin import origin_of
 from segcompass.recipes import parse_with_recipe
 from segcompass.trainers import SparseAutoencoderTrainer, SparseAutoencoderTrainerConfig
 from segcompass.trainers.activation_cache import CachedActivations, cache_activations
-from segcompass.trainers.checkpoints import last_checkpoint
 from segcompass.trainers.activations import ActivationDataset
+from segcompass.trainers.checkpoints import last_checkpoint
 from segcompass.trainers.collator import ImageTextCollator
 from segcompass.trainers.sae_estimate import estimate_sae_training
 from segcompass.trainers.sae_trainer import evaluate_sae, take_tokens
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
         training.max_steps = count_steps(arguments, training, rows, collate)
     sae = SparseAutoencoder(sae_config)
     trainer = SparseAutoencoderTrainer(sae, training, train_dataset=train_dataset)
-    trainer.train(resume_from_checkpoint=last_checkpoint(training.output_dir))
+    trainer.train(training.resume_from_checkpoint or last_checkpoint(training.output_dir))
     trainer.save_model()
     if isinstance(train_dataset, ActivationDataset):
         logger.warning("samples over all passes: %s", dict(train_dataset.report))

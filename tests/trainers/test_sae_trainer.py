@@ -12,9 +12,9 @@ from segcompass.modeling_segcompass.sae_activations import (
     max_over_encoded_tokens,
 )
 from segcompass.trainers.activations import take_tokens
+from segcompass.trainers.checkpoints import last_checkpoint
 from segcompass.trainers.sae_frame import Frame
 from segcompass.trainers.sae_quality import evaluate_sae, measure_mean_active_activation
-from segcompass.trainers.checkpoints import last_checkpoint
 from segcompass.trainers.sae_trainer import SparseAutoencoderTrainer, SparseAutoencoderTrainerConfig
 
 D_IN, D_SAE, ATOMS = 16, 64, 32
