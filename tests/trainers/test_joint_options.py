@@ -181,8 +181,12 @@ def test_a_format_that_is_never_met_is_warned_about_once_with_what_to_do(tmp_pat
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_weight_decay_moves_no_row_that_is_frozen(tmp_path, tied):
-    model_config = {"tie_word_embeddings": True} if tied else None
-    trainer = make_trainer(tmp_path, model_config=model_config, beta=0.0, weight_decay=0.5, learning_rate=1e-2)
+    model, processor = tiny_segcompass("llava", num_slots=SLOTS)
+    if tied:
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+    script_responses(model, processor)
+    args = settings(tmp_path, beta=0.0, weight_decay=0.5, learning_rate=1e-2)
+    trainer = SegCompassGRPOTrainer(model, args=args, train_dataset=scenes(8), processing_class=processor)
     embeddings, config = trainer.core.get_input_embeddings().weight, trainer.core.config
     assert (trainer.core.get_output_embeddings().weight is embeddings) == tied
     before = embeddings.detach().clone()

@@ -25,8 +25,10 @@ from segcompass.trainers import (
     reward_masks,
     rollout_rows,
 )
+from segcompass.trainers.checkpoints import WholeCheckpoints
 from segcompass.trainers.grpo_config import SegCompassGRPOConfig
 from segcompass.trainers.grpo_trainer import SegCompassGRPOTrainer
+from segcompass.trainers.signed_saves import SignedSaves
 
 OVERRIDDEN = {
     "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
@@ -40,7 +42,10 @@ OVERRIDDEN = {
     "_get_output_dir": ["self", "trial"],
     "_push_from_checkpoint": ["self", "checkpoint_folder"],
     "_tokenize_prompts": ["self", "prompts"],
+    "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+    "_save": ["self", "output_dir", "state_dict"],
     "create_optimizer": ["self", "model"],
+    "train": ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
     "create_scheduler": ["self", "num_training_steps", "optimizer"],
     "log": ["self", "logs", "start_time"],
     "training_step": ["self", "model", "inputs"],
@@ -140,7 +145,8 @@ def test_every_private_of_trl_is_named_here_and_still_exists(module):
 
 
 def test_nothing_else_of_trl_is_overridden():
-    ours = {name for name, value in vars(SegCompassGRPOTrainer).items() if callable(value) or type(value) is property}
+    own = {**vars(SignedSaves), **vars(WholeCheckpoints), **vars(SegCompassGRPOTrainer)}
+    ours = {name for name, value in own.items() if callable(value) or type(value) is property}
     assert {name for name in ours if hasattr(GRPOTrainer, name)} - {"__init__"} == set(OVERRIDDEN)
     assert not re.search(
         r"self\.(core|image_features|log_mean|mode|scoring_batch_size)\b", inspect.getsource(GRPOTrainer)
@@ -234,6 +240,7 @@ def test_settings_that_are_redefined_still_exist():
     inherited = {field for field in SegCompassGRPOConfig.__annotations__ if field in GRPOConfig.__dataclass_fields__}
     assert inherited == {
         "learning_rate",
+        "lr_scheduler_type",
         "weight_decay",
         "max_grad_norm",
         "num_generations",
