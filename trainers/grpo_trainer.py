@@ -404,7 +404,8 @@ class SegCompassGRPOTrainer(WholeCheckpoints, GRPOTrainer):
     def save_beside(self, folder: Path) -> None:
         """Also the rollouts of this process that were made but not yet learned from."""
         super().save_beside(folder)
-        between = self._step % (self.args.steps_per_generation * self.num_iterations)
+        settings: Any = self.args  # TRL fills in what its fields leave open
+        between = self._step % (settings.steps_per_generation * self.num_iterations)
         torch.save(
             {
                 "processes": self.accelerator.num_processes,

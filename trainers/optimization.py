@@ -59,6 +59,9 @@ def partly_frozen(model: nn.Module) -> set[str]:
 
     Args:
         model: the model as the optimizer will see it.
+
+    Returns:
+        The names, as `named_parameters` has them.
     """
     return {
         f"{name}.weight" for name, module in model.named_modules(remove_duplicate=False) if hasattr(module, ROWS_HOOKS)

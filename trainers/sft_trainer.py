@@ -156,7 +156,7 @@ class SegCompassSFTTrainer(WholeCheckpoints, Trainer):
                 erasure, still_there = erasure_loss(outputs, extent)
                 loss, parts = loss + self.args.lambda_e * erasure, {**parts, **still_there}
         logged = {"language": outputs.loss, **{f"{LOG_PREFIX}{name}": value for name, value in parts.items()}}
-        for name, value in logged.items() if self.model.training else ():  # the log of a step holds no evaluation
+        for name, value in logged.items() if model.training else ():  # the log of a step holds no evaluation
             self._parts.setdefault(name, []).append(value.detach().float())
         return (loss, outputs) if return_outputs else loss
 
