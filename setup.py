@@ -7,11 +7,21 @@ import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 PARTS = ("modeling_segcompass", "trainers", "loaders", "hub_cards")
 
+
+class BuildPy(build_py):
+    """Installs of examples/ what the commands read (recipes, the small model, its scene), and none of the scripts."""
+
+    def find_package_modules(self, package, package_dir):
+        return [] if package == "segcompass.examples" else super().find_package_modules(package, package_dir)
+
+
 setup(
+    cmdclass={"build_py": BuildPy},
     name="segcompass",
     version=re.search(r'^__version__ = "(.+)"$', (ROOT / "segcompass" / "__init__.py").read_text(), re.M)[1],
     description="Reasoning segmentation whose path from words to masks can be looked at and intervened on",
@@ -31,7 +41,7 @@ setup(
         "segcompass": ["py.typed"],
         "segcompass.loaders.reasoning_segmentation": ["README.md"],
         "segcompass.hub_cards": ["templates/*.md", "space/*"],
-        "segcompass.examples": ["accelerate/*.yaml", "recipes/*/*", "checkpoints/mini/*", "scene.*"],
+        "segcompass.examples": ["accelerate/*.yaml", "recipes/*/*.yaml", "checkpoints/mini/*", "scene.*"],
     },
     entry_points={"console_scripts": ["segcompass = segcompass.cli:main"]},
     install_requires=[

@@ -7,7 +7,7 @@ Both start from the same hidden states and run forward and backward, with gradie
 codebook, up to the codes that the encoder blocks would read. The dense path holds every activation of every token, as
 the authors' released code does; ours selects M concepts and decodes these, with where they fired. Each runs in a
 process of its own, in turn. Memory is the peak above what is held before the step (weights, hidden states), so it
-includes the two gradients that both hand back, told apart in the result. Ends with a line `RESULT {json}`.
+includes the two gradients that both hand back, kept apart in the result. Ends with a line `RESULT {json}`.
 """
 
 import argparse

@@ -87,14 +87,14 @@ def make_files(folder, scale):
     sentences = np.diff(np.linspace(0, expressions, refs + 1).astype(int))
     made, first = [], 0
     for number, count in enumerate(sentences.tolist()):
-        told = [
+        asked = [
             {"sent_id": n, "sent": f"the thing number {n} on the left", "raw": f"The thing number {n}, on the left"}
             | {"tokens": ["the", "thing", "number", str(n), "on", "the", "left"]}
             for n in range(first, first + count)
         ]
         ids = list(range(first, first + count))
         ref = {"ref_id": number, "ann_id": number, "category_id": 1, "image_id": number % images, "split": "train"}
-        made.append(ref | {"file_name": f"COCO_train2014_{number}.jpg", "sent_ids": ids, "sentences": told})
+        made.append(ref | {"file_name": f"COCO_train2014_{number}.jpg", "sent_ids": ids, "sentences": asked})
         first += count
     (folder / "refs(unc).p").write_bytes(pickle.dumps(made, protocol=2))
 

@@ -66,8 +66,8 @@ def main(argv=None):
         medians = alternate({"segment": segment, "bare": bare}, args.repeats)
         ratio = medians["segment"] / medians["bare"]
         result["ratio" if batch == 1 else f"ratio_{batch}"] = round(ratio, 4)
-        told = ", ".join(f"{name} {value:.3f} s" for name, value in medians.items())
-        print(f"batch {batch:<4} {told}   {ratio:.3f}x")
+        shown = ", ".join(f"{name} {value:.3f} s" for name, value in medians.items())
+        print(f"batch {batch:<4} {shown}   {ratio:.3f}x")
 
     one = inputs_of([rows[0]])
     many = inputs_of([rows[0]] * args.questions)

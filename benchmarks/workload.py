@@ -57,11 +57,7 @@ def benchmark_rows(count, seed=0):
 
 
 def scripted_ids(model, processor, length, count, seed=0):
-    """Responses of exactly `length` tokens, well formed: random words in think tags, the concentration tokens, the end.
-
-    Returns:
-        long (count, length).
-    """
+    """Well-formed responses, long (count, length): random words in think tags, the concentration tokens, the end."""
     generator = torch.Generator().manual_seed(seed)
     ids = processor.tokenizer.convert_tokens_to_ids
     special = {*model.config.special_token_ids, model.config.think_end_id, model.config.image_token_id, ids("<think>")}

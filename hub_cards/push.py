@@ -15,7 +15,7 @@ from huggingface_hub import CommitInfo, DatasetCard, HfApi, RepoCard
 from PIL import Image
 
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor, SparseAutoencoder
-from segcompass.modeling_segcompass.checkpoints import SUBMODELS
+from segcompass.modeling_segcompass.checkpoints import load_submodel
 from segcompass.modeling_segcompass.manifest import signing
 
 from .cards import dataset_card, metric_card, model_card, sae_card
@@ -88,7 +88,7 @@ def pin(api: HfApi, model: SegCompassModel, part: str, repo: str) -> dict[str, s
     """
     repo_id, _, wanted = repo.partition("@")
     revision: Any = api.repo_info(repo_id, revision=wanted or None).sha
-    theirs = SUBMODELS[part].from_pretrained(repo_id, revision=revision, token=api.token).state_dict()
+    theirs = load_submodel(model.config, part, repo_id, revision=revision, token=api.token).state_dict()
     ours = getattr(model, part).state_dict()
     for name in sorted(ours.keys() | theirs.keys()):
         if name not in ours or name not in theirs or not same(ours[name], theirs[name]):

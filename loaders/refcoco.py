@@ -21,7 +21,7 @@ SPLIT_BY = {
     "refcocog": ("umd", "google"),
     "grefcoco": ("unc",),
 }
-"""Divisions into splits of each data set; the first is the usual one."""
+"""Divisions into splits of each data set; the first is the default."""
 
 WHERE = "the archives refcoco.zip, refcoco+.zip and refcocog.zip of the REFER project"
 WHERE_GREF = "the files grefs(unc).json and instances.json of gRefCOCO (henghuiding/gRefCOCO)"
@@ -42,7 +42,7 @@ def load_refcoco(
     Args:
         root: holds NAME/instances.json and NAME/refs(SPLIT_BY).p, or for gRefCOCO NAME/grefs(SPLIT_BY).json.
         name: "refcoco", "refcoco+", "refcocog" or "grefcoco".
-        split_by: whose division into splits: "unc", "umd" or "google"; None takes the usual one.
+        split_by: whose division into splits: "unc", "umd" or "google"; None takes the first of the data set.
         split: as the refs name it: train, val, and testA and testB or test.
         image_dir: holds the COCO train2014 images. None leaves the images out: enough to score predictions.
         unit: one row per "sentence", per "ref" (with its first sentence), or per ref with all its sentences "merged".

@@ -4,17 +4,17 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-from transformers import AutoModelForImageTextToText, PreTrainedModel, SamVisionModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers import initialization as init
 from transformers.quantizers import AutoQuantizationConfig
 
 from .configuration_segcompass import SegCompassConfig, SparseAutoencoderConfig
-from .image_encoder import load_image_encoder
+from .image_encoder import encoder_of, load_image_encoder
 from .modeling_sparse_autoencoder import SparseAutoencoder
 from .old_names import OLD_FIELDS, OLD_PARTS, OLD_WEIGHTS, with_new_names
 from .pipeline_segcompass import CUSTOM_PIPELINES
-from .sam_weights import start_mask_decoder
 from .sae_origin import Origin, check_origin, origin_of
+from .sam_weights import start_mask_decoder
 from .saved_folders import HUB_KEYWORDS, check_loaded, check_saved, signing_saved
 from .weights import check_finite
 
@@ -24,12 +24,8 @@ AUTO_MAP = {
     "AutoModelForImageTextToText": "modeling_segcompass.SegCompassModel",
     "AutoProcessor": "processing_segcompass.SegCompassProcessor",
 }
-SUBMODELS: dict[str, Any] = {
-    "mllm": AutoModelForImageTextToText,
-    "image_encoder": SamVisionModel,
-    "sae": SparseAutoencoder,
-}
-"""The parts that have weights of their own before there is a SegCompass model, and what loads them."""
+SUBMODELS = ("mllm", "image_encoder", "sae")
+"""The parts that have weights of their own before there is a SegCompass model."""
 # Only the MLLM is quantised: these are small, or their output is a mask's edge. The head is named as by default.
 UNQUANTIZED = ("lm_head", "image_encoder", "sae", "query_codebook", "slot_mapper", "image_positions", "mask_decoder")
 
@@ -46,8 +42,9 @@ def build_from_backbones(
     if image_encoder is None:
         raise ValueError("no image encoder was given; pass image_encoder=<model id, folder, .pth file or model>.")
     if isinstance(mllm, str):
-        mllm, info = AutoModelForImageTextToText.from_pretrained(mllm, dtype=dtype, output_loading_info=True)
-        check_loaded(mllm, {**info, "unexpected_keys": ()}, mllm.config._name_or_path)
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(mllm, dtype=dtype, output_loading_info=True)
+        mllm, info = loaded
+        check_loaded(mllm, info, mllm.config._name_or_path, unexpected=False)
     image_encoder, decoder_weights = load_image_encoder(image_encoder, dtype)
     if isinstance(sae, str):
         sae = SparseAutoencoder.from_pretrained(sae, dtype=dtype)
@@ -134,10 +131,7 @@ def load_whole(load: Callable, path: Any, args: tuple, output_loading_info: bool
         model, info = load(path, *args, output_loading_info=True, **keywords)
     loading = {name: keywords[name] for name in ("dtype", "attn_implementation") if name in keywords}
     for part, where in references.items():
-        loaded, found = SUBMODELS[part].from_pretrained(
-            where["repo_id"], revision=where["revision"], output_loading_info=True, **hub, **loading
-        )
-        check_loaded(loaded, {**found, "unexpected_keys": ()}, where["repo_id"])
+        loaded = load_submodel(config, part, where["repo_id"], revision=where["revision"], **hub, **loading)
         getattr(model, part).load_state_dict(loaded.state_dict())
         info["missing_keys"] = {key for key in info["missing_keys"] if not key.startswith(f"{part}.")}
     check_loaded(model, info, path)
@@ -149,6 +143,31 @@ def load_whole(load: Callable, path: Any, args: tuple, output_loading_info: bool
     model.config.references = None  # it is whole now, and is saved whole
     model.freeze_encoders()
     return (model, info) if output_loading_info else model
+
+
+def load_submodel(config: Any, part: str, repo_id: str, **keywords: Any) -> Any:
+    """A part of a model, by the model's configuration, from a repository of its own.
+
+    Args:
+        config: SegCompassConfig.
+        part: a name in SUBMODELS.
+        repo_id: folder or Hub id.
+        **keywords: as of transformers' `from_pretrained`.
+
+    Returns:
+        the part, a model of its own.
+
+    Raises:
+        ValueError: the repository lacks weights of the part, or holds numbers that are not finite.
+    """
+    classes: dict[str, Any] = {
+        "mllm": AutoModelForImageTextToText,
+        "image_encoder": encoder_of(config).model_class,
+        "sae": SparseAutoencoder,
+    }
+    loaded, info = classes[part].from_pretrained(repo_id, output_loading_info=True, **keywords)
+    check_loaded(loaded, info, repo_id, unexpected=False)
+    return loaded
 
 
 def save_whole(
@@ -178,7 +197,7 @@ def checked_references(references: dict[str, dict[str, str]] | None) -> dict[str
     for part, where in (references or {}).items():
         if part not in SUBMODELS or not where.get("repo_id") or not where.get("revision"):
             raise ValueError(
-                f"references[{part!r}] is {where!r}; name one of {tuple(SUBMODELS)} with its repo_id and revision."
+                f"references[{part!r}] is {where!r}; name one of {SUBMODELS} with its repo_id and revision."
             )
     return references or None
 

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from .image_encoder import Frame, encoder_of
+from .image_encoder import DEFAULT_ENCODER, Frame, encoder_of
 from .old_names import with_new_names
 from .sae_activations import SAE_ACTIVATIONS
 from .saved_folders import own_config
@@ -28,12 +28,12 @@ class SparseAutoencoderConfig(PreTrainedConfig):
         k: features that a token keeps with "topk", and on average with "batchtopk".
         l1_coefficient: α of Eq. 7 ("relu" only); the penalty is weighted by the norm of each decoder row.
         backbone: model id of the MLLM whose hidden states it was trained on, or None when untrained.
-        backbone_revision: commit of that MLLM on the Hub, or None when unknown.
         layer: L, counted so that the input is the output of the L-th decoder block, `hidden_states[L]`.
         l0_coefficient: price of one active feature ("jumprelu" only).
         bandwidth: width of the window around a threshold from which the threshold learns ("jumprelu" only).
         dataset: what its hidden states were gathered from, or None when unknown.
         token_window: most tokens a sample had when they were gathered, or None when unknown.
+        backbone_revision: commit of the backbone on the Hub, or None when unknown.
         **kwargs: other fields of `PreTrainedConfig`, and fields that an activation of one's own reads.
 
     Raises:
@@ -136,7 +136,7 @@ class SegCompassConfig(PreTrainedConfig):
     model_type = "segcompass"
     sub_configs_defaults = {
         "mllm_config": SubConfigSpec(AutoConfig, model_type="llava"),
-        "image_encoder_config": SubConfigSpec(AutoConfig, model_type="sam_vision_model"),
+        "image_encoder_config": SubConfigSpec(AutoConfig, model_type=DEFAULT_ENCODER),
         "sae_config": SparseAutoencoderConfig,  # type: ignore[dict-item]
     }
     auto_map = {}  # type: ignore[var-annotated]  # an annotation would make it a field

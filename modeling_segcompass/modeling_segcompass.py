@@ -6,7 +6,6 @@ out of generation itself, so nothing is run twice. Training losses beyond the la
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +14,6 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.models.sam.modeling_sam import SamPositionalEmbedding
-from transformers.utils import ModelOutput
 
 from .backbone import backbone_of
 from .checkpoints import build_from_backbones, load_whole, put_sae, save_whole
@@ -25,6 +23,7 @@ from .image_encoder import encoder_of
 from .interventions import QUERY_SOURCES, kept_sources, scale_vector, without_heaviest
 from .mask_decoder import MaskDecoder
 from .modeling_sparse_autoencoder import SparseAutoencoder
+from .outputs import SegCompassOutput
 from .query_codebook import Concepts, QueryCodebook
 from .sa2va import predict_forward
 from .slot_mapper import SlotMapper
@@ -37,64 +36,6 @@ from .token_layout import (
     token_position_features,
     token_types,
 )
-
-
-@dataclass
-class SegCompassOutput(ModelOutput):
-    """What a forward pass or `segment` returns. B samples, K = K_s slots, T tokens, M concepts, an h x w key grid.
-
-    Example:
-        outputs = model.segment(**processor(images=image, text="the mug nearest the sink"))
-        confidences = outputs.pred_logits.sigmoid()                     # (B, K)
-        heaviest = outputs.concept_indices[0, outputs.concept_weights[0, 0].argmax()]
-    """
-
-    loss: torch.Tensor | None = None
-    """language loss, a scalar, when labels were given."""
-    loss_dict: dict | None = None
-    """the parts of `loss` by name, detached."""
-    logits: torch.Tensor | None = None
-    """float (B, T, vocabulary)."""
-    past_key_values: object | None = None
-    """the MLLM's key-value cache."""
-    hidden_states: tuple | None = None
-    """the MLLM's hidden states, when `output_hidden_states=True`."""
-    pred_masks: torch.Tensor | None = None
-    """float (B, K, 4h, 4w), mask logits on F_enc's square frame."""
-    pred_logits: torch.Tensor | None = None
-    """float (B, K), confidence logits c_k."""
-    heatmaps: torch.Tensor | None = None
-    """float (B, K, h, w), heatmap logits H_k."""
-    slot_mask: torch.Tensor | None = None
-    """bool (B, K), True where the slot's concentration token was found in the response."""
-    concept_indices: torch.Tensor | None = None
-    """long (B, M), the SAE features that became concept tokens."""
-    concept_values: torch.Tensor | None = None
-    """float (B, M), their values h_j; 0 marks padding."""
-    concept_weights: torch.Tensor | None = None
-    """float (B, K, M), how much each concept weighs in each slot; a slot's weights sum to 1."""
-    concept_activations: torch.Tensor | None = None
-    """float (B, T, M), h_j at each token."""
-    token_types: torch.Tensor | None = None
-    """long (B, T), IMAGE, INSTRUCTION or RESPONSE of `token_layout`; with concepts."""
-    patch_grid: torch.Tensor | None = None
-    """long (B, 2), (rows, columns) of the image tokens; with concepts."""
-    sequences: torch.Tensor | None = None
-    """long (B, T), prompt and response; `segment` adds the last token it wrote."""
-    prompt_length: int | None = None
-    """number of prompt tokens (padding included) in `sequences`."""
-    reshaped_input_sizes: torch.Tensor | None = None
-    """long (B, 2), (H, W) of the image inside F_enc's frame."""
-    erased: object | None = None
-    """SegCompassOutput decoded without the heaviest concepts, with `num_erased_concepts`."""
-    erased_slots: torch.Tensor | None = None
-    """bool (B, K), the slots whose heaviest concepts `erased` lacks."""
-    log_probs: torch.Tensor | None = None
-    """float (B, T - 1), log-probabilities of the labels, with `fused_lm_head=True`."""
-    entropy: torch.Tensor | None = None
-    """float (B, T - 1), with `fused_lm_head=True`."""
-    aux_loss: torch.Tensor | None = None
-    """kept for trainers that ask for a router loss; always None."""
 
 
 class SegCompassModel(PreTrainedModel, GenerationMixin):

@@ -104,7 +104,8 @@ class SparseAutoencoder(PreTrainedModel):
         path = pretrained_model_name_or_path
         check_saved(path, kwargs)
         keywords = {"key_mapping": OLD_WEIGHTS, **kwargs, "output_loading_info": True}
-        sae, info = super().from_pretrained(path, *args, **keywords)
+        loaded: Any = super().from_pretrained(path, *args, **keywords)
+        sae, info = loaded
         check_loaded(sae, info, path)
         return (sae, info) if output_loading_info else sae
 

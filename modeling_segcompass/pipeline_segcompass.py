@@ -4,7 +4,7 @@ Results follow transformers' image-segmentation convention, a list of {"score", 
 the text and the concepts beside them. It adds nothing to the model: the processor prepares, `segment` answers.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -43,6 +43,7 @@ class ReasoningSegmentationPipeline(Pipeline):
         answers = pipe(image, ["the mug", "the sink"], explain=True)
     """
 
+    processor: Any  # always a SegCompassProcessor
     _load_processor = True  # type: ignore[assignment]
     _load_tokenizer = _load_image_processor = _load_feature_extractor = _load_video_processor = False  # type: ignore[assignment]
     _pipeline_calls_generate = False  # `segment` decides how to generate
@@ -97,7 +98,15 @@ class ReasoningSegmentationPipeline(Pipeline):
                 raise ValueError(f"a row must hold 'image' and 'instruction', but one is {row!r}.")
             yield row
 
-    def get_iterator(self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params):
+    def get_iterator(
+        self,
+        inputs: Iterable[dict],
+        num_workers: int,
+        batch_size: int,
+        preprocess_params: dict[str, Any],
+        forward_params: dict[str, Any],
+        postprocess_params: dict[str, Any],
+    ) -> Iterator[Segments]:
         """Answers batch by batch: the processor pads as the model needs it, which the base class's collation cannot."""
         rows = iter(inputs)
         while batch := list(islice(rows, batch_size)):
@@ -110,7 +119,7 @@ class ReasoningSegmentationPipeline(Pipeline):
         given = {"threshold": threshold, "mask_threshold": mask_threshold, "explain": explain}
         return {}, segment_parameters, {name: value for name, value in given.items() if value is not None}
 
-    def preprocess(self, rows):
+    def preprocess(self, rows: list[dict]) -> dict[str, Any]:  # type: ignore[override]
         """Rows {"image", "instruction"} to the model's inputs."""
         instructions = [row["instruction"] for row in rows]
         inputs = self.processor(images=[row["image"] for row in rows], text=instructions, return_tensors="pt")
@@ -121,7 +130,13 @@ class ReasoningSegmentationPipeline(Pipeline):
         outputs = self.model.segment(**inputs, **segment_parameters)
         return {**model_inputs, "sizes": inputs["original_sizes"], "outputs": outputs}
 
-    def postprocess(self, model_outputs, threshold=0.5, mask_threshold=0.5, explain=False):
+    def postprocess(  # type: ignore[override]
+        self,
+        model_outputs: dict[str, Any],
+        threshold: float = 0.5,
+        mask_threshold: float = 0.5,
+        explain: bool = False,
+    ) -> list[Segments]:
         """Outputs of a batch to one answer per row; arguments as for the call."""
         from PIL import Image
 

@@ -225,8 +225,8 @@ def _scaling_factor(folder, theirs, weights):
     factors = [weights.pop(name) for name in ("scaling_factor", "finetuning_scaling_factor") if name in weights]
     if bool(theirs.get("finetuning_scaling_factor")) and len(factors) != 1:
         raise ValueError(
-            f"{folder} was saved with finetuning_scaling_factor, but its weights hold {len(factors)} of them; fetch the "
-            "folder again."
+            f"{folder} was saved with finetuning_scaling_factor, but its weights hold {len(factors)} of them; fetch "
+            "the folder again."
         )
     if factors and factors[0].shape != (theirs["d_sae"],):
         raise ValueError(f"{folder} holds a scaling factor of shape {tuple(factors[0].shape)}; d_sae is needed.")

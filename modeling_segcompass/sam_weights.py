@@ -6,6 +6,7 @@ heatmap enters as SAM's mask prompts do, and one mask comes out as its single-ma
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -158,10 +159,10 @@ def read_sam(
     return vision.eval(), rest
 
 
-def _load(model_class, source, dtype):
+def _load(model_class: Any, source: str, dtype: Any) -> Any:
     """transformers' from_pretrained, but weights that the file lacks are an error."""
     model, info = model_class.from_pretrained(source, dtype=dtype, output_loading_info=True)
-    check_loaded(model, {**info, "unexpected_keys": ()}, source)
+    check_loaded(model, info, source, unexpected=False)
     return model
 
 

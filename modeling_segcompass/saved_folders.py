@@ -33,7 +33,8 @@ def check_saved(
 
     Args:
         source: folder or Hub id.
-        keywords: those of the `from_pretrained` that asks: `revision`, `subfolder`, `variant`, and how to reach the Hub.
+        keywords: those of the `from_pretrained` that asks: `revision`, `subfolder`, `variant`, and how to
+            reach the Hub.
         endings: of the names of the files that will be read.
         anchor: a file by which the folder is found in the Hub's cache; a model's folder must hold it.
 
@@ -97,18 +98,22 @@ def signing_saved(folder: str | os.PathLike, keywords: dict[str, Any]) -> Iterat
         yield
 
 
-def check_loaded(model: Any, info: dict[str, Any], source: Any) -> None:
+def check_loaded(model: Any, info: dict[str, Any], source: Any, unexpected: bool = True) -> None:
     """Refuse a model whose weights were not all in the file, or are not all numbers.
 
     Args:
         model: the loaded model.
         info: transformers' report on its weights.
         source: folder or Hub id, for the error.
+        unexpected: whether weights that the model has no place for are a fault; others' checkpoints may hold more.
 
     Raises:
         ValueError: weights are missing, unexpected, of another shape, or not finite.
     """
-    wrong = {name: sorted(map(str, info[name])) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    kinds = (
+        ("missing_keys", "unexpected_keys", "mismatched_keys") if unexpected else ("missing_keys", "mismatched_keys")
+    )
+    wrong = {name: sorted(map(str, info[name])) for name in kinds}
     if any(wrong.values()):
         found = "; ".join(f"{name}: {len(keys)} ({', '.join(keys[:3])} ...)" for name, keys in wrong.items() if keys)
         raise ValueError(
@@ -135,7 +140,7 @@ def own_config(source: Any, fields: dict[str, Any], model_type: str) -> dict[str
     """
     if not fields:
         raise OSError(
-            f"{source} holds no {CONFIG_NAME}, so that nobody knows what it is; name a folder that save_pretrained wrote."
+            f"{source} holds no {CONFIG_NAME}, so nobody knows what it is; name a folder that save_pretrained wrote."
         )
     if fields.get("model_type", model_type) != model_type:
         raise ValueError(

@@ -4,6 +4,7 @@ A module is imported when its command is run, so that `segcompass --help` is qui
 or, as the recipes' fields are, with underscores. Knows nothing about any command's options.
 """
 
+import os
 import re
 import sys
 import traceback
@@ -50,6 +51,8 @@ def main(argv: list[str] | None = None) -> None:
         _show_commands(words)
         return
     options = [_hyphens(word) for word in words[len(command.split()) :]]
+    if os.getcwd() not in sys.path:  # for dotted paths of the user's own rewards and data sets
+        sys.path.append(os.getcwd())  # last, so that a folder there hides nothing that is installed
     try:
         import_module(f"segcompass.commands.{COMMANDS[command][0]}").main(options)
     except (ValueError, OSError) as error:

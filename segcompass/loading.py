@@ -54,9 +54,10 @@ def load_mllm(
     processor = SegCompassProcessor(
         image_processor=parts.image_processor,
         tokenizer=parts.tokenizer,
-        encoder_image_processor=SamImageProcessorPil(),
+        encoder_image_processor=SamImageProcessorPil(),  # not used: an MLLM alone has no image encoder
         chat_template=parts.chat_template,
         prompt_template="{instruction}",
+        mllm_type=config.model_type,
         **{field: getattr(parts, field) for field in names if getattr(parts, field, None) is not None},
     )
     mllm: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)

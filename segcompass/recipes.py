@@ -59,6 +59,14 @@ def parse_with_recipe(parser: Any, argv: list[str] | None) -> tuple:
     if named.config:
         options = ["--config", str(find_recipe(named.config)), *options]
     try:
-        return parser.parse_args_and_config(options)
+        *parsed, from_recipe, from_options = parser.parse_args_and_config(
+            options, return_remaining_strings=True, separate_remaining_strings=True
+        )
     except (ValueError, TypeError, yaml.YAMLError) as error:
         raise ValueError(str(error)) from error
+    if from_recipe:
+        fields = ", ".join(word.removeprefix("--") for word in from_recipe[::2])
+        raise ValueError(f"the recipe {named.config} has the unknown fields {fields}; see `{parser.prog} --help`.")
+    if from_options:
+        raise ValueError(f"the options {' '.join(from_options)} are unknown; see `{parser.prog} --help`.")
+    return tuple(parsed)

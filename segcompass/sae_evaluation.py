@@ -1,6 +1,6 @@
 """Judges a sparse autoencoder on held-out rows: the work of `segcompass evaluate-sae`.
 
-What it reconstructs, and how sparsely, comes from `trainers.sae_trainer.evaluate_sae`; here is what the MLLM loses by
+What it reconstructs, and how sparsely, comes from `trainers.sae_quality.evaluate_sae`; here is what the MLLM loses by
 it: the language-model loss with the reconstruction spliced into the MLLM at layer L instead of the hidden states.
 """
 
@@ -21,7 +21,7 @@ from segcompass.modeling_segcompass import SparseAutoencoder
 from segcompass.modeling_segcompass.backbone import backbone_of
 from segcompass.trainers.activations import SPECIAL, TOKEN_TYPES, batch_activations, model_special_tokens, token_types
 from segcompass.trainers.collator import ImageTextCollator
-from segcompass.trainers.sae_trainer import evaluate_sae
+from segcompass.trainers.sae_quality import evaluate_sae
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  (the backend must be chosen first)

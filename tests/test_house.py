@@ -100,6 +100,29 @@ def test_nothing_imports_a_part_as_a_top_level_name(path):
         )
 
 
+DECIDED_IN = {
+    r"SamVision|Dinov2": {"image_encoder.py", "sam_weights.py", "published_backbones.py"},
+    r"Llava|Qwen|InternVL": {"backbone.py", "published_backbones.py"},
+}
+"""Classes of transformers (a pattern) -> the files that may know them; everybody else asks the first."""
+
+
+@pytest.mark.parametrize("part", (*PARTS, "segcompass"))
+def test_one_decision_has_one_file(part):
+    for path in (ROOT / part).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    for classes, files in DECIDED_IN.items():
+                        allowed = path.name in files or not re.match(classes, alias.name)
+                        assert allowed, f"{name_of(path)} imports {alias.name}; ask {sorted(files)[0]} instead"
+            if isinstance(node, ast.Compare) and isinstance(node.ops[0], (ast.Eq, ast.NotEq)):
+                sides = [ast.unparse(side) for side in (node.left, *node.comparators)]
+                assert not any(re.search(r"\bactivation$", side) for side in sides), (
+                    f"{name_of(path)} asks {ast.unparse(node)}; add a method to the classes of sae_activations.py"
+                )
+
+
 # -- public names and docstrings ---------------------------------------------------------------------------------------
 
 
@@ -108,6 +131,14 @@ def test_public_name_exists_and_a_public_class_has_an_example(name):
     value = getattr(segcompass, name)
     if inspect.isclass(value):
         assert "Example:" in (value.__doc__ or ""), f"{name} has no 'Example:' of three lines in its docstring"
+
+
+def test_type_checkers_see_the_public_names():
+    seen = {}
+    for node in ast.walk(ast.parse((ROOT / "segcompass" / "__init__.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("segcompass."):
+            seen |= {alias.asname: node.module for alias in node.names}
+    assert seen == {name: f"segcompass.{part}" for name, part in segcompass._PART_OF.items()}
 
 
 def test_every_module_says_what_it_is():
@@ -261,6 +292,7 @@ def test_commands_and_options_in_the_pages_exist():
     from segcompass.cli import COMMANDS
 
     helps: dict[str, str] = {}
+    added = set(re.findall(r"^\+ +(\w+):", (ROOT / "docs" / "extending.md").read_text(encoding="utf-8"), re.M))
     for page, words, _ in commands_in_pages():
         if not re.match(r"[a-z]", words):  # `segcompass …`, `segcompass --help`
             continue
@@ -271,6 +303,7 @@ def test_commands_and_options_in_the_pages_exist():
             helps[command] = help_of(command)
         for option in re.findall(r"--[\w-]+", words):
             known = option.replace("_", "-") in helps[command].replace("_", "-")
+            known |= page == "docs/extending.md" and option[2:].replace("-", "_") in added
             assert known, f"{page}: `segcompass {command}` has no option {option}"
 
 

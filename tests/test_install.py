@@ -85,14 +85,17 @@ def test_top_level_of_the_wheel_is_segcompass_alone(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"segcompass", f"segcompass-{segcompass.__version__}.dist-info"}
     assert not any("checkpoints" in name and name.endswith((".pt", ".pth")) for name in names)
+    of_examples = [name.removeprefix("segcompass/examples/") for name in names if "/examples/" in name]
+    code = [name for name in of_examples if name.endswith((".py", ".sh"))]  # beside the weights only, as on the Hub
+    assert "recipes/mini/grpo.yaml" in of_examples and all(name.startswith("checkpoints/mini/") for name in code)
     assert Path(wheel).stat().st_size < 12_000_000
 
 
 def test_an_installed_user_segments_the_shipped_scene_and_finds_the_recipes(installed, elsewhere):
     assert run(installed.command, "--version", cwd=elsewhere) == f"segcompass {segcompass.__version__}\n"
     assert "mini/grpo" in run(installed.command, "recipes", cwd=elsewhere)
-    told = run(installed.command, "segment", "--output", "out", "--explain", cwd=elsewhere)
-    assert "result       2 instances" in told
+    shown = run(installed.command, "segment", "--output", "out", "--explain", cwd=elsewhere)
+    assert "result       2 instances" in shown
     result = json.loads((elsewhere / "out" / "result.json").read_text())
     assert len(result["instances"]) == 2 and (elsewhere / "out" / "explanation.html").exists()
 

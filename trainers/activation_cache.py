@@ -191,7 +191,7 @@ class CachedActivations(IterableDataset):
         self.passes = 0
         self._checked: set[Path] = set()
 
-    def set_epoch(self, epoch: int):
+    def set_epoch(self, epoch: int) -> None:
         """Make the next pass pass number `epoch`, whose shuffling it then has."""
         self.passes = epoch
 

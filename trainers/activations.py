@@ -312,7 +312,7 @@ class ActivationDataset(IterableDataset):
         self.report: Counter = Counter()
         self.passes = 0
 
-    def set_epoch(self, epoch: int):
+    def set_epoch(self, epoch: int) -> None:
         """Make the next pass pass number `epoch`, whose shuffling it then has."""
         self.passes = epoch
 

@@ -13,6 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from segcompass.loaders.identity import check_sample_ids
+from segcompass.loaders.masks import has_pixels
+from segcompass.loaders.reasoning_segmentation.run_lengths import checked_rle
 from segcompass.modeling_segcompass.processing_segcompass import REF_TOKEN
 
 from .optimization import SEGMENTATION_MODULES
@@ -365,7 +368,7 @@ def check_rows(train_dataset: Any, eval_dataset: Any, args: "SegCompassGRPOConfi
         args: the settings; they say how many prompts one generation batch needs.
 
     Raises:
-        ValueError: a column is missing, a mask is missing or of another size than its image, or there are too few rows.
+        ValueError: a column is missing, a mask cannot serve, a sample id repeats, or there are too few rows.
     """
     parts = eval_dataset if isinstance(eval_dataset, dict) else {"eval_dataset": eval_dataset}
     for name, dataset in {"train_dataset": train_dataset, **parts}.items():
@@ -380,6 +383,7 @@ def check_rows(train_dataset: Any, eval_dataset: Any, args: "SegCompassGRPOConfi
             rows = dataset.select(range(min(CHECKED_ROWS, len(dataset))))
             for row in rows.select_columns(["sample_id", "masks", "height", "width"]):
                 check_masks(row)
+            check_sample_ids(dataset, name)
     settings: Any = args  # TRL fills in what its fields leave open
     prompts = settings.generation_batch_size // settings.num_generations
     if isinstance(train_dataset, datasets.Dataset) and len(train_dataset) < prompts:
@@ -391,7 +395,7 @@ def check_rows(train_dataset: Any, eval_dataset: Any, args: "SegCompassGRPOConfi
 
 
 def check_masks(row: Mapping[str, Any]) -> None:
-    """Refuse a row without masks, or with masks of another size than it says.
+    """Refuse a row without masks, or with masks of another size than it says, damaged or without a pixel.
 
     Args:
         row: a row of the shared schema.
@@ -404,9 +408,19 @@ def check_masks(row: Mapping[str, Any]) -> None:
             f"sample {row['sample_id']!r} has masks=None; the mask reward and the supervised terms need them (an empty "
             "list says that nothing matches)."
         )
+    size = [row["height"], row["width"]]
     for mask in row["masks"]:
-        if list(mask["size"]) != [row["height"], row["width"]]:
+        if list(mask["size"]) != size:
             raise ValueError(
                 f"a mask of sample {row['sample_id']!r} is {list(mask['size'])} (height, width), but its image is "
-                f"[{row['height']}, {row['width']}]; store masks at the image's own size."
+                f"{size}; store masks at the image's own size."
+            )
+        try:
+            empty = not has_pixels(checked_rle(mask))
+        except ValueError as error:
+            raise ValueError(f"a mask of sample {row['sample_id']!r} is damaged: {error}") from error
+        if empty:
+            raise ValueError(
+                f"a mask of sample {row['sample_id']!r} has no pixel, and a mask without a pixel is no instance: leave "
+                "it out, and give [] where nothing is meant."
             )

@@ -39,6 +39,7 @@ from transformers import PreTrainedModel
 from trl import GRPOTrainer
 from trl.models import prepare_deepspeed, prepare_fsdp
 
+from segcompass.loaders.rows import leave_images_encoded
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
 
 from .checkpoints import WholeCheckpoints
@@ -68,7 +69,7 @@ from .overlays import draw_overlays
 from .policy import freeze, is_quantized, restore_masters
 from .reward_masks import decode_in_a_pass, decode_written, following_sae, mask_predictions
 from .rewards import RewardFunction, find_rewards, format_reward
-from .rollout_rows import Rollout, decode_images, leave_images_encoded, segmentation_batch
+from .rollout_rows import Rollout, decode_images, segmentation_batch
 from .timing import PhaseTimer
 from .vllm_policy import policy_engine
 

@@ -46,7 +46,8 @@ def encoder_id(image_encoder: Any, encoder_image_processor: Any) -> str:
         digest.update(f"{name} {tuple(value.shape)}".encode())
         digest.update(value.detach().float().cpu().contiguous().numpy())
     config = image_encoder.config
-    return f"sam-{config.num_hidden_layers}x{config.hidden_size}-{config.image_size}px-{digest.hexdigest()[:16]}"
+    kind = config.model_type.removesuffix("_vision_model")
+    return f"{kind}-{config.num_hidden_layers}x{config.hidden_size}-{config.image_size}px-{digest.hexdigest()[:16]}"
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -15,9 +15,7 @@ are `prompts`, `completion_ids`, `num_slots`, `trainer_state`, and every column 
 """
 
 import inspect
-import os
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -181,8 +179,8 @@ def find_rewards(rewards: Sequence[str | RewardFunction]) -> list[RewardFunction
     """The functions that dotted paths name; what is callable stays as it is.
 
     Args:
-        rewards: dotted paths (`package.module.function`; modules of the current folder are found too), functions, or
-            loaded reward models.
+        rewards: dotted paths (`package.module.function`; the command also finds modules of the current folder),
+            functions, or loaded reward models.
 
     Returns:
         As many functions, in the same order.
@@ -226,8 +224,6 @@ def _import_reward(path: str) -> RewardFunction:
             f"'my_package.rewards.{path or 'short_answer'}', or my_rewards.function for a file my_rewards.py in the "
             "current folder."
         )
-    if os.getcwd() not in sys.path:  # an installed command does not look there, and last: nothing is shadowed
-        sys.path.append(os.getcwd())
     try:
         module = import_module(module_name)
     except ImportError as error:

@@ -167,7 +167,7 @@ class SparseAutoencoderTrainer(WholeCheckpoints, Trainer):
             train_dataset = _Endless(train_dataset, model.config.d_in, args.on_nonfinite)
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         self.add_callback(_AfterStep(self))
-        self._frame: Frame | None = None  # while the weights are those of the training frame
+        self._frame: Any = None  # a Frame while the weights are those of the training frame
         self._tokens_since_active = torch.zeros(model.config.d_sae, dtype=torch.long, device=args.device)
         self._tokens_since_revival = 0
         self._running: dict[str, torch.Tensor] = {}  # `moments` since the last log
@@ -214,11 +214,13 @@ class SparseAutoencoderTrainer(WholeCheckpoints, Trainer):
         )
         return output
 
-    def get_train_dataloader(self):
+    def get_train_dataloader(self) -> DataLoader:
         # Batches are ready made and each process makes its own, so accelerate has nothing to batch or dispatch.
         return DataLoader(self.train_dataset, batch_size=None, collate_fn=_as_inputs)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         z = self._frame.to_frame(inputs["hidden_states"])  # (N, d_in)
         outputs = model(hidden_states=z, output_feature_acts=return_outputs)
         warmup = self.args.l1_warmup * self.state.max_steps
@@ -230,17 +232,19 @@ class SparseAutoencoderTrainer(WholeCheckpoints, Trainer):
         loss = loss / self.model.config.d_in  # the variance: the loss is the unexplained share plus the penalty
         return (loss, outputs) if return_outputs else loss
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """Run `evaluate_sae` on the evaluation dataset, each process on its share; metrics carry the prefix `eval_`."""
+        held_out: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         with self._raw_weights():
-            activations = self.eval_dataset if eval_dataset is None else eval_dataset
-            metrics = evaluate_sae(self.model, activations, self.accelerator.reduce)
+            metrics = evaluate_sae(self.model, held_out, self.accelerator.reduce)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def log(self, logs, start_time=None):
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self._running:
             running = self.accelerator.reduce(self._running)
             for group, name in enumerate(("", *(f"_{name}" for name in TOKEN_TYPES))[: len(running["tokens"])]):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from segcompass.loaders.rows import leave_images_encoded
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
 
 from .checkpoints import WholeCheckpoints
@@ -122,6 +123,8 @@ class SegCompassSFTTrainer(WholeCheckpoints, Trainer):
             features = open_image_features(args.image_features, model, processing_class)
         mask_side = 4 * model.config.key_grid if self.with_masks else None
         collator = SegCompassCollator(processing_class, mask_side, features)
+        for name in ("train_dataset", "eval_dataset"):
+            kwargs[name] = leave_images_encoded(kwargs.get(name))
         super().__init__(model=model, args=args, processing_class=processing_class, data_collator=collator, **kwargs)
         self.model_accepts_loss_kwargs = False
         self._parts: dict[str, list[Tensor]] = {}

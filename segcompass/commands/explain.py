@@ -12,7 +12,6 @@ the scene that ships with the package is explained by the small model that does 
 """
 
 import argparse
-from pathlib import Path
 
 from . import options
 
@@ -20,14 +19,7 @@ from . import options
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command's options, with the shipped scene where no image is named."""
     parser = options.command_parser("explain", __doc__)
-    options.add_image(parser)
-    parser.add_argument("--output", type=Path, default=Path("runs/explain"), help="folder; default: %(default)s")
-    parser.add_argument(
-        "--threshold",
-        type=options.probability,
-        default=0.5,
-        help="confidence from which a slot is shown; default: %(default)s",
-    )
+    options.add_image(parser, output="runs/explain", fate="shown")
     args = parser.parse_args(argv)
     options.fill_image(parser, args)
     return args

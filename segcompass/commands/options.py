@@ -1,6 +1,7 @@
 """Options that several commands share, so that they are spelled, checked and explained in one way."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from segcompass.shipped import MODEL as SHIPPED
@@ -27,11 +28,24 @@ def command_parser(command: str, description: str | None) -> argparse.ArgumentPa
     )
 
 
-def add_image(parser: argparse.ArgumentParser) -> None:
-    """Add an image, an instruction and --model; `fill_image` puts the shipped scene where none is named."""
+def add_image(parser: argparse.ArgumentParser, output: str, fate: str) -> None:
+    """Add an image, an instruction, --model, --output and --threshold; see `fill_image` for the image's default.
+
+    Args:
+        parser: of the command.
+        output: default of --output.
+        fate: what happens to a slot that reaches the threshold.
+    """
     parser.add_argument("image", nargs="?", help="file or URL; default: the scene that ships with the package")
     parser.add_argument("instruction", nargs="?", help="what to segment; required with an image of your own")
     parser.add_argument("--model", default=str(SHIPPED), help=f"{MODEL}; default: the small model that ships")
+    parser.add_argument("--output", type=Path, default=Path(output), help="folder; default: %(default)s")
+    parser.add_argument(
+        "--threshold",
+        type=probability,
+        default=0.5,
+        help=f"confidence from which a slot is {fate}; default: %(default)s",
+    )
 
 
 def fill_image(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -17,7 +17,6 @@ package is segmented by the small model that does too.
 """
 
 import argparse
-from pathlib import Path
 
 from . import options
 
@@ -25,14 +24,7 @@ from . import options
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command's options, with the shipped scene where no image is named."""
     parser = options.command_parser("segment", __doc__)
-    options.add_image(parser)
-    parser.add_argument("--output", type=Path, default=Path("runs/segment"), help="folder; default: %(default)s")
-    parser.add_argument(
-        "--threshold",
-        type=options.probability,
-        default=0.5,
-        help="confidence from which a slot is kept; default: %(default)s",
-    )
+    options.add_image(parser, output="runs/segment", fate="kept")
     parser.add_argument("--explain", action="store_true", help="also write which concepts made the masks")
     args = parser.parse_args(argv)
     options.fill_image(parser, args)

@@ -25,11 +25,11 @@ from segcompass.modeling_segcompass.sae_origin import origin_of
 from segcompass.recipes import parse_with_recipe
 from segcompass.trainers import SparseAutoencoderTrainer, SparseAutoencoderTrainerConfig
 from segcompass.trainers.activation_cache import CachedActivations, cache_activations
-from segcompass.trainers.activations import ActivationDataset
+from segcompass.trainers.activations import ActivationDataset, take_tokens
 from segcompass.trainers.checkpoints import last_checkpoint
 from segcompass.trainers.collator import ImageTextCollator
 from segcompass.trainers.sae_estimate import estimate_sae_training
-from segcompass.trainers.sae_trainer import evaluate_sae, take_tokens
+from segcompass.trainers.sae_quality import evaluate_sae
 
 from . import options
 

@@ -10,8 +10,6 @@ Exit status 0 when everything is as signed, 1 otherwise. Loading a model compare
 import argparse
 from pathlib import Path
 
-from segcompass.modeling_segcompass.manifest import findings, sign, unlisted
-
 from . import options
 
 
@@ -26,6 +24,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Run the command with these options; None takes the process's own."""
     args = parse(argv)
+    from segcompass.modeling_segcompass.manifest import findings, sign, unlisted
+
     wrong = 0
     for folder in args.folder:
         if not folder.is_dir():

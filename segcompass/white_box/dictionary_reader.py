@@ -191,14 +191,14 @@ def patch_pictures(rows: Dataset, processor: SegCompassProcessor, side: int = 72
     Returns:
         Context -> data URL of a JPEG; None for a word.
     """
-    images = processor.image_processor
+    backbone = backbone_of(processor)
     places = {name: place for place, name in enumerate(rows["sample_id"])}
 
     def picture(context: Context) -> str | None:
         if context.cell is None:
             return None
         image = rows[places[context.sample]]["image"].convert("RGB")
-        left, top, right, bottom = backbone_of(images).seen_extent(images, *image.size)
+        left, top, right, bottom = backbone.seen_extent(processor.image_processor, *image.size)
         row, column, rows_, columns = context.cell
         step_x, step_y = (right - left) / columns, (bottom - top) / rows_
         x, y = left + column * step_x, top + row * step_y

@@ -60,7 +60,7 @@ def measure(
         types = outputs.token_types[place]  # (T,)
         targets = mask_targets(row["masks"], row["height"], row["width"], frame.side, side).to(z.device)  # (G, 4h, 4w)
         instances = coco_mask.decode(row["masks"]).astype(bool).transpose(2, 0, 1) if row["masks"] else []  # (G, H, W)
-        patch_of = patches_of_pixels(processor.image_processor, row["image"], tuple(outputs.patch_grid[place].tolist()))
+        patch_of = patches_of_pixels(processor, row["image"], tuple(outputs.patch_grid[place].tolist()))
         kinds = kinds_of_tokens(types, may_fire[place], instances, patch_of)
         chosen = [h[kinds == number] for number in range(len(KINDS))]
         error = (z - sae.decode(h)).square().sum(-1)  # (T,)
@@ -83,18 +83,18 @@ def measure(
         yield record
 
 
-def patches_of_pixels(image_processor: Any, image: Any, grid: tuple[int, int]) -> np.ndarray:
+def patches_of_pixels(processor: SegCompassProcessor, image: Any, grid: tuple[int, int]) -> np.ndarray:
     """The image token that sees each pixel.
 
     Args:
-        image_processor: the MLLM's.
+        processor: the model's.
         image: PIL image.
         grid: (rows, columns) of the image tokens.
 
     Returns:
         int (H, W), from 0 row by row; -1 outside what the MLLM sees.
     """
-    left, top, right, bottom = backbone_of(image_processor).seen_extent(image_processor, *image.size)
+    left, top, right, bottom = backbone_of(processor).seen_extent(processor.image_processor, *image.size)
     rows, columns = grid
     row = np.floor((np.arange(image.height) + 0.5 - top) / (bottom - top) * rows).astype(int)[:, None]  # (H, 1)
     column = np.floor((np.arange(image.width) + 0.5 - left) / (right - left) * columns).astype(int)[None]  # (1, W)

@@ -13,13 +13,19 @@ from segcompass.modeling_segcompass.manifest import findings, unlisted
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MINI = EXAMPLES / "checkpoints" / "mini"
-RENEW = "python examples/recipes/mini/save_checkpoint.py --code-only --output examples/checkpoints/mini"
+RENEW = (
+    "renew the copies: python examples/recipes/mini/save_checkpoint.py --code-only --output examples/checkpoints/mini"
+)
 
 
 def test_the_code_beside_the_weights_is_this_packages():
-    for copy in MINI.glob("*.py"):
-        original = EXAMPLES.parent / "modeling_segcompass" / copy.name
-        assert copy.read_text() == original.read_text(), f"{copy.name} differs: {RENEW}"
+    ours, copies = (
+        {path.name: path.read_text() for path in folder.glob("*.py") if path.name != "__init__.py"}
+        for folder in (EXAMPLES.parent / "modeling_segcompass", MINI)
+    )
+    assert copies.keys() == ours.keys(), RENEW
+    for name, code in ours.items():
+        assert copies[name] == code, f"{name} differs; {RENEW}"
 
 
 def test_the_folder_is_as_signed():

@@ -42,7 +42,7 @@ def keep(name):
 
 sae = push_sae(model.sae, {SAE!r}, quality={{"explained_variance": 0.5, "l0": 12.0}})
 metrics = {{"gIoU": 0.4, "cIoU": 0.3, "N-acc": None, "T-acc": 1.0, "n": 7, "protocol": "rela", "seconds": 3.0}}
-told = dict(
+card_fields = dict(
     example=(image, {INSTRUCTION!r}),
     evaluations=[Evaluation(metrics, "Noise", "noise", "test", "segcompass evaluate")],
     training={{"learning_rate": 2e-6}},
@@ -50,19 +50,19 @@ told = dict(
     datasets=[{DATA!r}],
     emissions=1.5,
 )
-first = push_model(model, processor, {MODEL!r}, tag="v1", **told)
+first = push_model(model, processor, {MODEL!r}, tag="v1", **card_fields)
 keep("first")
-again = push_model(model, processor, {MODEL!r}, **told)
-parts = push_model(model, processor, {PARTS!r}, told["example"], references={{"sae": {SAE!r}}})
+again = push_model(model, processor, {MODEL!r}, **card_fields)
+parts = push_model(model, processor, {PARTS!r}, card_fields["example"], references={{"sae": {SAE!r}}})
 with torch.no_grad():
     model.mask_decoder.mask_token += 1
     model.sae.b_enc += 0.1
-second = push_model(model, processor, {MODEL!r}, branch="next", **told)
+second = push_model(model, processor, {MODEL!r}, branch="next", **card_fields)
 keep("second")
 sae_next = push_sae(model.sae, {SAE!r})
 refused = ""
 try:
-    push_model(model, processor, {PARTS!r}, told["example"], references={{"sae": f"{SAE}@{{sae.oid}}"}})
+    push_model(model, processor, {PARTS!r}, card_fields["example"], references={{"sae": f"{SAE}@{{sae.oid}}"}})
 except ValueError as error:
     refused = str(error)
 rows = load_scenes(split="test", seed=3, num_samples=6)
@@ -102,11 +102,11 @@ print(json.dumps(hashes))
 def pushed(hub):
     """Everything pushed once; what came of it, and the hashes of the masks that the pushed models give."""
     noise_images()[1].save(hub.folder / "image.png")
-    told = hub.run(PUSH.replace("{root}", str(ROOT)), hub.folder)
+    pushed = hub.run(PUSH.replace("{root}", str(ROOT)), hub.folder)
     for name in ("first", "second"):
         masks = torch.load(hub.folder / f"{name}.pt", weights_only=True)
-        told[f"{name}_masks"] = hashlib.sha256(masks.numpy().tobytes()).hexdigest()
-    return told
+        pushed[f"{name}_masks"] = hashlib.sha256(masks.numpy().tobytes()).hexdigest()
+    return pushed
 
 
 def test_masks_are_the_same_bits_wherever_a_revision_is_pulled(hub, pushed):
@@ -178,9 +178,9 @@ def test_cards_tell_what_was_measured_and_under_which_protocol(pushed, inspected
     values = {name: result["metric_value"] for name, result in results.items()}
     assert values == {"gIoU": 0.4, "cIoU": 0.3, "T-acc": 1.0}
     assert all(result["metric_args"] == {"protocol": "rela", "n": 7} for result in results.values())
-    for told in ("| 0.400 | 0.300 | 1.000 |", "learning_rate | 2e-06", "It has seen nothing.", "protocol\nrela"):
-        assert told in inspected["card"], inspected["card"]
-    assert "explained_variance" not in inspected["card"]  # not given, so not told
+    for text in ("| 0.400 | 0.300 | 1.000 |", "learning_rate | 2e-06", "It has seen nothing.", "protocol\nrela"):
+        assert text in inspected["card"], inspected["card"]
+    assert "explained_variance" not in inspected["card"]  # not given, so left out
     assert f"| sae | {SAE} | `{pushed['sae']}` |" in inspected["parts_card"]
     assert "Not measured." in inspected["sae_card"] and "Not evaluated." in inspected["parts_card"]
 
@@ -192,11 +192,11 @@ def snippet(card):
 
 
 def test_the_snippets_of_the_cards_run(hub, inspected):
-    told = "\nimport json\nprint(json.dumps([tuple(masks[0].shape), str(masks[0].dtype)]))"
-    shape, dtype = hub.run(snippet(inspected["card"]) + told, project=False, home="snippet")
+    report = "\nimport json\nprint(json.dumps([tuple(masks[0].shape), str(masks[0].dtype)]))"
+    shape, dtype = hub.run(snippet(inspected["card"]) + report, project=False, home="snippet")
     assert shape == [30, 44] and dtype == "torch.bool"
-    told = "\nimport json\nprint(json.dumps([tuple(features.shape), tuple(reconstruction.shape)]))"
-    assert hub.run(snippet(inspected["sae_card"]) + told, project=False, home="snippet") == [[4, 128], [4, 32]]
+    report = "\nimport json\nprint(json.dumps([tuple(features.shape), tuple(reconstruction.shape)]))"
+    assert hub.run(snippet(inspected["sae_card"]) + report, project=False, home="snippet") == [[4, 128], [4, 32]]
 
 
 def test_rows_and_metric_come_back(hub, pushed):

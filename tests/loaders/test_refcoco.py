@@ -114,9 +114,9 @@ def test_units(root):
 
 def test_what_is_left_out_is_counted(root):
     (root / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps([*REFS, ref(8, 16, ["x"]), ref(9, 17, ["y"])]))
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning) as warned:
         rows = load_refcoco(root, image_dir=root / "train2014")
-    messages = [str(each.message) for each in told if "left out" in str(each.message)]
+    messages = [str(each.message) for each in warned if "left out" in str(each.message)]
     assert messages == [
         "1 left out, blank expressions: ref 2",
         "2 left out, refs without a usable mask: ref 8, ref 9",

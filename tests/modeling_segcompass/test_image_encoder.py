@@ -9,7 +9,7 @@ from segcompass.modeling_segcompass import SegCompassConfig, SegCompassModel
 from segcompass.modeling_segcompass.image_encoder import (
     ENCODERS,
     Frame,
-    SamEncoder,
+    ImageEncoder,
     encoder_of,
     image_side,
     load_image_encoder,
@@ -65,22 +65,15 @@ def test_an_unknown_encoder_is_refused_by_name(tmp_path):
             load_image_encoder(source)
 
 
-class ToyEncoder(SamEncoder):
+class ToyEncoder(ImageEncoder):
     """DINOv2's tokens as a grid."""
 
-    def build(self, config):
-        return Dinov2Model._from_config(config)
-
-    def load(self, source, dtype):
-        return source, {}
+    model_class = Dinov2Model
 
     def encode(self, encoder, pixels):
         tokens = encoder(pixels).last_hidden_state[:, 1:]  # (B, h·w, C), without the CLS token
         side = self.key_grid(encoder.config)
         return tokens.mT.unflatten(2, (side, side))
-
-    def channels(self, config):
-        return config.hidden_size
 
 
 def test_a_new_encoder_is_a_class_and_an_entry(monkeypatch, tmp_path):

@@ -125,13 +125,13 @@ def test_no_answer_and_nothing_there_are_told_apart(pipe):
 
 def test_bad_calls_say_what_to_give(pipe):
     image = noise_images()[0]
-    for arguments, told in (
+    for arguments, message in (
         ((image,), "no instruction"),
         (([image], ["a", "b"]), "1 images but 2 instructions"),
         (([], []), "0 images"),
         (([image], [""]), "say what to segment"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             pipe(*arguments)
     with pytest.raises(ValueError, match="must hold 'image' and 'instruction'"):
         list(pipe([{"image": image}]))

@@ -69,6 +69,15 @@ def test_options_are_spelled_either_way(spelling, monkeypatch):
     assert taken == [["--num-samples=5", "--num-samples", "5", "--output", "runs/my_run", "a_b--c_d"]]
 
 
+def test_modules_of_the_current_folder_are_found_last(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    (tmp_path / "my_data.py").write_text("def load(split):\n    raise ValueError('asked for ' + split)\n")
+    with pytest.raises(ValueError, match="asked for dusk"):
+        cli.main(["prepare-data", "my_data.load", "--split", "dusk", "--output", "out"])
+    assert sys.path[-1] == str(tmp_path)  # behind everything installed, which it must not shadow
+
+
 def test_errors_of_ours_are_one_line_and_others_keep_their_traceback(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["recipes", "nowhere"])

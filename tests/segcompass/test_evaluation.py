@@ -140,8 +140,8 @@ def test_gallery_and_model_index(run, saved, tmp_path, writes):
         "split": "test",
         "args": {"unit": "sentence", "num_samples": N},
     }
-    told = {metric["name"]: metric["value"] for metric in result["metrics"]}
-    assert told == {f"{name} (rela)": metrics[name] for name in ("gIoU", "cIoU", "N-acc", "T-acc")}
+    on_card = {metric["name"]: metric["value"] for metric in result["metrics"]}
+    assert on_card == {f"{name} (rela)": metrics[name] for name in ("gIoU", "cIoU", "N-acc", "T-acc")}
     assert all(metric["args"] == {"protocol": "rela"} for metric in result["metrics"])
     card = ModelCard(f"---\n{yaml.safe_dump({'model-index': [entry]})}---\n")
     assert len(card.data.eval_results) == 4, "the Hub reads it"

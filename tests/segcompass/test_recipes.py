@@ -61,12 +61,12 @@ def test_options_replace_a_recipes_values(tmp_path, config):
 def test_wrong_fields_are_named(tmp_path):
     path = tmp_path / "mine.yaml"
     for content, message in (
-        ("max_step: 7", "'--max_step', '7'"),
+        ("max_step: 7", "mine.yaml has the unknown fields max_step; see `segcompass train x --help`"),
         ("- 7", "must contain a YAML mapping"),
         ("a: b: c", "mapping"),
     ):
         path.write_text(content)
         with pytest.raises(ValueError, match=message):
             parse("--config", str(path))
-    with pytest.raises(ValueError, match="--max-stepz"):
+    with pytest.raises(ValueError, match="the options --max-stepz 3 are unknown; see `segcompass train x --help`"):
         parse("--max-stepz", "3")

@@ -54,7 +54,9 @@ def test_confident_slots_become_instances_in_every_file(saved, photo, tmp_path, 
     assert set(np.unique(labels)) <= set(range(len(kept) + 1))
     best = max(range(len(kept)), key=lambda index: result["instances"][index]["score"])
     shown = np.asarray(labels) == best + 1
-    assert (shown == coco_mask.decode(result["instances"][best]["segmentation"])).all(), "the surest instance is on top"
+    assert (shown == coco_mask.decode(result["instances"][best]["segmentation"])).all(), (
+        "the most confident instance is on top"
+    )
     assert Image.open(tmp_path / "overlay.png").width == 1600
     printed = capsys.readouterr().out
     assert "a red ball" in printed and f"slot {result['instances'][0]['slot']}  score" in printed

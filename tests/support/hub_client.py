@@ -30,9 +30,9 @@ class LocalHub(SimpleNamespace):
 
     def start(self, code, *arguments, token=TOKEN, project=True, home="home", cwd=None):
         """Run Python code against the Hub; without `project` where this project cannot be imported."""
-        told = environment(self.url, self.folder / home, token)
+        variables = environment(self.url, self.folder / home, token)
         if project:
-            told["PYTHONPATH"] = str(ROOT)
+            variables["PYTHONPATH"] = str(ROOT)
             options = []
         else:
             libraries = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
@@ -40,7 +40,7 @@ class LocalHub(SimpleNamespace):
             options = ["-I", "-S"]  # neither the working folder nor an editable install can be imported
         return subprocess.Popen(
             [sys.executable, *options, "-c", code, *map(str, arguments)],
-            env=told,
+            env=variables,
             cwd=cwd or self.folder,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

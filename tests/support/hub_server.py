@@ -51,8 +51,8 @@ class Repository:
         self.branches = {"main": self.add({}, None, "initial commit")}
 
     def add(self, files, parent, title):
-        told = json.dumps([parent, title, time.time_ns(), sorted((path, blob.oid) for path, blob in files.items())])
-        sha = hashlib.sha1(told.encode()).hexdigest()
+        content = json.dumps([parent, title, time.time_ns(), sorted((path, blob.oid) for path, blob in files.items())])
+        sha = hashlib.sha1(content.encode()).hexdigest()
         self.commits[sha] = Commit(files, parent, title)
         return sha
 

@@ -1,4 +1,3 @@
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -153,15 +152,13 @@ def test_a_mask_that_is_not_finite_is_refused_not_scored():
 # -- rewards by name --------------------------------------------------------------------------------------------------
 
 
-def test_a_file_in_the_current_folder_is_found_by_its_dotted_path(tmp_path, monkeypatch):
-    (tmp_path / "toy_rewards.py").write_text(
+def test_a_module_of_ones_own_is_found_by_its_dotted_path(tmp_path, monkeypatch):
+    (tmp_path / "own_rewards.py").write_text(
         "def brevity(completions, **kwargs):\n    return [1.0 for _ in completions]\n"
     )
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", list(sys.path))
-    brevity, builtin = find_rewards(["toy_rewards.brevity", "segcompass.trainers.rewards.mask_reward"])
+    monkeypatch.syspath_prepend(tmp_path)
+    brevity, builtin = find_rewards(["own_rewards.brevity", "segcompass.trainers.rewards.mask_reward"])
     assert brevity(completions=["a"], prompts=[]) == [1.0] and builtin is mask_reward
-    assert sys.path[-1] == str(tmp_path)  # behind everything installed, which it must not shadow
 
 
 def test_functions_and_reward_models_stay_as_they_are():

@@ -4,12 +4,12 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-from transformers import AutoModelForImageTextToText, PreTrainedModel, SamVisionModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers import initialization as init
 from transformers.quantizers import AutoQuantizationConfig
 
 from .configuration_segcompass import SegCompassConfig, SparseAutoencoderConfig
-from .image_encoder import load_image_encoder
+from .image_encoder import encoder_of, load_image_encoder
 from .modeling_sparse_autoencoder import SparseAutoencoder
 from .old_names import OLD_FIELDS, OLD_PARTS, OLD_WEIGHTS, with_new_names
 from .pipeline_segcompass import CUSTOM_PIPELINES
@@ -21,12 +21,8 @@ AUTO_MAP = {
     "AutoModelForImageTextToText": "modeling_segcompass.SegCompassModel",
     "AutoProcessor": "processing_segcompass.SegCompassProcessor",
 }
-SUBMODELS: dict[str, Any] = {
-    "mllm": AutoModelForImageTextToText,
-    "image_encoder": SamVisionModel,
-    "sae": SparseAutoencoder,
-}
-"""The parts that have weights of their own before there is a SegCompass model, and what loads them."""
+SUBMODELS = ("mllm", "image_encoder", "sae")
+"""The parts that have weights of their own before there is a SegCompass model."""
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token")
 # Only the MLLM is quantised: these are small, or their output is a mask's edge. The head is named as by default.
 UNQUANTIZED = ("lm_head", "image_encoder", "sae", "query_codebook", "slot_mapper", "image_positions", "mask_decoder")
@@ -127,7 +123,7 @@ def load_whole(load: Callable, path: Any, args: tuple, output_loading_info: bool
         model, info = load(path, *args, output_loading_info=True, **keywords)
     loading = {name: keywords[name] for name in ("dtype", "attn_implementation") if name in keywords}
     for part, where in references.items():
-        loaded = SUBMODELS[part].from_pretrained(where["repo_id"], revision=where["revision"], **hub, **loading)
+        loaded = load_submodel(config, part, where["repo_id"], revision=where["revision"], **hub, **loading)
         getattr(model, part).load_state_dict(loaded.state_dict())
         info["missing_keys"] = {key for key in info["missing_keys"] if not key.startswith(f"{part}.")}
     wrong = {name: sorted(map(str, info[name])) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
@@ -145,6 +141,26 @@ def load_whole(load: Callable, path: Any, args: tuple, output_loading_info: bool
     model.config.references = None  # it is whole now, and is saved whole
     model.freeze_encoders()
     return (model, info) if output_loading_info else model
+
+
+def load_submodel(config: Any, part: str, repo_id: str, **keywords: Any) -> Any:
+    """A part of a model, by the model's configuration, from a repository of its own.
+
+    Args:
+        config: SegCompassConfig.
+        part: a name in SUBMODELS.
+        repo_id: folder or Hub id.
+        **keywords: as of transformers' `from_pretrained`.
+
+    Returns:
+        the part, a model of its own.
+    """
+    classes: dict[str, Any] = {
+        "mllm": AutoModelForImageTextToText,
+        "image_encoder": encoder_of(config).model_class,
+        "sae": SparseAutoencoder,
+    }
+    return classes[part].from_pretrained(repo_id, **keywords)
 
 
 def save_whole(
@@ -169,7 +185,7 @@ def checked_references(references: dict[str, dict[str, str]] | None) -> dict[str
     for part, where in (references or {}).items():
         if part not in SUBMODELS or not where.get("repo_id") or not where.get("revision"):
             raise ValueError(
-                f"references[{part!r}] is {where!r}; name one of {tuple(SUBMODELS)} with its repo_id and revision."
+                f"references[{part!r}] is {where!r}; name one of {SUBMODELS} with its repo_id and revision."
             )
     return references or None
 

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from .image_encoder import Frame, encoder_of
+from .image_encoder import DEFAULT_ENCODER, Frame, encoder_of
 from .old_names import with_new_names
 from .sae_activations import SAE_ACTIVATIONS
 
@@ -126,7 +126,7 @@ class SegCompassConfig(PreTrainedConfig):
     model_type = "segcompass"
     sub_configs_defaults = {
         "mllm_config": SubConfigSpec(AutoConfig, model_type="llava"),
-        "image_encoder_config": SubConfigSpec(AutoConfig, model_type="sam_vision_model"),
+        "image_encoder_config": SubConfigSpec(AutoConfig, model_type=DEFAULT_ENCODER),
         "sae_config": SparseAutoencoderConfig,  # type: ignore[dict-item]
     }
     auto_map = {}  # type: ignore[var-annotated]  # an annotation would make it a field

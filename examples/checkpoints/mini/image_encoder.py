@@ -2,8 +2,8 @@
 
     encoder_of(config).encode(model.image_encoder, pixels)      # K, float (B, d_k, h, w)
 
-Another encoder is another class with these answers and an entry in `ENCODERS`. Where the image lies in the encoder's
-square input is its `Frame`: keys, heatmaps, masks and their targets are all laid over it.
+Another encoder is a subclass of `ImageEncoder` with the answers that differ, and an entry in `ENCODERS`. Where the
+image lies in the encoder's square input is its `Frame`: keys, heatmaps, masks and their targets are all laid over it.
 """
 
 from pathlib import Path
@@ -13,6 +13,9 @@ import torch
 from transformers import AutoConfig, PreTrainedModel, SamVisionModel
 
 from .sam_weights import read_sam
+
+DEFAULT_ENCODER = "sam_vision_model"
+"""`model_type` of the encoder of a configuration that names none."""
 
 
 class Frame(NamedTuple):
@@ -59,27 +62,29 @@ class Frame(NamedTuple):
         return (cells < extent[:, :1])[:, :, None] & (cells < extent[:, 1:])[:, None]  # (B, h, w)
 
 
-class SamEncoder:
-    """The vision encoder of SAM (ViT-B, L or H) as transformers has it.
+class ImageEncoder:
+    """A kind of image encoder, without weights. The defaults hold for a transformer of square patches.
 
     Example:
         encoder = encoder_of(model)
         keys = encoder.encode(model.image_encoder, inputs["encoder_pixel_values"])  # (B, d_k, h, w)
-        channels, grid = encoder.channels(config), encoder.key_grid(config)         # 256, 64
+        channels, grid = encoder.channels(config), encoder.key_grid(config)         # 256, 64 for SAM
     """
 
-    model_types = ("sam_vision_model", "sam")
+    model_types: tuple[str, ...] = ()
     """`model_type` of the configurations it is built from, and of the models it is taken out of."""
+    model_class: Any = None
+    """its class in transformers."""
 
     def build(self, config: Any) -> PreTrainedModel:
         """The encoder with random weights."""
-        return SamVisionModel._from_config(config)
+        return self.model_class._from_config(config)
 
     def load(
         self, source: str | PreTrainedModel, dtype: str | torch.dtype
     ) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
         """The encoder with its weights, and what the mask decoder can start from: see `load_image_encoder`."""
-        return read_sam(source, dtype)
+        return self.model_class.from_pretrained(source, dtype=dtype) if isinstance(source, str) else source, {}
 
     def encode(self, encoder: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
         """Image keys K.
@@ -91,11 +96,11 @@ class SamEncoder:
         Returns:
             float (B, d_k, h, w).
         """
-        return encoder(pixels.to(encoder.dtype)).last_hidden_state
+        raise NotImplementedError(f"{type(self).__name__} must define encode(encoder, pixels).")
 
     def channels(self, config: Any) -> int:
         """d_k, the width of the image keys."""
-        return config.output_channels
+        return config.hidden_size
 
     def key_grid(self, config: Any) -> int:
         """Side of the square grid of image keys: 64 for SAM at 1024 pixels."""
@@ -106,17 +111,38 @@ class SamEncoder:
         return Frame(config.image_size)
 
 
-ENCODERS = {name: encoder for encoder in (SamEncoder(),) for name in encoder.model_types}
+class SamEncoder(ImageEncoder):
+    """The vision encoder of SAM (ViT-B, L or H) as transformers has it."""
+
+    model_types = ("sam_vision_model", "sam")
+    model_class = SamVisionModel
+
+    def load(
+        self, source: str | PreTrainedModel, dtype: str | torch.dtype
+    ) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+        """Also out of a whole SAM, whose other weights start the mask decoder, and out of an original `.pth` file."""
+        return read_sam(source, dtype)
+
+    def encode(self, encoder: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
+        """Image keys K: SAM gives them as a grid, float (B, d_k, h, w)."""
+        return encoder(pixels.to(encoder.dtype)).last_hidden_state
+
+    def channels(self, config: Any) -> int:
+        """d_k, the width that SAM's neck leaves."""
+        return config.output_channels
 
 
-def encoder_of(source: Any) -> SamEncoder:
+ENCODERS: dict[str, ImageEncoder] = {name: encoder for encoder in (SamEncoder(),) for name in encoder.model_types}
+
+
+def encoder_of(source: Any) -> ImageEncoder:
     """What is known about an image encoder.
 
     Args:
         source: a SegCompassModel, its configuration, an image encoder, or its configuration.
 
     Returns:
-        SamEncoder: the answers for its kind.
+        ImageEncoder: the answers for its kind.
 
     Raises:
         ValueError: an encoder of an unknown kind.

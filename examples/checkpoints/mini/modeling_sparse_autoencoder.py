@@ -7,7 +7,7 @@ see `trainers.sae_trainer`.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -81,11 +81,11 @@ class SparseAutoencoder(PreTrainedModel):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As transformers', and reads what earlier versions saved."""
         return super().from_pretrained(*args, **{"key_mapping": OLD_WEIGHTS, **kwargs})
 
-    def save_pretrained(self, *args, **kwargs):
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As transformers', under today's names."""
         super().save_pretrained(*args, **{**kwargs, "save_original_format": False})
 

@@ -130,7 +130,7 @@ def make_mllm(processor):
             pad_token_id=tokenizer.pad_token_id,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
-            initializer_range=0.06,  # at a width of 192 the usual 0.02 starts too near to nothing
+            initializer_range=0.06,  # at a width of 192 the default 0.02 starts too near to nothing
         ),
         initializer_range=0.06,
         tie_word_embeddings=True,

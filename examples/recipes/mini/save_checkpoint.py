@@ -3,7 +3,7 @@
 python examples/recipes/mini/save_checkpoint.py --model runs/mini/masks --output examples/checkpoints/mini
 python examples/recipes/mini/save_checkpoint.py --code-only --output examples/checkpoints/mini
 
-The second renews the copies of the code beside the weights, after modeling_segcompass/ was edited. Both sign the folder.
+The second renews only the copies of modeling_segcompass/ beside the weights, after a change of that folder. Both sign.
 """
 
 import argparse
@@ -12,52 +12,45 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers.dynamic_module_utils import get_relative_import_files
 
-from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor, modeling_segcompass
-from segcompass.modeling_segcompass.checkpoints import AUTO_MAP
-from segcompass.modeling_segcompass.manifest import sign, signing
-from segcompass.modeling_segcompass.pipeline_segcompass import CUSTOM_PIPELINES
+from segcompass import SegCompassModel, SegCompassProcessor, modeling_segcompass
+from segcompass.modeling_segcompass.manifest import signing
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="the trained model; not with --code-only")
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--code-only", action="store_true", help="renew the copies of the code, and sign")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", help="model to write")
+    source.add_argument("--code-only", action="store_true", help="write only the code, beside weights that are there")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write into")
     args = parser.parse_args()
-    if args.code_only == (args.model is not None):
-        parser.error("give either --model or --code-only.")
-    if args.code_only:
-        renew_code(args.output)
-    else:
-        with signing(args.output):
+    with signing(args.output):
+        if args.code_only:
+            copy_code(args.output)
+        else:
             save(args.model, args.output)
-    print(f"{(args.output / 'model.safetensors').stat().st_size / 1e6:.1f} MB, signed")
 
 
-def save(model, output):
-    SegCompassModel.from_pretrained(model, dtype="float32").to(torch.float16).save_pretrained(output)
-    SegCompassProcessor.from_pretrained(model).save_pretrained(output)
-    path = output / "config.json"
+def save(model: str, folder: Path) -> None:
+    """Write model and processor."""
+    SegCompassModel.from_pretrained(model, dtype="float32").to(torch.float16).save_pretrained(folder)
+    SegCompassProcessor.from_pretrained(model).save_pretrained(folder)
+    path = folder / "config.json"
     config = json.loads(path.read_text())
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         if "dtype" in part:
             part["dtype"] = "float32"
     path.write_text(json.dumps(config, indent=2) + "\n")
+    print(f"{(folder / 'model.safetensors').stat().st_size / 1e6:.1f} MB")
 
 
-def renew_code(output):
-    """Copy what `config.json` names and what that imports, as saving does; delete copies of files that are gone."""
-    code = Path(modeling_segcompass.__file__).parent
-    named = {*AUTO_MAP.values(), *(pipeline["impl"] for pipeline in CUSTOM_PIPELINES.values())}
-    files = {code / f"{name.partition('.')[0]}.py" for name in named}
-    files |= {Path(path) for file in files for path in get_relative_import_files(file)}
-    for copy in output.glob("*.py"):
-        copy.unlink()
-    for file in sorted(files):
-        shutil.copyfile(file, output / file.name)
-    sign(output)
+def copy_code(folder: Path) -> None:
+    """Write today's modeling_segcompass/ beside the weights, as saving a model does."""
+    for stale in folder.glob("*.py"):
+        stale.unlink()
+    for path in Path(modeling_segcompass.__file__).parent.glob("*.py"):
+        if path.name != "__init__.py":
+            shutil.copy(path, folder)
 
 
 if __name__ == "__main__":
