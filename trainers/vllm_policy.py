@@ -46,7 +46,7 @@ class PolicyEngine(VLLMGeneration):
         RuntimeError: after a sync that did not send exactly the MLLM's parameters.
     """
 
-    def generate(self, prompts, *args, **kwargs):
+    def generate(self, prompts: list[list[int]], *args: Any, **kwargs: Any) -> tuple:
         """As TRL's; refuses an engine that read other prompts than it was given, above all other image tokens."""
         output = super().generate(prompts, *args, **kwargs)
         core = self.model.get_base_model() if is_peft_model(self.model) else self.model
