@@ -15,13 +15,14 @@ from segcompass.loaders.rows import leave_images_encoded
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
 
 from .alignment import AlignmentTargets, WordKind, alignment_loss, any_word
-from .checks import check_slots
+from .checkpoints import WholeCheckpoints
+from .checks import check_arguments, check_dataset, check_kinds
 from .collator import SegCompassCollator
 from .image_features import open_image_features
 from .losses import LOG_PREFIX, LossWeights, erasure_loss, segmentation_loss
 from .optimization import RateMultipliers, component_optimizer
+from .options import OPTIONS, refuse_options
 from .policy import freeze
-from .signed_saves import SignedSaves
 
 
 @dataclass
@@ -79,8 +80,12 @@ class SegCompassSFTConfig(LossWeights, RateMultipliers, TrainingArguments):
         default=False, metadata={"help": "Must stay False, because the collator needs every column."}
     )
 
+    def __post_init__(self):
+        super().__post_init__()
+        refuse_options(self, OPTIONS)
 
-class SegCompassSFTTrainer(SignedSaves, Trainer):
+
+class SegCompassSFTTrainer(WholeCheckpoints, Trainer):
     """Trains a SegCompassModel on rows with reasoning and masks.
 
     Args:
@@ -91,6 +96,7 @@ class SegCompassSFTTrainer(SignedSaves, Trainer):
         **kwargs: Trainer's (train_dataset, eval_dataset, callbacks, ...).
 
     Raises:
+        TypeError: model, args, processing_class or train_dataset is of another kind.
         ValueError: processor and model disagree, image features of an encoder that is to be trained, or an alignment
             term with nothing to learn from it.
 
@@ -111,7 +117,9 @@ class SegCompassSFTTrainer(SignedSaves, Trainer):
         word_kind: WordKind = any_word,
         **kwargs: Any,
     ):
-        check_slots(model.config, processing_class)
+        check_arguments(args, SegCompassSFTConfig)
+        check_kinds(model, processing_class)
+        check_dataset(kwargs.get("train_dataset"))
         model.config.token_dropout = args.token_dropout
         freeze(
             model,
@@ -181,7 +189,7 @@ class SegCompassSFTTrainer(SignedSaves, Trainer):
             loss = loss + self.args.lambda_align * aligned["alignment"]
         parts = {f"{LOG_PREFIX}{name}": value for name, value in parts.items()}
         logged = {"language": outputs.loss, **aligned, **parts}
-        for name, value in logged.items():
+        for name, value in logged.items() if model.training else ():  # the log of a step holds no evaluation
             self._parts.setdefault(name, []).append(value.detach().float())
         return (loss, outputs) if return_outputs else loss
 

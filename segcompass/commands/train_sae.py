@@ -27,10 +27,10 @@ from segcompass.recipes import parse_with_recipe
 from segcompass.trainers import SparseAutoencoderTrainer, SparseAutoencoderTrainerConfig
 from segcompass.trainers.activation_cache import CachedActivations, cache_activations
 from segcompass.trainers.activations import ActivationDataset, take_tokens
+from segcompass.trainers.checkpoints import last_checkpoint
 from segcompass.trainers.collator import ImageTextCollator
 from segcompass.trainers.sae_estimate import estimate_sae_training
 from segcompass.trainers.sae_quality import evaluate_sae
-from segcompass.trainers.sae_trainer import last_checkpoint
 
 from . import options
 
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
         training.max_steps = count_steps(arguments, training, rows, collate)
     sae = SparseAutoencoder(sae_config)
     trainer = SparseAutoencoderTrainer(sae, training, train_dataset=train_dataset)
-    trainer.train(resume_from_checkpoint=last_checkpoint(training.output_dir))
+    trainer.train(training.resume_from_checkpoint or last_checkpoint(training.output_dir))
     trainer.save_model()
     if isinstance(train_dataset, ActivationDataset):
         logger.warning("samples over all passes: %s", dict(train_dataset.report))

@@ -18,9 +18,10 @@ from segcompass.modeling_segcompass.sae_activations import (
     max_over_encoded_tokens,
 )
 from segcompass.trainers.activations import take_tokens
+from segcompass.trainers.checkpoints import last_checkpoint
 from segcompass.trainers.sae_frame import Frame
 from segcompass.trainers.sae_quality import evaluate_sae, measure_mean_active_activation
-from segcompass.trainers.sae_trainer import SparseAutoencoderTrainer, SparseAutoencoderTrainerConfig, last_checkpoint
+from segcompass.trainers.sae_trainer import SparseAutoencoderTrainer, SparseAutoencoderTrainerConfig
 from tests.support.sae_on_two_processes import everybodys_tokens, fixed_sae
 
 ROOT = Path(__file__).parents[2]
@@ -142,7 +143,7 @@ def test_a_checkpoint_that_was_cut_off_is_not_resumed_from(tmp_path):
 def test_a_folder_without_the_frame_is_no_checkpoint(tmp_path):
     build_trainer(tmp_path, build_sae(**TOPK), max_steps=4, save_strategy="steps", save_steps=4).train()
     (tmp_path / "checkpoint-4" / "training_frame.safetensors").unlink()
-    with pytest.raises(ValueError, match="checkpoint-4 is not what was saved: training_frame.safetensors .missing"):
+    with pytest.raises(ValueError, match=r"no whole checkpoint: training_frame.safetensors \(missing\)"):
         build_trainer(tmp_path, build_sae(**TOPK)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     sign(tmp_path / "checkpoint-4")
     with pytest.raises(ValueError, match="no checkpoint of this trainer"):
