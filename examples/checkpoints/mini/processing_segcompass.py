@@ -4,16 +4,20 @@ One processor for all backbones: it expands image tokens as the MLLM's own proce
 video part, so it works without torchvision. It knows nothing about weights.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import BatchFeature, ProcessorMixin
+from transformers.utils import CONFIG_NAME
 
 from .backbone import Backbone, backbone_of
 from .image_encoder import Frame, image_side, without_torchvision
 from .images import read_image
+from .manifest import MANIFEST, READ_BY_PROCESSORS
 from .old_names import with_new_names
+from .saved_folders import check_saved, signing_saved
 from .tokens import (
     PROBE,
     REF_TOKEN,
@@ -24,6 +28,9 @@ from .tokens import (
     check_response_tokens,
     reserved_in,
 )
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
+SENTENCE_ENDS = ".!?。！？\n"
 
 STRIP = 1 << 18
 """Pixels of a mask that are resized at once: small enough to stay in a processor's cache."""
@@ -100,6 +107,38 @@ class SegCompassProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, encoder_image_processor, chat_template=chat_template)
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', after the folder's manifest was checked; what was edited is named in a warning."""
+        local = os.path.isdir(pretrained_model_name_or_path)
+        keywords = dict(kwargs)
+        if local:
+            check_saved(pretrained_model_name_or_path, keywords, READ_BY_PROCESSORS, TOKENIZER_CONFIG)
+        processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if not local:  # now its files are in the Hub's cache
+            check_saved(pretrained_model_name_or_path, keywords, READ_BY_PROCESSORS, TOKENIZER_CONFIG)
+        return processor
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """As transformers'; a model's folder is signed anew.
+
+        Args:
+            save_directory: made if absent. Alone in it, a processor is not signed: its manifest would take the place
+                of a model's where both are pushed to one repository.
+            push_to_hub: must be False; call `push_to_hub(repo_id)`.
+            **kwargs: as transformers'.
+
+        Returns:
+            As transformers': names of files.
+
+        Raises:
+            ValueError: `push_to_hub`, which would upload the folder before it is signed.
+        """
+        beside_model = any(os.path.exists(os.path.join(save_directory, name)) for name in (CONFIG_NAME, MANIFEST))
+        keywords = {"push_to_hub": push_to_hub, "is_main_process": beside_model}
+        with signing_saved(save_directory, keywords):
+            return super().save_pretrained(save_directory, **kwargs)
+
+    @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict]:
         """As transformers', and reads what earlier versions saved."""
         fields, kwargs = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
@@ -119,13 +158,24 @@ class SegCompassProcessor(ProcessorMixin):
         return Frame(image_side(self.encoder_image_processor))
 
     def model_tokens(self) -> dict[str, Any]:
-        """The token ids that SegCompassConfig needs."""
+        """What SegCompassConfig must know of tokens and of the MLLM's view of an image."""
         special = {*self.tokenizer.all_special_ids, self.ref_token_id} - {self.image_token_id}
         return {
             "ref_token_id": self.ref_token_id,
             "think_end_id": self.think_end_id,
             "special_token_ids": sorted(special),
+            "sentence_end_ids": self._sentence_ends(),
+            "image_view": self.backbone.image_view(self.image_processor),
         }
+
+    def _sentence_ends(self):
+        """Ids of full stops, line ends and `<think>`: tokens that hold one of these and no letter or digit."""
+        ends = []
+        for token, number in self.tokenizer.get_vocab().items():
+            text = token.replace("Ġ", " ").replace("▁", " ").replace("Ċ", "\n").replace("<0x0A>", "\n")
+            if token == THINK or (set(text) & set(SENTENCE_ENDS) and not any(map(str.isalnum, text))):
+                ends.append(number)
+        return sorted(ends)
 
     # -- prompts and responses ---------------------------------------------------------------------------------------
 
