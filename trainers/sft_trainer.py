@@ -184,7 +184,8 @@ class SegCompassSFTTrainer(WholeCheckpoints, Trainer):
                 loss, parts = loss + self.args.lambda_e * erasure, {**parts, **still_there}
         aligned = {}
         if alignment is not None:
-            states = outputs.hidden_states[self.model.config.sae_config.layer]  # (B, T, d)
+            config: Any = self.accelerator.unwrap_model(model).config
+            states = outputs.hidden_states[config.sae_config.layer]  # (B, T, d)
             aligned["alignment"] = alignment_loss(states, alignment)
             loss = loss + self.args.lambda_align * aligned["alignment"]
         parts = {f"{LOG_PREFIX}{name}": value for name, value in parts.items()}
