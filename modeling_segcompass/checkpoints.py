@@ -14,6 +14,7 @@ from .modeling_sparse_autoencoder import SparseAutoencoder
 from .old_names import OLD_FIELDS, OLD_PARTS, OLD_WEIGHTS, with_new_names
 from .pipeline_segcompass import CUSTOM_PIPELINES
 from .sam_weights import start_mask_decoder
+from .tokens import give_rows
 
 AUTO_MAP = {
     "AutoConfig": "configuration_segcompass.SegCompassConfig",
@@ -59,8 +60,7 @@ def build_from_backbones(
         )
     if processor is not None:
         config = {**processor.model_tokens(), "num_slots": processor.num_slots, **config}
-        if len(processor.tokenizer) > mllm.get_input_embeddings().num_embeddings:
-            mllm.resize_token_embeddings(len(processor.tokenizer), mean_resizing=True)
+        give_rows(mllm, processor.tokenizer, processor.new_tokens)
     whole = SegCompassConfig(
         mllm_config=mllm.config,
         image_encoder_config=image_encoder.config,

@@ -14,8 +14,16 @@ from .backbone import Backbone, backbone_of
 from .image_encoder import Frame, image_side, without_torchvision
 from .images import read_image
 from .old_names import with_new_names
-
-REF_TOKEN, THINK, THINK_END = "<REF_POS>", "<think>", "</think>"
+from .tokens import (
+    PROBE,
+    REF_TOKEN,
+    THINK,
+    THINK_END,
+    add_response_tokens,
+    check_prompt_template,
+    check_response_tokens,
+    reserved_in,
+)
 
 STRIP = 1 << 18
 """Pixels of a mask that are resized at once: small enough to stay in a processor's cache."""
@@ -46,7 +54,8 @@ class SegCompassProcessor(ProcessorMixin):
         **kwargs: as ProcessorMixin's.
 
     Raises:
-        ValueError: the prompt template contains `<REF_POS>`.
+        ValueError: the prompt template contains `<REF_POS>`, other fields, or no `{instruction}`; or the tokenizer does
+            not find the tokens of a well-formed response.
 
     Example:
         processor = SegCompassProcessor.from_pretrained(path)
@@ -71,10 +80,7 @@ class SegCompassProcessor(ProcessorMixin):
         mllm_type: str | None = None,
         **kwargs: Any,
     ):
-        if REF_TOKEN in prompt_template:
-            raise ValueError(
-                f"prompt_template contains {REF_TOKEN!r}; describe the token in words, only a response may contain it."
-            )
+        check_prompt_template(prompt_template)
         self.prompt_template = prompt_template
         self.num_slots = num_slots
         self.max_prompt_length = max_prompt_length
@@ -84,7 +90,9 @@ class SegCompassProcessor(ProcessorMixin):
         self.mllm_type = mllm_type
         self.image_processor = image_processor  # which tells the family, where mllm_type does not
         self.return_mm_token_type_ids = self.backbone.returns_token_types
-        tokenizer.add_tokens([token for token in (THINK, THINK_END, REF_TOKEN) if token not in tokenizer.get_vocab()])
+        self.new_tokens = add_response_tokens(tokenizer)
+        """the tokens of a response that the tokenizer lacked when this processor was made."""
+        check_response_tokens(tokenizer, self.format_response(PROBE), num_slots)
         self.image_token = self.backbone.image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         self.ref_token_id = tokenizer.convert_tokens_to_ids(REF_TOKEN)
@@ -125,9 +133,9 @@ class SegCompassProcessor(ProcessorMixin):
         """The text of the user turn for one instruction. Raises ValueError when it is empty or holds `<REF_POS>`."""
         if not isinstance(instruction, str) or not instruction.strip():
             raise ValueError(f"the instruction is {instruction!r}; say what to segment, like 'the mug by the sink'.")
-        for token in (REF_TOKEN, self.image_token):
-            if token in instruction:
-                raise ValueError(f"the instruction contains {token!r}, which is reserved; remove it.")
+        token = reserved_in(self.tokenizer, instruction, self.image_token)
+        if token is not None:
+            raise ValueError(f"the instruction contains {token!r}, which is reserved; remove it.")
         return self.prompt_template.format(instruction=instruction.strip(), num_slots=self.num_slots)
 
     def build_messages(self, instruction: str) -> list[dict[str, Any]]:
@@ -138,6 +146,20 @@ class SegCompassProcessor(ProcessorMixin):
     def format_response(self, reasoning: str) -> str:
         """A well-formed response: the reasoning in think tags, then K_s concentration tokens."""
         return f"{THINK}{reasoning}{THINK_END}{REF_TOKEN * self.num_slots}"
+
+    def _is_finished_prompt(self, text):
+        """Whether a text is what the chat template makes, rather than an instruction that holds the image token."""
+        if self.image_token not in text or self.chat_template is None:
+            return self.image_token in text
+        made = self.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x"}]}],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        before, _, after = made.partition(self.image_token)
+        words_before, words_after = before.split(), after.split()
+        begins = text.lstrip().startswith(words_before[0] if words_before else self.image_token)
+        return begins or bool(words_after) and text.rstrip().endswith(words_after[-1])
 
     # -- inputs ------------------------------------------------------------------------------------------------------
 
@@ -174,7 +196,12 @@ class SegCompassProcessor(ProcessorMixin):
             OSError: an image that cannot be read.
         """
         texts = [text] if isinstance(text, str) else list(text or [])
-        if texts and all(self.image_token in t for t in texts):
+        if texts and all(map(self._is_finished_prompt, texts)):
+            if response is not None:
+                raise ValueError(
+                    "a response was given with a finished prompt, which already holds the image token; give the plain "
+                    "instruction as text, and the processor makes the prompt."
+                )
             return super().__call__(images=_read_all(images), text=text, return_tensors=return_tensors, **kwargs)
         images = self._check_images(images)
         if len(images) != len(texts):
