@@ -49,7 +49,8 @@ class PolicyEngine(VLLMGeneration):
     def generate(self, prompts: list[list[int]], *args: Any, **kwargs: Any) -> tuple:
         """As TRL's; refuses an engine that read other prompts than it was given, above all other image tokens."""
         output = super().generate(prompts, *args, **kwargs)
-        core: Any = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        model: Any = self.model
+        core = model.get_base_model() if is_peft_model(model) else model
         check_engine_prompts(prompts, output[0], core.config.image_token_id)
         return output
 
