@@ -127,7 +127,7 @@ class SegCompassSFTTrainer(Trainer):
                 )
             features = open_image_features(args.image_features, model, processing_class)
         mask_side = 4 * model.config.key_grid if self.with_masks else None
-        alignment = None
+        alignment, self.aligned_layer = None, model.config.sae_config.layer
         if args.lambda_align > 0:
             if not args.train_below_sae_layer:
                 raise ValueError(
@@ -172,7 +172,7 @@ class SegCompassSFTTrainer(Trainer):
                 loss, parts = loss + self.args.lambda_e * erasure, {**parts, **still_there}
         aligned = {}
         if alignment is not None:
-            states = outputs.hidden_states[self.model.config.sae_config.layer]  # (B, T, d)
+            states = outputs.hidden_states[self.aligned_layer]  # (B, T, d)
             aligned["alignment"] = alignment_loss(states, alignment)
             loss = loss + self.args.lambda_align * aligned["alignment"]
         parts = {f"{LOG_PREFIX}{name}": value for name, value in parts.items()}
