@@ -41,7 +41,7 @@ setup(
         "segcompass": ["py.typed"],
         "segcompass.loaders.reasoning_segmentation": ["README.md"],
         "segcompass.hub_cards": ["templates/*.md", "space/*"],
-        "segcompass.examples": ["accelerate/*.yaml", "recipes/*/*", "checkpoints/mini/*", "scene.*"],
+        "segcompass.examples": ["accelerate/*.yaml", "recipes/*/*.yaml", "checkpoints/mini/*", "scene.*"],
     },
     entry_points={"console_scripts": ["segcompass = segcompass.cli:main"]},
     install_requires=[

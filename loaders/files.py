@@ -1,9 +1,12 @@
 """Annotation files read with errors that say which file, and what to do about it. Pickles run no code."""
 
+import codecs
 import json
 import os
 import pickle
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +29,66 @@ def need(path: Path, where: str) -> Path:
     return path
 
 
+def inside_folder(folder: Path, given: str) -> Path:
+    """The path of a file that a data set names, which must not lead out of the data set's folder.
+
+    Links within the folder are followed: whoever owns the folder made them.
+
+    Args:
+        folder: of the data set.
+        given: the path, relative to the folder or absolute.
+
+    Returns:
+        The file's path; it need not exist.
+
+    Raises:
+        ValueError: the path leads out of the folder.
+
+    Example:
+        >>> inside_folder(Path("/data/mine"), "images/a.jpg")
+        PosixPath('/data/mine/images/a.jpg')
+    """
+    root = os.path.abspath(folder)
+    path = Path(os.path.normpath(os.path.join(root, given)))
+    if not path.is_relative_to(root):
+        raise ValueError(
+            f"{given[:200]!r} lies outside {root}, the folder that paths must stay in; move the file there, or name a "
+            "folder that holds all files with --image-dir (image_dir=)."
+        )
+    return path
+
+
+def check_shards(files: Iterable[Path | str]) -> None:
+    """Refuse files named NAME-00000-of-00012 unless all twelve are there, and of one division.
+
+    Args:
+        files: paths; those without such a name are not looked at.
+
+    Raises:
+        ValueError: shards are missing, or two divisions lie side by side.
+    """
+    found: dict[str, Counter[int]] = {}
+    folder = Path()
+    for file in map(Path, files):
+        if match := re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})", file.stem):
+            found.setdefault(match[1], Counter())[int(match[3])] += 1
+            folder = file.parent
+    for name, divisions in found.items():
+        if len(divisions) > 1:
+            shown = " and ".join(map(str, sorted(divisions)))
+            raise ValueError(
+                f"{folder} holds files of {name!r} from divisions into {shown}: two conversions. Delete one of them."
+            )
+        ((total, there),) = divisions.items()
+        if there != total:
+            raise ValueError(
+                f"{folder} holds {there} of the {total} files {name}-*-of-{total:05}: a part would pass for the whole. "
+                "Add the missing files, or finish the conversion."
+            )
+
+
 def read_json(path: Path) -> Any:
-    """The content of a JSON file in UTF-8 or, as some annotation tools write it, in cp1252.
+    """The content of a JSON file in UTF-8, with or without a BOM, or, as some annotation tools write it, in cp1252.
 
     Args:
         path: an existing file.
@@ -36,13 +97,18 @@ def read_json(path: Path) -> Any:
         What the file holds.
 
     Raises:
-        ValueError: the file is truncated or no JSON.
+        ValueError: the file is truncated, no JSON, or in another encoding.
     """
     content = path.read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError(f"{path} is in UTF-16; save it as UTF-8.")
     try:
-        text = content.decode("utf-8")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        text = content.decode("cp1252", errors="replace")
+        try:
+            text = content.decode("cp1252")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is neither UTF-8 nor cp1252 ({error}); save it as UTF-8.") from error
     try:
         return json.loads(text)
     except ValueError as error:
@@ -53,7 +119,7 @@ def read_jsonl(path: Path, journal: bool = False, repair: bool = False) -> Itera
     """The objects of a file with one JSON object per line. Blank lines are skipped.
 
     Args:
-        path: an existing file in UTF-8.
+        path: an existing file in UTF-8, with or without a BOM.
         journal: the file is one that a run of ours appends to. A last line without its line end was being written when
             the run was killed, and is left out.
         repair: also remove that line from the journal, once all lines before it are read, so that the run can go on.
@@ -76,10 +142,14 @@ def read_jsonl(path: Path, journal: bool = False, repair: bool = False) -> Itera
             if journal and not line.endswith(b"\n"):
                 break
             read += len(line)
+            if number == 1:
+                if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                    raise ValueError(f"{path}, line 1: the file is in UTF-16; save it as UTF-8.")
+                line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             try:
-                row = json.loads(line.decode("utf-8"))
+                row = json.loads(_utf8(line))
                 if not isinstance(row, dict):
                     raise ValueError(f"a line must be a JSON object; this one is a {type(row).__name__}")
             except ValueError as error:
@@ -91,6 +161,16 @@ def read_jsonl(path: Path, journal: bool = False, repair: bool = False) -> Itera
             yield number, row
     if journal and repair and read < path.stat().st_size:
         os.truncate(path, read)
+
+
+def _utf8(line: bytes) -> str:
+    """A line as text. Raises ValueError."""
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"the line is not UTF-8 (byte {line[error.start]:#04x} after {error.start} bytes); save the file as UTF-8"
+        ) from error
 
 
 class _PlainUnpickler(pickle.Unpickler):

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from datasets import Dataset, load_dataset, load_from_disk
 
+from .files import check_shards, read_json
+
 
 def load_folder(folder: str | os.PathLike, split: str = "train") -> Dataset:
     """Rows that `segcompass prepare-data` or `datasets.Dataset.save_to_disk` wrote.
@@ -17,14 +19,22 @@ def load_folder(folder: str | os.PathLike, split: str = "train") -> Dataset:
         The rows as they were written.
 
     Raises:
-        ValueError: the folder holds neither.
+        ValueError: the folder holds neither, or only some of the parquet files.
 
     Example:
         rows = load_folder("data/refcoco", "val")
     """
     files = sorted(str(file) for file in Path(folder).glob(f"{split}-*.parquet"))
     if files:
-        return load_dataset("parquet", data_files={split: files}, split=split)
+        check_shards(files)
+        rows = load_dataset("parquet", data_files={split: files}, split=split)
+        note = Path(folder) / f"{split}.json"
+        noted = read_json(note).get("rows") if note.exists() else None
+        if noted is not None and noted != len(rows):
+            raise ValueError(
+                f"{folder} holds {len(rows)} rows of split {split!r}, {note.name} says {noted}; convert again."
+            )
+        return rows
     try:
         rows = load_from_disk(folder)
     except FileNotFoundError as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from datasets import Dataset, Image, IterableDataset, Sequence, load_dataset, load_from_disk
 
+from .files import inside_folder
 from .registry import LOADERS, call_loader, first_rows, import_loader
 
 IMAGE_COLUMNS = ("image", "image_path", "img_path", "path", "image_url", "url")
@@ -26,7 +27,8 @@ def load_image_text(
 
     Args:
         dataset: "scenes"; a folder that `save_to_disk` wrote; a `.jsonl` file (paths of images in it are relative to
-            the file); the dotted path of a function that returns rows; or the id of a data set on the Hub.
+            the file and stay in its folder); the dotted path of a function that returns rows; or the id of a data set
+            on the Hub.
         split: which split; a `.jsonl` file has one only.
         seed: seed of the procedural scenes; others ignore it.
         num_samples: rows at most; None means all, and 100,000 scenes.
@@ -112,7 +114,7 @@ def _relative_to(row, folder):
 
     def absolute(path):
         if isinstance(path, str) and "://" not in path:
-            return str(Path(folder, path))
+            return str(inside_folder(Path(folder), path))
         return path
 
     changed = {name: absolute(row[name]) for name in IMAGE_COLUMNS if isinstance(row.get(name), str)}

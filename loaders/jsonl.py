@@ -3,31 +3,42 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 
-from .files import need, read_jsonl
-from .masks import read_mask, read_polygons
-from .rows import target_kind, to_dataset
+from .files import inside_folder, need, read_jsonl
+from .masks import has_pixels, read_mask, read_polygons
+from .rows import check_reasoning, target_kind, to_dataset
 
 MASK_KEYS = ("masks", "polygons", "rle", "mask")
 
 
-def load_jsonl(path: str | os.PathLike, split: str = "train", num_samples: int | None = None) -> Dataset:
+def load_jsonl(
+    path: str | os.PathLike,
+    split: str = "train",
+    num_samples: int | None = None,
+    image_dir: str | os.PathLike | None = None,
+) -> Dataset:
     """Rows from a JSONL file.
 
     A line is {"image": file, "instruction": str} and exactly one of
         "masks"     list, one per instance: an RLE dict, rows of 0 and 1, or a mask file
-        "polygons"  list, one per instance: a flat polygon [x0, y0, x1, y1, ...], or a list of them that are united
+        "polygons"  list, one per instance: a polygon [x0, y0, x1, y1, ...] or [[x0, y0], [x1, y1], ...], or a list of
+                    them that are united
         "rle"       an RLE dict or a list of them, compressed or not
         "mask"      a mask file, or a list of them, one per instance: what is not 0 (black) is inside
-    ([] says that nothing is meant). It may have "ignore" (an RLE dict or a mask file), "sample_id", "image_id",
-    "dataset", "split", "reasoning" and "kind". Files are relative to the JSONL's folder.
+    ([] says that nothing is meant; a mask without a pixel is refused). It may have "ignore" (an RLE dict or a mask
+    file), "sample_id", "image_id", "dataset", "split", "reasoning" and "kind"; null and "" are as good as absent, for
+    these and for the four above. docs/data.md says what a mask file may hold.
+
+    Files are relative to the JSONL's folder or to `image_dir`, and may not lie outside it.
 
     Args:
-        path: the JSONL file.
+        path: the JSONL file, in UTF-8.
         split: name of the split; lines that name another are left out.
         num_samples: the first so many rows, or None for all.
+        image_dir: the folder of the images and mask files; None takes the JSONL's.
 
     Returns:
         Dataset with the columns of `loaders.rows.FEATURES`; `sample_id` is NAME-LINE where a line has none.
@@ -40,33 +51,55 @@ def load_jsonl(path: str | os.PathLike, split: str = "train", num_samples: int |
         rows = load_jsonl("mine.jsonl", "train")
     """
     path = need(Path(path), "give a file with one JSON object per line.").resolve()
-    return to_dataset(_rows, {"path": path, "split": split}, [path], split, num_samples)
+    folder = path.parent if image_dir is None else need(Path(image_dir), "`image_dir` holds the images.").resolve()
+    files = [path, *(file for file in _named_files(path, folder) if file.is_file())]
+    return to_dataset(_rows, {"path": path, "split": split, "folder": folder}, files, split, num_samples)
 
 
-def _rows(path: Path, split: str) -> Iterator[dict]:
+def _named_files(path: Path, folder: Path) -> list[Path]:
+    """The files that a JSONL names, each once; rows are made anew when one of them has changed."""
+    named: set[str] = set()
+    for _, line in read_jsonl(path):
+        given = [line.get(name) for name in ("image", "ignore", "mask", "masks")]
+        for value in given:
+            named |= {each for each in (value if isinstance(value, list) else [value]) if isinstance(each, str)}
+    return [folder / name for name in sorted(named) if "\0" not in name and len(name) < 4096]
+
+
+def _rows(path: Path, split: str, folder: Path) -> Iterator[dict]:
     for number, line in read_jsonl(path):
         try:
-            row = _row(line, path, number, split)
+            row = _row(line, path, number, split, folder)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{path}, line {number}: {error}") from error
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OSError) as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
         if row is not None:
             yield row
 
 
-def _row(given: dict, path: Path, number: int, split: str) -> dict | None:
+def _row(given: dict, path: Path, number: int, split: str, folder: Path) -> dict | None:
     from segcompass.modeling_segcompass.images import upright_size  # here, since it brings torch along
 
-    if given.get("split", split) != split:
+    # null and "" are as good as absent, and so is the NaN that tables write for an empty field
+    given = {name: value for name, value in given.items() if not (value is None or value == "" or value != value)}
+    if str(given.get("split", split)) != split:
         return None
     for key in ("image", "instruction"):
         if not isinstance(given.get(key), str) or not given[key].strip():
             raise ValueError(f"{key!r} is missing or blank.")
-    image = need(path.parent / given["image"], "paths are relative to the JSONL's folder.")
+    reasoning = given.get("reasoning")
+    if not isinstance(reasoning, (str, type(None))):
+        raise ValueError(f"'reasoning' must be text; got a {type(reasoning).__name__}.")
+    reasoning = reasoning if (reasoning or "").strip() else None
+    check_reasoning(reasoning)
+    for key in ("sample_id", "image_id", "dataset", "kind"):
+        if isinstance(given.get(key), (dict, list, float, bool)):
+            raise ValueError(f"{key!r} must be text or a whole number; got {given[key]!r:.100}.")
+    image = need(inside_folder(folder, given["image"]), "paths are relative to the JSONL's folder.")
     height, width = upright_size(image)
-    masks = _instances(given, path.parent, height, width)
-    kind = target_kind(len(masks))
+    masks = _instances(given, folder, height, width)
+    ignore = _read(given["ignore"], folder, height, width) if given.get("ignore") else None
     return {
         "image": {"path": str(image), "bytes": None},
         "image_id": str(given.get("image_id", given["image"])),
@@ -74,13 +107,18 @@ def _row(given: dict, path: Path, number: int, split: str) -> dict | None:
         "dataset": str(given.get("dataset", path.stem)),
         "split": split,
         "instruction": given["instruction"],
-        "reasoning": given.get("reasoning"),
+        "reasoning": reasoning,
         "masks": masks,
-        "ignore": None if given.get("ignore") is None else read_mask(given["ignore"], height, width, path.parent),
+        "ignore": ignore if ignore and has_pixels(ignore) else None,
         "height": height,
         "width": width,
-        "kind": str(given.get("kind", kind)),
+        "kind": str(given.get("kind", target_kind(len(masks)))),
     }
+
+
+def _read(mask: Any, folder: Path, height: int, width: int) -> dict:
+    """`read_mask` of a mask file inside the folder, or of another form. Raises as `read_mask`."""
+    return read_mask(inside_folder(folder, mask) if isinstance(mask, str) else mask, height, width)
 
 
 def _instances(given: dict, folder: Path, height: int, width: int) -> list[dict]:
@@ -95,12 +133,14 @@ def _instances(given: dict, folder: Path, height: int, width: int) -> list[dict]
         value = [value]
     if not isinstance(value, list):
         raise ValueError(f"{keys[0]!r} must be a list with one entry per instance.")
-    if keys[0] != "polygons":
-        return [read_mask(mask, height, width, folder) for mask in value]
     masks = []
-    for number, polygons in enumerate(value, 1):
-        mask = read_polygons(polygons, height, width)
-        if mask is None:
-            raise ValueError(f"polygon {number} has no pixel inside the image of {height} x {width}.")
+    for number, each in enumerate(value, 1):
+        polygon = keys[0] == "polygons"
+        mask = read_polygons(each, height, width) if polygon else _read(each, folder, height, width)
+        if mask is None or not has_pixels(mask):
+            raise ValueError(
+                f"{'polygon' if polygon else 'mask'} {number} has no pixel inside the image of {height} x {width}; a "
+                "mask without a pixel is no instance: leave it out, and give [] where nothing is meant."
+            )
         masks.append(mask)
     return masks

@@ -2,15 +2,17 @@
 
 | a mask comes as | read by |
 |---|---|
-| an RLE dict, a mask file, an array or rows of 0 and 1 | `read_mask` |
-| polygons of one instance | `read_polygons` |
+| an RLE dict, a mask file (a path, its bytes), a PIL image, an array, a tensor or rows of 0 and 1 | `read_mask` |
+| polygons of one instance, flat or as points | `read_polygons` |
 | a COCO annotation's segmentation: polygons or run lengths, compressed or not | `coco_rle` |
 | polygons to be painted pixel by pixel, outline included | `paint_polygon` |
 
-Every mask leaves as a COCO compressed RLE dict {"size": [h, w], "counts": str}.
+Every mask leaves as a COCO compressed RLE dict {"size": [h, w], "counts": str}. A picture or an array is a mask when it
+has 0 (black) outside and one other value inside; anything that could mean two masks is refused. docs/data.md has the
+whole table, which a test reads row by row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,12 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from .files import need
+from .reasoning_segmentation.run_lengths import MAX_PIXELS, checked_rle
+
+MAX_OUTLINE = 4_000_000
+"""Pixels along the outline of an instance's polygons; more would take minutes and gigabytes to fill."""
+FARTHEST = 10_000_000
+"""Largest coordinate of a polygon's point, in pixels."""
 
 _ONE = 1 << 16  # fixed point, as OpenCV follows an edge from row to row
 
@@ -43,23 +51,32 @@ def decode_mask(rles: Sequence[dict], height: int, width: int) -> np.ndarray:
 
     Args:
         rles: COCO compressed RLE dicts; [] is an empty mask.
-        height: of an empty mask, in pixels.
-        width: of an empty mask, in pixels.
+        height: of the masks, in pixels.
+        width: of the masks, in pixels.
 
     Returns:
         bool (H, W).
+
+    Raises:
+        ValueError: a damaged RLE, or one of another size.
     """
     if not rles:
         return np.zeros((height, width), dtype=bool)
-    return coco_mask.decode(coco_mask.merge(list(rles))).astype(bool)
+    return coco_mask.decode(coco_mask.merge([checked_rle(rle, (height, width)) for rle in rles])).astype(bool)
+
+
+def has_pixels(rle: dict) -> bool:
+    """Whether any pixel is inside an RLE that `read_mask` or `coco_rle` made: a mask without pixels is no instance."""
+    return bool(coco_mask.area(rle))
 
 
 def read_mask(mask: Any, height: int, width: int, folder: Path = Path()) -> dict:
     """Read one instance's mask.
 
     Args:
-        mask: an RLE dict, compressed or not; the path of a mask file, in which what is not 0 (black) is inside; or an
-            array or rows of 0 and 1.
+        mask: an RLE dict, compressed or not; a mask file (a path, bytes, or {"bytes", "path"}); a PIL image; or an
+            array, a tensor or rows of (H, W), (H, W, 1) or (1, H, W). A mask has 0 (black) outside and one other value
+            inside; of floats that value is 1.
         height: of its image, in pixels.
         width: of its image, in pixels.
         folder: what paths are relative to.
@@ -69,39 +86,135 @@ def read_mask(mask: Any, height: int, width: int, folder: Path = Path()) -> dict
 
     Raises:
         FileNotFoundError: the mask file is missing.
-        ValueError: an unreadable file, another size than the image's, or values other than 0 and 1.
+        ValueError: an unreadable file, another size than the image's, or values that do not say what is inside.
 
     Example:
         >>> read_mask([[1, 0], [0, 1]], height=2, width=2)
         {'size': [2, 2], 'counts': '0120'}
     """
-    if isinstance(mask, dict):
-        return coco_rle(mask, height, width) or encode_mask(decode_mask([], height, width))
-    array = _read_file(folder / mask) if isinstance(mask, (str, Path)) else np.array(mask)
-    if array.dtype.kind not in "bui" or not np.isin(array, (0, 1)).all():
+    if isinstance(mask, Mapping) and "counts" in mask:
+        return checked_rle(dict(mask), (height, width))
+    if isinstance(mask, Mapping) and not {"bytes", "path"} & set(mask):
+        return checked_rle(dict(mask))  # which says what an RLE needs
+    if isinstance(mask, Mapping):
+        mask = mask["bytes"] if mask.get("bytes") is not None else mask.get("path")
+    if isinstance(mask, (str, Path)):
+        path = need(folder / mask, "paths are relative to the JSONL's folder.")
+        inside = _read_picture(path, f"the mask file {path}")
+    elif isinstance(mask, (bytes, bytearray)):
+        inside = _read_picture(bytes(mask), f"the mask of {len(mask)} bytes")
+    elif hasattr(mask, "convert") and hasattr(mask, "getexif"):
+        inside = _inside_picture(mask, "the mask")
+    else:
+        inside = _inside_array(mask, height, width)
+    if inside.shape != (height, width):
+        raise ValueError(
+            f"a mask of size {inside.shape}, its image {(height, width)} (height, width); make them equal."
+        )
+    return encode_mask(inside)
+
+
+def _inside_array(given: Any, height: int, width: int) -> np.ndarray:
+    """An array, a tensor or rows as bool (H, W). Raises ValueError."""
+    given = given.detach().cpu() if hasattr(given, "detach") else given
+    try:
+        array = np.asarray(given)
+    except ValueError as error:
+        raise ValueError(f"a mask must be rows of 0 and 1, all of one length: {error}.") from error
+    except Exception as error:
+        raise ValueError(f"a mask is a {type(given).__name__} that numpy cannot read: {error}.") from error
+    if array.shape == (height, width, 1):
+        array = array[..., 0]
+    elif array.shape == (1, height, width):
+        array = array[0]
+    if array.shape in ((height, width, 2), (height, width, 3), (height, width, 4)) and array.dtype == np.uint8:
+        from PIL import Image
+
+        return _inside_picture(Image.fromarray(array), "a mask with colours")
+    if array.dtype.kind not in "buif":
+        raise ValueError(f"a mask must be rows of 0 and 1; got values of {array.dtype}.")
+    if array.dtype.kind == "f" and not np.isin(array, (0, 1)).all():
         raise ValueError(f"a mask must be rows of 0 and 1; got values of {array.dtype}. Threshold it first.")
-    if array.shape != (height, width):
-        raise ValueError(f"a mask of size {array.shape}, its image {(height, width)} (height, width); make them equal.")
-    return encode_mask(array != 0)
+    return _one_value(array, "a mask")
 
 
-def _read_file(path: Path) -> np.ndarray:
-    """A mask file as bool (H, W). Raises FileNotFoundError or ValueError."""
+def _read_picture(file: Path | bytes, name: str) -> np.ndarray:
+    """A mask file as bool (H, W). Raises ValueError."""
+    from io import BytesIO
+
     from PIL import Image
 
-    need(path, "paths are relative to the JSONL's folder.")
     try:
-        pixels = np.asarray(Image.open(path))  # (H, W) or (H, W, channels)
-    except OSError as error:
-        raise ValueError(f"the mask file {path} cannot be read: {error}.") from error
-    return (pixels != 0).any(axis=2) if pixels.ndim == 3 else pixels != 0  # (H, W)
+        picture = Image.open(BytesIO(file) if isinstance(file, bytes) else file)
+    except Exception as error:  # decoders raise whatever they like on damaged files
+        raise ValueError(f"{name} cannot be read: {str(error)[:300]}.") from error
+    with picture:
+        return _inside_picture(picture, name)
+
+
+def _inside_picture(picture: Any, name: str) -> np.ndarray:
+    """A PIL image as bool (H, W), turned as its EXIF orientation says. Raises ValueError.
+
+    Colours, the numbers of a palette and transparency may each say what is inside. They must agree.
+    """
+    from segcompass.modeling_segcompass.images import upright  # here, since it brings torch along
+
+    if picture.width * picture.height > MAX_PIXELS:
+        raise ValueError(f"{name} has {picture.width} x {picture.height} pixels; the limit is {MAX_PIXELS:,}.")
+    kind = picture.format
+    try:
+        frames = getattr(picture, "n_frames", 1)
+        picture.load()
+    except Exception as error:
+        raise ValueError(f"{name} cannot be read: {str(error)[:300]}.") from error
+    if frames != 1:
+        raise ValueError(f"{name} has {frames} frames or pages; save the mask as a picture of one.")
+    picture = upright(picture, name)
+    mode = picture.mode
+    said: dict[str, np.ndarray] = {}
+    if mode in ("1", "L") or mode.startswith("I"):
+        said["values"] = np.asarray(picture)
+    elif mode in ("P", "PA"):
+        said["numbers of the palette"] = np.asarray(picture if mode == "P" else picture.convert("P"))
+    if mode in ("LA", "P", "PA", "RGB", "RGBA"):
+        colours = np.asarray(picture.convert("RGBA")).astype(np.int32)
+        said["colours"] = (colours[..., 0] << 16) | (colours[..., 1] << 8) | colours[..., 2]
+    if mode in ("LA", "PA", "RGBA") or "transparency" in picture.info:
+        opaque = np.asarray(picture.convert("RGBA"))[..., 3]
+        said |= {} if (opaque == 255).all() else {"transparency": opaque}
+    if not said:
+        raise ValueError(f"{name} has mode {mode!r}; save it as black and white (PIL mode 'L' or '1').")
+    lossy = " JPEG changes values, so save masks as PNG." if kind in ("JPEG", "MPO") else ""
+    inside = {each: _one_value(values, f"{name} ({each})", lossy) for each, values in said.items()}
+    first, *others = inside
+    for other in others:
+        if not np.array_equal(inside[first], inside[other]):
+            areas = f"{int(inside[first].sum())} pixels by its {first}, {int(inside[other].sum())} by its {other}"
+            raise ValueError(f"{name} can be read in two ways: inside are {areas}. Save it as black and white.")
+    return inside[first]
+
+
+def _one_value(array: np.ndarray, name: str, hint: str = "") -> np.ndarray:
+    """What is not 0, as bool. Raises ValueError unless it is all of one value above 0."""
+    inside = array != 0
+    if array.dtype.kind != "b" and inside.any():
+        low, high = array[inside].min(), array.max()
+        if low != high or low < 0:
+            found = np.unique(array[inside])
+            shown = ", ".join(map(str, found[:4].tolist())) + (", ..." if len(found) > 4 else "")
+            raise ValueError(
+                f"{name} must be 0 outside and one other value inside, such as rows of 0 and 1; got {shown} beside 0. "
+                f"Threshold it, or give one mask for each instance.{hint}"
+            )
+    return inside
 
 
 def read_polygons(polygons: Sequence, height: int, width: int) -> dict | None:
     """Read one instance's polygons.
 
     Args:
-        polygons: a flat polygon [x0, y0, x1, y1, ...] or a list of them that are united, in pixels.
+        polygons: a flat polygon [x0, y0, x1, y1, ...], one as points [[x0, y0], [x1, y1], ...], or a list of either,
+            which are united; in pixels. What lies outside the image is cut off.
         height: of its image, in pixels.
         width: of its image, in pixels.
 
@@ -109,14 +222,53 @@ def read_polygons(polygons: Sequence, height: int, width: int) -> dict | None:
         The RLE, or None when no pixel is inside.
 
     Raises:
-        ValueError: a polygon of fewer than three points or of an odd number of coordinates.
+        ValueError: a polygon of fewer than three points or of an odd number of coordinates; coordinates that are no
+            finite numbers, all lie from 0 to 1, or are far outside; an endless outline.
     """
-    flat = not all(isinstance(part, list) for part in polygons)
-    parts = [polygons] if flat else polygons
-    short = [part for part in parts if len(part) < 6 or len(part) % 2]
-    if short:
-        raise ValueError(f"a polygon needs at least three points as [x0, y0, x1, y1, x2, y2, ...]; got {short[0]}.")
-    return coco_rle(parts, height, width)
+    if not isinstance(polygons, (list, tuple)) or not polygons:
+        raise ValueError(f"a polygon must be a list [x0, y0, x1, y1, x2, y2, ...]; got {polygons!r:.100}.")
+    parts = [polygons] if _is_polygon(polygons) else polygons
+    flat = []
+    for part in parts:
+        points = isinstance(part, (list, tuple)) and part and all(isinstance(each, (list, tuple)) for each in part)
+        numbers = [number for point in part for number in point] if points else part
+        if not isinstance(numbers, (list, tuple)) or any(
+            isinstance(number, bool) or not isinstance(number, (int, float)) for number in numbers
+        ):
+            raise ValueError(f"a polygon must be a list of numbers [x0, y0, x1, y1, x2, y2, ...]; got {part!r:.100}.")
+        if len(numbers) < 6 or len(numbers) % 2 or (points and any(len(point) != 2 for point in part)):
+            raise ValueError(
+                f"a polygon needs at least three points as [x0, y0, x1, y1, x2, y2, ...]; got {part!r:.100}."
+            )
+        flat.append(list(numbers))
+    _check_outline(flat)
+    if max(height, width) > 1 and all(0 <= number <= 1 for part in flat for number in part):
+        raise ValueError(
+            "all coordinates of a polygon lie from 0 to 1, as if they were shares of the image's sides; give them in "
+            f"pixels: multiply x by {width} and y by {height}."
+        )
+    return coco_rle(flat, height, width)
+
+
+def _is_polygon(given: Sequence) -> bool:
+    """Whether this is one polygon, flat or as points, and not a list of them."""
+    if any(not isinstance(each, (list, tuple)) for each in given):
+        return True
+    return len(given) > 2 and all(len(each) == 2 and not isinstance(each[0], (list, tuple)) for each in given)
+
+
+def _check_outline(polygons: Sequence[Sequence[float]]) -> None:
+    """Raises ValueError for flat polygons that the C code cannot fill in bounded time and memory."""
+    length = 0.0
+    for polygon in polygons:
+        points = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
+        if not np.isfinite(points).all():
+            raise ValueError("a polygon has a coordinate that is not finite.")
+        if np.abs(points).max() > FARTHEST:
+            raise ValueError(f"a polygon has the coordinate {np.abs(points).max():g}; the farthest is {FARTHEST:,}.")
+        length += np.abs(np.diff(points, axis=0, append=points[:1])).max(axis=1).sum()
+    if length > MAX_OUTLINE:
+        raise ValueError(f"a polygon's outline has {length:,.0f} pixels; the limit is {MAX_OUTLINE:,}: simplify it.")
 
 
 def coco_rle(segmentation: Any, height: int, width: int) -> dict | None:
@@ -134,18 +286,18 @@ def coco_rle(segmentation: Any, height: int, width: int) -> dict | None:
         The RLE, or None when no pixel is inside.
 
     Raises:
-        ValueError: an RLE of another size, or one whose counts do not fill it.
+        ValueError: an RLE of another size, or one whose counts do not fill it; a polygon that is not finite or endless.
         TypeError: none of these forms.
     """
     rle: dict | None
+    size = (height, width)
     if isinstance(segmentation, dict):
-        rle = _sized(segmentation, height, width)
+        rle = checked_rle(segmentation, size)
     elif isinstance(segmentation, (list, tuple)) and all(isinstance(part, dict) for part in segmentation):
-        rle = coco_mask.merge([_sized(part, height, width) for part in segmentation]) if segmentation else None
+        rle = coco_mask.merge([checked_rle(part, size) for part in segmentation]) if segmentation else None
     elif isinstance(segmentation, (list, tuple)) and all(isinstance(part, (list, tuple)) for part in segmentation):
         polygons = [list(map(float, part)) for part in segmentation if len(part) >= 6 and len(part) % 2 == 0]
-        if not np.isfinite([number for polygon in polygons for number in polygon]).all():
-            raise ValueError("a polygon has a coordinate that is not finite.")
+        _check_outline(polygons)
         rle = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width)) if polygons else None
     else:
         raise TypeError(
@@ -153,44 +305,6 @@ def coco_rle(segmentation: Any, height: int, width: int) -> dict | None:
             f"{type(segmentation).__name__}."
         )
     return _plain(rle) if rle is not None and coco_mask.area(rle) else None
-
-
-def _sized(rle: dict, height: int, width: int) -> dict:
-    """An RLE of the image's size, compressed. Raises ValueError."""
-    if not {"size", "counts"} <= set(rle):
-        raise ValueError(f'an RLE needs "size" and "counts"; this has {sorted(rle)}.')
-    if list(rle["size"]) != [height, width]:
-        raise ValueError(f"an RLE has size {list(rle['size'])}, its image {[height, width]} (height, width).")
-    if isinstance(rle["counts"], (list, tuple)):
-        counts = list(rle["counts"])
-        if sum(counts) != height * width or min(counts, default=0) < 0:
-            raise ValueError(f"an RLE has counts for {sum(counts)} pixels, its image {height * width}.")
-        return coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)
-    counted = _pixels(rle["counts"])
-    if counted != height * width:
-        raise ValueError(f"an RLE has counts for {counted} pixels, its image {height * width}.")
-    return rle
-
-
-def _pixels(counts: str | bytes) -> int | None:
-    """How many pixels compressed run lengths describe; None when they are damaged.
-
-    Numbers are written in groups of five bits from the low end, 48 added to each, 32 to all but the last; 16 in the
-    last means negative. From the fourth on they are differences to the last but one.
-    """
-    groups = np.frombuffer(counts if isinstance(counts, bytes) else counts.encode(), dtype=np.uint8).astype(np.int64)
-    groups -= 48
-    if not len(groups) or groups.min() < 0 or groups.max() > 63 or groups[-1] & 32:
-        return None
-    last = (groups & 32) == 0
-    starts = np.flatnonzero(np.concatenate([[True], last[:-1]]))
-    place = np.arange(len(groups)) - np.repeat(starts, np.diff(np.append(starts, len(groups))))
-    if place.max() > 8:
-        return None
-    numbers = np.add.reduceat((groups & 31) << (5 * place), starts)
-    numbers -= np.where(groups[last] & 16, 1 << (5 * (place[last] + 1)), 0)
-    runs = np.concatenate([numbers[:1], numbers[1::2].cumsum(), numbers[2::2].cumsum()])
-    return int(runs.sum()) if runs.min() >= 0 else None
 
 
 def _plain(rle: dict) -> dict:
@@ -215,12 +329,13 @@ def paint_polygon(points: Sequence[Sequence[float]] | np.ndarray, height: int, w
         bool (height, width).
 
     Raises:
-        ValueError: no points, not (n, 2), or not finite.
+        ValueError: no points, not (n, 2), not finite, or an endless outline.
     """
     given = np.asarray(points, dtype=np.float64)
     if given.ndim != 2 or given.shape[1] != 2 or not len(given) or not np.isfinite(given).all():
         raise ValueError(f"a polygon must be a list of finite points [x, y]; got an array of shape {given.shape}.")
-    corners = np.clip(given, -(2**24), 2**24).astype(np.int64)  # (n, 2)
+    _check_outline([given.ravel().tolist()])
+    corners = given.astype(np.int64)  # (n, 2)
     outline = np.zeros((height, width), dtype=bool)
     rows: list[np.ndarray] = []
     crossings: list[np.ndarray] = []  # in the fixed point of _ONE

@@ -13,7 +13,7 @@ from datasets import Dataset, IterableDataset, load_dataset
 
 from .files import need
 from .registry import register_loader
-from .rows import LeftOut, to_dataset
+from .rows import LeftOut, reserved_token, to_dataset
 
 
 def image_name(address: str) -> str:
@@ -58,7 +58,10 @@ def load_obelics(
         "image_dir": None if image_dir is None else Path(image_dir).resolve(),
         "max_characters": max_characters,
     }
-    return to_dataset(_rows, arguments, parquet_files(root), "train", num_samples)
+    files = parquet_files(root)
+    if image_dir is not None:
+        files += sorted(file for file in Path(image_dir).iterdir() if file.is_file())  # more may be fetched later
+    return to_dataset(_rows, arguments, files, "train", num_samples)
 
 
 @register_loader("obelics")
@@ -102,6 +105,9 @@ def _rows(root: str, image_dir: Path | None, max_characters: int) -> Iterator[di
             before, after = _texts_around(document["texts"], place, max_characters)
             if not (before or after):
                 left_out.add("no text around the image", name)
+                continue
+            if reserved_token(before) or reserved_token(after):
+                left_out.add("text that holds <think>, </think> or <REF_POS>", name)
                 continue
             image = _stored(source, image_dir)
             try:

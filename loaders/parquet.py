@@ -8,7 +8,7 @@ from pathlib import Path
 from datasets import Dataset, Image, load_dataset
 from pycocotools import mask as coco_mask
 
-from .files import need
+from .files import check_shards, need
 from .masks import coco_rle, read_mask
 from .rows import LeftOut, expressions, target_kind, to_dataset
 
@@ -43,7 +43,8 @@ def load_parquet(
         Dataset with the columns of `loaders.rows.FEATURES`; `kind` is "single", or "none" without a target.
 
     Raises:
-        ValueError: a layout that loses polygons, or an unknown one; a mask of another size than its image.
+        ValueError: a layout that loses polygons, or an unknown one; a mask of another size than its image; a folder
+            with only some of a split's files.
         FileNotFoundError: an image is missing.
 
     Example:
@@ -57,6 +58,8 @@ def load_parquet(
             files = [file for file in files if file.stem.split("-")[0] == split]
         if not files:
             raise ValueError(f"{path} holds no parquet file of split {split!r}; their names begin with the split's.")
+        if not Path(path).is_file():
+            check_shards(files)
         source = load_dataset("parquet", data_files={split: [str(file) for file in files]}, split=split)
     else:
         source = load_dataset(str(path), split=split)

@@ -2,9 +2,10 @@
 
 import hashlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import pyarrow.compute as pc
 from datasets import Dataset, Features, Image, IterableDataset, List, NamedSplit, Value
@@ -75,6 +76,77 @@ def expressions(sentences: Iterable[tuple[str, str]], unit: str) -> list[tuple[s
     return [("merged", f"Meet all the descriptions: {numbered}")]
 
 
+def reserved_token(text: str | None) -> str | None:
+    """The first token of a response's frame that a text holds, or None.
+
+    A reasoning trace is put between `<think>` and `</think>`, and `<REF_POS>` follows: one that holds them itself makes
+    a response whose format is wrong.
+    """
+    from segcompass.modeling_segcompass.processing_segcompass import REF_TOKEN, THINK, THINK_END  # brings torch along
+
+    return next((token for token in (THINK, THINK_END, REF_TOKEN) if token in (text or "")), None)
+
+
+def check_reasoning(reasoning: str | None) -> None:
+    """Refuse a reasoning trace that holds `<think>`, `</think>` or `<REF_POS>`. Raises ValueError."""
+    token = reserved_token(reasoning) if reasoning else None
+    if token:
+        raise ValueError(
+            f"the reasoning holds {token!r}, which the response around it gets by itself; give the trace alone."
+        )
+
+
+def leave_images_encoded(rows: Any) -> Any:
+    """The same rows, whose images are decoded where they are used: there an unreadable one is named by its sample.
+
+    Args:
+        rows: a Dataset, an IterableDataset, a dict of such, or None.
+
+    Returns:
+        The same with encoded images, where they are of datasets' own kind.
+    """
+    if isinstance(rows, dict):
+        return {name: leave_images_encoded(part) for name, part in rows.items()}
+    feature = (getattr(rows, "features", None) or {}).get("image")
+    plain = getattr(rows, "format", None) is None or rows.format["type"] is None
+    if isinstance(feature, Image) and feature.decode and plain:
+        return rows.cast_column("image", Image(mode=feature.mode, decode=False))
+    return rows
+
+
+def row_image(row: Mapping[str, Any]) -> Any:
+    """The image of a row, in any form that `read_image` reads.
+
+    Args:
+        row: a row of the shared schema; without `height` and `width` the image's size is not compared.
+
+    Returns:
+        PIL image of mode "RGB", upright.
+
+    Raises:
+        OSError: it cannot be read; the sample is named, as below.
+        ValueError: there is none, it means several things, or it has another size than the row says.
+    """
+    from segcompass.modeling_segcompass.images import read_image  # here, since it brings torch along
+
+    image, name = row["image"], f"the image of sample {row.get('sample_id')!r}"
+    if image is None:
+        raise ValueError(f"sample {row.get('sample_id')!r} has no image; give --image-dir.")
+    if isinstance(image, Mapping) and image.get("bytes") is None and "::" in str(image.get("path")):
+        try:
+            image = Image().decode_example(dict(image))  # within an archive, which `datasets` opens
+        except Exception as error:
+            raise OSError(f"{name} ({image['path']!r:.200}) cannot be read: {str(error)[:300]}") from error
+    read = read_image(image, name)
+    height, width = row.get("height"), row.get("width")
+    if height is not None and width is not None and read.size != (width, height):
+        raise ValueError(
+            f"{name} has (width, height) {read.size}, but its row says {(width, height)}, the size of its masks; are "
+            "these the images the annotations were made on?"
+        )
+    return read
+
+
 class LeftOut:
     """Counts what a loader could not use, and says so in one warning per reason.
 
@@ -112,7 +184,7 @@ def to_dataset(
     Args:
         make_rows: a module's generator of rows (dicts of `FEATURES`).
         arguments: its keyword arguments.
-        files: what it reads; a changed file is read again.
+        files: what it reads; when one has changed (its time or size), all rows are made again.
         split: name of the split.
         num_samples: take the first so many, or None for all.
         where: the end of an error about missing images: where they are found.
@@ -128,13 +200,19 @@ def to_dataset(
     """
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"num_samples={num_samples} is below 1; ask for at least one row, or None for all.")
-    stamps = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in files]
-    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
+    stamps = hashlib.sha256()
+    for path in files:
+        found = path.stat()
+        stamps.update(f"{path} {found.st_mtime_ns} {found.st_size}\n".encode())
+    here = Path(__file__).parent
+    readers = [*here.glob("*.py"), *here.glob("reasoning_segmentation/run_lengths.py")]
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(readers)))
+    code.update(_image_reader().read_bytes())
     given = {
         "make_rows": make_rows,
         "arguments": arguments,
         "num_samples": num_samples,
-        "stamp": (stamps, code.hexdigest()),
+        "stamp": (stamps.hexdigest(), code.hexdigest()),
     }
     if streaming:
         return IterableDataset.from_generator(_checked, features=FEATURES, gen_kwargs=given, split=NamedSplit(split))
@@ -144,6 +222,13 @@ def to_dataset(
         raise (error.__cause__ or error) from None
     _check_images(rows, where)
     return rows
+
+
+def _image_reader() -> Path:
+    """The file of the image reader, whose rules the rows' sizes follow."""
+    import segcompass.modeling_segcompass.images as images
+
+    return Path(images.__file__)
 
 
 def _check_images(rows: Dataset, where: str) -> None:
@@ -168,5 +253,9 @@ def _checked(make_rows, arguments, num_samples, stamp) -> Iterator[dict]:
     for row in chain([first], rows):
         if row["sample_id"] in seen:
             raise ValueError(f"the sample id {row['sample_id']!r} repeats; make the ids of the source unique.")
+        try:
+            check_reasoning(row["reasoning"])
+        except ValueError as error:
+            raise ValueError(f"sample {row['sample_id']!r}: {error}") from error
         seen.add(row["sample_id"])
         yield row

@@ -4,8 +4,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, Aut
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_segcompass import SegCompassConfig, SparseAutoencoderConfig
-from .modeling_segcompass import SegCompassModel, SegCompassOutput
+from .modeling_segcompass import SegCompassModel
 from .modeling_sparse_autoencoder import SparseAutoencoder
+from .outputs import SegCompassOutput
 from .pipeline_segcompass import ReasoningSegmentationPipeline
 from .processing_segcompass import SegCompassProcessor
 

@@ -9,6 +9,7 @@ from transformers.configuration_utils import SubConfigSpec
 from .image_encoder import DEFAULT_ENCODER, IMAGE_VIEWS, Frame, encoder_of
 from .old_names import with_new_names
 from .sae_activations import SAE_ACTIVATIONS
+from .saved_folders import own_config
 
 CONCEPT_READINGS = ("feature", "token", "grounded")
 
@@ -32,6 +33,7 @@ class SparseAutoencoderConfig(PreTrainedConfig):
         bandwidth: width of the window around a threshold from which the threshold learns ("jumprelu" only).
         dataset: what its hidden states were gathered from, or None when unknown.
         token_window: most tokens a sample had when they were gathered, or None when unknown.
+        backbone_revision: commit of the backbone on the Hub, or None when unknown.
         **kwargs: other fields of `PreTrainedConfig`, and fields that an activation of one's own reads.
 
     Raises:
@@ -57,6 +59,7 @@ class SparseAutoencoderConfig(PreTrainedConfig):
         bandwidth: float = 0.5,
         dataset: str | None = None,
         token_window: int | None = None,
+        backbone_revision: str | None = None,
         **kwargs,
     ):
         for name, value in (("d_in", d_in), ("d_sae", d_sae), ("k", k), ("layer", layer)):
@@ -77,11 +80,18 @@ class SparseAutoencoderConfig(PreTrainedConfig):
         self.l0_coefficient = l0_coefficient
         self.bandwidth = bandwidth
         self.backbone = backbone
+        self.backbone_revision = backbone_revision
         self.layer = layer
         self.dataset = dataset
         self.token_window = token_window
         super().__init__(**kwargs)
         SAE_ACTIVATIONS[activation].check_config(self)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict]:
+        """As transformers', but a folder without config.json, or with another model's, is refused."""
+        fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return own_config(pretrained_model_name_or_path, fields, cls.model_type), kwargs
 
 
 class SegCompassConfig(PreTrainedConfig):
@@ -231,6 +241,12 @@ class SegCompassConfig(PreTrainedConfig):
         self.references = kwargs.pop("references", None)
         super().__init__(**kwargs)
         self.check_sae(self.sae_config)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict]:
+        """As transformers', but a folder without config.json, or with another model's, is refused."""
+        fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return own_config(pretrained_model_name_or_path, fields, cls.model_type), kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

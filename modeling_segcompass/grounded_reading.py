@@ -208,8 +208,8 @@ class GroundedReading(nn.Module):
         self.reach = nn.Parameter(torch.empty(config.phrase_window))
         """κ: σ(κ_o) of what a word says is heard o words later."""
         self.same_concept = nn.Parameter(torch.empty(()))  # γ
-        self.word_side = nn.Parameter(torch.empty(d_sae, rank)) if rank else None  # U
-        self.patch_side = nn.Parameter(torch.empty(d_sae, rank)) if rank else None  # V
+        self.word_side: Any = nn.Parameter(torch.empty(d_sae, rank)) if rank else None  # U
+        self.patch_side: Any = nn.Parameter(torch.empty(d_sae, rank)) if rank else None  # V
         self.concept_bias = nn.Parameter(torch.empty(d_sae))  # β
         self.slot_bias = nn.Parameter(torch.empty(slots, d_sae))  # B, read at places only
         self.gain = nn.Parameter(torch.empty(()))  # a

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel, SamVisionModel
 
 from .sam_weights import read_sam
+from .saved_folders import check_loaded
 
 DEFAULT_ENCODER = "sam_vision_model"
 """`model_type` of the encoder of a configuration that names none."""
@@ -118,7 +119,12 @@ class ImageEncoder:
         self, source: str | PreTrainedModel, dtype: str | torch.dtype
     ) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
         """The encoder with its weights, and what the mask decoder can start from: see `load_image_encoder`."""
-        return self.model_class.from_pretrained(source, dtype=dtype) if isinstance(source, str) else source, {}
+        if not isinstance(source, str):
+            return source, {}
+        loaded: Any = self.model_class.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        encoder, info = loaded
+        check_loaded(encoder, info, source, unexpected=False)
+        return encoder, {}
 
     def encode(self, encoder: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
         """Image keys K.

@@ -8,7 +8,7 @@ the language loss live with the trainers.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,18 +17,20 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.models.sam.modeling_sam import SamPositionalEmbedding
-from transformers.utils import ModelOutput
 
 from .backbone import backbone_of
 from .checkpoints import build_from_backbones, load_whole, put_sae, save_whole
 from .concept_labels import read_labels
 from .configuration_segcompass import SegCompassConfig
 from .explanation import Explanation, explain_slot
+from .finite import refuse_non_finite
+from .generation_options import OUR_INPUTS, check_generation, one_generation_at_a_time, option
 from .grounded_reading import DECODER_CONFIDENCE, GroundedReading, Grounding
 from .image_encoder import encoder_of
 from .interventions import QUERY_SOURCES, kept_sources, scale_vector, steer, without_heaviest
 from .mask_decoder import MaskDecoder
 from .modeling_sparse_autoencoder import SparseAutoencoder
+from .outputs import SegCompassOutput
 from .query_codebook import Concepts, QueryCodebook
 from .sa2va import predict_forward
 from .slot_mapper import SlotMapper
@@ -45,71 +47,11 @@ from .token_layout import (
 )
 
 
-@dataclass
-class SegCompassOutput(ModelOutput):
-    """What a forward pass or `segment` returns. B samples, K = K_s slots, T tokens, M concepts, an h x w key grid.
-
-    Example:
-        outputs = model.segment(**processor(images=image, text="the mug nearest the sink"))
-        confidences = outputs.pred_logits.sigmoid()                     # (B, K)
-        heaviest = outputs.concept_indices[0, outputs.concept_weights[0, 0].argmax()]
-    """
-
-    loss: torch.Tensor | None = None
-    """language loss, a scalar, when labels were given."""
-    loss_dict: dict | None = None
-    """the parts of `loss` by name, detached."""
-    logits: torch.Tensor | None = None
-    """float (B, T, vocabulary)."""
-    past_key_values: object | None = None
-    """the MLLM's key-value cache."""
-    hidden_states: tuple | None = None
-    """the MLLM's hidden states, when `output_hidden_states=True`."""
-    pred_masks: torch.Tensor | None = None
-    """float (B, K, 4h, 4w), mask logits on F_enc's square frame."""
-    pred_logits: torch.Tensor | None = None
-    """float (B, K), confidence logits c_k."""
-    heatmaps: torch.Tensor | None = None
-    """float (B, K, h, w), heatmap logits H_k."""
-    slot_mask: torch.Tensor | None = None
-    """bool (B, K), True where the slot's concentration token was found in the response."""
-    concept_indices: torch.Tensor | None = None
-    """long (B, M), the SAE features that became concept tokens."""
-    concept_values: torch.Tensor | None = None
-    """float (B, M), their values h_j, the maximum over tokens (grounded: over patches); 0 marks padding."""
-    concept_weights: torch.Tensor | None = None
-    """float (B, K, M), how much each concept weighs in each slot; a slot's weights sum to 1 (grounded: 0 for most, and
-    unless they were steered)."""
-    concept_activations: torch.Tensor | None = None
-    """float (B, T, M), h_j at each token (grounded: at the patches and the conclusion's words, nothing else is read)."""
-    grounding: Grounding | None = None
-    """with `concept_reading="grounded"`: the contributions whose sum the heatmaps are, and the words behind them."""
-    token_types: torch.Tensor | None = None
-    """long (B, T), IMAGE, INSTRUCTION or RESPONSE of `token_layout`; with concepts."""
-    patch_grid: torch.Tensor | None = None
-    """long (B, 2), (rows, columns) of the image tokens; with concepts."""
-    sequences: torch.Tensor | None = None
-    """long (B, T), prompt and response; `segment` adds the last token it wrote."""
-    prompt_length: int | None = None
-    """number of prompt tokens (padding included) in `sequences`."""
-    reshaped_input_sizes: torch.Tensor | None = None
-    """long (B, 2), (H, W) of the image inside F_enc's frame."""
-    erased: object | None = None
-    """SegCompassOutput decoded without the heaviest concepts, with `num_erased_concepts`."""
-    erased_slots: torch.Tensor | None = None
-    """bool (B, K), the slots whose heaviest concepts `erased` lacks."""
-    log_probs: torch.Tensor | None = None
-    """float (B, T - 1), log-probabilities of the labels, with `fused_lm_head=True`."""
-    entropy: torch.Tensor | None = None
-    """float (B, T - 1), with `fused_lm_head=True`."""
-    aux_loss: torch.Tensor | None = None
-    """kept for trainers that ask for a router loss; always None."""
-
-
 class SegCompassModel(PreTrainedModel, GenerationMixin):
     """The MLLM policy π_θ, the image encoder F_enc, the SAE and the segmentation modules between them.
 
-    Each call keeps its own states (`states.py`), so that calls from several threads at once do not mix.
+    Each call keeps its own states (`states.py`), so that calls from several threads at once do not mix; families whose
+    MLLM notes something on itself while it generates (Qwen2.5-VL) generate for one thread at a time.
 
     Args:
         config: SegCompassConfig.
@@ -159,9 +101,38 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         # What sharding wraps: post_init gathers classes that this model may not have, which accelerate refuses.
         units = {*(self._no_split_modules or ()), type(self.backbone.blocks(self.mllm)[0]).__name__}
         self._no_split_modules = sorted(units & {type(module).__name__ for module in self.modules()})
-        self.generation_config = self.mllm.generation_config
+        self._can_compile_fullgraph = self.mllm._can_compile_fullgraph  # `generate`, with a static cache, is the MLLM's
         self._concept_labels: dict[int, str] | None = None
         self.freeze_encoders()
+
+    @property
+    def generation_config(self) -> Any:
+        """The MLLM's: the one object that `generate` uses."""
+        mllm = self._modules.get("mllm")
+        return self.__dict__.get("_own_generation_config") if mllm is None else mllm.generation_config
+
+    @generation_config.setter
+    def generation_config(self, config: Any) -> None:
+        mllm = self._modules.get("mllm")
+        if mllm is None:  # transformers sets one before there is an MLLM
+            self.__dict__["_own_generation_config"] = config
+        else:
+            mllm.generation_config = config
+
+    @property
+    def vocab_size(self) -> int:
+        """The rows of the MLLM's vocabulary."""
+        return self.config.get_text_config().vocab_size
+
+    def __getstate__(self) -> dict[str, Any]:
+        # transformers hooks the MLLM's modules with local functions, which cannot be pickled; it does so anew at the
+        # next pass.
+        for module in self.modules():
+            for key, hook in list(module._forward_hooks.items()):
+                if getattr(hook, "__module__", None) == "transformers.utils.output_capturing":
+                    del module._forward_hooks[key]
+            module.__dict__.pop("_output_capturing_hooks_installed", None)
+        return self.__dict__
 
     def freeze_encoders(self) -> None:
         """The SAE, the image encoder and the positional code never learn (appendix A.1)."""
@@ -249,11 +220,18 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             SegCompassOutput: masks, heatmaps, confidences, and the concepts behind them.
 
         Raises:
-            ValueError: an unknown query source, factors that are no factors, an unknown label, or what only the other
-                `concept_reading` can do.
+            ValueError: an unknown query source, factors that are no factors or have no concepts to scale, an unknown
+                label, what only the other `concept_reading` can do; NaN or infinity in states or masks.
         """
         if query_source not in QUERY_SOURCES:
             raise ValueError(f"query_source is {query_source!r}; choose one of {QUERY_SOURCES}.")
+        if query_source == "tokens" and (isinstance(concept_scale, torch.Tensor) or concept_scale):
+            raise ValueError(
+                "concept_scale is given with query_source='tokens', whose masks are made without concepts; use 'both' "
+                "or 'concepts', or leave concept_scale out."
+            )
+        refuse_non_finite({"z": z, "last_hidden": last_hidden}, self, attention_mask)
+        refuse_non_finite({"image_embeddings": image_embeddings}, self)
         if self.grounded:
             if query_source == "tokens":
                 raise ValueError(
@@ -319,6 +297,8 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
 
         # M̂ = F_dec(K, (H_k, c_k))
         masks = self.mask_decoder(keys, key_positions, heatmaps, confidences, cell_mask)  # (B, K_s, 4h, 4w)
+        made = {"concept_values": concepts.values, "heatmaps": heatmaps, "pred_logits": confidences}
+        refuse_non_finite({**made, "pred_masks": masks}, self)
         return SegCompassOutput(
             pred_masks=masks,
             pred_logits=confidences,
@@ -383,6 +363,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         # M̂ = F_dec(K, H_k); the confidence says whether a slot counts, not what it shows
         shown = torch.full_like(confidences, DECODER_CONFIDENCE)
         masks = self.mask_decoder(keys, key_positions, heatmaps, shown, cell_mask)  # (B, K_s, 4h, 4w)
+        refuse_non_finite({"heatmaps": heatmaps, "pred_logits": confidences, "pred_masks": masks}, self)
         places = torch.cat([word_positions, patch_positions], 1)[..., None].expand_as(activations)  # (B, R + P, M)
         at_tokens = activations.new_zeros(*ids.shape, indices.shape[1])  # (B, T, M)
         weighs = account["weights"].detach().amax(1) > 0  # (B, M)
@@ -455,7 +436,15 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         fused_lm_head: bool = False,
         skip_lm_head: bool = False,
         output_hidden_states: bool | None = None,
-        return_dict: bool = True,
+        return_dict: bool | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        output_attentions: bool | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
         **mllm_inputs: Any,
     ) -> SegCompassOutput | tuple:
         """One MLLM pass over prompt and response: language loss or log-probabilities, and masks.
@@ -482,15 +471,25 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
                 concepts necessary.
             fused_lm_head: the MLLM carries TRL's fused head: return log_probs and entropy instead of logits.
             skip_lm_head: leave out the LM head; no logits, no language loss.
-            output_hidden_states: also return the MLLM's hidden states.
-            return_dict: False returns a tuple.
-            **mllm_inputs: what else the MLLM takes (`image_grid_thw`, `mm_token_type_ids` for Qwen2.5-VL).
+            output_hidden_states: also return the MLLM's hidden states; None = as the configuration says.
+            return_dict: False returns a tuple; None = as the configuration says.
+            position_ids: as the MLLM's.
+            inputs_embeds: float (B, T, d_π) instead of input_ids, for the language part only.
+            past_key_values: a key-value cache of earlier tokens, for the language part only.
+            use_cache: also return the key-value cache.
+            logits_to_keep: logits of the last so many tokens only, 0 = of all; without labels.
+            output_attentions: also return the attention weights, under eager attention; None = as the configuration
+                says.
+            image_grid_thw: long (B, 3), of families such as Qwen2.5-VL.
+            mm_token_type_ids: long (B, T), of families such as Qwen2.5-VL.
+            **mllm_inputs: what else the MLLM takes.
 
         Returns:
             SegCompassOutput: what was asked for; the rest is None.
 
         Raises:
-            ValueError: masks are asked for without labels or response_mask; bad intervention or query source.
+            ValueError: masks are asked for without labels or response_mask, or of a part of the tokens; bad
+                intervention or query source; an input that this MLLM does not take; NaN or infinity.
         """
         wants_masks = encoder_pixel_values is not None or image_embeddings is not None
         if response_mask is None and labels is not None:
@@ -500,14 +499,48 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
                 "masks need to know where the response is: pass labels or response_mask (the processor makes both "
                 "when given response=...), or call model.segment(...) to let the model write the response."
             )
-        if attention_mask is None and input_ids is not None:
+        if wants_masks and (input_ids is None or past_key_values is not None):
+            wrong = "input_ids is None" if input_ids is None else "past_key_values is given"
+            raise ValueError(
+                f"{wrong}; masks need prompt and response in one pass: pass the processor's input_ids, whole, or leave "
+                "encoder_pixel_values and image_embeddings out."
+            )
+        per_token = {"attention_mask": attention_mask, "labels": labels, "response_mask": response_mask}
+        tokens = None if input_ids is None or past_key_values is not None else tuple(input_ids.shape)
+        for name, value in per_token.items():
+            if tokens is not None and value is not None and value.dim() == 2 and value.shape != tokens:
+                raise ValueError(
+                    f"{name} has shape {tuple(value.shape)}, input_ids {tokens}; give one value per token."
+                )
+        keeps_some = isinstance(logits_to_keep, torch.Tensor) or logits_to_keep != 0
+        if keeps_some and labels is not None:
+            raise ValueError("logits_to_keep is given with labels, whose loss needs all logits; leave one of them out.")
+        if attention_mask is None and input_ids is not None and past_key_values is None:
             attention_mask = torch.ones_like(input_ids)
-        inputs = dict(input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, **mllm_inputs)
+        inputs = dict(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            pixel_values=pixel_values,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep if keeps_some else None,
+            output_attentions=self.config.output_attentions or None if output_attentions is None else output_attentions,
+            image_grid_thw=image_grid_thw,
+            mm_token_type_ids=mm_token_type_ids,
+            **mllm_inputs,
+        )
         inputs = {name: value for name, value in inputs.items() if value is not None}
+        self.backbone.check_inputs(self.mllm, inputs)
+        self._check_given(pixel_values, encoder_pixel_values, inputs_embeds, image_grid_thw)
+        if output_hidden_states is None and self.config.output_hidden_states:
+            output_hidden_states = True
         with self.reading_states() as recorder:
             if skip_lm_head:
                 inputs["use_cache"] = False
                 inputs.pop("logits_to_keep", None)
+                inputs["output_hidden_states"] = output_hidden_states
                 policy = self.backbone.without_head(self.mllm)(**inputs)
             elif fused_lm_head:
                 policy = self.mllm(**inputs, labels=labels, fused_lm_head=True)
@@ -529,27 +562,61 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
                 d_sae = self.config.sae_config.d_sae
                 scale, output.erased_slots = without_heaviest(output, num_erased_concepts, d_sae)
                 output.erased = self.decode_masks(**asked, concept_scale=scale)
-        for name in ("loss", "logits", "past_key_values", "log_probs", "entropy", "aux_loss"):
+        copied = (
+            "loss",
+            "logits",
+            "past_key_values",
+            "log_probs",
+            "entropy",
+            "aux_loss",
+            "hidden_states",
+            "attentions",
+        )
+        for name in copied:
             if getattr(policy, name, None) is not None:
                 output[name] = getattr(policy, name)
-        if output_hidden_states:
-            output.hidden_states = policy.hidden_states
         if output.loss is not None:
             output.loss_dict = {"language": output.loss.detach()}
-        return output if return_dict else output.to_tuple()
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _check_given(self, pixel_values, encoder_pixel_values, inputs_embeds, image_grid_thw):
+        """Refuse NaN and infinity in the inputs, by sample."""
+        by_patch = isinstance(pixel_values, torch.Tensor) and "pixel_values" in self.backbone.per_patch_inputs
+        if by_patch and image_grid_thw is not None and len(pixel_values) == int(image_grid_thw.prod(-1).sum()):
+            images = pixel_values.split(image_grid_thw.prod(-1).tolist())
+            pixel_values = torch.stack([image.abs().amax() for image in images])  # (B,), finite where an image is
+        given = {"pixel_values": pixel_values, "encoder_pixel_values": encoder_pixel_values}
+        refuse_non_finite({**given, "inputs_embeds": inputs_embeds})
 
     def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Write the response with the MLLM: ids long (B, T), like any transformers model."""
-        for name in ("encoder_pixel_values", "image_embeddings", "original_sizes", "reshaped_input_sizes", "labels"):
-            kwargs.pop(name, None)
+        """Write the response with the MLLM: ids long (B, T), like any transformers model.
+
+        Args:
+            inputs: long (B, T), another name for input_ids.
+            **kwargs: anything the processor returns, and transformers' options.
+
+        Returns:
+            What the MLLM's `generate` returns.
+
+        Raises:
+            ValueError: what cannot be right, see `generation_options.check_generation`.
+        """
+        kwargs = {name: value for name, value in kwargs.items() if name not in OUR_INPUTS}
         if inputs is not None:
             kwargs["input_ids"] = inputs
-        output = self.mllm.generate(**kwargs)
         recorder = open_recorder(self.mllm)
+        check_generation(kwargs, self.mllm, for_masks=recorder is not None)
+        with one_generation_at_a_time(self.mllm) if self.backbone.notes_on_model else nullcontext():
+            if recorder is not None:
+                recorder.start_generation(whole_passes=option("use_cache", kwargs, self.mllm) is False)
+                if option("cache_implementation", kwargs, self.mllm) is not None:
+                    kwargs["disable_compile"] = True  # a compiled pass would not call the recorder
+            output = self.mllm.generate(**kwargs)
         if recorder is not None:
             sequences = getattr(output, "sequences", output)
-            eos = self.generation_config.eos_token_id
-            states = recorder.states_of_generation(sequences, kwargs["input_ids"], kwargs.get("attention_mask"), eos)
+            ends = (option(name, kwargs, self.mllm) for name in ("eos_token_id", "pad_token_id"))
+            prompt, mask = kwargs["input_ids"], kwargs.get("attention_mask")
+            states = recorder.states_of_generation(sequences, prompt, mask, *ends)
             grid = self.backbone.patch_grid(self.config.mllm_config, states.input_ids, kwargs)
             recorder.states = states._replace(patch_grid=grid)
         return output
@@ -578,7 +645,8 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             an empty `slot_mask` and so no mask.
 
         Raises:
-            ValueError: neither encoder_pixel_values nor image_embeddings; beams or several sequences per prompt.
+            ValueError: neither encoder_pixel_values nor image_embeddings; inputs that hold a response; an option of
+                `generate` that masks cannot follow (docs/generation.md); NaN or infinity.
         """
         sequences, states = self.reason(input_ids, **inputs)
         with torch.no_grad():
@@ -602,7 +670,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         image_embeddings: torch.Tensor | None = None,
         original_sizes: torch.Tensor | None = None,
         reshaped_input_sizes: torch.Tensor | None = None,
-        do_sample: bool = False,
+        do_sample: bool | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, ReasoningStates]:
         """Write the response and keep what masks are decoded from, so that they can be decoded again and again.
@@ -614,26 +682,39 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             image_embeddings: float (B, d_k, h, w) from `get_image_embeddings`, instead of `encoder_pixel_values`.
             original_sizes: accepted and ignored, so that a processor's output can be passed whole.
             reshaped_input_sizes: long (B, 2), the image's (H, W) inside F_enc's frame; None = the whole frame.
-            do_sample: greedy when False.
+            do_sample: None = as a `generation_config` argument says, and greedy without one.
             **kwargs: the MLLM's other inputs and options of `generate` (`max_new_tokens`, `streamer`, ...).
 
         Returns:
             tuple: sequences, long (B, T), and the ReasoningStates, for `decode_masks(**states._asdict())`.
 
         Raises:
-            ValueError: neither encoder_pixel_values nor image_embeddings; beams or several sequences per prompt.
+            ValueError: neither encoder_pixel_values nor image_embeddings; inputs that hold a response; an option of
+                `generate` that masks cannot follow (docs/generation.md); NaN or infinity.
         """
         if encoder_pixel_values is None and image_embeddings is None:
             raise ValueError("segment needs the image: pass encoder_pixel_values or image_embeddings.")
-        for name in ("num_beams", "num_return_sequences"):
-            if kwargs.get(name, 1) != 1:
-                raise ValueError(f"{name} is {kwargs[name]}; segment follows one sequence per prompt, use {name}=1.")
-        if kwargs.get("max_new_tokens") is None and kwargs.get("max_length") is None:
+        if any(kwargs.pop(name, None) is not None for name in ("labels", "response_mask")):
+            raise ValueError(
+                "the inputs hold a response (labels, response_mask), and segment writes its own; call the processor "
+                "without response=, or model(**inputs) for the masks of this response."
+            )
+        self._check_given(kwargs.get("pixel_values"), encoder_pixel_values, None, kwargs.get("image_grid_thw"))
+        given = kwargs.get("generation_config")
+        if do_sample is None and getattr(given, "do_sample", None) is None:
+            do_sample = False
+        if do_sample is not None:
+            kwargs["do_sample"] = do_sample
+        lengths = ("max_new_tokens", "max_length")
+        kwargs = {name: value for name, value in kwargs.items() if value is not None or name not in lengths}
+        asked = [kwargs.get(name, getattr(given, name, None)) for name in lengths]
+        if asked == [None, None] and self.generation_config.max_new_tokens is None:
             kwargs["max_new_tokens"] = self.config.max_response_length
         with self.reading_states() as recorder:
-            sequences = self.generate(input_ids=input_ids, attention_mask=attention_mask, do_sample=do_sample, **kwargs)
+            output = self.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         keys = self._image_keys(encoder_pixel_values, image_embeddings)
-        return sequences, recorder.states._replace(image_embeddings=keys, reshaped_input_sizes=reshaped_input_sizes)
+        states = recorder.states._replace(image_embeddings=keys, reshaped_input_sizes=reshaped_input_sizes)
+        return getattr(output, "sequences", output), states
 
     def explain(
         self,
@@ -672,9 +753,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         return explain_slot(outputs, slot, sample, top, labels, processor, self.config.frame.side, lost)
 
     @torch.no_grad()
-    def lost_without(
-        self, outputs: SegCompassOutput, slot: int, sample: int, image_embeddings: torch.Tensor
-    ) -> dict[int, float]:
+    def lost_without(self, outputs: Any, slot: int, sample: int, image_embeddings: torch.Tensor) -> dict[int, float]:
         """What a grounded slot's mask loses when one of its concepts is taken out of the sum, and nothing put in.
 
         Args:
@@ -772,7 +851,8 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             sae: folder, Hub id or loaded SAE.
 
         Raises:
-            ValueError: it has another width or layer than the model was built for.
+            ValueError: it has another width or layer than the model was built for, was trained on another backbone, or
+                holds numbers that are not finite.
         """
         put_sae(self, sae)
 
@@ -796,7 +876,8 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             SegCompassModel: in evaluation mode; with `output_loading_info` a tuple of it and the report.
 
         Raises:
-            ValueError: the checkpoint lacks weights of this model or holds others; `device_map` or
+            ValueError: the folder is not what was saved (see `manifest`), or another model's; it lacks weights of this
+                model or holds others, or numbers that are not finite; `device_map` or
                 `quantization_config` with a checkpoint that refers to its parts; a `device_map` that offloads the SAE.
         """
         load = super().from_pretrained
@@ -810,10 +891,11 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             *args: as transformers'.
             references: {"mllm" | "image_encoder" | "sae": {"repo_id", "revision"}}, parts to leave out of the weights
                 because they are kept elsewhere, unchanged. Loading fetches them from there.
-            **kwargs: as transformers'.
+            **kwargs: as transformers', but for `push_to_hub`.
 
         Raises:
-            ValueError: a reference to another part, or without a revision.
+            ValueError: a reference to another part, or without a revision; `push_to_hub`, which would upload the folder
+                before it is signed.
         """
         save_whole(self, super().save_pretrained, save_directory, args, references, kwargs)
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from segcompass.gallery import write_gallery
 from segcompass.journal import claim_folder, weights_of, write_text
 from segcompass.loaders import load_rows
+from segcompass.loaders.identity import rows_digest
 from segcompass.loaders.masks import encode_mask
 from segcompass.loaders.reasoning_segmentation.reasoning_segmentation import (
     PROTOCOLS,
@@ -32,6 +33,7 @@ from segcompass.loaders.reasoning_segmentation.reasoning_segmentation import (
     sample_iou,
     summarise,
 )
+from segcompass.loaders.rows import leave_images_encoded, row_image
 from segcompass.loading import load
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
 from segcompass.predictions import merge_parts, part_path, predicted_masks, read_parts, read_predictions
@@ -180,6 +182,7 @@ def predict_rest(run: Evaluation, state: PartialState, rows: Dataset, names: lis
     features = open_image_features(run.image_features, model, processor) if run.image_features else None
     ious = [iou for iou in (sample_iou(record, run.protocol) for record in done.values()) if iou is not None]
     total = len(done) + sum(names[index] not in done for batch in batches for index in batch)
+    rows = leave_images_encoded(rows)
     bar = tqdm(total=total, initial=len(done), unit="sample", dynamic_ncols=True, disable=not state.is_main_process)
     with part_path(run.output, state.process_index).open("a") as file, bar:
         for batch in batches:
@@ -215,9 +218,9 @@ def predict(
 
     Raises:
         ValueError: a row without an image, or with one of another size than its masks.
+        OSError: an image that cannot be read; its sample is named.
     """
-    for row in batch:
-        check_image(row)
+    batch = [{**row, "image": row_image(row)} for row in batch]
     began = time.perf_counter()
     images, instructions = [row["image"] for row in batch], [row["instruction"] for row in batch]
     inputs = processor(images=images, text=instructions, image_encoder=not features)
@@ -242,20 +245,9 @@ def predict(
             "text": text,
             "format": format_score(text, processor.num_slots),
             "slots": slots,
-            **sample_counts([s["segmentation"] for s in slots], row["masks"], row["ignore"], run.protocol),
+            **sample_counts([s["segmentation"] for s in slots], row["masks"], row.get("ignore"), run.protocol),
             "seconds": seconds,
         }
-
-
-def check_image(row: dict) -> None:
-    """Raises ValueError when a row has no image, or one of another size than its masks."""
-    if row["image"] is None:
-        raise ValueError(f"sample {row['sample_id']!r} has no image; give --image-dir.")
-    if row["image"].size != (row["width"], row["height"]):
-        raise ValueError(
-            f"the image of sample {row['sample_id']!r} has (width, height) {row['image'].size}, its masks "
-            f"{(row['width'], row['height'])}; are these the images the annotations were made on?"
-        )
 
 
 def score_predictions(path: Path, rows: Dataset, names: list[str], protocol: str) -> dict[str, dict]:
@@ -281,7 +273,7 @@ def score_predictions(path: Path, rows: Dataset, names: list[str], protocol: str
             "instruction": row["instruction"],
             **{name: given[name] for name in ("text", "no_target") if name in given},
             "slots": [{"segmentation": mask} for mask in masks],
-            **sample_counts(masks, row["masks"], row["ignore"], protocol, answer),
+            **sample_counts(masks, row["masks"], row.get("ignore"), protocol, answer),
         }
     return done
 
@@ -290,22 +282,18 @@ def score_predictions(path: Path, rows: Dataset, names: list[str], protocol: str
 
 
 def describe_run(run: Evaluation, rows: Dataset) -> dict:
-    """What the predictions depend on: the arguments, the weights (newest file) and the questions (a digest)."""
+    """What the predictions depend on: the arguments, the weights (newest file), the questions, masks and images."""
     if run.predictions is not None:
         source: dict[str, Any] = {"predictions": hashlib.sha256(run.predictions.read_bytes()).hexdigest()}
     else:
         source = {"model": run.model, "weights": weights_of(run.model)}
         source |= {"query_source": run.query_source, "threshold": run.min_confidence}
-    names = ("sample_id", "instruction", "masks", "ignore")
-    digest = hashlib.sha256()
-    for row in rows.select_columns(names):
-        digest.update(json.dumps([row[name] for name in names]).encode())
     return source | {
         "dataset": run.dataset,
         "split": run.split,
         "seed": run.seed,
         "num_samples": len(rows),
-        "rows": digest.hexdigest(),
+        "rows": rows_digest(rows, images=run.predictions is None),
         "unit": run.unit,
         "protocol": run.protocol,
     }
@@ -340,7 +328,7 @@ def write_results(run: Evaluation, rows: Dataset, records: list[dict], metrics: 
     name = run.model if run.predictions is None else run.predictions.stem
     title = f"{name} on {run.dataset} {run.split}, protocol {run.protocol}"
     if rows[0]["image"] is not None:
-        write_gallery(run.output / "gallery.html", rows, records, run.protocol, title)
+        write_gallery(run.output / "gallery.html", leave_images_encoded(rows), records, run.protocol, title)
     results = [
         EvalResult(
             task_type="image-segmentation",

@@ -12,6 +12,7 @@ from PIL import Image
 
 from segcompass.loaders.masks import decode_mask
 from segcompass.loaders.reasoning_segmentation.reasoning_segmentation import sample_iou
+from segcompass.loaders.rows import row_image
 
 PREDICTED, WANTED, IGNORED = (255, 140, 0), (0, 200, 255), (128, 128, 128)
 SIDE = 320
@@ -76,9 +77,9 @@ def _picture(row: dict, record: dict) -> bytes:
         mask = Image.fromarray(decode_mask(rles, height, width))
         return np.asarray(mask.resize(size, Image.Resampling.NEAREST))
 
-    pixels = np.asarray(row["image"].convert("RGB").resize(size), dtype=np.float32)
+    pixels = np.asarray(row_image(row).resize(size), dtype=np.float32)
     predicted = shown([slot["segmentation"] for slot in record["slots"]])
-    ignored = shown([row["ignore"]] if row["ignore"] else [])
+    ignored = shown([row["ignore"]] if row.get("ignore") else [])
     for mask, colour in ((ignored, IGNORED), (predicted, PREDICTED)):
         pixels = np.where(mask[..., None], 0.5 * pixels + 0.5 * np.array(colour, np.float32), pixels)
     pixels[_outline(shown(row["masks"]))] = WANTED

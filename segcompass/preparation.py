@@ -3,7 +3,8 @@
 Every image's size is compared with its masks', every count with the published one. An interrupted conversion resumes.
 """
 
-import urllib.request
+import hashlib
+import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -17,10 +18,12 @@ from tqdm import tqdm
 
 from segcompass.journal import claim_folder
 from segcompass.loaders import load_rows
+from segcompass.loaders.identity import images_digest, rows_digest
 from segcompass.loaders.obelics import image_name, open_documents
 from segcompass.loaders.published import SPLITS, compare
 from segcompass.loaders.refcoco import SPLIT_BY
 from segcompass.modeling_segcompass.images import upright_size
+from segcompass.modeling_segcompass.web_images import fetch as fetch_file
 
 LARGEST = 20_000_000  # bytes of a downloaded image
 
@@ -84,6 +87,7 @@ def prepare_data(conversion: Conversion) -> list[dict]:
     named = {name: getattr(conversion, name) for name in ("root", "split_by", "unit", "image_dir")}
     for split in conversion.split:
         rows = load_rows(conversion.dataset, split, 0, conversion.num_samples, **named)
+        claim_split(conversion, split, rows)
         convert(rows, conversion.output, split, conversion.rows_per_file, conversion.images == "bytes")
         table.append(count(conversion, split, rows))
     report(table)
@@ -97,6 +101,37 @@ def claim_conversion(conversion: Conversion) -> None:
     values = {name: getattr(conversion, name) for name in names}
     noted = {name: None if value is None else str(value) for name, value in values.items()}
     claim_folder(conversion.output, noted, "prepared.json", "a conversion")
+
+
+def claim_split(conversion: Conversion, split: str, rows: Dataset) -> None:
+    """Note in SPLIT.json which rows the split's files hold, or refuse files of other rows.
+
+    Args:
+        conversion: what is converted.
+        split: the split's name.
+        rows: all rows of the split.
+
+    Raises:
+        ValueError: the folder holds files made from other rows: the source has changed.
+    """
+    embedded = conversion.images == "bytes"
+    content = rows_digest(rows, images=False) + (images_digest(rows) if embedded else "")
+    note = f"{split}.json"
+    if not (conversion.output / note).exists() and any(conversion.output.glob(f"{split}-*.parquet")):
+        raise ValueError(
+            f"{conversion.output} holds {split}-*.parquet but no {note} to say of which rows; choose another --output, "
+            "or delete that folder."
+        )
+    noted = {"rows": len(rows), "content": content, "text": _texts_digest(rows)}
+    claim_folder(conversion.output, noted, note, f"a conversion of {split!r}")
+
+
+def _texts_digest(rows: Dataset) -> str:
+    """A hash of the columns that no result is judged by, but training reads."""
+    digest = hashlib.sha256()
+    for row in rows.select_columns(["image_id", "dataset", "reasoning", "height", "width", "kind"]):
+        digest.update(json.dumps(list(row.values())).encode())
+    return digest.hexdigest()
 
 
 def convert(rows: Dataset, folder: Path, split: str, rows_per_file: int, embed: bool) -> None:
@@ -185,17 +220,11 @@ def fetch(address: str, folder: Path) -> bool:
     path = folder / image_name(address)
     part = path.with_suffix(".part")
     try:
-        request = urllib.request.Request(address, headers={"User-Agent": "Mozilla/5.0"})
-        with urllib.request.urlopen(request, timeout=20) as answer:
-            content = answer.read(LARGEST + 1)
-        part.write_bytes(content)
+        part.write_bytes(fetch_file(address, max_bytes=LARGEST))
         with Image.open(part) as image:
             image.verify()
     except Exception:  # the web fails in every way
         part.unlink(missing_ok=True)
-        return False
-    if len(content) > LARGEST:
-        part.unlink()
         return False
     part.replace(path)
     return True

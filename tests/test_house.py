@@ -100,6 +100,29 @@ def test_nothing_imports_a_part_as_a_top_level_name(path):
         )
 
 
+DECIDED_IN = {
+    r"SamVision|Dinov2": {"image_encoder.py", "sam_weights.py", "published_backbones.py"},
+    r"Llava|Qwen|InternVL": {"backbone.py", "published_backbones.py"},
+}
+"""Classes of transformers (a pattern) -> the files that may know them; everybody else asks the first."""
+
+
+@pytest.mark.parametrize("part", (*PARTS, "segcompass"))
+def test_one_decision_has_one_file(part):
+    for path in (ROOT / part).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    for classes, files in DECIDED_IN.items():
+                        allowed = path.name in files or not re.match(classes, alias.name)
+                        assert allowed, f"{name_of(path)} imports {alias.name}; ask {sorted(files)[0]} instead"
+            if isinstance(node, ast.Compare) and isinstance(node.ops[0], (ast.Eq, ast.NotEq)):
+                sides = [ast.unparse(side) for side in (node.left, *node.comparators)]
+                assert not any(re.search(r"\bactivation$", side) for side in sides), (
+                    f"{name_of(path)} asks {ast.unparse(node)}; add a method to the classes of sae_activations.py"
+                )
+
+
 # -- public names and docstrings ---------------------------------------------------------------------------------------
 
 

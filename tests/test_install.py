@@ -85,6 +85,9 @@ def test_top_level_of_the_wheel_is_segcompass_alone(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"segcompass", f"segcompass-{segcompass.__version__}.dist-info"}
     assert not any("checkpoints" in name and name.endswith((".pt", ".pth")) for name in names)
+    of_examples = [name.removeprefix("segcompass/examples/") for name in names if "/examples/" in name]
+    code = [name for name in of_examples if name.endswith((".py", ".sh"))]  # beside the weights only, as on the Hub
+    assert "recipes/mini/grpo.yaml" in of_examples and all(name.startswith("checkpoints/mini/") for name in code)
     assert Path(wheel).stat().st_size < 12_000_000
 
 

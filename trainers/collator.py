@@ -7,9 +7,11 @@ from typing import Any
 
 from PIL import Image
 
-from segcompass.modeling_segcompass.images import read_image, upright
+from segcompass.loaders.rows import check_reasoning, row_image
+from segcompass.modeling_segcompass.images import read_image
 
 from .alignment import AlignmentTargets
+from .checks import check_masks
 from .image_features import ImageFeatures
 from .targets import mask_targets
 
@@ -54,16 +56,25 @@ class SegCompassCollator:
             and with `alignment` also `alignment_targets`, an `Alignment`.
 
         Raises:
-            ValueError: a row without reasoning, which supervised training needs.
+            ValueError: a row without reasoning, which supervised training needs, or whose reasoning, masks or image
+                cannot serve.
+            OSError: an image that cannot be read.
         """
         for row in rows:
-            if not row.get("reasoning"):
+            if not (row.get("reasoning") or "").strip():
                 raise ValueError(
                     f"row {row.get('sample_id')!r} has no reasoning; supervised training imitates a trace, so fill the "
                     "column 'reasoning' or train with SegCompassGRPOTrainer, which needs none."
                 )
+            try:
+                check_reasoning(row["reasoning"])
+            except ValueError as error:
+                raise ValueError(f"row {row.get('sample_id')!r}: {error}") from error
+            if self.mask_side is not None:
+                check_masks(row)
+        images = [row_image(row) for row in rows]
         batch = self.processor(
-            images=[row["image"] for row in rows],
+            images=images,
             text=[row["instruction"] for row in rows],
             response=[self.processor.format_response(row["reasoning"]) for row in rows],
             image_encoder=self.mask_side is not None and self.image_features is None,
@@ -73,7 +84,7 @@ class SegCompassCollator:
         if self.mask_side is None:
             return batch
         if self.image_features is not None:
-            batch.update(self.image_features.inputs([row["image"] for row in rows]))
+            batch.update(self.image_features.inputs(images))
         batch["mask_targets"] = [
             mask_targets(row["masks"], row["height"], row["width"], self.processor.frame.side, self.mask_side)
             for row in rows
@@ -178,8 +189,6 @@ class ImageTextCollator:
 def open_image(image: Any) -> Image.Image:
     """An image in any form that `read_image` reads -> upright PIL RGB. Raises OSError."""
     try:
-        return upright(read_image(image))
-    except OSError:
-        raise
-    except Exception as error:  # decoders raise whatever they like on damaged files
-        raise OSError(f"the image cannot be read as an image: {error}") from error
+        return read_image(image)
+    except ValueError as error:
+        raise OSError(str(error)) from error

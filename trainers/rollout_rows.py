@@ -7,15 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import datasets
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 
+from segcompass.loaders.identity import encoded_key
+from segcompass.loaders.rows import row_image
 from segcompass.modeling_segcompass.states import ReasoningStates
 
 from .checks import check_masks
+from .image_features import image_key
 from .joint_forward import JointForward
 from .targets import mask_targets
 
@@ -34,6 +36,8 @@ class Rollout:
     once they are known, mask_scores (B,)."""
     images: list[Image.Image]
     """the image of each row, to be drawn on."""
+    sample_ids: Sequence[str] = ()
+    """the sample of each row, for what is said about it."""
     written: ReasoningStates | None = None
     """the states of the responses as they were generated, without the image; None with vLLM."""
     scoring_inputs: tuple[tuple, dict[str, Any]] | None = None
@@ -42,49 +46,31 @@ class Rollout:
     """the pass that decoded the masks to reward, where generation left no states."""
 
 
-def leave_images_encoded(dataset: Any) -> Any:
-    """TRL fetches a generation batch at every micro-step and drops most of them: decode an image only when used.
-
-    Args:
-        dataset: a Dataset, an IterableDataset, a dict of such, or None.
-
-    Returns:
-        The same with encoded images, where they are of datasets' own kind.
-    """
-    if isinstance(dataset, dict):
-        return {name: leave_images_encoded(part) for name, part in dataset.items()}
-    feature = (getattr(dataset, "features", None) or {}).get("image")
-    plain = getattr(dataset, "format", None) is None or dataset.format["type"] is None
-    if isinstance(feature, datasets.Image) and feature.decode and plain:
-        return dataset.cast_column("image", datasets.Image(mode=feature.mode, decode=False))
-    return dataset
-
-
 def decode_images(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """Rows with PIL images, each image decoded once.
+    """Rows with PIL images, each image decoded once: equal bytes, paths or pixels are one image, whatever its id.
 
     Args:
-        rows: rows whose `image` is a PIL image or datasets' encoded form.
+        rows: rows whose `image` has any form that `read_image` reads.
 
     Returns:
         As many rows.
 
     Raises:
         ValueError: an image is not of its row's size, or a row's masks cannot serve.
+        OSError: an image cannot be read. The sample is named, as above.
     """
-    decoder, images, decoded = datasets.Image(), {}, []
+    images: dict[Any, Image.Image] = {}
+    decoded = []
     for row in rows:
-        key = _image_key(row)
-        if key not in images:
-            image = row["image"]
-            images[key] = decoder.decode_example(image) if isinstance(image, dict) else image
-            if images[key].size != (row["width"], row["height"]):
-                raise ValueError(
-                    f"the image of sample {row['sample_id']!r} is {images[key].size} (width, height), but its row says "
-                    f"({row['width']}, {row['height']}); masks and image must be of one size."
-                )
+        key = encoded_key(row["image"])
+        image = images.get(key) if key else None
+        if image is None:
+            image = row_image(row)
+            image = images.setdefault(key or image_key(image), image)
+        if image.size != (row["width"], row["height"]):
+            row_image(row)  # which names the sizes
         check_masks(row)
-        decoded.append({**row, "image": images[key]})
+        decoded.append({**row, "image": image})
     return decoded
 
 
@@ -93,7 +79,7 @@ def segmentation_batch(trainer: "SegCompassGRPOTrainer", rows: Sequence[Row]) ->
 
     Args:
         trainer: the trainer.
-        rows: B rows with PIL images.
+        rows: B rows as `decode_images` returns them.
 
     Returns:
         `image_embeddings`, B tensors (d_k, h, w); `reshaped_input_sizes`, long (B, 2); `mask_targets`, B tensors
@@ -101,18 +87,18 @@ def segmentation_batch(trainer: "SegCompassGRPOTrainer", rows: Sequence[Row]) ->
     """
     config = trainer.core.config
     frame, side = config.frame.side, 4 * config.key_grid
-    images = {_image_key(row): row["image"] for row in rows}
+    images = {id(row["image"]): row["image"] for row in rows}
     embedded = dict(zip(images, embed_images(trainer, list(images.values())), strict=True))
     targets: dict[tuple, Tensor] = {}
     for row in rows:
-        if (key := _sample_key(row)) not in targets:
+        if (key := _masks_key(row)) not in targets:
             target = mask_targets(row["masks"], row["height"], row["width"], frame, side)
             targets[key] = target.to(trainer.accelerator.device)
-    embeddings, sizes = zip(*(embedded[_image_key(row)] for row in rows), strict=True)
+    embeddings, sizes = zip(*(embedded[id(row["image"])] for row in rows), strict=True)
     return {
         "image_embeddings": list(embeddings),
         "reshaped_input_sizes": torch.stack(sizes),  # (B, 2)
-        "mask_targets": [targets[_sample_key(row)] for row in rows],
+        "mask_targets": [targets[_masks_key(row)] for row in rows],
     }
 
 
@@ -146,9 +132,7 @@ def embed_images(trainer: "SegCompassGRPOTrainer", images: list[Image.Image]) ->
     return pairs
 
 
-def _image_key(row: Row) -> tuple:
-    return row.get("dataset"), row["image_id"]
-
-
-def _sample_key(row: Row) -> tuple:
-    return row.get("dataset"), row["sample_id"]
+def _masks_key(row: Row) -> tuple:
+    """What targets are made from and laid over; ids may repeat from data set to data set."""
+    masks = tuple((tuple(mask["size"]), mask["counts"]) for mask in row["masks"])
+    return id(row["image"]), row["height"], row["width"], masks

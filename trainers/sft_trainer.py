@@ -11,14 +11,17 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+from segcompass.loaders.rows import leave_images_encoded
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
 
 from .alignment import AlignmentTargets, WordKind, alignment_loss, any_word
-from .checks import check_slots
+from .checkpoints import WholeCheckpoints
+from .checks import check_arguments, check_dataset, check_kinds
 from .collator import SegCompassCollator
 from .image_features import open_image_features
 from .losses import LOG_PREFIX, LossWeights, erasure_loss, segmentation_loss
 from .optimization import RateMultipliers, component_optimizer
+from .options import OPTIONS, refuse_options
 from .policy import freeze
 
 
@@ -77,8 +80,12 @@ class SegCompassSFTConfig(LossWeights, RateMultipliers, TrainingArguments):
         default=False, metadata={"help": "Must stay False, because the collator needs every column."}
     )
 
+    def __post_init__(self):
+        super().__post_init__()
+        refuse_options(self, OPTIONS)
 
-class SegCompassSFTTrainer(Trainer):
+
+class SegCompassSFTTrainer(WholeCheckpoints, Trainer):
     """Trains a SegCompassModel on rows with reasoning and masks.
 
     Args:
@@ -89,6 +96,7 @@ class SegCompassSFTTrainer(Trainer):
         **kwargs: Trainer's (train_dataset, eval_dataset, callbacks, ...).
 
     Raises:
+        TypeError: model, args, processing_class or train_dataset is of another kind.
         ValueError: processor and model disagree, image features of an encoder that is to be trained, or an alignment
             term with nothing to learn from it.
 
@@ -109,7 +117,9 @@ class SegCompassSFTTrainer(Trainer):
         word_kind: WordKind = any_word,
         **kwargs: Any,
     ):
-        check_slots(model.config, processing_class)
+        check_arguments(args, SegCompassSFTConfig)
+        check_kinds(model, processing_class)
+        check_dataset(kwargs.get("train_dataset"))
         model.config.token_dropout = args.token_dropout
         freeze(
             model,
@@ -127,7 +137,7 @@ class SegCompassSFTTrainer(Trainer):
                 )
             features = open_image_features(args.image_features, model, processing_class)
         mask_side = 4 * model.config.key_grid if self.with_masks else None
-        alignment, self.aligned_layer = None, model.config.sae_config.layer
+        alignment = None
         if args.lambda_align > 0:
             if not args.train_below_sae_layer:
                 raise ValueError(
@@ -136,6 +146,8 @@ class SegCompassSFTTrainer(Trainer):
                 )
             alignment = AlignmentTargets(processing_class, model.config.mllm_config, word_kind)
         collator = SegCompassCollator(processing_class, mask_side, features, alignment)
+        for name in ("train_dataset", "eval_dataset"):
+            kwargs[name] = leave_images_encoded(kwargs.get(name))
         super().__init__(model=model, args=args, processing_class=processing_class, data_collator=collator, **kwargs)
         self.model_accepts_loss_kwargs = False
         self._parts: dict[str, list[Tensor]] = {}
@@ -172,12 +184,13 @@ class SegCompassSFTTrainer(Trainer):
                 loss, parts = loss + self.args.lambda_e * erasure, {**parts, **still_there}
         aligned = {}
         if alignment is not None:
-            states = outputs.hidden_states[self.aligned_layer]  # (B, T, d)
+            config: Any = self.accelerator.unwrap_model(model).config
+            states = outputs.hidden_states[config.sae_config.layer]  # (B, T, d)
             aligned["alignment"] = alignment_loss(states, alignment)
             loss = loss + self.args.lambda_align * aligned["alignment"]
         parts = {f"{LOG_PREFIX}{name}": value for name, value in parts.items()}
         logged = {"language": outputs.loss, **aligned, **parts}
-        for name, value in logged.items():
+        for name, value in logged.items() if model.training else ():  # the log of a step holds no evaluation
             self._parts.setdefault(name, []).append(value.detach().float())
         return (loss, outputs) if return_outputs else loss
 

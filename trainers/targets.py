@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from pycocotools import mask as coco_mask
 
+from segcompass.loaders.reasoning_segmentation.run_lengths import checked_rle
 from segcompass.modeling_segcompass.image_encoder import Frame
 
 
@@ -28,7 +29,7 @@ def mask_targets(masks: list[dict], height: int, width: int, image_size: int, gr
         (G, s, s) float32 in [0, 1]; (0, s, s) when there is no target.
 
     Raises:
-        ValueError: a mask's size is not `[height, width]`.
+        ValueError: a mask's size is not `[height, width]`, or its counts are damaged.
     """
     targets = torch.zeros(len(masks), grid_size, grid_size)
     frame_height, frame_width = Frame(image_size).reshaped_size(height, width)
@@ -40,7 +41,7 @@ def mask_targets(masks: list[dict], height: int, width: int, image_size: int, gr
                 f"mask {index} is {list(mask['size'])}, but its image is [{height}, {width}]; "
                 "store masks at the image's own size (height, width)."
             )
-        pixels = coco_mask.decode(mask).T  # (W, H), contiguous: RLE runs down the columns
+        pixels = coco_mask.decode(checked_rle(mask)).T  # (W, H), contiguous: RLE runs down the columns
         covered = _cell_sums(_cell_sums(pixels, cell_height, grid_size).T, cell_width, grid_size)  # (s, s)
         targets[index] = torch.from_numpy(covered / (cell_height * cell_width))
     return targets.clamp_(0.0, 1.0)

@@ -17,6 +17,8 @@ import evaluate
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from .run_lengths import checked_rle
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -148,7 +150,8 @@ def _form(mask) -> tuple[tuple[int, int] | None, np.ndarray | list[dict]]:
         sizes = {tuple(rle["size"]) for rle in rles}
         if len(sizes) > 1:
             raise ValueError(f"the masks of one list differ in size (height, width): {sorted(sizes)}.")
-        return next(iter(sizes), None), rles
+        # A mask without a pixel is no instance.
+        return next(iter(sizes), None), [rle for rle in rles if coco_mask.area(rle)]
     array = np.asarray(mask)
     if array.dtype.kind not in "bui":
         holds = " with NaN" if array.dtype.kind == "f" and np.isnan(array).any() else ""
@@ -172,12 +175,7 @@ def _rle(rle: dict) -> dict:
     """An RLE dict, checked; an uncompressed one is compressed."""
     if not {"size", "counts"} <= set(rle) or not isinstance(rle["counts"], (str, bytes, list)):
         raise TypeError('an RLE must be {"size": [h, w], "counts": str, bytes or list of int}.')
-    height, width = map(int, rle["size"])
-    if isinstance(rle["counts"], list):
-        if sum(rle["counts"]) != height * width:
-            raise ValueError(f"an RLE of size {height} x {width} has counts for {sum(rle['counts'])} pixels.")
-        return coco_mask.frPyObjects(rle, height, width)
-    return {"size": [height, width], "counts": rle["counts"]}
+    return checked_rle(rle)
 
 
 def _as_rles(mask: np.ndarray | list[dict]) -> list[dict]:
@@ -375,6 +373,9 @@ def _rules(protocol: str) -> Protocol:
 class ReasoningSegmentation(evaluate.Metric):
     """The metric object. Masks are checked and measured when they are added; ids are checked at the end.
 
+    `evaluate.combine` passes predictions and references on when samples are added, and drops all else without a word;
+    where ignored pixels or ids count, hand them all to `compute`, or add to this object itself.
+
     Example:
         metric = evaluate.load(segcompass.METRIC)
         metric.add_batch(predictions=masks, references=rows["masks"], ignore=rows["ignore"])
@@ -386,17 +387,20 @@ class ReasoningSegmentation(evaluate.Metric):
             description=_DESCRIPTION,
             citation=_CITATION,
             inputs_description=_INPUTS,
-            # What is kept of each sample: `Measured`, split over the two names that every metric has.
+            # What is kept of each sample, split over the two names that every metric has: `evaluate.combine` hands each
+            # metric exactly the names that stand here.
             features=datasets.Features(
                 {
-                    "predictions": {name: datasets.Value("int64") for name in Areas._fields},
+                    "predictions": {
+                        "areas": {name: datasets.Value("int64") for name in Areas._fields},
+                        "no_target": datasets.Value("bool"),
+                        "sample_id": datasets.Value("string"),
+                        "process": datasets.Value("int32"),
+                    },
                     "references": {
                         "pairs": datasets.List(datasets.List(datasets.Value("int64"))),
                         "instances": datasets.Value("int32"),
                     },
-                    "no_target": datasets.Value("bool"),
-                    "sample_ids": datasets.Value("string"),
-                    "process": datasets.Value("int32"),
                 }
             ),
             reference_urls=["https://github.com/henghuiding/ReLA"],
@@ -425,26 +429,51 @@ class ReasoningSegmentation(evaluate.Metric):
         rows = [measure(*row) for row in zip(predictions, references, ignore, no_target, strict=True)]
         if rows:
             super().add_batch(
-                predictions=[row.areas._asdict() for row in rows],
+                predictions=[
+                    {
+                        "areas": row.areas._asdict(),
+                        "no_target": row.no_target,
+                        "sample_id": str(name),
+                        "process": self.process_id,
+                    }
+                    for row, name in zip(rows, sample_ids, strict=True)
+                ],
                 references=[{"pairs": row.pairs, "instances": row.instances} for row in rows],
-                no_target=[row.no_target for row in rows],
-                sample_ids=[str(name) for name in sample_ids],
-                process=[self.process_id] * size,
             )
 
     def add(
         self,
         *,
-        prediction: Any,
-        reference: Any,
+        prediction: Any = None,
+        reference: Any = None,
         ignore: Any = None,
         sample_id: str | None = None,
         no_target: bool | None = None,
+        predictions: Any = None,
+        references: Any = None,
     ) -> None:
-        """Add one sample; the arguments are those of `sample_counts`, and its id."""
+        """Add one sample.
+
+        Args:
+            prediction: see `sample_counts`, as for the next two.
+            reference: likewise.
+            ignore: likewise.
+            sample_id: the sample's id, or None.
+            no_target: what a model with a separate "nothing there" output answered, or None.
+            predictions: `prediction`, as `evaluate.combine` and other metrics call it.
+            references: `reference`, likewise.
+
+        Raises:
+            ValueError: prediction or reference is missing or given twice, or as `sample_counts`.
+        """
+        for name, one, other in (("prediction", prediction, predictions), ("reference", reference, references)):
+            if (one is None) == (other is None):
+                raise ValueError(
+                    f"add takes one {name} ([] for an empty mask); got {'none' if one is None else 'two'}."
+                )
         self.add_batch(
-            predictions=[prediction],
-            references=[reference],
+            predictions=[predictions if prediction is None else prediction],
+            references=[references if reference is None else reference],
             ignore=[ignore],
             sample_ids=None if sample_id is None else [sample_id],
             no_target=[no_target],
@@ -494,13 +523,13 @@ class ReasoningSegmentation(evaluate.Metric):
             raise ValueError("no samples: the metrics of an empty split are undefined. Add at least one.")
         return super().compute(protocol=protocol)
 
-    def _compute(self, predictions, references, no_target, sample_ids, process, protocol: str) -> dict:
+    def _compute(self, predictions, references, protocol: str) -> dict:
         seen: dict[str, tuple[Measured, int]] = {}
         samples, repeated = [], []
-        for areas, reference, answer, name, rank in zip(
-            predictions, references, no_target, sample_ids, process, strict=True
-        ):
-            measured = Measured(Areas(**areas), reference["pairs"], reference["instances"], answer)
+        for prediction, reference in zip(predictions, references, strict=True):
+            name, rank = prediction["sample_id"], prediction["process"]
+            areas = Areas(**prediction["areas"])
+            measured = Measured(areas, reference["pairs"], reference["instances"], prediction["no_target"])
             if name in seen:
                 first, first_rank = seen[name]
                 if rank == first_rank or measured != first:
@@ -515,5 +544,5 @@ class ReasoningSegmentation(evaluate.Metric):
                 "equal copies on different processes, as a distributed sampler adds them, are counted once."
             )
         results = summarise(samples, protocol)
-        duplicates = len(sample_ids) - len(samples)
+        duplicates = len(predictions) - len(samples)
         return results | ({"n_duplicates": duplicates} if duplicates else {})

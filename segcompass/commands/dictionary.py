@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     """Run the command with these options (None takes the process's own) and return the scores; None without scenes."""
     args = parse(argv)
     from segcompass.journal import Journal, weights_of
+    from segcompass.loaders.identity import rows_digest
     from segcompass.loading import load
     from segcompass.white_box.dictionary_reader import TokenReader, build_dictionary, patch_pictures
     from segcompass.white_box.examination import read_rows
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
 
     rows = read_rows(args.dataset, args.split, args.seed, args.num_samples)
     run = {name: str(value) for name, value in vars(args).items() if name not in ("output", "save_to")}
-    Journal(args.output, {**run, "weights": weights_of(args.model)})
+    Journal(args.output, {**run, "weights": weights_of(args.model), "rows": rows_digest(rows)})
     model, processor = load(args.model)
     reader = TokenReader(model, processor)
     scenes = args.dataset == "scenes"

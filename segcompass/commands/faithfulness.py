@@ -56,13 +56,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the command with these options (None takes the process's own) and return the content of metrics.json."""
     args = parse(argv)
     from segcompass.journal import Journal, weights_of
+    from segcompass.loaders.identity import rows_digest
     from segcompass.loading import load
     from segcompass.white_box.examination import examine, read_rows
     from segcompass.white_box.faithfulness_records import measure, summarise_records
 
     rows = read_rows(args.dataset, args.split, args.seed, args.num_samples)
     run = {name: value for name, value in vars(args).items() if name not in ("output", "batch_size")}
-    journal = Journal(args.output, {**run, "weights": weights_of(args.model)})
+    journal = Journal(args.output, {**run, "weights": weights_of(args.model), "rows": rows_digest(rows)})
     if any(name not in journal.records for name in rows["sample_id"]):
         model, processor = load(args.model)
 

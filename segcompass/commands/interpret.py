@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the command with these options (None takes the process's own) and return the summary of Figures 4, 5, 8."""
     args = parse(argv)
     from segcompass.journal import Journal, weights_of
+    from segcompass.loaders.identity import rows_digest
     from segcompass.loading import load
     from segcompass.white_box.examination import examine, read_rows
     from segcompass.white_box.figure_records import measure
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     rows = read_rows(args.dataset, args.split, args.seed, args.num_samples)
     run = {name: getattr(args, name) for name in ("model", "dataset", "split", "seed", "num_samples")}
-    journal = Journal(args.output, {**run, "weights": weights_of(args.model)})
+    journal = Journal(args.output, {**run, "weights": weights_of(args.model), "rows": rows_digest(rows)})
     model, processor = load(args.model)
     records = examine(journal, rows, lambda batch: measure(model, processor, batch, args.seed), args.batch_size)
     summary = {

@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     from tqdm import tqdm
 
     from segcompass.loaders import load_rows
+    from segcompass.loaders.rows import leave_images_encoded, row_image
     from segcompass.loading import load
     from segcompass.trainers.image_features import ImageFeatureWriter, encoder_id, image_key
 
@@ -57,11 +58,12 @@ def main(argv: list[str] | None = None) -> None:
             writer.add(key, feature)
         batch.clear()
 
-    for row in tqdm(rows, unit="row", dynamic_ncols=True):
-        key = image_key(row["image"])
+    for row in tqdm(leave_images_encoded(rows), unit="row", dynamic_ncols=True):
+        image = row_image(row)
+        key = image_key(image)
         if key in writer or key in batch:
             continue
-        batch[key] = row["image"]
+        batch[key] = image
         if len(batch) == args.batch_size:
             encode()
     if batch:

@@ -89,7 +89,7 @@ def test_jsonl_of_a_user_is_read_to_its_last_line(tmp_path):
     for line, message in (
         (b"[1]", "a line must be a JSON object; this one is a list"),
         (b"{", "Expecting property"),
-        (b'{"a": "caf\xe9"}', "can't decode byte"),
+        (b'{"a": "caf\xe9"}', "is not UTF-8 .byte 0xe9 after 10 bytes"),
     ):
         path.write_bytes(b"{}\n" + line)
         with pytest.raises(ValueError, match=rf"a\.jsonl, line 2: .*{message}"):

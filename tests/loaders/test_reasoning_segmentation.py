@@ -6,6 +6,7 @@ from pycocotools import mask as coco_mask
 
 from segcompass import METRIC
 from segcompass.loaders.reasoning_segmentation.reasoning_segmentation import (
+    PROTOCOLS,
     intersection_union,
     sample_counts,
     summarise,
@@ -195,3 +196,41 @@ def test_errors_name_what_is_wrong(metric):
         intersection_union(np.array([[0, 1, 255]]), np.array([[0, 1, 1]]))
     with pytest.raises(ValueError, match="2-D"):
         intersection_union(PREDICTION[None], REFERENCE)
+
+
+# -- damaged input and evaluate.combine --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("counts", ["cut", "repr", "", "1 2 3", "o" * 40])
+def test_damaged_run_lengths_are_refused_before_the_c_code(counts):
+    """That code would read past its end, or loop for ever."""
+    mask = np.zeros((20, 30), bool)
+    mask[5:10, 5:15] = True
+    good = {"size": [20, 30], "counts": coco_mask.encode(np.asfortranarray(mask, np.uint8))["counts"].decode()}
+    counts = {"cut": good["counts"][:-2], "repr": str(good["counts"].encode())}.get(counts, counts)
+    for prediction, reference in (({**good, "counts": counts}, good), (good, [{**good, "counts": counts}, good])):
+        with pytest.raises(ValueError, match="an RLE has counts for"):
+            sample_counts(prediction, reference)
+
+
+def test_masks_without_a_pixel_are_no_instances():
+    nothing, some = ({"size": [2, 2], "counts": counts} for counts in ([4], [0, 1, 3]))
+    for protocol in PROTOCOLS:
+        for given, expected in (([nothing, some], [some]), ([nothing], []), ([nothing, nothing], [])):
+            assert sample_counts(some, given, protocol=protocol) == sample_counts(some, expected, protocol=protocol)
+            assert sample_counts(given, some, protocol=protocol) == sample_counts(expected, some, protocol=protocol)
+
+
+@pytest.mark.parametrize("way", ["compute", "add_batch", "add"])
+def test_the_metric_works_within_combine(tmp_path, way):
+    full, half = np.ones((4, 6), bool), np.arange(24).reshape(4, 6) % 2 == 0
+    metric = evaluate.combine([evaluate.load(METRIC, cache_dir=str(tmp_path))])
+    given = {}
+    if way == "compute":
+        given = {"predictions": [full, half], "references": [full, full]}
+    elif way == "add_batch":
+        metric.add_batch(predictions=[full, half], references=[full, full])
+    else:
+        metric.add(prediction=full, reference=full)
+        metric.add(prediction=half, reference=full)
+    assert metric.compute(**given)["gIoU"] == 0.75

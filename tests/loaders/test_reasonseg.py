@@ -128,5 +128,5 @@ def test_bad_input_is_named(tmp_path):
             load_reasonseg(tmp_path, "val")
     write(tmp_path / "val", "a", [shape("target", square(1, 1, 5, 5))])
     (tmp_path / "val" / "a.jpg").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"a\.jpg cannot be read"):
+    with pytest.raises(ValueError, match=r"a\.jpg'\) cannot be read"):
         load_reasonseg(tmp_path, "val")

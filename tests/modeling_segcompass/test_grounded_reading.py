@@ -11,6 +11,8 @@ from segcompass.modeling_segcompass import SegCompassConfig, SegCompassModel, Sp
 from segcompass.modeling_segcompass.grounded_reading import GroundedReading, GuidedUpsampling, centred, concept_spread
 from segcompass.modeling_segcompass.image_encoder import Frame
 from segcompass.modeling_segcompass.token_layout import conclusion_mask, gather_positions
+from segcompass.trainers.optimization import RateMultipliers, parameter_groups, segmentation_modules
+from segcompass.trainers.policy import lora_config
 from segcompass.white_box.faithfulness import slot_faithfulness
 from tests.support.scripted import INSTRUCTIONS, Script, lively_segcompass, noise_image, noise_images
 from tests.support.tiny import BACKBONES, tiny_processor
@@ -510,3 +512,17 @@ def test_faithfulness_and_erasing_take_contributions_away(grounded):
     sure = (outputs.pred_logits >= 0) | (outputs.pred_logits == outputs.pred_logits.amax(1, keepdim=True))
     flat = erased.heatmaps.amax((2, 3)) - erased.heatmaps.amin((2, 3))
     assert (flat[sure & outputs.slot_mask] < 1e-5).all()
+
+
+def test_training_knows_its_modules(grounded):
+    """Its own rate, and with adapters it learns whole."""
+    model = grounded[0]
+    assert segmentation_modules(model) == ("grounded_reading", "mask_decoder")
+    assert all(hasattr(model, name) for name in segmentation_modules(model))
+    assert {"grounded_reading", "mask_decoder", "lm_head"} == set(lora_config(model).modules_to_save)
+    groups = parameter_groups(
+        model, 1.0, 0.0, set(), RateMultipliers(grounded_reading_lr_multiplier=7.0).rate_multipliers()
+    )
+    (own,) = (group for group in groups if group["lr"] == 7.0)
+    learning = [p for p in model.grounded_reading.parameters() if p.requires_grad]
+    assert {id(p) for p in own["params"]} == {id(p) for p in learning} and learning

@@ -66,7 +66,7 @@ def test_files_are_turned_as_their_orientation_says(tmp_path, orientation):
         (png()[:200], OSError, "cannot be read as an image"),
         (Image.new("RGB", (0, 5)), ValueError, "image 3 is empty .*at least 1x1 pixels"),
         (np.zeros((5, 0, 3), np.uint8), ValueError, "image 3 is empty .*at least 1x1 pixels"),
-        (np.zeros((4, 5, 3)), ValueError, r"image 3 has shape \(4, 5, 3\) and dtype float64; give a uint8 array"),
+        (np.zeros((6, 5, 5)), ValueError, r"image 3 has shape \(6, 5, 5\) and dtype float64; give numbers of shape"),
     ],
 )
 def test_what_cannot_be_read_is_named(given, error, message):
@@ -77,7 +77,7 @@ def test_what_cannot_be_read_is_named(given, error, message):
 
 def test_files_that_are_no_images_have_no_size(tmp_path):
     (tmp_path / "a.jpg").write_text("no picture")
-    with pytest.raises(ValueError, match=r"a\.jpg cannot be read"):
+    with pytest.raises(ValueError, match=r"a\.jpg'\) cannot be read"):
         upright_size(tmp_path / "a.jpg")
-    with pytest.raises(ValueError, match="the image of 5 bytes cannot be read"):
+    with pytest.raises(ValueError, match=r"the image \(5 bytes\) cannot be read"):
         upright_size(b"12345")

@@ -1,11 +1,16 @@
 """The processor: prompts, labels, errors, and masks brought back to the image's own pixels."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from segcompass.modeling_segcompass import SegCompassOutput, SegCompassProcessor
+from segcompass.modeling_segcompass import SegCompassOutput, SegCompassProcessor, processing_segcompass
 from segcompass.modeling_segcompass.processing_segcompass import PROMPT
 from tests.support.scripted import IMAGE_SIZES, INSTRUCTIONS, noise_image, noise_images
 from tests.support.tiny import BACKBONES, tiny_processor
@@ -270,6 +275,46 @@ def test_thresholds_choose_slots_and_pixels(processor):
     torch.testing.assert_close(kept[0.5]["scores"], torch.tensor([2.0, 0.0]).sigmoid())
     strict = processor.post_process_instance_segmentation(outputs, mask_threshold=0.9, target_sizes=[(32, 32)])[0]
     assert len(strict["masks"]) == 0, "a slot whose mask is empty is no instance"
+
+
+@pytest.mark.parametrize("size", [(38, 61), (61, 37), (11, 13), (200, 150), (1, 40), (900, 700)])
+@pytest.mark.parametrize("mask_threshold", [0.5, 0.3, 0.0, 1.0])
+def test_masks_made_in_strips_are_the_large_logits_above_the_threshold(processor, monkeypatch, size, mask_threshold):
+    monkeypatch.setattr(processing_segcompass, "STRIP", 2000)  # several strips, of which the last is shorter
+    outputs = outputs_of(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)), [[3.0, -3.0, 3.0]] * 2)
+    (logits, _), sizes = processor.post_process_masks(outputs.pred_masks, [size, size]), [size, size]
+    result = processor.post_process_instance_segmentation(outputs, 0.5, mask_threshold, sizes)[0]
+    expected = logits[[0, 2]].sigmoid() > mask_threshold
+    if mask_threshold == 1.0:
+        assert len(result["slots"]) == 0 and not expected.any()
+        return
+    assert result["slots"].tolist() == [0, 2]
+    differ = result["masks"] != expected  # but where rounding decides
+    assert (logits[[0, 2]].sigmoid()[differ] - mask_threshold).abs().lt(1e-6).all()
+    for mask, box in zip(result["masks"].numpy(), result["boxes"].int().tolist(), strict=True):
+        rows, columns = np.nonzero(mask.any(1))[0], np.nonzero(mask.any(0))[0]
+        assert box == [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+
+
+def test_a_large_photograph_costs_little_more_than_its_masks(processor):
+    """24 megapixels, 6 slots, in a process of its own, whose peak is its own: 0.144 GB are the masks themselves."""
+    script = """
+import resource, torch
+from types import SimpleNamespace
+from tests.support.tiny import tiny_processor
+processor = tiny_processor("llava")
+masks, row = torch.randn(1, 6, 256, 256), torch.ones(1, 6)
+outputs = SimpleNamespace(pred_masks=masks, pred_logits=row, slot_mask=row.bool())
+processor.post_process_instance_segmentation(outputs, target_sizes=[(40, 60)])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+(result,) = processor.post_process_instance_segmentation(outputs, target_sizes=[(4000, 6000)])
+assert result["masks"].shape == (6, 4000, 6000)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parents[2], *sys.path)))}
+    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert float(run.stdout) <= 0.25
 
 
 def test_no_instance_gives_empty_results_of_the_right_shapes(processor):

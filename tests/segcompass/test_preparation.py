@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from segcompass import preparation
 from segcompass.commands import prepare_data
 from segcompass.loaders import load_obelics, load_refcoco, load_rows
 from segcompass.loaders.obelics import image_name as stored_name
@@ -49,7 +50,9 @@ def test_converted_rows_are_those_of_the_loader(arguments, tmp_path, images, cap
     assert sorted(path.name for path in folder.iterdir()) == [
         "prepared.json",
         "testA-00000-of-00001.parquet",
+        "testA.json",
         *(f"val-0000{n}-of-00003.parquet" for n in range(3)),
+        "val.json",
     ]
     direct = load_refcoco(tmp_path, "grefcoco", split="val", image_dir=tmp_path / "train2014")
     if images == "bytes":
@@ -103,7 +106,41 @@ def test_published_sizes():
     assert compare("grefcoco", "unc", "testA", "ref", found) == "1,500 images, published 750"
 
 
-def test_obelics_images_are_fetched_and_become_rows(tmp_path, capsys):
+def test_a_changed_source_is_not_mixed_into_a_conversion(tmp_path):
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
+    Image.new("L", (30, 20), 255).save(tmp_path / "m.png")
+    lines = [{"image": "a.png", "instruction": f"old {n}", "mask": "m.png"} for n in range(2)]
+
+    def convert(lines, output="out", images="paths"):
+        (tmp_path / "mine.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        command = [str(tmp_path / "mine.jsonl"), "--output", str(tmp_path / output), "--rows-per-file", "1"]
+        prepare_data.main([*command, "--images", images])
+
+    convert(lines)
+    convert(lines)
+    for changed in (
+        [{**line, "instruction": "new"} for line in lines],
+        [{**line, "reasoning": "new"} for line in lines],
+        [*lines, {**lines[0], "instruction": "one more"}],
+    ):
+        with pytest.raises(ValueError, match="holds a conversion of 'train' with .*choose another --output"):
+            convert(changed)
+    assert load_rows(str(tmp_path / "out"))["instruction"][:] == ["old 0", "old 1"]
+    Image.fromarray(np.eye(20, 30, dtype=bool)).save(tmp_path / "m.png")
+    with pytest.raises(ValueError, match="holds a conversion of 'train' with content="):
+        convert(lines)
+    convert(lines, "bytes", "bytes")
+    Image.new("RGB", (30, 20), "red").save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="holds a conversion of 'train' with content="):
+        convert(lines, "bytes", "bytes")
+    for gone, message in (("train-00001-of-00002.parquet", "holds 1 of the 2 files train-*"), ("train.json", "but no")):
+        (tmp_path / "out" / gone).unlink()
+        with pytest.raises(ValueError, match=message.replace("*", r"\*")):
+            convert(lines) if gone == "train.json" else load_rows(str(tmp_path / "out"))
+
+
+def test_obelics_images_are_fetched_and_become_rows(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("SEGCOMPASS_LOCAL_URLS", "1")
     web = tmp_path / "web"
     write_images(web)
     (web / "broken.jpg").write_bytes(b"no picture")
@@ -121,6 +158,9 @@ def test_obelics_images_are_fetched_and_become_rows(tmp_path, capsys):
     pq.write_table(pa.table(documents), tmp_path / "docs" / "train-00000-of-00001.parquet")
     arguments = ["obelics", "--root", str(tmp_path / "docs"), "--image-dir", str(tmp_path / "pictures")]
     prepare_data.main([*arguments, "--download", "10", "--output", str(tmp_path / "out")])
+    monkeypatch.delenv("SEGCOMPASS_LOCAL_URLS")
+    assert not preparation.fetch(pictures[0], tmp_path), "not from this machine, unless asked"
+    assert not preparation.fetch((web / image_name(0)).as_uri(), tmp_path), "no files"
     server.shutdown()
     assert "fetched 2 of 4 images; 0 were there" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "pictures").iterdir()} == {stored_name(each) for each in pictures[:2]}

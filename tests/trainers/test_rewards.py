@@ -153,11 +153,11 @@ def test_a_mask_that_is_not_finite_is_refused_not_scored():
 
 
 def test_a_module_of_ones_own_is_found_by_its_dotted_path(tmp_path, monkeypatch):
-    (tmp_path / "toy_rewards.py").write_text(
+    (tmp_path / "own_rewards.py").write_text(
         "def brevity(completions, **kwargs):\n    return [1.0 for _ in completions]\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    brevity, builtin = find_rewards(["toy_rewards.brevity", "segcompass.trainers.rewards.mask_reward"])
+    brevity, builtin = find_rewards(["own_rewards.brevity", "segcompass.trainers.rewards.mask_reward"])
     assert brevity(completions=["a"], prompts=[]) == [1.0] and builtin is mask_reward
 
 
