@@ -68,11 +68,12 @@ class GroundedMasksConfig:
     """of the map from patches to the image encoder's grid."""
     lambda_hand_over: float = 0.5
     """of the handed-over heatmaps in phase 1."""
-    lambda_name: float = 0.05
+    lambda_name: float = 0.0
+    """of naming by phrases, in both phases; shared firing of words and patches needs none."""
     lambda_left: float = 0.3
     """of what masks still show without their looks, in phase 2."""
     jitter: float = 0.6
-    """in phase 2, contributions of 60 % of the slots are made weaker by up to this share."""
+    """in phase 2, each contribution of 60 % of the slots is made weaker by up to this share."""
     held_out: tuple[str, ...] = ()
     """meanings of words that the name term leaves out, to see whether naming is more than what it was taught."""
     save_steps: int = 50
@@ -407,7 +408,7 @@ def _heat(reading, weights, maps):
 def _jittered(weights, config, generator):
     """Weaker contributions for 60 % of the slots, so that the decoder does not take strength for size."""
     chosen = torch.rand(len(weights), 1, generator=generator) < 0.6
-    return weights * (1 - chosen * config.jitter * torch.rand(len(weights), 1, generator=generator))
+    return weights * (1 - chosen * config.jitter * torch.rand(weights.shape, generator=generator))
 
 
 def _masks(model, weights, maps, records, inputs, samples):

@@ -49,7 +49,7 @@ def join(args):
         slot_head_dim=32,
         decoder_mlp_dim=384,
         max_response_length=128,
-        grounded_rank=64,
+        grounded_rank=0,  # words and patches share concepts; a map between them overfitted
     )
     model.save_pretrained(args.output)
     processor.save_pretrained(args.output)
@@ -173,7 +173,7 @@ def main():
             part.add_argument("--minutes", type=float, default=20)
         if stage is read:
             part.add_argument("--scenes", type=int, default=2800)
-            part.add_argument("--patch-steps", type=int, default=4000)
+            part.add_argument("--patch-steps", type=int, default=2000)
             part.add_argument("--mask-steps", type=int, default=2500)
     args = parser.parse_args()
     args.run(args)
