@@ -185,7 +185,7 @@ def push_metric(
     """Push a metric module as the Space that `evaluate.load(repo_id)` reads.
 
     Args:
-        folder: holds `<name>.py` and README.md, as `segcompass.METRIC` does.
+        folder: holds `<name>.py`, the files it imports from beside it, and README.md, as `segcompass.METRIC` does.
         repo_id: the Space; the module is renamed after it, because `evaluate` looks it up by that name.
         branch: where to push; None pushes to main.
         tag: name for the commit afterwards.
@@ -199,7 +199,9 @@ def push_metric(
     text = RepoCard.load(folder / "README.md").text
     card = metric_card(repo_id, text.replace("segcompass.METRIC", f'"{repo_id}"'))  # who pulls it has no segcompass
     with TemporaryDirectory() as copy:
-        shutil.copyfile(folder / f"{folder.name}.py", Path(copy, f"{repo_id.split('/')[-1]}.py"))
+        for path in folder.glob("*.py"):  # the module, and what it imports from beside it
+            name = f"{repo_id.split('/')[-1]}.py" if path.stem == folder.name else path.name
+            shutil.copyfile(path, Path(copy, name))
         return upload(HfApi(token=token), copy, card, repo_id, "space", "Push metric", branch, tag, private)
 
 
