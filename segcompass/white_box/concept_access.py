@@ -32,7 +32,6 @@ class ConceptMeans(NamedTuple):
     """float (d_sae, positions), where it fired, as `token_position_features` says it."""
 
 
-
 @contextmanager
 def _changed_tokens(codebook: Any, change: Callable[..., Any]) -> Iterator[None]:
     """While open, the codebook's concept tokens are `change(indices, activations, token_positions)`."""

@@ -91,7 +91,9 @@ class Truth(NamedTuple):
         return {*self.looks[thing].values(), *self.places[thing]}
 
 
-def named_share(weights: np.ndarray, indices: np.ndarray, attributes: set[str], names: Mapping[str, np.ndarray]) -> float:
+def named_share(
+    weights: np.ndarray, indices: np.ndarray, attributes: set[str], names: Mapping[str, np.ndarray]
+) -> float:
     """Share of a slot's weight on concepts that name one of some attributes.
 
     Args:
@@ -329,5 +331,3 @@ def summarise_criteria(
         "masks": len(slots),
         "pairs": len(moves),
     }
-
-

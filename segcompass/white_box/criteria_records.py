@@ -35,7 +35,7 @@ PLACES = (
 NAMED = (*ATTRIBUTES, *PLACES)
 """The attributes that concepts may detect."""
 READINGS = ("scene", "patch", "word", "phrase")
-"""Where: those of `scene_attributes`, and the words of the reasoning that describe an object which has the attribute."""
+"""Where: those of `scene_attributes`, and words of the reasoning that describe an object which has the attribute."""
 NAMES_F1, NAMES_LIFT = 0.8, 0.5
 STEERS_F1, HANDS_F1, DETECTORS = 0.3, 0.5, 10
 CONFIDENT = 0.5

@@ -120,7 +120,9 @@ def score_all(
     return f1, gain
 
 
-def _best_levels(activations: torch.Tensor, present: torch.Tensor, thresholds: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _best_levels(
+    activations: torch.Tensor, present: torch.Tensor, thresholds: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The best F1 of each feature for each attribute, and the level it is reached at: float (A, d_sae) each."""
     best = torch.full((len(present), activations.shape[1]), -1.0)
     chosen = torch.zeros_like(best)
