@@ -117,4 +117,5 @@ def report(scores: dict[str, dict[str, dict[str, float]]]) -> None:
 def _cell(detector: dict[str, float] | None) -> str:
     if detector is None:
         return "–"
-    return f"{detector['f1']:.3f}, {detector['lift']:.2f} ({detector['precision']:.2f} / {detector['recall']:.2f}) #{detector['index']}"
+    scores = f"{detector['f1']:.3f}, {detector['lift']:.2f}"
+    return f"{scores} ({detector['precision']:.2f} / {detector['recall']:.2f}) #{detector['index']}"

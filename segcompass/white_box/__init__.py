@@ -15,7 +15,8 @@
     figures                the paper's Figures 4, 5, 8 and 9
     intervals              bootstrap intervals
 
-The commands `segcompass dictionary`, `faithfulness`, `white-box` and `interpret` hold their options; nothing here reads them.
+The commands `segcompass dictionary`, `faithfulness`, `white-box` and `interpret` hold their options; nothing here reads
+them.
 """
 
 from .concept_dictionary import ConceptDictionary, DictionaryBuilder

@@ -73,11 +73,12 @@ class AttentionReading:
 
     def __init__(self, model: SegCompassModel, states: ReasoningStates, means: ConceptMeans):
         self.model, self.states, self.means = model, states, means
-        self.outputs: Any = decode(model, states)
-        self.indices = self.outputs.concept_indices[0].cpu().numpy()
-        self.weights = self.outputs.concept_weights[0].float().cpu().numpy()
-        self.active = (self.outputs.concept_values[0] > 0).cpu().numpy()
-        self.on_image = self.outputs.token_types[0] == IMAGE  # (T,)
+        outputs: Any = decode(model, states)
+        self.outputs = outputs
+        self.indices = outputs.concept_indices[0].cpu().numpy()
+        self.weights = outputs.concept_weights[0].float().cpu().numpy()
+        self.active = (outputs.concept_values[0] > 0).cpu().numpy()
+        self.on_image = outputs.token_types[0] == IMAGE  # (T,)
 
     @staticmethod
     @torch.no_grad()

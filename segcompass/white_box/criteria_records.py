@@ -234,13 +234,14 @@ def measure_scenes(
     scenes = [scene_question(split, seed, number) for number in numbers]
     inputs = processor(images=[row["image"] for row in rows], text=[row["instruction"] for row in rows])
     _, states = model.reason(**inputs.to(model.device))
-    asked = [(place, *pair) for place, (scene, _) in enumerate(scenes) if (pair := two_questions(scene))]
+    pairs = [(place, two_questions(scene)) for place, (scene, _) in enumerate(scenes)]
+    asked = [(place, pair) for place, pair in pairs if pair is not None]
     moves: dict[int, list[dict[str, float]]] = {}
     if asked:
-        images = [rows[place]["image"] for place, *_ in asked for _ in range(2)]
-        inputs = processor(images=images, text=[text for _, *pair in asked for _, text in pair])
+        images = [rows[place]["image"] for place, _ in asked for _ in range(2)]
+        inputs = processor(images=images, text=[text for _, pair in asked for _, text in pair])
         _, answers = model.reason(**inputs.to(model.device))
-        for number, (place, *pair) in enumerate(asked):
+        for number, (place, pair) in enumerate(asked):
             both = [single_sample(answers, 2 * number + side) for side in (0, 1)]
             moves[place] = interchange(model, both, [thing for thing, _ in pair], _on_frame(model, scenes[place][0]))
     outputs: Any = decode(model, states)

@@ -28,20 +28,7 @@ from segcompass.white_box.detectors import best_detectors, lift, score_all
 from tests.support.scripted import Script, lively_segcompass
 
 GOOD = "<think>a red ball</think>" + "<REF_POS>" * 3
-KEYS = [
-    "name",
-    "name_look",
-    "selectivity",
-    "pointing",
-    "auc_others",
-    "move",
-    "steer_own",
-    "steer_others",
-    "steer_flip",
-    "content",
-    "shown",
-    "sum_error",
-]
+KEYS = list(white_box.KEYS)
 
 # -- a world of 4 x 4 patches: a red ball at the top left, a blue box at the bottom right ------------------------------
 
