@@ -15,8 +15,8 @@ The model writes its own reasoning on procedural scenes, greedily; each right ma
     content          share of what deleting the top 5 costs that is lost when only their content is the mean's
     shown            share of the mask that is lost when what fires on the image is taken away
     sum_error        greatest difference between the sum of what is shown and the heatmap
-Concepts are labelled on other scenes: thresholds on training, F1 and lift on validation scenes. Prints as its last line
-"RESULT {json}", [mean, low, high] of each. Writes into the output folder
+Concepts are labelled on other scenes: thresholds on training scenes, F1 and lift on scenes of another seed. Prints as
+its last line "RESULT {json}", [mean, low, high] of each. Writes into the output folder
     metrics.json   all of it, with the controls
     report.md      the same as tables
     items.jsonl    what was measured of each sample
@@ -75,9 +75,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--label-samples",
         type=options.positive,
         default=400,
-        help="training scenes that label the concepts, and three quarters as many for validation; default: %(default)s",
+        help="training scenes that label the concepts, and three quarters as many held-out ones; default: %(default)s",
     )
-    parser.add_argument("--label-seed", type=int, default=17, help="of those scenes; default: %(default)s")
+    parser.add_argument(
+        "--label-seed",
+        type=int,
+        default=900101,
+        help="of those training scenes, the held-out ones have the next; default: %(default)s",
+    )
+    parser.add_argument("--held-out-split", default="test", help="split of the held-out scenes; default: %(default)s")
     parser.add_argument(
         "--batch-size", type=options.positive, default=16, help="samples segmented at once; default: %(default)s"
     )
@@ -89,6 +95,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--dataset is {args.dataset!r}; the criteria need to know all objects: use 'scenes'.")
     if args.label_samples < 2:
         parser.error(f"--label-samples is {args.label_samples}; at least 2 are needed.")
+    if (args.split, args.seed) in (("train", args.label_seed), (args.held_out_split, args.label_seed + 1)):
+        parser.error(
+            f"--seed is {args.seed}: these scenes of split {args.split!r} label the concepts, and labels must come "
+            "from others than those examined; choose another --seed or --label-seed."
+        )
     return args
 
 
@@ -111,7 +122,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         model, processor = load(args.model)
         reading_class = reading_of(model)
         scored = max(1, args.label_samples * 3 // 4)
-        found = find_labels(model, processor, args.label_seed, args.label_samples, scored, args.batch_size)
+        found = find_labels(
+            model, processor, args.held_out_split, args.label_seed, args.label_samples, scored, args.batch_size
+        )
         write_text(found_file, json.dumps(found.counts, indent=2) + "\n")
         batches = reference_batches(model, processor, args.label_seed, args.label_samples, args.batch_size)
         means = reading_class.gather_means(model, batches)
@@ -175,9 +188,9 @@ def report(metrics: dict[str, Any], source: str) -> str:
     lines += [
         "",
         f"{metrics['heaviest_concepts']} different concepts are the heaviest of a mask. {labels['name something']} of "
-        f"{labels['concepts']} concepts name an attribute (F1 ≥ 0.8 and lift ≥ 0.5 on {labels['validation scenes']} "
-        f"validation scenes, thresholds from {labels['training scenes']} training scenes), {labels['name a look']} a "
-        f"look; looks without a name: {nameless}.",
+        f"{labels['concepts']} concepts name an attribute, {labels['name a look']} a look (F1 ≥ 0.8 and lift ≥ 0.5 on "
+        f"{labels['held-out scenes']} held-out scenes of split {labels['held-out split']}, thresholds from "
+        f"{labels['training scenes']} training scenes); looks without a name: {nameless}.",
         "",
     ]
     return "\n".join(lines)

@@ -1,7 +1,8 @@
 """The criteria of `criteria` over procedural scenes: labels from some scenes, records of others.
 
 The model writes its own reasoning, greedily; the masks that are examined are those that are right. Labels come from
-reference reasoning on training scenes (thresholds) and validation scenes (F1 and lift), never from those examined.
+reference reasoning on training scenes (thresholds) and on held-out scenes of another seed (F1 and lift), never from
+those examined.
 """
 
 import re
@@ -129,16 +130,23 @@ def _said(words, written, scene: Scene, has, place_of):
 
 
 def find_labels(
-    model: SegCompassModel, processor: SegCompassProcessor, seed: int, chosen: int, scored: int, batch_size: int
+    model: SegCompassModel,
+    processor: SegCompassProcessor,
+    held_out: str,
+    seed: int,
+    chosen: int,
+    scored: int,
+    batch_size: int,
 ) -> Found:
-    """Which concepts detect which attributes: thresholds on training scenes, F1 and lift on validation scenes.
+    """Which concepts detect which attributes: thresholds on training scenes, F1 and lift on held-out scenes.
 
     Args:
         model: in evaluation mode.
         processor: the model's.
-        seed: of both sets of scenes.
+        held_out: split of the held-out scenes.
+        seed: of the training scenes; the held-out ones have the next.
         chosen: how many training scenes.
-        scored: how many validation scenes.
+        scored: how many held-out scenes.
         batch_size: scenes read at a time.
 
     Returns:
@@ -146,8 +154,8 @@ def find_labels(
     """
     reader = TokenReader(model, processor)
     train = _read_labelled(reader, "train", seed, chosen, batch_size)
-    val = _read_labelled(reader, "val", seed, scored, batch_size)
-    scores = {name: score_all(*train[name], *val[name]) for name in READINGS}  # F1 and lift, (A, d_sae)
+    other = _read_labelled(reader, held_out, seed + 1, scored, batch_size)
+    scores = {name: score_all(*train[name], *other[name]) for name in READINGS}  # F1 and lift, (A, d_sae)
     good = torch.stack([(f1 >= NAMES_F1) & (lift >= NAMES_LIFT) for f1, lift in scores.values()]).any(0).numpy()
     f1, lift = scores["patch"]
     on_patches = torch.where(lift >= STEERS_F1, f1, 0)  # (A, d_sae)
@@ -168,7 +176,8 @@ def find_labels(
         "name a look": int(good[: len(ATTRIBUTES)].any(0).sum()),
         "looks without a name": [name for row, name in looks if not good[row].any()],
         "training scenes": chosen,
-        "validation scenes": scored,
+        "held-out scenes": scored,
+        "held-out split": held_out,
     }
     return Found(labels, counts)
 

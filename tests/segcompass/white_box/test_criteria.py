@@ -394,3 +394,10 @@ def test_other_data_is_refused_before_anything_is_read(capsys):
     with pytest.raises(SystemExit):
         white_box.parse(["--model", "x", "--dataset", "refcoco"])
     assert "use 'scenes'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("examined", [["--split", "train", "--seed", "4"], ["--split", "test", "--seed", "5"]])
+def test_scenes_that_gave_the_labels_are_not_examined(examined, capsys):
+    with pytest.raises(SystemExit):
+        white_box.parse(["--model", "x", "--label-seed", "4", *examined])
+    assert "choose another --seed" in capsys.readouterr().err
