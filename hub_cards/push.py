@@ -16,6 +16,7 @@ from PIL import Image
 
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor, SparseAutoencoder
 from segcompass.modeling_segcompass.checkpoints import load_submodel
+from segcompass.modeling_segcompass.manifest import signing
 
 from .cards import dataset_card, metric_card, model_card, sae_card
 
@@ -63,7 +64,8 @@ def push_model(
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder, references=pinned)
         processor.save_pretrained(folder)
-        image.save(Path(folder, "example.png"))
+        with signing(folder):
+            image.save(Path(folder, "example.png"))
         config: Any = type(model.config).from_pretrained(folder)
         described = model_card(repo_id, config, instruction, **card)
         return upload(api, folder, described, repo_id, "model", "Push SegCompass model", branch, tag, private)

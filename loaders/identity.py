@@ -26,8 +26,7 @@ def rows_digest(rows: Dataset, images: bool = True) -> str:
         64 hex digits.
 
     Example:
-        >>> len(rows_digest(load_scenes("val", num_samples=2)))
-        64
+        digest = rows_digest(load_jsonl("mine.jsonl"))
     """
     digest = hashlib.sha256()
     names = [name for name in JUDGED if name in rows.column_names]

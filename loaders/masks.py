@@ -170,7 +170,8 @@ def _inside_picture(picture: Any, name: str) -> np.ndarray:
     if frames != 1:
         raise ValueError(f"{name} has {frames} frames or pages; save the mask as a picture of one.")
     picture = upright(picture, name)
-    mode, said = picture.mode, {}
+    mode = picture.mode
+    said: dict[str, np.ndarray] = {}
     if mode in ("1", "L") or mode.startswith("I"):
         said["values"] = np.asarray(picture)
     elif mode in ("P", "PA"):
@@ -199,8 +200,8 @@ def _one_value(array: np.ndarray, name: str, hint: str = "") -> np.ndarray:
     if array.dtype.kind != "b" and inside.any():
         low, high = array[inside].min(), array.max()
         if low != high or low < 0:
-            shown = np.unique(array[inside])
-            shown = ", ".join(map(str, shown[:4].tolist())) + (", ..." if len(shown) > 4 else "")
+            found = np.unique(array[inside])
+            shown = ", ".join(map(str, found[:4].tolist())) + (", ..." if len(found) > 4 else "")
             raise ValueError(
                 f"{name} must be 0 outside and one other value inside, such as rows of 0 and 1; got {shown} beside 0. "
                 f"Threshold it, or give one mask for each instance.{hint}"
@@ -333,7 +334,7 @@ def paint_polygon(points: Sequence[Sequence[float]] | np.ndarray, height: int, w
     given = np.asarray(points, dtype=np.float64)
     if given.ndim != 2 or given.shape[1] != 2 or not len(given) or not np.isfinite(given).all():
         raise ValueError(f"a polygon must be a list of finite points [x, y]; got an array of shape {given.shape}.")
-    _check_outline([given.ravel()])
+    _check_outline([given.ravel().tolist()])
     corners = given.astype(np.int64)  # (n, 2)
     outline = np.zeros((height, width), dtype=bool)
     rows: list[np.ndarray] = []

@@ -31,6 +31,10 @@ FEATURES = Features(
 """Columns of every data set: `masks` has one RLE per instance, [] for no target; `reasoning`, `ignore` and `kind` may
 be None; `kind` groups samples in reports. An image may be None where only masks are needed."""
 
+PHRASES = {"phrases": List({"text": Value("string"), "start": Value("int32"), "masks": List(RLE)})}
+"""A further column that a data set may have: what the words of `reasoning` name. Each phrase has its text, where it
+begins in `reasoning`, and the masks of what it names, whether that is asked for or not."""
+
 UNITS = ("sentence", "ref", "merged")
 """What one row of a benchmark is: a sentence, a referred object with its first sentence, or with all of them."""
 

@@ -2,7 +2,7 @@
 
 A question asks for one object, several or none. Each word of its trace follows from few earlier ones: a scan of all
 objects from left to right, then one or two steps (a clause that says what to look for, and a verdict on each object),
-then the answer.
+then the answer: the targets by place, or, where the question asks for looks and `answers` is "fitting", by look.
 
 This module knows nothing about pixels beyond an object's centre, nor about rows or models.
 """
@@ -17,10 +17,17 @@ from .scene_drawing import COLOURS, LOOKS, SHAPES, SIZES, Scene, SceneObject
 KINDS = ("attribute", "relation", "extreme", "comparison", "knowledge", "counting")
 """The kinds of question."""
 
+ANSWERS = ("place", "fitting")
+"""How answers name their targets: by place always; or by look where the kind is one of `BY_LOOK`, else by place."""
+
+BY_LOOK = ("attribute", "knowledge", "counting")
+"""The kinds that ask for looks alone."""
+
 # Pixels of a 128-pixel image: how clearly objects differ on an axis that a question decides by.
 _DECISION_GAP = 12.0
 _SIZE_RANK = {name: rank for rank, name in enumerate(SIZES)}
 _PLURALS = {shape: "boxes" if shape == "box" else shape + "s" for shape in SHAPES}
+_NUMBERS = {2: "two", 3: "three"}
 _OUTCOME_SHARES = {"single": 0.52, "multi": 0.33, "none": 0.15}  # asked for; scenes do not allow all
 
 _ONE = ("the {}", "find the {}", "segment the {}", "where is the {}")
@@ -85,6 +92,18 @@ _TIMES = (
 
 
 @dataclass(frozen=True)
+class Phrase:
+    """Some words of a trace that name objects."""
+
+    text: str
+    """The words, as they stand in `Question.reasoning`."""
+    start: int
+    """Where they begin there."""
+    objects: tuple[int, ...]
+    """Indices into `Scene.objects`, rising."""
+
+
+@dataclass(frozen=True)
 class Question:
     """A question about a scene and its answer."""
 
@@ -95,12 +114,15 @@ class Question:
     reasoning: str
     """"<scan of all objects>. <steps>. answer: <targets>." as written between <think> and </think>.
 
-    An object of the scan is "<place> <size> <colour> <shape>", a target "<place> <colour> <shape>". A step is a clause
+    An object of the scan is "<place> <size> <colour> <shape>", a target "<place> <colour> <shape>", or by look "<size>
+    <colour> <shape>" with equal looks in one phrase ("two small red balls"). A step is a clause
     that ends with what counts, and most often, after a full stop, a verdict on each object: "<place> <what counts> yes"
     or "... no". Questions about some object, or about the extreme of some, look for these first.
     """
     targets: list[int]
     """Indices into `Scene.objects`, rising; [] when nothing is asked for."""
+    phrases: tuple[Phrase, ...] = ()
+    """Those of the scan, then those of the answer: every object is named by the first, every target by the second."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +225,7 @@ def _gap_seen(first: SceneObject, second: SceneObject, axis: int, gap: float) ->
 
 
 def _relation(rng: np.random.Generator, scene: Scene) -> Iterator[_Candidate]:
-    objects, gap = scene.objects, _DECISION_GAP * scene.image.shape[0] / 128
+    objects, gap = scene.objects, _DECISION_GAP * max(scene.image.shape[:2]) / 128
     for index, wanted in _references(scene):
         anchor, name = objects[index], _noun_phrase(wanted)
         for direction, words in _DIRECTIONS.items():
@@ -223,7 +245,7 @@ def _relation(rng: np.random.Generator, scene: Scene) -> Iterator[_Candidate]:
 
 
 def _extreme(rng: np.random.Generator, scene: Scene) -> Iterator[_Candidate]:
-    objects, gap = scene.objects, _DECISION_GAP * scene.image.shape[0] / 128
+    objects, gap = scene.objects, _DECISION_GAP * max(scene.image.shape[:2]) / 128
     descriptions: list[dict[str, str]] = [{}]  # of everything
     descriptions += [{"shape": shape} for shape in SHAPES] + [{"colour": colour} for colour in COLOURS]
     for wanted in descriptions:
@@ -324,7 +346,13 @@ def _outcome(targets: list[int]) -> str:
     return ("none", "single", "multi")[min(len(targets), 2)]
 
 
-def ask(rng: np.random.Generator, scene: Scene, kind: str | None = None) -> Question:
+def check_answers(answers: str) -> None:
+    """Raises ValueError for an unknown way to answer."""
+    if answers not in ANSWERS:
+        raise ValueError(f"answers={answers!r} is not one of {', '.join(ANSWERS)}; choose one of these.")
+
+
+def ask(rng: np.random.Generator, scene: Scene, kind: str | None = None, answers: str = "place") -> Question:
     """Ask a question about a scene.
 
     About 58 % of the questions have one target, 23 % several, 19 % none. Only questions whose answer follows from
@@ -335,12 +363,13 @@ def ask(rng: np.random.Generator, scene: Scene, kind: str | None = None) -> Ques
         rng: source of all randomness.
         scene: what `draw_scene` returned.
         kind: one of `KINDS`; drawn uniformly when None.
+        answers: one of `ANSWERS`. Questions and targets do not hang on it.
 
     Returns:
         Question: its targets index `scene.objects` from left to right.
 
     Raises:
-        ValueError: an unknown kind.
+        ValueError: an unknown kind, or an unknown way to answer.
 
     Example:
         >>> rng = np.random.default_rng(0)
@@ -349,6 +378,7 @@ def ask(rng: np.random.Generator, scene: Scene, kind: str | None = None) -> Ques
     """
     if kind is not None and kind not in KINDS:
         raise ValueError(f"kind={kind!r} is not one of {', '.join(KINDS)}; choose one of these or None for any.")
+    check_answers(answers)
     names, shares = list(_OUTCOME_SHARES), list(_OUTCOME_SHARES.values())
     kind = kind or KINDS[rng.integers(len(KINDS))]
     wanted = rng.choice(names, size=len(names), replace=False, p=shares).tolist()
@@ -357,10 +387,58 @@ def ask(rng: np.random.Generator, scene: Scene, kind: str | None = None) -> Ques
     fitting = [candidate for candidate in candidates if _outcome(candidate.targets) == outcome]
     chosen = fitting[rng.integers(len(fitting))]
     instruction = chosen.instructions[rng.integers(len(chosen.instructions))]
-    return Question(kind, instruction, _trace(scene.objects, chosen), chosen.targets)
+    by_look = answers == "fitting" and kind in BY_LOOK
+    reasoning, phrases = _trace(scene.objects, chosen, by_look)
+    return Question(kind, instruction, reasoning, chosen.targets, phrases)
 
 
-def _trace(objects: list[SceneObject], chosen: _Candidate) -> str:
-    scan = _listed(objects, range(len(objects)), ("place", "size", "colour", "shape"))
-    answer = _listed(objects, chosen.targets, ("place", "colour", "shape")) or "none"
-    return ". ".join([scan, *chosen.steps, f"answer: {answer}"]) + "."
+def _trace(objects: list[SceneObject], chosen: _Candidate, by_look: bool) -> tuple[str, tuple[Phrase, ...]]:
+    """The reasoning, and the phrases of its scan and of its answer."""
+    scan = [(_listed(objects, [i], ("place", "size", "colour", "shape")), (i,)) for i in range(len(objects))]
+    answer = (_looks if by_look else _places)(objects, chosen.targets)
+    before = ". ".join([", ".join(text for text, _ in scan), *chosen.steps, "answer: "])
+    reasoning = before + (", ".join(text for text, _ in answer) or "none") + "."
+    phrases = []
+    for start, named in ((0, scan), (len(before), answer)):
+        for text, indices in named:
+            phrases.append(Phrase(text, start, indices))
+            start += len(text) + len(", ")
+    return reasoning, tuple(phrases)
+
+
+def _places(objects: list[SceneObject], targets: list[int]) -> list[tuple[str, tuple[int, ...]]]:
+    """A phrase for each target, by place."""
+    return [(_listed(objects, [i], ("place", "colour", "shape")), (i,)) for i in targets]
+
+
+def _looks(objects: list[SceneObject], targets: list[int]) -> list[tuple[str, tuple[int, ...]]]:
+    """A phrase for each look among the targets, with their number where they are several."""
+    groups: dict[tuple[str, str, str], list[int]] = {}
+    for index in targets:
+        groups.setdefault((objects[index].size, objects[index].colour, objects[index].shape), []).append(index)
+    named = []
+    for (size, colour, shape), group in groups.items():
+        words = [size, colour, shape] if len(group) == 1 else [_NUMBERS[len(group)], size, colour, _PLURALS[shape]]
+        named.append((" ".join(words), tuple(group)))
+    return named
+
+
+_SINGULARS = {plural: shape for shape, plural in _PLURALS.items()}
+
+
+def word_kind(word: str) -> tuple[str, str] | None:
+    """What a word of a phrase says of the objects that it names.
+
+    Args:
+        word: of a phrase; a place's column and row are two words.
+
+    Returns:
+        (kind, meaning), such as ("shape", "ball") for "balls"; None for a word that says nothing of each, like "two".
+
+    Example:
+        >>> [word_kind(word) for word in ("A", "3", "balls", "two")]
+        [('column', 'A'), ('row', '3'), ('shape', 'ball'), None]
+    """
+    word = _SINGULARS.get(word, word)
+    kinds = {"colour": COLOURS, "shape": SHAPES, "size": SIZES, "column": "ABCD", "row": "1234"}
+    return next(((kind, word) for kind, words in kinds.items() if word in words), None)

@@ -13,7 +13,11 @@ from .image_encoder import encoder_of, load_image_encoder
 from .modeling_sparse_autoencoder import SparseAutoencoder
 from .old_names import OLD_FIELDS, OLD_PARTS, OLD_WEIGHTS, with_new_names
 from .pipeline_segcompass import CUSTOM_PIPELINES
+from .sae_origin import Origin, check_origin, origin_of
 from .sam_weights import start_mask_decoder
+from .saved_folders import HUB_KEYWORDS, check_loaded, check_saved, signing_saved
+from .tokens import give_rows
+from .weights import check_finite
 
 AUTO_MAP = {
     "AutoConfig": "configuration_segcompass.SegCompassConfig",
@@ -23,9 +27,11 @@ AUTO_MAP = {
 }
 SUBMODELS = ("mllm", "image_encoder", "sae")
 """The parts that have weights of their own before there is a SegCompass model."""
-HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token")
 # Only the MLLM is quantised: these are small, or their output is a mask's edge. The head is named as by default.
-UNQUANTIZED = ("lm_head", "image_encoder", "sae", "query_codebook", "slot_mapper", "image_positions", "mask_decoder")
+UNQUANTIZED = (
+    *("lm_head", "image_encoder", "sae", "query_codebook", "slot_mapper", "grounded_reading"),
+    *("image_positions", "mask_decoder"),
+)
 
 
 def build_from_backbones(
@@ -40,27 +46,28 @@ def build_from_backbones(
     if image_encoder is None:
         raise ValueError("no image encoder was given; pass image_encoder=<model id, folder, .pth file or model>.")
     if isinstance(mllm, str):
-        mllm = AutoModelForImageTextToText.from_pretrained(mllm, dtype=dtype)
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(mllm, dtype=dtype, output_loading_info=True)
+        mllm, info = loaded
+        check_loaded(mllm, info, mllm.config._name_or_path, unexpected=False)
     image_encoder, decoder_weights = load_image_encoder(image_encoder, dtype)
     if isinstance(sae, str):
         sae = SparseAutoencoder.from_pretrained(sae, dtype=dtype)
-    name = mllm.config._name_or_path or None
+    origin = origin_of(mllm.config)
     if sae is not None:
         config["sae_config"] = sae.config
-        if sae.config.backbone and name and sae.config.backbone != name:
-            raise ValueError(
-                f"the SAE was trained on {sae.config.backbone!r}, but the MLLM is {name!r}; load an SAE of this "
-                "backbone, or set sae.config.backbone=None to overrule."
-            )
+        check_origin(sae.config, origin)
+        check_finite(sae, "the SAE")
     elif "sae_config" not in config:
         text = mllm.config.get_text_config()
         config["sae_config"] = SparseAutoencoderConfig(
-            d_in=text.hidden_size, layer=max(1, text.num_hidden_layers // 2), backbone=name
+            d_in=text.hidden_size,
+            layer=max(1, text.num_hidden_layers // 2),
+            backbone=origin.name,
+            backbone_revision=origin.revision,
         )
     if processor is not None:
         config = {**processor.model_tokens(), "num_slots": processor.num_slots, **config}
-        if len(processor.tokenizer) > mllm.get_input_embeddings().num_embeddings:
-            mllm.resize_token_embeddings(len(processor.tokenizer), mean_resizing=True)
+        give_rows(mllm, processor.tokenizer, processor.new_tokens)
     whole = SegCompassConfig(
         mllm_config=mllm.config,
         image_encoder_config=image_encoder.config,
@@ -83,6 +90,9 @@ def put_sae(model: Any, sae: Any) -> None:
                 f"the SAE has {name}={theirs}, this model was built for {ours}; train one for it, or build a model "
                 "around this SAE with from_backbones."
             )
+    ours = model.config.sae_config
+    check_origin(sae.config, Origin(ours.backbone, ours.backbone_revision), origin_of(model.config.mllm_config))
+    check_finite(sae, "the SAE")
     model.sae = sae.to(model.device)
     model.config.sae_config = sae.config
     model.freeze_encoders()
@@ -104,6 +114,7 @@ def load_whole(load: Callable, path: Any, args: tuple, output_loading_info: bool
     Raises:
         ValueError: see `SegCompassModel.from_pretrained`.
     """
+    check_saved(path, keywords)
     hub = {name: keywords[name] for name in HUB_KEYWORDS if name in keywords}
     keywords.setdefault("key_mapping", OLD_WEIGHTS)
     config = keywords.get("config")
@@ -126,13 +137,7 @@ def load_whole(load: Callable, path: Any, args: tuple, output_loading_info: bool
         loaded = load_submodel(config, part, where["repo_id"], revision=where["revision"], **hub, **loading)
         getattr(model, part).load_state_dict(loaded.state_dict())
         info["missing_keys"] = {key for key in info["missing_keys"] if not key.startswith(f"{part}.")}
-    wrong = {name: sorted(map(str, info[name])) for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-    if any(wrong.values()):
-        found = "; ".join(f"{name}: {len(keys)} ({', '.join(keys[:3])} ...)" for name, keys in wrong.items() if keys)
-        raise ValueError(
-            f"{path} does not match this model ({found}); nothing was loaded. Use the folder that save_pretrained "
-            "wrote, with its own config.json."
-        )
+    check_loaded(model, info, path)
     if any(weight.is_meta for weight in model.sae.parameters()):
         raise ValueError(
             "device_map left no memory for the SAE, which cannot be offloaded (its encoder is read by columns); "
@@ -154,19 +159,29 @@ def load_submodel(config: Any, part: str, repo_id: str, **keywords: Any) -> Any:
 
     Returns:
         the part, a model of its own.
+
+    Raises:
+        ValueError: the repository lacks weights of the part, or holds numbers that are not finite.
     """
     classes: dict[str, Any] = {
         "mllm": AutoModelForImageTextToText,
         "image_encoder": encoder_of(config).model_class,
         "sae": SparseAutoencoder,
     }
-    return classes[part].from_pretrained(repo_id, **keywords)
+    loaded, info = classes[part].from_pretrained(repo_id, output_loading_info=True, **keywords)
+    check_loaded(loaded, info, repo_id, unexpected=False)
+    return loaded
 
 
 def save_whole(
     model: PreTrainedModel, save: Callable, folder: Any, args: tuple, references: Any, keywords: dict[str, Any]
 ) -> None:
     """The body of `SegCompassModel.save_pretrained`; `save` is transformers' own, bound to the model."""
+    with signing_saved(folder, keywords):
+        _save_unsigned(model, save, folder, args, references, keywords)
+
+
+def _save_unsigned(model, save, folder, args, references, keywords):
     keywords["save_original_format"] = False
     model.config.auto_map = dict(AUTO_MAP)
     model.config.custom_pipelines = CUSTOM_PIPELINES

@@ -6,11 +6,12 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from .image_encoder import DEFAULT_ENCODER, Frame, encoder_of
+from .image_encoder import DEFAULT_ENCODER, IMAGE_VIEWS, Frame, encoder_of
 from .old_names import with_new_names
 from .sae_activations import SAE_ACTIVATIONS
+from .saved_folders import own_config
 
-CONCEPT_READINGS = ("feature", "token")
+CONCEPT_READINGS = ("feature", "token", "grounded")
 
 
 class SparseAutoencoderConfig(PreTrainedConfig):
@@ -32,6 +33,7 @@ class SparseAutoencoderConfig(PreTrainedConfig):
         bandwidth: width of the window around a threshold from which the threshold learns ("jumprelu" only).
         dataset: what its hidden states were gathered from, or None when unknown.
         token_window: most tokens a sample had when they were gathered, or None when unknown.
+        backbone_revision: commit of the backbone on the Hub, or None when unknown.
         **kwargs: other fields of `PreTrainedConfig`, and fields that an activation of one's own reads.
 
     Raises:
@@ -57,6 +59,7 @@ class SparseAutoencoderConfig(PreTrainedConfig):
         bandwidth: float = 0.5,
         dataset: str | None = None,
         token_window: int | None = None,
+        backbone_revision: str | None = None,
         **kwargs,
     ):
         for name, value in (("d_in", d_in), ("d_sae", d_sae), ("k", k), ("layer", layer)):
@@ -77,11 +80,18 @@ class SparseAutoencoderConfig(PreTrainedConfig):
         self.l0_coefficient = l0_coefficient
         self.bandwidth = bandwidth
         self.backbone = backbone
+        self.backbone_revision = backbone_revision
         self.layer = layer
         self.dataset = dataset
         self.token_window = token_window
         super().__init__(**kwargs)
         SAE_ACTIVATIONS[activation].check_config(self)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict]:
+        """As transformers', but a folder without config.json, or with another model's, is refused."""
+        fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return own_config(pretrained_model_name_or_path, fields, cls.model_type), kwargs
 
 
 class SegCompassConfig(PreTrainedConfig):
@@ -95,7 +105,8 @@ class SegCompassConfig(PreTrainedConfig):
         d_c: width of the concept representations r_k.
         num_concepts: M, how many concepts of a sample become concept tokens.
         concept_reading: "feature" makes one token of each selected SAE feature (Eq. 4); "token" makes one token of
-            each MLLM token, the sum of its features' codes.
+            each MLLM token, the sum of its features' codes. Both are the paper's attention path. "grounded" makes the
+            heatmap an exact sum of concepts' places, see `grounded_reading.py`.
         codebook_layers: depth of the query codebook's encoder.
         codebook_heads: attention heads of its blocks.
         slot_heads: N_h of the slot mapper (Eq. 5).
@@ -106,6 +117,18 @@ class SegCompassConfig(PreTrainedConfig):
         ref_token_id: id of the concentration token in the MLLM's vocabulary; None until a processor's tokens are known.
         think_end_id: id of `</think>`; None until a processor's tokens are known.
         special_token_ids: ids whose hidden states never enter the concept path (BOS, separators, concentration tokens).
+        sentence_end_ids: ids after which a new sentence begins (full stops, line ends, `<think>`); "grounded" reads the
+            reasoning's last sentence.
+        image_view: how the MLLM sees the image, a name in `image_encoder.IMAGE_VIEWS`; "grounded" lays its patches over
+            the image encoder's frame by it.
+        grounded_rank: rank of the map U Vᵀ from words' concepts to patches' ("grounded"); 0 leaves it out, for an SAE
+            in which words and patches share concepts. 64 where they do not.
+        look_concepts: how many concepts of a slot say what is meant ("grounded").
+        place_concepts: how many say where ("grounded").
+        place_share: ρ, the share of a slot that the places have, in [0, 1) ("grounded").
+        phrase_window: a word is read together with the phrase_window - 1 words before it ("grounded").
+        place_spread: a concept whose mean map covers a smaller share of the image than this is a place, in [0, 1]
+            ("grounded").
         token_dropout: probability, in training, that a sample's queries are built without e_k, so that the concepts
             must carry the mask.
         max_response_length: tokens `segment` may write when the caller names no limit.
@@ -150,6 +173,14 @@ class SegCompassConfig(PreTrainedConfig):
         ref_token_id: int | None = None,
         think_end_id: int | None = None,
         special_token_ids: Sequence[int] = (),
+        sentence_end_ids: Sequence[int] = (),
+        image_view: str = "whole",
+        grounded_rank: int = 0,
+        look_concepts: int = 3,
+        place_concepts: int = 2,
+        place_share: float = 0.25,
+        phrase_window: int = 5,
+        place_spread: float = 0.53,
         token_dropout: float = 0.0,
         max_response_length: int = 2000,
         initializer_range: float = 0.02,
@@ -165,6 +196,21 @@ class SegCompassConfig(PreTrainedConfig):
             raise ValueError(f"concept_reading is {concept_reading!r}; choose one of {CONCEPT_READINGS}.")
         if num_slots < 1:
             raise ValueError(f"num_slots is {num_slots}; at least 1 slot is needed.")
+        if image_view not in IMAGE_VIEWS:
+            raise ValueError(f"image_view is {image_view!r}; choose one of {IMAGE_VIEWS}.")
+        for name, count, least in (
+            ("grounded_rank", grounded_rank, 0),
+            ("look_concepts", look_concepts, 1),
+            ("place_concepts", place_concepts, 0),
+            ("phrase_window", phrase_window, 1),
+        ):
+            if not isinstance(count, int) or count < least:
+                raise ValueError(f"{name} is {count!r}; it must be an integer of at least {least}.")
+        if not 0 <= place_share < 1 or not 0 <= place_spread <= 1:
+            raise ValueError(
+                f"place_share is {place_share} and place_spread {place_spread}; they are shares, the first from 0 to "
+                "below 1, the second from 0 to 1."
+            )
         if d_c % codebook_heads:
             raise ValueError(f"d_c={d_c} is not divisible by codebook_heads={codebook_heads}.")
         self.num_slots = num_slots
@@ -181,12 +227,26 @@ class SegCompassConfig(PreTrainedConfig):
         self.ref_token_id = ref_token_id
         self.think_end_id = think_end_id
         self.special_token_ids = list(special_token_ids)
+        self.sentence_end_ids = list(sentence_end_ids)
+        self.image_view = image_view
+        self.grounded_rank = grounded_rank
+        self.look_concepts = look_concepts
+        self.place_concepts = place_concepts
+        self.place_share = place_share
+        self.phrase_window = phrase_window
+        self.place_spread = place_spread
         self.token_dropout = token_dropout
         self.max_response_length = max_response_length
         self.initializer_range = initializer_range
         self.references = kwargs.pop("references", None)
         super().__init__(**kwargs)
         self.check_sae(self.sae_config)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict]:
+        """As transformers', but a folder without config.json, or with another model's, is refused."""
+        fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return own_config(pretrained_model_name_or_path, fields, cls.model_type), kwargs
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -78,7 +78,10 @@ def render_html(
         body += [
             f"<figure>{_svg(layer, width, height)}<figcaption>{name}</figcaption></figure>" for name, layer in layers
         ]
-        body.append(f"</div><p class='part'>{UNUSED_PATCHES}</p>" + _text(explanation.words, colour))
+        body.append("</div>")
+        if all(concept.contribution is None for concept in explanation.concepts):  # the heatmap is no sum of theirs
+            body.append(f"<p class='part'>{UNUSED_PATCHES}</p>")
+        body.append(_text(explanation.words, colour))
         heaviest = max((concept.weight for concept in explanation.concepts), default=1)
         for concept in explanation.concepts:
             fired = _patch_layer(_patch_strengths(concept, explanation.patch_grid), extent, colour)
@@ -176,11 +179,12 @@ def _concept_row(concept: "ConceptShare", heaviest: float, colour: Colour, pictu
         f"“{html.escape(word.text.strip() or '␣')}” <span class='part'>({word.part}, {word.strength:.2f})</span>"
         for word in concept.tokens[:WORDS_LISTED]
     )
+    lost = "" if concept.lost is None else f"; without it the mask loses {concept.lost:.0%}"
     bar = f"width:{100 * concept.weight / heaviest:.1f}%;background:{css_colour(colour)}"
     return (
         f"<div class='concept'>{picture}<div style='flex:1'>"
         f"<b>concept {concept.index}</b> {html.escape(concept.label or '')}<span class='bar' style='{bar}'></span>"
-        f"weight {concept.weight:.3f}, strength {concept.value:.2f}, {len(concept.patches)} patches<br>"
+        f"weight {concept.weight:.3f}, strength {concept.value:.2f}, {len(concept.patches)} patches{lost}<br>"
         f"words: {words or 'none'}</div></div>"
     )
 

@@ -1,28 +1,38 @@
-"""Interventions on what a mask is made of: factors on concepts, queries of one source, the heaviest concepts erased."""
+"""Interventions on what a mask is made of: factors on concepts, queries of one source, the heaviest concepts erased.
 
+`Steering` is what the grounded read-out's concepts can be told besides: switched on, or replaced by others.
+"""
+
+import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+
+from .concept_labels import concepts_named
 
 QUERY_SOURCES = ("both", "tokens", "concepts")
 
 
 def scale_vector(
-    concept_scale: Mapping[int, float] | torch.Tensor | None, z: torch.Tensor, d_sae: int
+    concept_scale: Mapping[int | str, float] | torch.Tensor | None,
+    z: torch.Tensor,
+    d_sae: int,
+    labels: Mapping[int, str] | None = None,
 ) -> torch.Tensor | None:
     """A concept's factor for each feature of the SAE: 0 ablates it, below 1 weakens it, above 1 steers towards it.
 
     Args:
-        concept_scale: {feature index: factor on h_j}, or all factors, float (d_sae,) or (B, d_sae), or None.
+        concept_scale: {feature index or label: factor on h_j}, or all factors, float (d_sae,) or (B, d_sae), or None.
         z: float (B, T, d_π), for batch size, dtype and device.
         d_sae: the number of features.
+        labels: {feature index: label}, for concepts named by their label.
 
     Returns:
         float (d_sae,) or (B, d_sae), 1 where nothing is changed; None when nothing is.
 
     Raises:
-        ValueError: factors of another shape, negative or not finite; an index out of range.
+        ValueError: factors of another shape, negative or not finite; an index out of range; an unknown label.
     """
     if isinstance(concept_scale, torch.Tensor):
         if concept_scale.shape not in ((d_sae,), (len(z), d_sae)):
@@ -36,13 +46,110 @@ def scale_vector(
     if not concept_scale:
         return None
     scale = z.new_ones(d_sae)
-    for index, factor in concept_scale.items():
-        if not 0 <= index < d_sae:
-            raise ValueError(f"concept {index} is out of range; this SAE has concepts 0 to {d_sae - 1}.")
+    for concept, factor in concept_scale.items():
+        indices = concepts_named(concept, labels, d_sae)
         if not 0 <= factor < float("inf"):
-            raise ValueError(f"the factor of concept {index} is {factor}; it must be finite and at least 0.")
-        scale[index] = factor
+            raise ValueError(f"the factor of concept {concept} is {factor}; it must be finite and at least 0.")
+        scale[indices] = factor
     return scale
+
+
+class Steering(NamedTuple):
+    """What a user changes about the weights of grounded slots: replace first, then scale, then add. Made by `steer`.
+
+    Example:
+        steering = steer({"blue": 0}, None, {"box": "ball"}, like=z, d_sae=1024, labels=model.concept_labels)
+        weights, strengths = steering.apply(weights, strengths, fires)
+        steering.features_added  # how many more concepts may have a weight now
+    """
+
+    scale: torch.Tensor | None
+    """float (d_sae,) or (B, d_sae), factors on the concepts' contributions."""
+    add: list[tuple[list[int], float]]
+    """features that get a weight, shared by those of them that fire on the image."""
+    replace: list[tuple[list[int], list[int]]]
+    """features whose weight goes to other features."""
+
+    @property
+    def features_added(self) -> int:
+        """How many concepts may have a weight that had none."""
+        return sum(len(new) for new, _ in self.add) + sum(len(new) for _, new in self.replace)
+
+    def apply(
+        self, weights: torch.Tensor, strengths: torch.Tensor, fires: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Change the weights; no other concept takes the place of one that is switched off.
+
+        Args:
+            weights: float (B, K, d_sae), w_kj.
+            strengths: float (B, K, d_sae), t_kj, which the confidence reads.
+            fires: bool (B, d_sae), the concepts that fire somewhere on the image.
+
+        Returns:
+            Weights and strengths under steering, same shapes. A label of several features shares its weight among those
+            that fire on the image, or among all of them where none does.
+        """
+        weights, moved = weights.clone(), weights
+        for old, new in self.replace:
+            moved_weight = moved[..., old].sum(-1, keepdim=True)  # (B, K, 1)
+            weights[..., old] -= moved[..., old]
+            weights[..., new] += moved_weight * _shares(fires[:, new])[:, None]
+        if self.scale is not None:
+            scale = self.scale.to(weights.dtype)
+            scale = scale if scale.dim() == 1 else scale[:, None]  # (d_sae,) or (B, 1, d_sae)
+            weights, strengths = weights * scale, strengths * scale.to(strengths.dtype)
+        for new, weight in self.add:
+            weights[..., new] += weight * _shares(fires[:, new])[:, None]
+        return weights, strengths
+
+
+def _shares(fires):
+    """float (B, N): equal shares of the features that fire, or of all where none does; they sum to 1."""
+    fires = fires | ~fires.any(-1, keepdim=True)
+    return fires / fires.sum(-1, keepdim=True)
+
+
+def steer(
+    concept_scale: Mapping[int | str, float] | torch.Tensor | None,
+    concept_add: Mapping[int | str, float] | None,
+    concept_replace: Mapping[int | str, int | str] | None,
+    like: torch.Tensor,
+    d_sae: int,
+    labels: Mapping[int, str] | None = None,
+) -> Steering | None:
+    """Check what a user asks for, and name its features.
+
+    Args:
+        concept_scale: {index or label: factor}, or all factors, see `scale_vector`; None leaves all.
+        concept_add: {index or label: weight that every slot gets on top}; None adds none.
+        concept_replace: {index or label: index or label that takes over its weight}; None replaces none.
+        like: float (B, T, d_π), for batch size, dtype and device.
+        d_sae: the number of features.
+        labels: {feature index: label}.
+
+    Returns:
+        Steering, or None when nothing is asked for.
+
+    Raises:
+        ValueError: unknown labels, indices out of range, weights or factors that are negative or not finite, a concept
+            that would replace itself.
+    """
+    scale = scale_vector(concept_scale, like, d_sae, labels)
+    add = []
+    for concept, weight in (concept_add or {}).items():
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError(f"the weight to add for concept {concept} is {weight}; it must be finite and at least 0.")
+        add.append((concepts_named(concept, labels, d_sae), float(weight)))
+    replace = []
+    for old, new in (concept_replace or {}).items():
+        olds, news = concepts_named(old, labels, d_sae), concepts_named(new, labels, d_sae)
+        if set(olds) & set(news):
+            raise ValueError(f"concept {old} would be replaced by {new}, which is the same; name two concepts.")
+        replace.append((olds, news))
+    taken = [index for olds, _ in replace for index in olds]
+    if len(taken) != len(set(taken)):
+        raise ValueError("concept_replace names a concept twice (by index and by label); name each once.")
+    return None if scale is None and not add and not replace else Steering(scale, add, replace)
 
 
 @torch.no_grad()
@@ -65,11 +172,11 @@ def without_heaviest(output: Any, count: int, d_sae: int) -> tuple[torch.Tensor,
     confidence = output.pred_logits.masked_fill(~output.slot_mask, float("-inf"))
     slots = (confidence >= 0) | (confidence == confidence.amax(1, keepdim=True))
     slots = slots & output.slot_mask  # (B, K_s)
-    heaviest = output.concept_weights.topk(min(count, output.concept_weights.shape[-1]), dim=-1).indices
+    weights, heaviest = output.concept_weights.topk(min(count, output.concept_weights.shape[-1]), dim=-1)
     # from places among the M concepts to features of the SAE
     heaviest = output.concept_indices[:, None].expand_as(output.concept_weights).gather(2, heaviest)  # (B, K_s, count)
     erased = torch.zeros(*slots.shape, d_sae, device=slots.device)  # (B, K_s, d_sae), 1 = erase
-    erased.scatter_(2, heaviest, slots[..., None].expand_as(heaviest).to(erased.dtype))
+    erased.scatter_(2, heaviest, (slots[..., None] & (weights > 0)).to(erased.dtype))
     return 1 - erased.amax(1), slots
 
 

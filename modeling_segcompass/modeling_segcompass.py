@@ -2,10 +2,13 @@
 
 Read `SegCompassModel.decode_masks` with the paper in hand: e_k, E_sae, C, r_k, Q, K, S, (H_k, c_k), F_dec, in order.
 One MLLM pass gives the logits, the concentration tokens' states and the SAE's input; `segment` reads the same states
-out of generation itself, so nothing is run twice. Training losses beyond the language loss live with the trainers.
+out of generation itself, so nothing is run twice. With `concept_reading="grounded"` the concepts' own places are the
+heatmaps (`grounded_reading.py`): only then does another path than the paper's lead to F_dec. Training losses beyond
+the language loss live with the trainers.
 """
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,10 +20,14 @@ from transformers.models.sam.modeling_sam import SamPositionalEmbedding
 
 from .backbone import backbone_of
 from .checkpoints import build_from_backbones, load_whole, put_sae, save_whole
+from .concept_labels import read_labels
 from .configuration_segcompass import SegCompassConfig
 from .explanation import Explanation, explain_slot
+from .finite import refuse_non_finite
+from .generation_options import OUR_INPUTS, check_generation, one_generation_at_a_time, option
+from .grounded_reading import DECODER_CONFIDENCE, GroundedReading, Grounding
 from .image_encoder import encoder_of
-from .interventions import QUERY_SOURCES, kept_sources, scale_vector, without_heaviest
+from .interventions import QUERY_SOURCES, kept_sources, scale_vector, steer, without_heaviest
 from .mask_decoder import MaskDecoder
 from .modeling_sparse_autoencoder import SparseAutoencoder
 from .outputs import SegCompassOutput
@@ -31,8 +38,10 @@ from .states import ReasoningStates, StateRecorder, open_recorder
 from .token_layout import (
     IMAGE,
     concept_token_mask,
+    conclusion_mask,
     distance_to_slots,
     find_slots,
+    gather_positions,
     token_position_features,
     token_types,
 )
@@ -41,7 +50,8 @@ from .token_layout import (
 class SegCompassModel(PreTrainedModel, GenerationMixin):
     """The MLLM policy π_θ, the image encoder F_enc, the SAE and the segmentation modules between them.
 
-    Each call keeps its own states (`states.py`), so that calls from several threads at once do not mix.
+    Each call keeps its own states (`states.py`), so that calls from several threads at once do not mix; families whose
+    MLLM notes something on itself while it generates (Qwen2.5-VL) generate for one thread at a time.
 
     Args:
         config: SegCompassConfig.
@@ -77,8 +87,12 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             encoder_of(config).build(config.image_encoder_config) if image_encoder is None else image_encoder
         )
         self.sae = SparseAutoencoder(config.sae_config) if sae is None else sae
-        self.query_codebook = QueryCodebook(config)
-        self.slot_mapper = SlotMapper(config)
+        self.grounded = config.concept_reading == "grounded"
+        if self.grounded:
+            self.grounded_reading = GroundedReading(config)
+        else:
+            self.query_codebook = QueryCodebook(config)
+            self.slot_mapper = SlotMapper(config)
         self.image_positions = SamPositionalEmbedding(
             SimpleNamespace(scale=1.0, num_pos_feats=config.key_channels // 2)
         )
@@ -87,8 +101,38 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         # What sharding wraps: post_init gathers classes that this model may not have, which accelerate refuses.
         units = {*(self._no_split_modules or ()), type(self.backbone.blocks(self.mllm)[0]).__name__}
         self._no_split_modules = sorted(units & {type(module).__name__ for module in self.modules()})
-        self.generation_config = self.mllm.generation_config
+        self._can_compile_fullgraph = self.mllm._can_compile_fullgraph  # `generate`, with a static cache, is the MLLM's
+        self._concept_labels: dict[int, str] | None = None
         self.freeze_encoders()
+
+    @property
+    def generation_config(self) -> Any:
+        """The MLLM's: the one object that `generate` uses."""
+        mllm = self._modules.get("mllm")
+        return self.__dict__.get("_own_generation_config") if mllm is None else mllm.generation_config
+
+    @generation_config.setter
+    def generation_config(self, config: Any) -> None:
+        mllm = self._modules.get("mllm")
+        if mllm is None:  # transformers sets one before there is an MLLM
+            self.__dict__["_own_generation_config"] = config
+        else:
+            mllm.generation_config = config
+
+    @property
+    def vocab_size(self) -> int:
+        """The rows of the MLLM's vocabulary."""
+        return self.config.get_text_config().vocab_size
+
+    def __getstate__(self) -> dict[str, Any]:
+        # transformers hooks the MLLM's modules with local functions, which cannot be pickled; it does so anew at the
+        # next pass.
+        for module in self.modules():
+            for key, hook in list(module._forward_hooks.items()):
+                if getattr(hook, "__module__", None) == "transformers.utils.output_capturing":
+                    del module._forward_hooks[key]
+            module.__dict__.pop("_output_capturing_hooks_installed", None)
+        return self.__dict__
 
     def freeze_encoders(self) -> None:
         """The SAE, the image encoder and the positional code never learn (appendix A.1)."""
@@ -110,6 +154,8 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             init.normal_(module.slot_queries, std=std)
         elif isinstance(module, SlotMapper):
             init.constant_(module.map_bias, -1.8)  # heatmaps start near "nothing here"
+        elif isinstance(module, GroundedReading):
+            module.init_weights()
         elif isinstance(module, MaskDecoder):
             init.normal_(module.mask_token, std=std)
         elif isinstance(module, SamPositionalEmbedding):
@@ -146,8 +192,10 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         image_embeddings: torch.Tensor,
         reshaped_input_sizes: torch.Tensor | None = None,
         patch_grid: torch.Tensor | None = None,
-        concept_scale: Mapping[int, float] | torch.Tensor | None = None,
+        concept_scale: Mapping[int | str, float] | torch.Tensor | None = None,
         query_source: str = "both",
+        concept_add: Mapping[int | str, float] | None = None,
+        concept_replace: Mapping[int | str, int | str] | None = None,
     ) -> SegCompassOutput:
         """From hidden states to masks: Eq. 2 to 5.
 
@@ -160,18 +208,56 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             image_embeddings: float (B, d_k, h, w) or (1, d_k, h, w) when all questions share one image.
             reshaped_input_sizes: long (B, 2), the image's (H, W) inside F_enc's frame; None = the whole frame.
             patch_grid: long (B, 2), (rows, columns) of the image tokens; None = a square.
-            concept_scale: {feature index: factor on h_j}, or all factors, float (B, d_sae) or (d_sae,): 0 ablates a
-                concept, other factors steer by it.
-            query_source: "both", or "tokens" / "concepts" to build the queries from e_k or r_k alone.
+            concept_scale: {feature index or label: factor on h_j}, or all factors, float (B, d_sae) or (d_sae,): 0
+                ablates a concept, other factors steer by it. Labels are those of `concept_labels`. In the grounded
+                read-out the factor is on the concept's contribution, and no other concept takes its place.
+            query_source: "both", or "tokens" / "concepts" to build the queries from e_k or r_k alone; the grounded
+                read-out never reads e_k.
+            concept_add: {feature index or label: weight that every slot gives it on top}; grounded only.
+            concept_replace: {feature index or label: the one that takes over its weight}; grounded only.
 
         Returns:
             SegCompassOutput: masks, heatmaps, confidences, and the concepts behind them.
 
         Raises:
-            ValueError: an unknown query source, or factors that are no factors.
+            ValueError: an unknown query source, factors that are no factors or have no concepts to scale, an unknown
+                label, what only the other `concept_reading` can do; NaN or infinity in states or masks.
         """
         if query_source not in QUERY_SOURCES:
             raise ValueError(f"query_source is {query_source!r}; choose one of {QUERY_SOURCES}.")
+        if query_source == "tokens" and (isinstance(concept_scale, torch.Tensor) or concept_scale):
+            raise ValueError(
+                "concept_scale is given with query_source='tokens', whose masks are made without concepts; use 'both' "
+                "or 'concepts', or leave concept_scale out."
+            )
+        refuse_non_finite({"z": z, "last_hidden": last_hidden}, self, attention_mask)
+        refuse_non_finite({"image_embeddings": image_embeddings}, self)
+        if self.grounded:
+            if query_source == "tokens":
+                raise ValueError(
+                    "query_source is 'tokens', but this model's read-out is grounded and reads no concentration "
+                    "token's state; use 'both' or 'concepts'."
+                )
+            return self._decode_grounded(
+                ReasoningStates(
+                    input_ids,
+                    attention_mask,
+                    response_mask,
+                    z,
+                    last_hidden,
+                    image_embeddings,
+                    reshaped_input_sizes,
+                    patch_grid,
+                ),
+                concept_scale,
+                concept_add,
+                concept_replace,
+            )
+        if concept_add or concept_replace:
+            raise ValueError(
+                f"concept_add and concept_replace need concept_reading='grounded', this model has "
+                f"{self.config.concept_reading!r}; use concept_scale."
+            )
         batch = len(input_ids)
         positions, slot_mask = find_slots(input_ids, response_mask, self.config)  # (B, K_s)
 
@@ -196,7 +282,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
                 z,
                 self.concept_token_mask(input_ids, attention_mask),
                 token_position_features(types, image_xy, distance),
-                scale_vector(concept_scale, z, self.config.sae_config.d_sae),
+                scale_vector(concept_scale, z, self.config.sae_config.d_sae, self._labels_for(concept_scale)),
             )
 
         # Q, K, S, (H_k, c_k)
@@ -211,6 +297,8 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
 
         # M̂ = F_dec(K, (H_k, c_k))
         masks = self.mask_decoder(keys, key_positions, heatmaps, confidences, cell_mask)  # (B, K_s, 4h, 4w)
+        made = {"concept_values": concepts.values, "heatmaps": heatmaps, "pred_logits": confidences}
+        refuse_non_finite({**made, "pred_masks": masks}, self)
         return SegCompassOutput(
             pred_masks=masks,
             pred_logits=confidences,
@@ -225,6 +313,94 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             sequences=input_ids,
             reshaped_input_sizes=reshaped_input_sizes,
         )
+
+    def _decode_grounded(self, states, concept_scale, concept_add, concept_replace):
+        """From hidden states to masks, by the concepts' own places: the grounded form of `decode_masks`."""
+        reading, config = self.grounded_reading, self.config
+        ids, d_sae = states.input_ids, config.sae_config.d_sae
+        labels = self._labels_for(concept_scale, concept_add, concept_replace)
+        steering = steer(concept_scale, concept_add, concept_replace, states.z, d_sae, labels)
+        _, slot_mask = find_slots(ids, states.response_mask, config)  # (B, K_s)
+
+        # what is read: the words of the conclusion, and the patches
+        types = token_types(ids, states.response_mask, config.image_token_id)  # (B, T)
+        conclusion = conclusion_mask(ids, states.attention_mask, states.response_mask, config)
+        word_positions, word_mask = gather_positions(conclusion & (types != IMAGE))  # (B, R)
+        patch_positions, is_patch = gather_positions((types == IMAGE) & states.attention_mask.bool())  # (B, P)
+        grid = states.patch_grid
+        if grid is None:
+            grid = self.backbone.patch_grid(config.mllm_config, ids)
+        patch_xy = _rows_of(self.backbone.patch_positions(types == IMAGE, grid), patch_positions)  # (B, P, 2)
+        patch_xy = patch_xy.masked_fill(~is_patch[..., None], -1e3)  # far off, so that nothing takes it for the nearest
+        patch_xy, seen, on_image = config.frame.place_patches(patch_xy, states.reshaped_input_sizes, config.image_view)
+        patch_mask = on_image & is_patch
+        if not patch_mask.any(1).all():
+            raise ValueError(
+                "a sample has no image token, and the grounded read-out is made of what image tokens show; give each "
+                "sample one image."
+            )
+
+        # ĥ, α, t, s, w, H_k, c_k
+        indices, confidences, activations, account = reading.ground(
+            self.sae,
+            _rows_of(states.z, word_positions),
+            _rows_of(states.last_hidden, word_positions),
+            word_mask,
+            _rows_of(states.z, patch_positions),
+            patch_mask,
+            steering,
+        )
+
+        # K, A, H_k in the image encoder's grid
+        dtype = reading.concept_bias.dtype
+        keys = states.image_embeddings.to(dtype).expand(len(ids), -1, -1, -1)  # (B, d_k, h, w)
+        key_positions = self._key_positions(keys.shape[-2:]).to(dtype)  # (1, d_k, h, w)
+        cell_mask = self._cell_mask(keys, states.reshaped_input_sizes)  # (B, h, w)
+        patch_size = seen / grid.flip(-1)[:, None]  # (B, 1, 2), (x, y)
+        upsampling = reading.upsampling(keys, patch_xy, patch_size, patch_mask)  # (B, h, w, P)
+        heatmaps = reading.to_keys(account["patch_heatmaps"], upsampling).to(dtype)  # (B, K_s, h, w)
+
+        # M̂ = F_dec(K, H_k); the confidence says whether a slot counts, not what it shows
+        shown = torch.full_like(confidences, DECODER_CONFIDENCE)
+        masks = self.mask_decoder(keys, key_positions, heatmaps, shown, cell_mask)  # (B, K_s, 4h, 4w)
+        refuse_non_finite({"heatmaps": heatmaps, "pred_logits": confidences, "pred_masks": masks}, self)
+        places = torch.cat([word_positions, patch_positions], 1)[..., None].expand_as(activations)  # (B, R + P, M)
+        at_tokens = activations.new_zeros(*ids.shape, indices.shape[1])  # (B, T, M)
+        weighs = account["weights"].detach().amax(1) > 0  # (B, M)
+        return SegCompassOutput(
+            pred_masks=masks,
+            pred_logits=confidences,
+            heatmaps=heatmaps,
+            slot_mask=slot_mask,
+            concept_indices=indices,
+            concept_values=activations[:, word_positions.shape[1] :].amax(1) * weighs,
+            concept_weights=account["weights"],
+            concept_activations=at_tokens.scatter_add(1, places, activations),
+            grounding=Grounding(patch_xy=patch_xy, upsampling=upsampling, word_positions=word_positions, **account),
+            token_types=types,
+            patch_grid=grid,
+            sequences=ids,
+            reshaped_input_sizes=states.reshaped_input_sizes,
+        )
+
+    @property
+    def concept_labels(self) -> dict[int, str]:
+        """{feature index: label} of the dictionary saved beside the model, {} without one. Can be set."""
+        if self._concept_labels is None:
+            folder, revision = self.config._name_or_path, getattr(self.config, "_commit_hash", None)
+            d_sae = self.config.sae_config.d_sae
+            self._concept_labels = read_labels(folder, d_sae, revision) if folder else {}
+        return self._concept_labels
+
+    @concept_labels.setter
+    def concept_labels(self, labels: Mapping[int, str]) -> None:
+        self._concept_labels = dict(labels)
+
+    def _labels_for(self, *asked):
+        """The labels, if any of the mappings names a concept by its label; read from disk only then."""
+        named = [name for given in asked if isinstance(given, Mapping) for name in given]
+        named += [name for given in asked if isinstance(given, Mapping) for name in given.values()]
+        return self.concept_labels if any(isinstance(name, str) for name in named) else None
 
     def _key_positions(self, grid):
         """The positional code of the image keys, (1, d_k, h, w)."""
@@ -252,13 +428,23 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         response_mask: torch.Tensor | None = None,
         mask_rows: list[int] | None = None,
-        concept_scale: Mapping[int, float] | torch.Tensor | None = None,
+        concept_scale: Mapping[int | str, float] | torch.Tensor | None = None,
         query_source: str = "both",
+        concept_add: Mapping[int | str, float] | None = None,
+        concept_replace: Mapping[int | str, int | str] | None = None,
         num_erased_concepts: int = 0,
         fused_lm_head: bool = False,
         skip_lm_head: bool = False,
         output_hidden_states: bool | None = None,
-        return_dict: bool = True,
+        return_dict: bool | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        output_attentions: bool | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        mm_token_type_ids: torch.Tensor | None = None,
         **mllm_inputs: Any,
     ) -> SegCompassOutput | tuple:
         """One MLLM pass over prompt and response: language loss or log-probabilities, and masks.
@@ -278,20 +464,32 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
                 these.
             concept_scale: see `decode_masks`.
             query_source: see `decode_masks`.
+            concept_add: see `decode_masks`.
+            concept_replace: see `decode_masks`.
             num_erased_concepts: decode a second time without this many of the heaviest concepts of each confident
                 slot (of the most confident one, when none is); the result is `erased`. Training uses it to make
                 concepts necessary.
             fused_lm_head: the MLLM carries TRL's fused head: return log_probs and entropy instead of logits.
             skip_lm_head: leave out the LM head; no logits, no language loss.
-            output_hidden_states: also return the MLLM's hidden states.
-            return_dict: False returns a tuple.
-            **mllm_inputs: what else the MLLM takes (`image_grid_thw`, `mm_token_type_ids` for Qwen2.5-VL).
+            output_hidden_states: also return the MLLM's hidden states; None = as the configuration says.
+            return_dict: False returns a tuple; None = as the configuration says.
+            position_ids: as the MLLM's.
+            inputs_embeds: float (B, T, d_π) instead of input_ids, for the language part only.
+            past_key_values: a key-value cache of earlier tokens, for the language part only.
+            use_cache: also return the key-value cache.
+            logits_to_keep: logits of the last so many tokens only, 0 = of all; without labels.
+            output_attentions: also return the attention weights, under eager attention; None = as the configuration
+                says.
+            image_grid_thw: long (B, 3), of families such as Qwen2.5-VL.
+            mm_token_type_ids: long (B, T), of families such as Qwen2.5-VL.
+            **mllm_inputs: what else the MLLM takes.
 
         Returns:
             SegCompassOutput: what was asked for; the rest is None.
 
         Raises:
-            ValueError: masks are asked for without labels or response_mask; bad intervention or query source.
+            ValueError: masks are asked for without labels or response_mask, or of a part of the tokens; bad
+                intervention or query source; an input that this MLLM does not take; NaN or infinity.
         """
         wants_masks = encoder_pixel_values is not None or image_embeddings is not None
         if response_mask is None and labels is not None:
@@ -301,14 +499,48 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
                 "masks need to know where the response is: pass labels or response_mask (the processor makes both "
                 "when given response=...), or call model.segment(...) to let the model write the response."
             )
-        if attention_mask is None and input_ids is not None:
+        if wants_masks and (input_ids is None or past_key_values is not None):
+            wrong = "input_ids is None" if input_ids is None else "past_key_values is given"
+            raise ValueError(
+                f"{wrong}; masks need prompt and response in one pass: pass the processor's input_ids, whole, or leave "
+                "encoder_pixel_values and image_embeddings out."
+            )
+        per_token = {"attention_mask": attention_mask, "labels": labels, "response_mask": response_mask}
+        tokens = None if input_ids is None or past_key_values is not None else tuple(input_ids.shape)
+        for name, value in per_token.items():
+            if tokens is not None and value is not None and value.dim() == 2 and value.shape != tokens:
+                raise ValueError(
+                    f"{name} has shape {tuple(value.shape)}, input_ids {tokens}; give one value per token."
+                )
+        keeps_some = isinstance(logits_to_keep, torch.Tensor) or logits_to_keep != 0
+        if keeps_some and labels is not None:
+            raise ValueError("logits_to_keep is given with labels, whose loss needs all logits; leave one of them out.")
+        if attention_mask is None and input_ids is not None and past_key_values is None:
             attention_mask = torch.ones_like(input_ids)
-        inputs = dict(input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, **mllm_inputs)
+        inputs = dict(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            pixel_values=pixel_values,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep if keeps_some else None,
+            output_attentions=self.config.output_attentions or None if output_attentions is None else output_attentions,
+            image_grid_thw=image_grid_thw,
+            mm_token_type_ids=mm_token_type_ids,
+            **mllm_inputs,
+        )
         inputs = {name: value for name, value in inputs.items() if value is not None}
+        self.backbone.check_inputs(self.mllm, inputs)
+        self._check_given(pixel_values, encoder_pixel_values, inputs_embeds, image_grid_thw)
+        if output_hidden_states is None and self.config.output_hidden_states:
+            output_hidden_states = True
         with self.reading_states() as recorder:
             if skip_lm_head:
                 inputs["use_cache"] = False
                 inputs.pop("logits_to_keep", None)
+                inputs["output_hidden_states"] = output_hidden_states
                 policy = self.backbone.without_head(self.mllm)(**inputs)
             elif fused_lm_head:
                 policy = self.mllm(**inputs, labels=labels, fused_lm_head=True)
@@ -323,32 +555,68 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
                 reshaped_input_sizes=reshaped_input_sizes,
             )
             asked = {"query_source": query_source, **states._asdict()}
-            output = self.decode_masks(**asked, concept_scale=concept_scale)
+            output = self.decode_masks(
+                **asked, concept_scale=concept_scale, concept_add=concept_add, concept_replace=concept_replace
+            )
             if num_erased_concepts:
                 d_sae = self.config.sae_config.d_sae
                 scale, output.erased_slots = without_heaviest(output, num_erased_concepts, d_sae)
                 output.erased = self.decode_masks(**asked, concept_scale=scale)
-        for name in ("loss", "logits", "past_key_values", "log_probs", "entropy", "aux_loss"):
+        copied = (
+            "loss",
+            "logits",
+            "past_key_values",
+            "log_probs",
+            "entropy",
+            "aux_loss",
+            "hidden_states",
+            "attentions",
+        )
+        for name in copied:
             if getattr(policy, name, None) is not None:
                 output[name] = getattr(policy, name)
-        if output_hidden_states:
-            output.hidden_states = policy.hidden_states
         if output.loss is not None:
             output.loss_dict = {"language": output.loss.detach()}
-        return output if return_dict else output.to_tuple()
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _check_given(self, pixel_values, encoder_pixel_values, inputs_embeds, image_grid_thw):
+        """Refuse NaN and infinity in the inputs, by sample."""
+        by_patch = isinstance(pixel_values, torch.Tensor) and "pixel_values" in self.backbone.per_patch_inputs
+        if by_patch and image_grid_thw is not None and len(pixel_values) == int(image_grid_thw.prod(-1).sum()):
+            images = pixel_values.split(image_grid_thw.prod(-1).tolist())
+            pixel_values = torch.stack([image.abs().amax() for image in images])  # (B,), finite where an image is
+        given = {"pixel_values": pixel_values, "encoder_pixel_values": encoder_pixel_values}
+        refuse_non_finite({**given, "inputs_embeds": inputs_embeds})
 
     def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Write the response with the MLLM: ids long (B, T), like any transformers model."""
-        for name in ("encoder_pixel_values", "image_embeddings", "original_sizes", "reshaped_input_sizes", "labels"):
-            kwargs.pop(name, None)
+        """Write the response with the MLLM: ids long (B, T), like any transformers model.
+
+        Args:
+            inputs: long (B, T), another name for input_ids.
+            **kwargs: anything the processor returns, and transformers' options.
+
+        Returns:
+            What the MLLM's `generate` returns.
+
+        Raises:
+            ValueError: what cannot be right, see `generation_options.check_generation`.
+        """
+        kwargs = {name: value for name, value in kwargs.items() if name not in OUR_INPUTS}
         if inputs is not None:
             kwargs["input_ids"] = inputs
-        output = self.mllm.generate(**kwargs)
         recorder = open_recorder(self.mllm)
+        check_generation(kwargs, self.mllm, for_masks=recorder is not None)
+        with one_generation_at_a_time(self.mllm) if self.backbone.notes_on_model else nullcontext():
+            if recorder is not None:
+                recorder.start_generation(whole_passes=option("use_cache", kwargs, self.mllm) is False)
+                if option("cache_implementation", kwargs, self.mllm) is not None:
+                    kwargs["disable_compile"] = True  # a compiled pass would not call the recorder
+            output = self.mllm.generate(**kwargs)
         if recorder is not None:
             sequences = getattr(output, "sequences", output)
-            eos = self.generation_config.eos_token_id
-            states = recorder.states_of_generation(sequences, kwargs["input_ids"], kwargs.get("attention_mask"), eos)
+            ends = (option(name, kwargs, self.mllm) for name in ("eos_token_id", "pad_token_id"))
+            prompt, mask = kwargs["input_ids"], kwargs.get("attention_mask")
+            states = recorder.states_of_generation(sequences, prompt, mask, *ends)
             grid = self.backbone.patch_grid(self.config.mllm_config, states.input_ids, kwargs)
             recorder.states = states._replace(patch_grid=grid)
         return output
@@ -356,8 +624,10 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
     def segment(
         self,
         input_ids: torch.Tensor,
-        concept_scale: Mapping[int, float] | torch.Tensor | None = None,
+        concept_scale: Mapping[int | str, float] | torch.Tensor | None = None,
         query_source: str = "both",
+        concept_add: Mapping[int | str, float] | None = None,
+        concept_replace: Mapping[int | str, int | str] | None = None,
         **inputs: Any,
     ) -> SegCompassOutput:
         """Reason about the image, then decode masks from the states that generation left behind.
@@ -366,6 +636,8 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             input_ids: long (B, T), the prompts.
             concept_scale: see `decode_masks`.
             query_source: see `decode_masks`.
+            concept_add: see `decode_masks`.
+            concept_replace: see `decode_masks`.
             **inputs: the processor's other outputs and options, see `reason`.
 
         Returns:
@@ -373,11 +645,18 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             an empty `slot_mask` and so no mask.
 
         Raises:
-            ValueError: neither encoder_pixel_values nor image_embeddings; beams or several sequences per prompt.
+            ValueError: neither encoder_pixel_values nor image_embeddings; inputs that hold a response; an option of
+                `generate` that masks cannot follow (docs/generation.md); NaN or infinity.
         """
         sequences, states = self.reason(input_ids, **inputs)
         with torch.no_grad():
-            output = self.decode_masks(**states._asdict(), concept_scale=concept_scale, query_source=query_source)
+            output = self.decode_masks(
+                **states._asdict(),
+                concept_scale=concept_scale,
+                query_source=query_source,
+                concept_add=concept_add,
+                concept_replace=concept_replace,
+            )
         output.sequences = sequences
         output.prompt_length = input_ids.shape[1]
         return output
@@ -391,7 +670,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         image_embeddings: torch.Tensor | None = None,
         original_sizes: torch.Tensor | None = None,
         reshaped_input_sizes: torch.Tensor | None = None,
-        do_sample: bool = False,
+        do_sample: bool | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, ReasoningStates]:
         """Write the response and keep what masks are decoded from, so that they can be decoded again and again.
@@ -403,26 +682,39 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             image_embeddings: float (B, d_k, h, w) from `get_image_embeddings`, instead of `encoder_pixel_values`.
             original_sizes: accepted and ignored, so that a processor's output can be passed whole.
             reshaped_input_sizes: long (B, 2), the image's (H, W) inside F_enc's frame; None = the whole frame.
-            do_sample: greedy when False.
+            do_sample: None = as a `generation_config` argument says, and greedy without one.
             **kwargs: the MLLM's other inputs and options of `generate` (`max_new_tokens`, `streamer`, ...).
 
         Returns:
             tuple: sequences, long (B, T), and the ReasoningStates, for `decode_masks(**states._asdict())`.
 
         Raises:
-            ValueError: neither encoder_pixel_values nor image_embeddings; beams or several sequences per prompt.
+            ValueError: neither encoder_pixel_values nor image_embeddings; inputs that hold a response; an option of
+                `generate` that masks cannot follow (docs/generation.md); NaN or infinity.
         """
         if encoder_pixel_values is None and image_embeddings is None:
             raise ValueError("segment needs the image: pass encoder_pixel_values or image_embeddings.")
-        for name in ("num_beams", "num_return_sequences"):
-            if kwargs.get(name, 1) != 1:
-                raise ValueError(f"{name} is {kwargs[name]}; segment follows one sequence per prompt, use {name}=1.")
-        if kwargs.get("max_new_tokens") is None and kwargs.get("max_length") is None:
+        if any(kwargs.pop(name, None) is not None for name in ("labels", "response_mask")):
+            raise ValueError(
+                "the inputs hold a response (labels, response_mask), and segment writes its own; call the processor "
+                "without response=, or model(**inputs) for the masks of this response."
+            )
+        self._check_given(kwargs.get("pixel_values"), encoder_pixel_values, None, kwargs.get("image_grid_thw"))
+        given = kwargs.get("generation_config")
+        if do_sample is None and getattr(given, "do_sample", None) is None:
+            do_sample = False
+        if do_sample is not None:
+            kwargs["do_sample"] = do_sample
+        lengths = ("max_new_tokens", "max_length")
+        kwargs = {name: value for name, value in kwargs.items() if value is not None or name not in lengths}
+        asked = [kwargs.get(name, getattr(given, name, None)) for name in lengths]
+        if asked == [None, None] and self.generation_config.max_new_tokens is None:
             kwargs["max_new_tokens"] = self.config.max_response_length
         with self.reading_states() as recorder:
-            sequences = self.generate(input_ids=input_ids, attention_mask=attention_mask, do_sample=do_sample, **kwargs)
+            output = self.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         keys = self._image_keys(encoder_pixel_values, image_embeddings)
-        return sequences, recorder.states._replace(image_embeddings=keys, reshaped_input_sizes=reshaped_input_sizes)
+        states = recorder.states._replace(image_embeddings=keys, reshaped_input_sizes=reshaped_input_sizes)
+        return getattr(output, "sequences", output), states
 
     def explain(
         self,
@@ -432,9 +724,69 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         top: int = 10,
         labels: Mapping[int, str] | None = None,
         processor: Any = None,
+        image_embeddings: torch.Tensor | None = None,
     ) -> Explanation:
-        """Say which concepts made a slot's mask, and from which words and patches: see `explanation.explain_slot`."""
-        return explain_slot(outputs, slot, sample, top, labels, processor, self.config.frame.side)
+        """Say which concepts made a slot's mask, and from which words and patches: see `explanation.explain_slot`.
+
+        Args:
+            outputs: SegCompassOutput whose queries were built from concepts.
+            slot: k, from 0.
+            sample: its place in the batch.
+            top: how many concepts to list.
+            labels: {feature index: label}; None takes `concept_labels`, if the read-out is grounded.
+            processor: SegCompassProcessor, for the words' text.
+            image_embeddings: float (B, d_k, h, w) or (1, d_k, h, w) that the masks were decoded with; says also what
+                the mask loses without each concept, by one decoding per concept. Grounded read-outs only.
+
+        Returns:
+            Explanation.
+
+        Raises:
+            ValueError: what cannot be explained, see `explain_slot`; image_embeddings with another read-out.
+        """
+        if labels is None and self.grounded:
+            labels = self.concept_labels
+        explanation = explain_slot(outputs, slot, sample, top, labels, processor, self.config.frame.side)
+        if image_embeddings is None:
+            return explanation
+        lost = self.lost_without(outputs, slot, sample, image_embeddings)
+        return explain_slot(outputs, slot, sample, top, labels, processor, self.config.frame.side, lost)
+
+    @torch.no_grad()
+    def lost_without(self, outputs: Any, slot: int, sample: int, image_embeddings: torch.Tensor) -> dict[int, float]:
+        """What a grounded slot's mask loses when one of its concepts is taken out of the sum, and nothing put in.
+
+        Args:
+            outputs: SegCompassOutput of a grounded read-out.
+            slot: k, from 0.
+            sample: its place in the batch.
+            image_embeddings: float (B, d_k, h, w) or (1, d_k, h, w) that the masks were decoded with.
+
+        Returns:
+            {feature index: share of the mask's pixels that are gone, in [0, 1]}; 0 where there was no mask.
+
+        Raises:
+            ValueError: outputs of another read-out.
+        """
+        grounding = outputs.grounding
+        if grounding is None:
+            raise ValueError(
+                f"these outputs are not grounded (concept_reading is {self.config.concept_reading!r}), so their "
+                "heatmap is no sum; decode again with decode_masks(..., concept_scale={index: 0}) and compare."
+            )
+        columns = grounding.weights[sample, slot].nonzero()[:, 0]  # (n,)
+        heat = outputs.heatmaps[sample, slot]  # (h, w)
+        kept = torch.cat([heat[None], heat - grounding.on_keys(sample, slot)[columns].to(heat.dtype)])  # (1 + n, h, w)
+        keys = image_embeddings[sample : sample + 1] if len(image_embeddings) > 1 else image_embeddings
+        keys = keys.to(heat.device, heat.dtype)
+        sizes = outputs.reshaped_input_sizes
+        cell_mask = self._cell_mask(keys, None if sizes is None else sizes[sample : sample + 1])
+        shown = heat.new_full((1, len(kept)), DECODER_CONFIDENCE)
+        positions = self._key_positions(keys.shape[-2:]).to(heat.dtype)
+        masks = self.mask_decoder(keys, positions, kept[None], shown, cell_mask)[0] > 0  # (1 + n, 4h, 4w)
+        masks = (masks & cell_mask[0].repeat_interleave(4, 0).repeat_interleave(4, 1)).flatten(1)
+        gone = (masks[0] & ~masks[1:]).sum(1) / masks[0].sum().clamp_min(1)
+        return dict(zip(outputs.concept_indices[sample, columns].tolist(), gone.tolist(), strict=True))
 
     predict_forward = predict_forward
 
@@ -499,7 +851,8 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             sae: folder, Hub id or loaded SAE.
 
         Raises:
-            ValueError: it has another width or layer than the model was built for.
+            ValueError: it has another width or layer than the model was built for, was trained on another backbone, or
+                holds numbers that are not finite.
         """
         put_sae(self, sae)
 
@@ -523,7 +876,8 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             SegCompassModel: in evaluation mode; with `output_loading_info` a tuple of it and the report.
 
         Raises:
-            ValueError: the checkpoint lacks weights of this model or holds others; `device_map` or
+            ValueError: the folder is not what was saved (see `manifest`), or another model's; it lacks weights of this
+                model or holds others, or numbers that are not finite; `device_map` or
                 `quantization_config` with a checkpoint that refers to its parts; a `device_map` that offloads the SAE.
         """
         load = super().from_pretrained
@@ -537,12 +891,19 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             *args: as transformers'.
             references: {"mllm" | "image_encoder" | "sae": {"repo_id", "revision"}}, parts to leave out of the weights
                 because they are kept elsewhere, unchanged. Loading fetches them from there.
-            **kwargs: as transformers'.
+            **kwargs: as transformers', but for `push_to_hub`.
 
         Raises:
-            ValueError: a reference to another part, or without a revision.
+            ValueError: a reference to another part, or without a revision; `push_to_hub`, which would upload the folder
+                before it is signed.
         """
         save_whole(self, super().save_pretrained, save_directory, args, references, kwargs)
+
+
+def _rows_of(values, positions):
+    """The tokens at these positions: (B, T, ...) and long (B, N) -> (B, N, ...)."""
+    rows = torch.arange(len(values), device=values.device)[:, None]
+    return values[rows, positions]
 
 
 SegCompassConfig.register_for_auto_class()

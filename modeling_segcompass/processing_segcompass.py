@@ -4,18 +4,33 @@ One processor for all backbones: it expands image tokens as the MLLM's own proce
 video part, so it works without torchvision. It knows nothing about weights.
 """
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import BatchFeature, ProcessorMixin
+from transformers.utils import CONFIG_NAME
 
 from .backbone import Backbone, backbone_of
 from .image_encoder import Frame, image_side, without_torchvision
 from .images import read_image
+from .manifest import MANIFEST, READ_BY_PROCESSORS
 from .old_names import with_new_names
+from .saved_folders import check_saved, signing_saved
+from .tokens import (
+    PROBE,
+    REF_TOKEN,
+    THINK,
+    THINK_END,
+    add_response_tokens,
+    check_prompt_template,
+    check_response_tokens,
+    reserved_in,
+)
 
-REF_TOKEN, THINK, THINK_END = "<REF_POS>", "<think>", "</think>"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+SENTENCE_ENDS = ".!?。！？\n"
 
 STRIP = 1 << 18
 """Pixels of a mask that are resized at once: small enough to stay in a processor's cache."""
@@ -46,7 +61,8 @@ class SegCompassProcessor(ProcessorMixin):
         **kwargs: as ProcessorMixin's.
 
     Raises:
-        ValueError: the prompt template contains `<REF_POS>`.
+        ValueError: the prompt template contains `<REF_POS>`, other fields, or no `{instruction}`; or the tokenizer does
+            not find the tokens of a well-formed response.
 
     Example:
         processor = SegCompassProcessor.from_pretrained(path)
@@ -71,10 +87,7 @@ class SegCompassProcessor(ProcessorMixin):
         mllm_type: str | None = None,
         **kwargs: Any,
     ):
-        if REF_TOKEN in prompt_template:
-            raise ValueError(
-                f"prompt_template contains {REF_TOKEN!r}; describe the token in words, only a response may contain it."
-            )
+        check_prompt_template(prompt_template)
         self.prompt_template = prompt_template
         self.num_slots = num_slots
         self.max_prompt_length = max_prompt_length
@@ -84,12 +97,46 @@ class SegCompassProcessor(ProcessorMixin):
         self.mllm_type = mllm_type
         self.image_processor = image_processor  # which tells the family, where mllm_type does not
         self.return_mm_token_type_ids = self.backbone.returns_token_types
-        tokenizer.add_tokens([token for token in (THINK, THINK_END, REF_TOKEN) if token not in tokenizer.get_vocab()])
+        self.new_tokens = add_response_tokens(tokenizer)
+        """the tokens of a response that the tokenizer lacked when this processor was made."""
+        check_response_tokens(tokenizer, self.format_response(PROBE), num_slots)
         self.image_token = self.backbone.image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         self.ref_token_id = tokenizer.convert_tokens_to_ids(REF_TOKEN)
         self.think_end_id = tokenizer.convert_tokens_to_ids(THINK_END)
         super().__init__(image_processor, tokenizer, encoder_image_processor, chat_template=chat_template)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', after the folder's manifest was checked; what was edited is named in a warning."""
+        local = os.path.isdir(pretrained_model_name_or_path)
+        keywords = dict(kwargs)
+        if local:
+            check_saved(pretrained_model_name_or_path, keywords, READ_BY_PROCESSORS, TOKENIZER_CONFIG)
+        processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        if not local:  # now its files are in the Hub's cache
+            check_saved(pretrained_model_name_or_path, keywords, READ_BY_PROCESSORS, TOKENIZER_CONFIG)
+        return processor
+
+    def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
+        """As transformers'; a model's folder is signed anew.
+
+        Args:
+            save_directory: made if absent. Alone in it, a processor is not signed: its manifest would take the place
+                of a model's where both are pushed to one repository.
+            push_to_hub: must be False; call `push_to_hub(repo_id)`.
+            **kwargs: as transformers'.
+
+        Returns:
+            As transformers': names of files.
+
+        Raises:
+            ValueError: `push_to_hub`, which would upload the folder before it is signed.
+        """
+        beside_model = any(os.path.exists(os.path.join(save_directory, name)) for name in (CONFIG_NAME, MANIFEST))
+        keywords = {"push_to_hub": push_to_hub, "is_main_process": beside_model}
+        with signing_saved(save_directory, keywords):
+            return super().save_pretrained(save_directory, **kwargs)
 
     @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict]:
@@ -111,13 +158,24 @@ class SegCompassProcessor(ProcessorMixin):
         return Frame(image_side(self.encoder_image_processor))
 
     def model_tokens(self) -> dict[str, Any]:
-        """The token ids that SegCompassConfig needs."""
+        """What SegCompassConfig must know of tokens and of the MLLM's view of an image."""
         special = {*self.tokenizer.all_special_ids, self.ref_token_id} - {self.image_token_id}
         return {
             "ref_token_id": self.ref_token_id,
             "think_end_id": self.think_end_id,
             "special_token_ids": sorted(special),
+            "sentence_end_ids": self._sentence_ends(),
+            "image_view": self.backbone.image_view(self.image_processor),
         }
+
+    def _sentence_ends(self):
+        """Ids of full stops, line ends and `<think>`: tokens that hold one of these and no letter or digit."""
+        ends = []
+        for token, number in self.tokenizer.get_vocab().items():
+            text = token.replace("Ġ", " ").replace("▁", " ").replace("Ċ", "\n").replace("<0x0A>", "\n")
+            if token == THINK or (set(text) & set(SENTENCE_ENDS) and not any(map(str.isalnum, text))):
+                ends.append(number)
+        return sorted(ends)
 
     # -- prompts and responses ---------------------------------------------------------------------------------------
 
@@ -125,9 +183,9 @@ class SegCompassProcessor(ProcessorMixin):
         """The text of the user turn for one instruction. Raises ValueError when it is empty or holds `<REF_POS>`."""
         if not isinstance(instruction, str) or not instruction.strip():
             raise ValueError(f"the instruction is {instruction!r}; say what to segment, like 'the mug by the sink'.")
-        for token in (REF_TOKEN, self.image_token):
-            if token in instruction:
-                raise ValueError(f"the instruction contains {token!r}, which is reserved; remove it.")
+        token = reserved_in(self.tokenizer, instruction, self.image_token)
+        if token is not None:
+            raise ValueError(f"the instruction contains {token!r}, which is reserved; remove it.")
         return self.prompt_template.format(instruction=instruction.strip(), num_slots=self.num_slots)
 
     def build_messages(self, instruction: str) -> list[dict[str, Any]]:
@@ -138,6 +196,20 @@ class SegCompassProcessor(ProcessorMixin):
     def format_response(self, reasoning: str) -> str:
         """A well-formed response: the reasoning in think tags, then K_s concentration tokens."""
         return f"{THINK}{reasoning}{THINK_END}{REF_TOKEN * self.num_slots}"
+
+    def _is_finished_prompt(self, text):
+        """Whether a text is what the chat template makes, rather than an instruction that holds the image token."""
+        if self.image_token not in text or self.chat_template is None:
+            return self.image_token in text
+        made = self.apply_chat_template(
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x"}]}],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        before, _, after = made.partition(self.image_token)
+        words_before, words_after = before.split(), after.split()
+        begins = text.lstrip().startswith(words_before[0] if words_before else self.image_token)
+        return begins or bool(words_after) and text.rstrip().endswith(words_after[-1])
 
     # -- inputs ------------------------------------------------------------------------------------------------------
 
@@ -174,7 +246,12 @@ class SegCompassProcessor(ProcessorMixin):
             OSError: an image that cannot be read.
         """
         texts = [text] if isinstance(text, str) else list(text or [])
-        if texts and all(self.image_token in t for t in texts):
+        if texts and all(map(self._is_finished_prompt, texts)):
+            if response is not None:
+                raise ValueError(
+                    "a response was given with a finished prompt, which already holds the image token; give the plain "
+                    "instruction as text, and the processor makes the prompt."
+                )
             return super().__call__(images=_read_all(images), text=text, return_tensors=return_tensors, **kwargs)
         images = self._check_images(images)
         if len(images) != len(texts):

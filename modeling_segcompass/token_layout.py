@@ -1,4 +1,4 @@
-"""Which token is what, and where it sits: the concentration tokens, the tokens that may fire concepts, the positions.
+"""Which token is what, and where it sits: concentration tokens, tokens that may fire concepts, conclusion, positions.
 
 Pure functions of token ids and masks. Families of MLLMs differ in how image tokens lie on the image: `backbone.py`.
 """
@@ -56,6 +56,56 @@ def concept_token_mask(
     """
     special = torch.tensor(special_token_ids, dtype=input_ids.dtype, device=input_ids.device)
     return attention_mask.bool() & ~torch.isin(input_ids, special)
+
+
+def conclusion_mask(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, response_mask: torch.Tensor, config: Any
+) -> torch.Tensor:
+    """The words of the reasoning's last sentence, before `</think>`; of all the reasoning when it has one sentence.
+
+    The stop that ends it, tokens that end sentences in general, and special tokens are left out. A decimal point that
+    is a token of its own ends a sentence too.
+
+    Args:
+        input_ids: long (B, T).
+        attention_mask: (B, T), 0 at padding.
+        response_mask: bool (B, T), True at response tokens.
+        config: SegCompassConfig, for `sentence_end_ids`, `think_end_id` and `special_token_ids`.
+
+    Returns:
+        bool (B, T), all False for a response without words.
+
+    Raises:
+        ValueError: the config does not know the tokens that end a sentence.
+    """
+    if not config.sentence_end_ids or config.think_end_id is None:
+        raise ValueError(
+            "config.sentence_end_ids is empty or config.think_end_id None, so the conclusion of the reasoning cannot "
+            "be found; build the model with SegCompassModel.from_backbones(..., processor=processor) or set both."
+        )
+    thought_over = ((input_ids == config.think_end_id) & response_mask).cumsum(1) > 0
+    reasoning = concept_token_mask(input_ids, attention_mask, config.special_token_ids) & response_mask & ~thought_over
+    ends = torch.isin(input_ids, torch.tensor(config.sentence_end_ids, device=input_ids.device)) & reasoning
+    words = reasoning & ~ends
+    sentence = ends.cumsum(1)
+    last = sentence.masked_fill(~words, -1).amax(1, keepdim=True)  # (B, 1)
+    return words & (sentence == last)
+
+
+def gather_positions(token_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the marked tokens are, in order.
+
+    Args:
+        token_mask: bool (B, T).
+
+    Returns:
+        tuple: positions, long (B, N), N the greatest number in a sample and at least 1, and which of them are marked
+            tokens, bool (B, N); these come first.
+    """
+    count = token_mask.sum(1)
+    longest = max(1, int(count.max()))
+    positions = token_mask.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :longest]
+    return positions, torch.arange(longest, device=token_mask.device) < count[:, None]
 
 
 def token_types(input_ids: torch.Tensor, response_mask: torch.Tensor, image_token_id: int) -> torch.Tensor:

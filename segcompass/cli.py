@@ -27,6 +27,7 @@ COMMANDS = {
     "interpret": ("interpret", "Draw the paper's interpretability figures of a model."),
     "precompute-features": ("precompute_features", "Encode a data set's images once, for training and evaluation."),
     "plan-memory": ("plan_memory", "Print what each GPU will hold under a recipe, before anything is downloaded."),
+    "verify": ("verify", "Compare a saved folder with its manifest, every byte of it, or sign it anew."),
     "push": ("push", "Push a model, an SAE, a data set or the metric to the Hub, with its card."),
     "demo": ("demo", "Start the demo in a browser: ask, look into the slots, switch concepts off."),
     "recipes": ("recipes", "List the training recipes that ship with the package, or print one."),

@@ -154,8 +154,15 @@ def activation_bytes(model: Any, batch: int, length: int) -> tuple[int, int]:
 
     Returns:
         Bytes of one decoder block, and of the segmentation modules.
+
+    Raises:
+        ValueError: the model's read-out is grounded.
     """
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if core.grounded:
+        raise ValueError(
+            "concept_reading is 'grounded', whose memory is not planned for; plan with concept_reading='feature'."
+        )
     config, text = core.config, core.config.get_text_config()
     meta: dict[str, Any] = dict(device="meta", dtype=torch.bfloat16)
     block = core.backbone.blocks(core.mllm)[-1].to(torch.bfloat16)

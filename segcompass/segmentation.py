@@ -167,14 +167,18 @@ def concept_heat(
     """
     if not slots or outputs.concept_weights is None:
         return None
+    rows, columns = outputs.patch_grid[0].tolist()
+    seen = model.backbone.seen_extent(processor.image_processor, *image.size)
+    if outputs.grounding is not None:  # what is shown is what the heatmap is the sum of
+        heat = sum(outputs.grounding.on_patches(0, slot).sum(0) for slot in slots)[: rows * columns]
+        return heat.view(rows, columns).float().cpu().numpy(), seen
     activations = outputs.concept_activations[0]  # (T, M)
     activations = activations[outputs.sequences[0, : len(activations)] == model.config.image_token_id]  # (patches, M)
     heat = activations.new_zeros(len(activations))
     for slot in slots:
-        columns = [concept.column for concept in heaviest_concepts(outputs, slot)]
-        heat += activations[:, columns] @ outputs.concept_weights[0, slot, columns]
-    rows, columns = outputs.patch_grid[0].tolist()
-    return heat.view(rows, columns).cpu().numpy(), model.backbone.seen_extent(processor.image_processor, *image.size)
+        heaviest = [concept.column for concept in heaviest_concepts(outputs, slot)]
+        heat += activations[:, heaviest] @ outputs.concept_weights[0, slot, heaviest]
+    return heat.view(rows, columns).cpu().numpy(), seen
 
 
 # -- explanation -------------------------------------------------------------------------------------------------------

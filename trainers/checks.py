@@ -3,6 +3,7 @@
 Each check raises with what it is, what it must be, and what to do. Knows nothing about how training is done.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from segcompass.loaders.masks import has_pixels
 from segcompass.loaders.reasoning_segmentation.run_lengths import checked_rle
 from segcompass.modeling_segcompass.processing_segcompass import REF_TOKEN
 
-from .optimization import SEGMENTATION_MODULES
+from .optimization import segmentation_modules
 from .policy import is_quantized
 from .rewards import RewardFunction, reward_name
 
@@ -56,13 +57,66 @@ def check_before_training(
         ValueError: anything else that does not fit.
     """
     check_model(model, processor)
+    check_dataset(train_dataset)
     check_rows(train_dataset, eval_dataset, args)
     check_reward_weights(rewards, args.reward_weights)
     check_quantization(model, with_adapters)
     check_reference(args, ref_model, with_adapters)
 
 
+def check_prompt_lengths(prompts: Sequence[Sequence[int]], sample_ids: Sequence[str], limit: float) -> None:
+    """Refuse a prompt that is longer than the processor allows.
+
+    Args:
+        prompts: token ids of each prompt, image tokens included.
+        sample_ids: the sample of each.
+        limit: the processor's `max_prompt_length`.
+
+    Raises:
+        ValueError: naming the sample, its length and the limit.
+    """
+    for ids, sample in zip(prompts, sample_ids, strict=True):
+        if len(ids) > limit:
+            raise ValueError(
+                f"the prompt of sample {sample!r} has {len(ids)} tokens, the limit is {limit}; shorten its instruction "
+                "or leave it out, or raise processor.max_prompt_length."
+            )
+
+
 # -- model and processor ----------------------------------------------------------------------------------------------
+
+
+def check_arguments(args: Any, expected: type) -> None:
+    """Refuse settings of another class: TRL's and transformers' lack the fields of ours.
+
+    Args:
+        args: what the trainer was given as its settings.
+        expected: the config that it reads.
+
+    Raises:
+        TypeError: naming both classes.
+    """
+    if not isinstance(args, expected):
+        raise TypeError(
+            f"args is {type(args).__name__}; pass a {expected.__name__}, which has its fields and this trainer's."
+        )
+
+
+def check_dataset(dataset: Any) -> None:
+    """Refuse several splits where one is trained on.
+
+    Args:
+        dataset: what the trainer was given as its training data.
+
+    Raises:
+        TypeError: naming the splits.
+    """
+    if isinstance(dataset, Mapping):
+        names = ", ".join(map(repr, dataset))
+        raise TypeError(
+            f"train_dataset is a {type(dataset).__name__} with the splits {names}; pass one of them, such as "
+            f"dataset[{next(iter(dataset), 'train')!r}]."
+        )
 
 
 def check_model(model: Any, processor: Any) -> None:
@@ -76,15 +130,8 @@ def check_model(model: Any, processor: Any) -> None:
         TypeError: one of them is of another kind.
         ValueError: they disagree on the number of slots or on the concentration token, or decoding strips that token.
     """
-    config = getattr(model, "config", None)
-    if getattr(config, "model_type", None) != "segcompass":
-        raise TypeError(
-            f"model is {type(model).__name__}; pass a SegCompassModel (SegCompassModel.from_pretrained(path), or "
-            "from_backbones to build one)."
-        )
-    if not isinstance(processor, ProcessorMixin) or not hasattr(processor, "num_slots"):
-        raise TypeError(f"processing_class is {type(processor).__name__}; pass the model's SegCompassProcessor.")
-    check_slots(config, processor)
+    check_kinds(model, processor)
+    config = model.config
     tokenizer: Any = getattr(processor, "tokenizer", None)
     token = tokenizer.convert_tokens_to_ids(REF_TOKEN)
     if token is None or token == tokenizer.unk_token_id or token != getattr(config, "ref_token_id", None):
@@ -98,6 +145,29 @@ def check_model(model: Any, processor: Any) -> None:
             f"{REF_TOKEN} is a special token of this tokenizer, so TRL would strip it from every response and the "
             "format reward would stay 0; add it with tokenizer.add_tokens, as SegCompassProcessor does."
         )
+
+
+def check_kinds(model: Any, processor: Any) -> None:
+    """Refuse what is no SegCompass model, a path above all, or no processor with as many slots.
+
+    Args:
+        model: what the trainer was given as its model.
+        processor: what the trainer was given as its processing class.
+
+    Raises:
+        TypeError: one of them is of another kind.
+        ValueError: they disagree on the number of slots.
+    """
+    config = getattr(model, "config", None)
+    if getattr(config, "model_type", None) != "segcompass":
+        given = f"{model!r}, a path" if isinstance(model, str | os.PathLike) else type(model).__name__
+        raise TypeError(
+            f"model is {given}; pass a SegCompassModel (SegCompassModel.from_pretrained(path), or from_backbones to "
+            "build one)."
+        )
+    if not isinstance(processor, ProcessorMixin) or not hasattr(processor, "num_slots"):
+        raise TypeError(f"processing_class is {type(processor).__name__}; pass the model's SegCompassProcessor.")
+    check_slots(config, processor)
 
 
 def check_slots(config: Any, processor: Any) -> None:
@@ -166,10 +236,11 @@ def check_adapters(model: nn.Module) -> None:
     """
     parameters = [name for name, p in model.named_parameters() if p.requires_grad]
     learning = {part for name in parameters for part in name.split(".")}
-    frozen = [name for name in SEGMENTATION_MODULES if name not in learning]
+    modules = segmentation_modules(model)
+    frozen = [name for name in modules if name not in learning]
     if frozen:
         raise ValueError(
-            f"{', '.join(frozen)} would not learn; add modules_to_save={list(SEGMENTATION_MODULES)} to the PEFT config."
+            f"{', '.join(frozen)} would not learn; add modules_to_save={list(modules)} to the PEFT config."
         )
     for module, remedy in (
         ("embed_tokens", "trainable_token_indices={'embed_tokens': [think_end_id, ref_token_id]}"),
@@ -260,6 +331,30 @@ def check_rollout_policy(batch: Mapping[str, Any]) -> None:
             f"{MAX_SAMPLING_GAP}: it samples from other weights. Check that its model is this run's MLLM "
             "(segcompass.trainers.vllm_policy.export_policy) and that the sampling temperature is the trainer's."
         )
+
+
+def check_engine_prompts(sent: Sequence[Sequence[int]], read: Sequence[Sequence[int]], image_token: int) -> None:
+    """vLLM must read the prompts it was sent: it expands image tokens by itself, and another number is another image.
+
+    Args:
+        sent: token ids of each prompt, its image tokens expanded.
+        read: what the engine says it read.
+        image_token: the id of an image token.
+
+    Raises:
+        RuntimeError: naming the first prompt that differs, and how.
+    """
+    if len(sent) != len(read):
+        raise RuntimeError(f"vLLM was sent {len(sent)} prompts and answers to {len(read)}; it follows none of them.")
+    for number, (ours, theirs) in enumerate(zip(sent, read, strict=True)):
+        if list(ours) != list(theirs):
+            counts = list(ours).count(image_token), list(theirs).count(image_token)
+            raise RuntimeError(
+                f"prompt {number} has {len(ours)} tokens, {counts[0]} of them of the image; vLLM read {len(theirs)}, "
+                f"{counts[1]} of the image. It would answer to another prompt than the one trained on: serve the "
+                "folder that segcompass.trainers.vllm_policy.export_policy writes, with its processor and its limits "
+                "on image pixels, or set use_vllm=False."
+            )
 
 
 # -- rows -------------------------------------------------------------------------------------------------------------

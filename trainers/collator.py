@@ -10,6 +10,7 @@ from PIL import Image
 from segcompass.loaders.rows import check_reasoning, row_image
 from segcompass.modeling_segcompass.images import read_image
 
+from .alignment import AlignmentTargets
 from .checks import check_masks
 from .image_features import ImageFeatures
 from .targets import mask_targets
@@ -24,6 +25,7 @@ class SegCompassCollator:
         processor: a SegCompassProcessor.
         mask_side: side of the mask logits, four times the key grid; None leaves out all that masks need.
         image_features: the cache to read the image encoder's features from; None makes the encoder's pixels.
+        alignment: makes the targets of the alignment term; None leaves them out.
 
     Example:
         >>> collate = SegCompassCollator(processor, mask_side=4 * model.config.key_grid)
@@ -36,8 +38,10 @@ class SegCompassCollator:
         processor: Any,
         mask_side: int | None = None,
         image_features: ImageFeatures | None = None,
+        alignment: AlignmentTargets | None = None,
     ):
         self.processor = processor
+        self.alignment = alignment
         self.mask_side = mask_side
         self.image_features = image_features
 
@@ -48,7 +52,8 @@ class SegCompassCollator:
             rows: B rows with `reasoning` and, where masks are wanted, `masks`, `height` and `width`.
 
         Returns:
-            The model's inputs (see the processor), and `mask_targets`, a list of B tensors (G_i, s, s) in [0, 1].
+            The model's inputs (see the processor), `mask_targets`, a list of B tensors (G_i, s, s) in [0, 1],
+            and with `alignment` also `alignment_targets`, an `Alignment`.
 
         Raises:
             ValueError: a row without reasoning, which supervised training needs, or whose reasoning, masks or image
@@ -74,6 +79,8 @@ class SegCompassCollator:
             response=[self.processor.format_response(row["reasoning"]) for row in rows],
             image_encoder=self.mask_side is not None and self.image_features is None,
         )
+        if self.alignment is not None:
+            batch["alignment_targets"] = self.alignment(rows, batch)
         if self.mask_side is None:
             return batch
         if self.image_features is not None:

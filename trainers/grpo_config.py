@@ -1,13 +1,16 @@
 """Settings of the joint GRPO and segmentation training; the defaults are the paper's (section 4.1, appendix A.2)."""
 
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from trl import GRPOConfig
 from trl.import_utils import is_vllm_available
 
+from segcompass.modeling_segcompass.generation_options import refuse_not_followed
+
 from .losses import LossWeights
-from .optimization import RateMultipliers, rate_multiplier
+from .optimization import FINAL_DIV_FACTOR, RateMultipliers, rate_multiplier
+from .options import GRPO_OPTIONS, OPTIONS, refuse_generation_options, refuse_options
 from .rewards import find_rewards
 
 TrainingMode = Literal["rl", "seg", "both"]
@@ -19,8 +22,10 @@ class SegCompassGRPOConfig(LossWeights, RateMultipliers, GRPOConfig):
     """TRL's GRPOConfig with the paper's values as defaults, and the segmentation half of Eq. 6.
 
     The paper's batch is 16 prompts x 8 responses on 8 devices: `per_device_train_batch_size=2,
-    gradient_accumulation_steps=8`. Prompts are limited by `processor.max_prompt_length`. The schedule has no warm-up:
-    `warmup_steps` and `lr_scheduler_type` are not read.
+    gradient_accumulation_steps=8`. Prompts are limited by `processor.max_prompt_length`. The schedule, one cycle
+    without warm-up, is that of `lr_scheduler_type="cosine_with_min_lr"`; `warmup_steps`, another type and
+    `lr_scheduler_kwargs` replace it by transformers' own. `mask_truncated_completions` leaves a response that was cut
+    out of the GRPO term; its masks are rewarded and supervised like any other's.
 
     Example:
         >>> args = SegCompassGRPOConfig("runs/grpo", beta=0.04, lambda_focal=5.0)
@@ -68,9 +73,14 @@ class SegCompassGRPOConfig(LossWeights, RateMultipliers, GRPOConfig):
 
     query_codebook_lr_multiplier: float = rate_multiplier("query codebook", 25.0)
     slot_mapper_lr_multiplier: float = rate_multiplier("slot mapper", 80.0)
+    grounded_reading_lr_multiplier: float = rate_multiplier("grounded read-out", 80.0)
     mask_decoder_lr_multiplier: float = rate_multiplier("mask decoder", 10.0)
+    lr_scheduler_type: str = field(
+        default="cosine_with_min_lr",
+        metadata={"help": "Learning rate schedule. This one falls along a cosine to 1 / final_div_factor."},
+    )
     final_div_factor: float = field(
-        default=6.7, metadata={"help": "What every learning rate is divided by at the end (OneCycleLR)."}
+        default=FINAL_DIV_FACTOR, metadata={"help": "What every learning rate is divided by at the end (OneCycleLR)."}
     )
 
     training_mode: TrainingMode = field(
@@ -129,15 +139,17 @@ class SegCompassGRPOConfig(LossWeights, RateMultipliers, GRPOConfig):
                 "reward_mask_source='reference' decodes masks in the reference pass, and beta=0 makes none; "
                 "set beta above 0 or reward_mask_source='policy'."
             )
+        options = self.generation_kwargs or {}
+        refuse_not_followed(options)
+        if options.get("return_dict_in_generate"):
+            raise ValueError(
+                "generation_kwargs has return_dict_in_generate=True, but TRL needs ids alone; leave it out."
+            )
         find_rewards(self.reward_funcs)  # a path that leads nowhere is an error before a model is loaded
-        unsupported = {
-            "remove_unused_columns": "the trainer reads image, instruction and masks from the rows",
-            "sync_ref_model": "the reference is a bare MLLM, not a second SegCompass model",
-            "cast_lm_head_to_fp32": "the LM head belongs to model.mllm, which TRL does not look into",
-        }
-        for name, reason in unsupported.items():
-            if getattr(self, name):
-                raise ValueError(f"{name}=True is not supported: {reason}. Set {name}=False.")
+        refuse_options(self, {**OPTIONS, **GRPO_OPTIONS})
+        if not self.use_vllm:  # whose sampler has options of other names, and leaves no states
+            refuse_generation_options(self.generation_kwargs)
+        self._check_schedule()
         if self.use_vllm and not is_vllm_available():
             raise ValueError(
                 "use_vllm=True, but vLLM is not installed; pip install 'segcompass[vllm]' on a machine with a GPU, or "
@@ -147,4 +159,26 @@ class SegCompassGRPOConfig(LossWeights, RateMultipliers, GRPOConfig):
             raise ValueError(
                 "fp16=True needs a GPU's gradient scaler, which is unavailable with use_cpu=True; set bf16=True, or "
                 "neither."
+            )
+
+    @property
+    def one_cycle(self) -> bool:
+        """Whether the schedule is the paper's: one cycle without warm-up."""
+        return self.lr_scheduler_type == "cosine_with_min_lr" and not self.warmup_steps and not self._own_end
+
+    @property
+    def _own_end(self):
+        """Whether lr_scheduler_kwargs say where the rate ends."""
+        kwargs: Any = self.lr_scheduler_kwargs or {}
+        return bool(kwargs) and kwargs != {"min_lr_rate": 1 / self.final_div_factor}
+
+    def _check_schedule(self):
+        falls = self.lr_scheduler_type == "cosine_with_min_lr"
+        if falls and not self.lr_scheduler_kwargs:
+            self.lr_scheduler_kwargs = {"min_lr_rate": 1 / self.final_div_factor}
+        elif self.final_div_factor != FINAL_DIV_FACTOR and (not falls or self._own_end):
+            raise ValueError(
+                f"final_div_factor={self.final_div_factor} is the end of lr_scheduler_type='cosine_with_min_lr', and "
+                f"lr_scheduler_type={self.lr_scheduler_type!r} with lr_scheduler_kwargs={self.lr_scheduler_kwargs} has "
+                "one of its own; set one of them."
             )

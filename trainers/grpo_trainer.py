@@ -24,8 +24,10 @@ One optimizer step, call by call; (TRL) is GRPOTrainer's method of that name, wh
 """
 
 import copy
+import logging
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -40,12 +42,29 @@ from trl.models import prepare_deepspeed, prepare_fsdp
 from segcompass.loaders.rows import leave_images_encoded
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
 
-from .checks import check_adapters, check_before_training, check_precision, check_rollout_policy
+from .checkpoints import WholeCheckpoints
+from .checks import (
+    check_adapters,
+    check_arguments,
+    check_before_training,
+    check_kinds,
+    check_precision,
+    check_prompt_lengths,
+    check_rollout_policy,
+)
 from .grpo_config import SegCompassGRPOConfig
 from .image_features import ImageFeatures, open_image_features
-from .joint_forward import JointForward, TrimmedForward, adapters_disabled, add_fused_head, mllm_replaced_by
+from .joint_forward import (
+    JointForward,
+    TrimmedForward,
+    adapters_of_the_reference,
+    add_fused_head,
+    mllm_replaced_by,
+    with_cut_responses,
+)
 from .losses import LOG_PREFIX, segmentation_loss
-from .optimization import SEGMENTATION_MODULES, component_optimizer, one_cycle
+from .optimization import component_optimizer, one_cycle, segmentation_modules
+from .options import TRAINER_OPTIONS, refuse_options
 from .overlays import draw_overlays
 from .policy import freeze, is_quantized, restore_masters
 from .reward_masks import decode_in_a_pass, decode_written, following_sae, mask_predictions
@@ -54,10 +73,14 @@ from .rollout_rows import Rollout, decode_images, segmentation_batch
 from .timing import PhaseTimer
 from .vllm_policy import policy_engine
 
+logger = logging.getLogger(__name__)
+
 ROLLOUTS = "rollouts_{}.pt"  # of one process, in each checkpoint
+UNFORMATTED_ROLLOUTS = 20
+"""After so many rollouts without one response of the right format a warning says what to do."""
 
 
-class SegCompassGRPOTrainer(GRPOTrainer):
+class SegCompassGRPOTrainer(WholeCheckpoints, GRPOTrainer):
     """GRPO on the responses and supervised segmentation on their masks, one forward and one backward.
 
     The rewards are those that `args.reward_funcs` names, then `reward_funcs`, weighted by `args.reward_weights`. Rows
@@ -78,7 +101,7 @@ class SegCompassGRPOTrainer(GRPOTrainer):
         **kwargs: GRPOTrainer's (callbacks, optimizers, ...).
 
     Raises:
-        TypeError: model, processing_class or a reward is of another kind.
+        TypeError: model, args, processing_class, train_dataset or a reward is of another kind.
         ValueError: processor and model disagree, rows lack columns or masks of their image's size, the dataset is
             smaller than one generation batch, rewards and their weights are not equally many, the adapters miss the
             segmentation modules, trainable weights are of half precision, or the image features are another encoder's.
@@ -117,6 +140,9 @@ class SegCompassGRPOTrainer(GRPOTrainer):
         **kwargs: Any,
     ):
         args = SegCompassGRPOConfig("SegCompass-GRPO") if args is None else args
+        check_arguments(args, SegCompassGRPOConfig)
+        check_kinds(model, processing_class)
+        refuse_options(SimpleNamespace(**kwargs), TRAINER_OPTIONS)
         with_adapters = peft_config is not None or is_peft_model(model)
         further = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs else []
         rewards: list[Any] = find_rewards([*args.reward_funcs, *further])
@@ -132,6 +158,8 @@ class SegCompassGRPOTrainer(GRPOTrainer):
             freeze(model, train_below_sae_layer=args.train_below_sae_layer)
 
         self._rollout: Rollout | None = None
+        self._response_lengths: Tensor | None = None  # of the training forward at hand, where TRL masks cut responses
+        self._unformatted: int | None = 0  # rollouts in a row from the first without the format; None once one has it
         self._timer, self._timed_steps = PhaseTimer(counted=lambda: self.model.training), 0.0
         self._overlays: list[Image.Image] = []
         beta = args.beta
@@ -164,7 +192,7 @@ class SegCompassGRPOTrainer(GRPOTrainer):
         self.core.__dict__.pop("forward", None)  # TRL's fused head sits on the composite; it belongs on the MLLM
         add_fused_head(self.core.mllm, self.temperature)
         if args.training_mode == "rl":  # nothing supervises them
-            for name in SEGMENTATION_MODULES:
+            for name in segmentation_modules(self.core):
                 getattr(self.core, name).requires_grad_(False)
         check_precision(self.model)
 
@@ -206,7 +234,9 @@ class SegCompassGRPOTrainer(GRPOTrainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """One cycle without warm-up."""
+        """One cycle without warm-up, or what the arguments ask for instead."""
+        if not self.args.one_cycle:
+            return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is None:
             optimizer = self.create_optimizer() if optimizer is None else optimizer
             self.lr_scheduler = one_cycle(optimizer, num_training_steps, self.args.final_div_factor)
@@ -219,7 +249,8 @@ class SegCompassGRPOTrainer(GRPOTrainer):
         with self._timer.phase("images"):
             rows = decode_images(inputs)
             rows = [{"prompt": self.processing_class.build_messages(row["instruction"]), **row} for row in rows]
-            self._rollout = Rollout(segmentation_batch(self, rows), images=[row["image"] for row in rows])
+            images, samples = [row["image"] for row in rows], [row["sample_id"] for row in rows]
+            self._rollout = Rollout(segmentation_batch(self, rows), images, samples)
         try:
             with self._timer.phase("scoring"):
                 batch = super()._generate_and_score_completions(rows)
@@ -229,19 +260,30 @@ class SegCompassGRPOTrainer(GRPOTrainer):
             self._rollout = None
 
     def _generate(self, *args, **kwargs):
-        with self._timer.phase("rollout"), self.core.reading_states() as recorder:
+        with self._timer.phase("rollout"), self.core.reading_states() as recorder, self.accelerator.autocast():
             output = super()._generate(*args, **kwargs)
+        if self.args.mask_truncated_completions:
+            lengths = [len(ids) for ids in output[1]]
+            self._rollout.segmentation["response_lengths"] = torch.tensor(lengths, device=self.accelerator.device)
         if self.args.reward_mask_source == "policy":
             self._rollout.written = recorder.states
         return output
 
-    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+    def _tokenize_prompts(self, *args, **kwargs):
+        output = super()._tokenize_prompts(*args, **kwargs)
+        check_prompt_lengths(output[0], self._rollout.sample_ids, self.processing_class.max_prompt_length)
+        return output
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
         rollout = self._rollout
+        lengths = self._response_lengths if rollout is None else rollout.segmentation.get("response_lengths")
+        attention_mask = with_cut_responses(attention_mask, logits_to_keep, lengths)
+        args = (input_ids, attention_mask, logits_to_keep, *args)
         if rollout is None:  # the training forward
             return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
         rollout.scoring_inputs = (args, kwargs)
         from_reference = self.args.reward_mask_source == "reference"
-        if model is self.ref_model or adapters_disabled(model):
+        if model is self.ref_model or adapters_of_the_reference(model):
             with self._timer.phase("reference"):
                 if model is not self.ref_model or not from_reference:
                     return super()._get_per_token_logps_and_entropies(TrimmedForward(model), *args, **kwargs)
@@ -252,7 +294,7 @@ class SegCompassGRPOTrainer(GRPOTrainer):
         if from_reference or rollout.written is not None:
             return super()._get_per_token_logps_and_entropies(TrimmedForward(model), *args, **kwargs)
         rollout.scored = JointForward(model, rollout.segmentation)
-        with following_sae(self):
+        with following_sae(self, rollout.scored):
             return super()._get_per_token_logps_and_entropies(rollout.scored, *args, **kwargs)
 
     @torch.no_grad()
@@ -276,7 +318,24 @@ class SegCompassGRPOTrainer(GRPOTrainer):
         if format_reward in self.reward_funcs:
             formatted = rewards[:, self.reward_funcs.index(format_reward)] > 0
             self.log_mean("format_share", formatted.float().mean().item())
+            self._watch_format(bool(formatted.any()), len(formatted), completion_ids_list)
         return rewards
+
+    def _watch_format(self, any_formatted, responses, completion_ids):
+        if self._unformatted is None or not self.model.training:
+            return
+        self._unformatted = None if any_formatted else self._unformatted + 1
+        if self._unformatted == UNFORMATTED_ROLLOUTS and self.accelerator.is_main_process:
+            limit = self.args.max_completion_length
+            cut = sum(len(ids) >= limit for ids in completion_ids) / len(completion_ids)
+            logger.warning(
+                "None of the %d responses of any of the first %d rollouts had the format (<think>...</think> and the "
+                "concentration tokens), so that the format reward is 0 everywhere and teaches nothing. Train on "
+                "reasoning traces first (segcompass train sft)%s.",
+                responses,
+                UNFORMATTED_ROLLOUTS,
+                f", and raise max_completion_length={limit}: {cut:.0%} of the last responses were cut" if cut else "",
+            )
 
     # -- loss ---------------------------------------------------------------------------------------------------------
 
@@ -288,6 +347,7 @@ class SegCompassGRPOTrainer(GRPOTrainer):
         return scores.topk(count).indices.sort().values.tolist()
 
     def _compute_loss(self, model, inputs):
+        self._response_lengths = inputs.get("response_lengths")
         if self.args.training_mode == "rl":
             return super()._compute_loss(TrimmedForward(model), inputs)
         rows = self._supervised_rows(inputs["mask_scores"])
@@ -342,10 +402,11 @@ class SegCompassGRPOTrainer(GRPOTrainer):
             self._overlays = []
         super().log(logs, start_time)
 
-    def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-        between = self._step % (self.args.steps_per_generation * self.num_iterations)
+    def save_beside(self, folder: Path) -> None:
+        """Also the rollouts of this process that were made but not yet learned from."""
+        super().save_beside(folder)
+        settings: Any = self.args  # TRL fills in what its fields leave open
+        between = self._step % (settings.steps_per_generation * self.num_iterations)
         torch.save(
             {
                 "processes": self.accelerator.num_processes,
@@ -370,8 +431,8 @@ class SegCompassGRPOTrainer(GRPOTrainer):
         if state["processes"] != self.accelerator.num_processes and state["rollouts"] is not None:
             raise ValueError(
                 f"{checkpoint} holds rollouts of {state['processes']} processes, this run has "
-                f"{self.accelerator.num_processes}; resume with as many, or delete {path.parent}/rollouts_*.pt to draw "
-                "new ones."
+                f"{self.accelerator.num_processes}; resume with as many, or, to draw new ones, delete "
+                f"{path.parent}/rollouts_*.pt and sign what is left: segcompass verify {path.parent} --sign"
             )
         self._step, self._buffered_inputs = state["step"], state["rollouts"]
         self._total_train_tokens = state["total_train_tokens"]

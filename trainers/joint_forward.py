@@ -70,6 +70,7 @@ class JointForward(TrimmedForward):
         self.image_embeddings: list[Tensor] = segmentation["image_embeddings"]
         self.reshaped_input_sizes: Tensor = segmentation["reshaped_input_sizes"]
         self.outputs: list[Any] = []
+        self.first: tuple[Tensor, Tensor] | None = None  # ids and attention mask (B, t) of the first call
         self.done = 0
 
     def _call_model(self, inputs: dict[str, Any]) -> Any:
@@ -82,6 +83,7 @@ class JointForward(TrimmedForward):
             mask_rows=self.rows,
             **self.flags,
         )
+        self.first = self.first or (inputs["input_ids"], inputs["attention_mask"])
         self.done += batch
         self.outputs.append(output)
         if output.log_probs is None:  # without the LM head; TRL reads the field all the same
@@ -107,18 +109,41 @@ def mllm_replaced_by(core: Any, mllm: nn.Module) -> Iterator[None]:
         core.mllm = own
 
 
-def adapters_disabled(model: nn.Module) -> bool:
-    """Whether this is PEFT's reference: the policy object itself with its adapters switched off.
+REFERENCE_ADAPTER = "ref"
+"""What TRL calls its frozen copy of an adapter that the model brought along."""
+
+
+def adapters_of_the_reference(model: nn.Module) -> bool:
+    """Whether this is PEFT's reference: the policy object itself with its adapters off, or with the frozen copy active.
 
     Args:
         model: what TRL makes log-probabilities with.
 
     Returns:
-        True if adapters are switched off at the moment; False without adapters.
+        Whether it is so at the moment; False without adapters.
     """
     if not is_peft_model(model):
         return False
-    return any(module.disable_adapters for module in model.modules() if isinstance(module, BaseTunerLayer))
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    return any(layer.disable_adapters or REFERENCE_ADAPTER in layer.active_adapters for layer in layers)
+
+
+def with_cut_responses(attention_mask: Tensor, logits_to_keep: int, lengths: Tensor | None) -> Tensor:
+    """Attention to the responses that `mask_truncated_completions` leaves out of the loss: their masks are read.
+
+    Args:
+        attention_mask: long (B, T), prompt and response; 0 in a whole response that TRL masked.
+        logits_to_keep: columns of the responses.
+        lengths: long (B,), tokens of each response; None leaves all as it is.
+
+    Returns:
+        long (B, T).
+    """
+    if lengths is None:
+        return attention_mask
+    columns = torch.arange(logits_to_keep, device=attention_mask.device)
+    written = (columns < lengths.to(attention_mask.device)[:, None]).to(attention_mask.dtype)  # (B, logits_to_keep)
+    return torch.cat([attention_mask[:, :-logits_to_keep], written], 1)
 
 
 def add_fused_head(mllm: Any, temperature: float) -> None:

@@ -12,7 +12,27 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
+FINAL_DIV_FACTOR = 6.7
+"""What every rate of joint training is divided by at its end, by default (the paper's)."""
+
+ROWS_HOOKS = "rows_hooks"
+"""Attribute of an embedding of which some rows alone learn: the handles of the hooks that see to it."""
+
 SEGMENTATION_MODULES = ("query_codebook", "slot_mapper", "mask_decoder")
+GROUNDED_MODULES = ("grounded_reading", "mask_decoder")
+"""The same of a model with `concept_reading="grounded"`."""
+
+
+def segmentation_modules(model: Any) -> tuple[str, ...]:
+    """The names of a model's segmentation modules, between the frozen parts and the masks.
+
+    Args:
+        model: SegCompassModel, maybe inside PEFT's wrapper.
+
+    Returns:
+        names of its attributes.
+    """
+    return GROUNDED_MODULES if model.config.concept_reading == "grounded" else SEGMENTATION_MODULES
 
 
 def rate_multiplier(module: str, default: float = 1.0) -> Any:
@@ -41,11 +61,27 @@ class RateMultipliers:
 
     query_codebook_lr_multiplier: float = rate_multiplier("query codebook")
     slot_mapper_lr_multiplier: float = rate_multiplier("slot mapper")
+    grounded_reading_lr_multiplier: float = rate_multiplier("grounded read-out")
     mask_decoder_lr_multiplier: float = rate_multiplier("mask decoder")
 
     def rate_multipliers(self) -> dict[str, float]:
-        """The multiplier of each of `SEGMENTATION_MODULES`."""
-        return {module: getattr(self, f"{module}_lr_multiplier") for module in SEGMENTATION_MODULES}
+        """The multiplier of each of `SEGMENTATION_MODULES` and `GROUNDED_MODULES`."""
+        modules = dict.fromkeys((*SEGMENTATION_MODULES, *GROUNDED_MODULES))
+        return {module: getattr(self, f"{module}_lr_multiplier") for module in modules}
+
+
+def partly_frozen(model: nn.Module) -> set[str]:
+    """Names of the weights of which some rows alone learn (`policy.freeze`): decay would move the others.
+
+    Args:
+        model: the model as the optimizer will see it.
+
+    Returns:
+        The names, as `named_parameters` has them.
+    """
+    return {
+        f"{name}.weight" for name, module in model.named_modules(remove_duplicate=False) if hasattr(module, ROWS_HOOKS)
+    }
 
 
 def parameter_groups(
@@ -91,13 +127,31 @@ def component_optimizer(trainer: Any, model: nn.Module | None = None) -> torch.o
         The optimizer that the arguments name, over `parameter_groups`.
     """
     model, args = trainer.model if model is None else model, trainer.args
-    decayed = set(trainer.get_decay_parameter_names(model))
+    decayed = set(trainer.get_decay_parameter_names(model)) - partly_frozen(model)
     groups = parameter_groups(model, args.learning_rate, args.weight_decay, decayed, args.rate_multipliers())
     optimizer_class, settings = trainer.get_optimizer_cls_and_kwargs(args, model)
     return optimizer_class(groups, **settings)
 
 
-def one_cycle(optimizer: torch.optim.Optimizer, total_steps: int, final_div_factor: float) -> OneCycleLR:
+class OneCycle(OneCycleLR):
+    """torch's, but a state that is loaded brings its steps and not its length: resuming with more steps goes on.
+
+    The rates are then those that the longer cycle has from there on.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where another cycle over the same parameters was, possibly one of another length."""
+        own = {name: self.__dict__[name] for name in ("total_steps", "_schedule_phases")}
+        longer = state_dict.get("total_steps") != self.total_steps
+        super().load_state_dict(state_dict)
+        self.__dict__.update(own)
+        if longer and self.last_epoch < self.total_steps:
+            for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+                group["lr"] = rate
+            self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+
+def one_cycle(optimizer: torch.optim.Optimizer, total_steps: int, final_div_factor: float) -> OneCycle:
     """The falling half of one cycle: from each group's rate, along a cosine, to rate / `final_div_factor`.
 
     torch begins one step along the cosine, so a short run starts a little below the rate (2 % at 10 steps).
@@ -110,7 +164,7 @@ def one_cycle(optimizer: torch.optim.Optimizer, total_steps: int, final_div_fact
     Returns:
         torch's scheduler.
     """
-    return OneCycleLR(
+    return OneCycle(
         optimizer,
         max_lr=[group["lr"] for group in optimizer.param_groups],
         total_steps=total_steps,

@@ -7,6 +7,8 @@ import torch
 
 from segcompass.modeling_segcompass.backbone import backbone_of
 
+from .optimization import ROWS_HOOKS, segmentation_modules
+
 
 def freeze(
     model: Any,
@@ -16,17 +18,21 @@ def freeze(
 ) -> None:
     """Freeze all but what is to learn: segmentation modules, decoder blocks above the SAE's layer, LM head.
 
-    The SAE and the positional code stay frozen always.
+    What an earlier call froze is free again first, so that a model can go through stages. The SAE and the positional
+    code stay frozen always.
 
     Args:
         model: a SegCompassModel.
         train_below_sae_layer: also train what the SAE's input is made of, from which the SAE then drifts: the
             projector, the decoder blocks 1 ... L, and the embeddings. Without it the embeddings' rows of `</think>` and
-            of the concentration token learn all the same (the other rows of a tied embedding still see weight decay).
+            of the concentration token learn all the same, and no other row moves: the matrix sees no weight decay.
         train_vision_tower: also train the MLLM's vision tower.
         train_image_encoder: also train the image encoder F_enc.
     """
     model.requires_grad_(True)
+    embeddings = model.get_input_embeddings()
+    for hook in embeddings.__dict__.pop(ROWS_HOOKS, ()):
+        hook.remove()
     model.freeze_encoders()
     model.image_encoder.requires_grad_(train_image_encoder)
     backbone = backbone_of(model)
@@ -38,7 +44,6 @@ def freeze(
         return
     for block in backbone.blocks(model.mllm)[: model.config.sae_config.layer]:
         block.requires_grad_(False)
-    embeddings = model.get_input_embeddings()
     tokens = torch.tensor([model.config.think_end_id, model.config.ref_token_id])
 
     def detach_others(module, args, output):  # not a hook on the weight, which sharding replaces
@@ -46,11 +51,12 @@ def freeze(
             learned = torch.isin(args[0], tokens.to(args[0].device))[..., None]
             return torch.where(learned, output, output.detach())
 
-    embeddings.register_forward_hook(detach_others)
+    hooks: list[Any] = [embeddings.register_forward_hook(detach_others)]
+    setattr(embeddings, ROWS_HOOKS, hooks)
     if model.get_output_embeddings().weight is embeddings.weight:
         rows = torch.zeros(len(embeddings.weight), 1)
         rows[tokens] = 1
-        embeddings.weight.register_hook(lambda gradient: gradient * rows.to(gradient))
+        hooks.append(embeddings.weight.register_hook(lambda gradient: gradient * rows.to(gradient)))
 
 
 def lora_config(model: Any, **settings: Any) -> Any:
@@ -80,7 +86,7 @@ def lora_config(model: Any, **settings: Any) -> Any:
     tokens = [model.config.think_end_id, model.config.ref_token_id]
     defaults = {
         "target_modules": backbone_of(model).lora_targets(model.mllm),
-        "modules_to_save": ["query_codebook", "slot_mapper", "mask_decoder", "lm_head"],
+        "modules_to_save": [*segmentation_modules(model), "lm_head"],
         "trainable_token_indices": {"embed_tokens": tokens},
     }
     return LoraConfig(**{**defaults, **settings})

@@ -4,6 +4,7 @@ Also follows the SAE in that pass: how much of its input's variance it explains,
 input. `trainer` is the SegCompassGRPOTrainer throughout.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -43,7 +44,7 @@ def decode_written(
     core = trainer.core
     if "decode_masks" not in vars(core):
         register_fsdp_forward_method(core, "decode_masks")
-    log_explained_variance(trainer, written.z)
+    log_explained_variance(trainer, written.z, core.concept_token_mask(written.input_ids, written.attention_mask))
     batch_size, outputs = trainer.scoring_batch_size, []
     for start in range(0, len(written.z), batch_size):
         rows = slice(start, start + batch_size)
@@ -75,7 +76,7 @@ def decode_in_a_pass(
         args, kwargs = rollout.scoring_inputs or scoring_inputs(trainer, prompts, completion_ids)
         rollout.scored = JointForward(trainer.model, rollout.segmentation, skip_lm_head=True)
         settings: Any = trainer.args.gradient_checkpointing_kwargs
-        with disable_gradient_checkpointing(trainer.model, settings), following_sae(trainer):
+        with disable_gradient_checkpointing(trainer.model, settings), following_sae(trainer, rollout.scored):
             GRPOTrainer._get_per_token_logps_and_entropies(trainer, rollout.scored, *args, **kwargs)
     return rollout.scored.outputs
 
@@ -140,11 +141,12 @@ def mask_predictions(trainer: "SegCompassGRPOTrainer", rollout: Rollout, outputs
 
 
 @contextmanager
-def following_sae(trainer: "SegCompassGRPOTrainer") -> Iterator[None]:
+def following_sae(trainer: "SegCompassGRPOTrainer", forward: JointForward) -> Iterator[None]:
     """Log the SAE's explained variance at some tokens of the first pass made while this is open.
 
     Args:
         trainer: the trainer.
+        forward: what makes the pass.
 
     Yields:
         Nothing.
@@ -162,21 +164,27 @@ def following_sae(trainer: "SegCompassGRPOTrainer") -> Iterator[None]:
         yield
     finally:
         hook.remove()
-    if seen:
-        log_explained_variance(trainer, seen[0])
+    if seen and forward.first is not None:
+        log_explained_variance(trainer, seen[0], core.concept_token_mask(*forward.first))
 
 
-def log_explained_variance(trainer: "SegCompassGRPOTrainer", z: Tensor) -> None:
-    """Log the share of the SAE's input's variance that its reconstruction explains.
+def log_explained_variance(trainer: "SegCompassGRPOTrainer", z: Tensor, may_fire: Tensor) -> None:
+    """Log the share of the SAE's input's variance that its reconstruction explains, at tokens that concepts come from.
+
+    Padding and special tokens are left out: an attention sink among them has most of the variance and hides the rest.
 
     Args:
         trainer: the trainer.
         z: float (B, T, d_π), the SAE's input.
+        may_fire: bool (B, T), as the model's `concept_token_mask`.
     """
-    sae, z = trainer.core.sae, z.flatten(0, 1)  # (B T, d_π)
+    sae, z = trainer.core.sae, z[may_fire]  # (n, d_π)
     with torch.autocast(z.device.type, enabled=False):
         z = z[:: max(1, len(z) // SAE_TOKENS)].to(sae.W_enc.dtype)
-        residual = z - sae.decode(sae.encode(z))
-        explained = 1 - residual.var(0, correction=0).sum() / z.var(0, correction=0).sum()
-    mean = trainer.accelerator.gather(explained.float().reshape(1)).mean().item()
-    trainer.log_mean("sae/explained_variance", mean)
+        explained = torch.full((), math.nan, device=z.device)
+        if len(z):
+            residual = z - sae.decode(sae.encode(z))
+            explained = 1 - residual.var(0, correction=0).sum() / z.var(0, correction=0).sum()
+    mean = trainer.accelerator.gather(explained.float().reshape(1)).nanmean().item()
+    if not math.isnan(mean):
+        trainer.log_mean("sae/explained_variance", mean)

@@ -36,6 +36,8 @@ class Rollout:
     once they are known, mask_scores (B,)."""
     images: list[Image.Image]
     """the image of each row, to be drawn on."""
+    sample_ids: Sequence[str] = ()
+    """the sample of each row, for what is said about it."""
     written: ReasoningStates | None = None
     """the states of the responses as they were generated, without the image; None with vLLM."""
     scoring_inputs: tuple[tuple, dict[str, Any]] | None = None

@@ -3,7 +3,7 @@
 Reads batches of hidden states, with or without token types; knows nothing about where they come from, or of training.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -11,14 +11,18 @@ from segcompass.modeling_segcompass.modeling_sparse_autoencoder import SparseAut
 
 from .activations import SPECIAL, TOKEN_TYPES, Batch, split_batch
 
+Reduce = Callable[[torch.Tensor], torch.Tensor]
+
 
 @torch.no_grad()
-def evaluate_sae(sae: SparseAutoencoder, activations: Iterable[Batch]) -> dict:
+def evaluate_sae(sae: SparseAutoencoder, activations: Iterable[Batch], reduce: Reduce | None = None) -> dict:
     """Score an autoencoder on hidden states it has not been trained on.
 
     Args:
         sae: the autoencoder, which reads raw hidden states.
         activations: batches (N, d_in), or pairs of them and their token types (N,).
+        reduce: sums a tensor over the processes, where each has its own share of the activations; all of them then
+            return one result.
 
     Returns:
         `explained_variance` 1 - Σ_d Var(z - ẑ) / Σ_d Var(z), variances over all tokens (a constant bias of ẑ is
@@ -33,20 +37,27 @@ def evaluate_sae(sae: SparseAutoencoder, activations: Iterable[Batch]) -> dict:
     Raises:
         ValueError: `activations` is empty, or of another width than the autoencoder's.
     """
-    sums: dict[str, torch.Tensor] = {}
-    fired: torch.Tensor | int = 0
+    groups_there_are = 1 + len(TOKEN_TYPES)
+    # In the shape of any batch's sums, so that a process whose share is empty takes part.
+    none = torch.zeros(0, sae.config.d_in, dtype=torch.float64, device=sae.device)
+    sums = moments(none, none, none.sum(1), none.new_zeros(0, groups_there_are))
+    fired = none.new_zeros(groups_there_are, sae.config.d_sae)
     typed = False
     for batch in activations:
         z, types = split_batch(batch)
         z = z.to(sae.device)
         h = sae.encode(z)  # (N, d_sae)
-        groups = token_groups(types, z, torch.float64)  # (N, G)
+        groups = token_groups(types, z, torch.float64)  # (N, 1 + len(TOKEN_TYPES)), or (N, 1) without types
+        groups = torch.nn.functional.pad(groups, (0, groups_there_are - groups.shape[1]))
         on = (h > 0).double()
         z = z.double()
         add_moments(sums, moments(z, sae.decode(h).double(), on.sum(1), groups))
         fired = fired + groups.T @ on  # (G, d_sae)
         typed |= types is not None
-    if not sums:
+    if reduce is not None:
+        sums, fired = {name: reduce(value) for name, value in sums.items()}, reduce(fired)
+        typed = bool(reduce(torch.tensor(int(typed), device=sae.device)))
+    if not sums["tokens"].any():
         raise ValueError(
             "there are 0 activations to evaluate on; give an iterable of (N, d_in) tensors, N of at least 1."
         )
@@ -59,14 +70,18 @@ def evaluate_sae(sae: SparseAutoencoder, activations: Iterable[Batch]) -> dict:
 
 
 @torch.no_grad()
-def measure_mean_active_activation(sae: SparseAutoencoder, activations: Iterable[Batch]) -> None:
+def measure_mean_active_activation(
+    sae: SparseAutoencoder, activations: Iterable[Batch], reduce: Reduce | None = None
+) -> None:
     """Set `sae.mean_active_activation` to each feature's mean activation over the tokens where it is active.
 
-    A feature that is never active keeps 1.
+    A feature that is never active gets the median of the others, so that it is ranked on their scale when it fires
+    after all; where none is active, all keep 1.
 
     Args:
         sae: the autoencoder, which reads raw hidden states.
         activations: batches (N, d_in), or pairs of them and their token types (N,).
+        reduce: sums a tensor over the processes, where each has its own share of the activations.
     """
     total = torch.zeros(sae.config.d_sae, dtype=torch.float64, device=sae.device)
     counts = torch.zeros_like(total)
@@ -74,7 +89,11 @@ def measure_mean_active_activation(sae: SparseAutoencoder, activations: Iterable
         h = sae.encode(split_batch(batch)[0].to(sae.device))  # (N, d_sae)
         total += h.sum(0)
         counts += torch.count_nonzero(h, dim=0)
-    sae.mean_active_activation.copy_(torch.where(counts > 0, total / counts.clamp(min=1), 1.0))
+    if reduce is not None:
+        total, counts = reduce(total), reduce(counts)
+    means = (total / counts)[counts > 0]
+    usual = means.median() if len(means) else 1.0
+    sae.mean_active_activation.copy_(torch.where(counts > 0, total / counts.clamp(min=1), usual))
 
 
 # -- sums over the tokens of a group, from which all measures come -----------------------------------------------------

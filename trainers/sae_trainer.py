@@ -8,12 +8,10 @@ Training runs in a frame of unit variance per dimension that is measured first, 
 that leaves the trainer (checkpoints, evaluation, the trained model) reads raw hidden states.
 """
 
-import json
 import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +24,7 @@ from transformers.trainer_utils import TrainOutput
 from segcompass.modeling_segcompass.modeling_sparse_autoencoder import SparseAutoencoder
 
 from .activations import TOKEN_TYPES, keep_finite, split_batch, take_tokens
+from .checkpoints import WholeCheckpoints, whole_checkpoint
 from .sae_frame import Frame, put_back, tensors_in_frame
 from .sae_quality import (
     add_moments,
@@ -50,7 +49,7 @@ class SparseAutoencoderTrainerConfig(TrainingArguments):
     Example:
         >>> args = SparseAutoencoderTrainerConfig("runs/sae", max_steps=1000, learning_rate=1e-3)
         >>> trainer = SparseAutoencoderTrainer(sae, args, train_dataset=dataset)
-        >>> trainer.train(resume_from_checkpoint=last_checkpoint("runs/sae"))
+        >>> trainer.train(resume_from_checkpoint=last_checkpoint("runs/sae"))  # of trainers.checkpoints
     """
 
     num_train_epochs: float = field(default=10, metadata={"help": "Passes over the samples (`segcompass train sae`)."})
@@ -94,19 +93,6 @@ class SparseAutoencoderTrainerConfig(TrainingArguments):
     )
 
 
-def last_checkpoint(folder: str | Path) -> str | None:
-    """The newest whole checkpoint in a folder, or None; a kill may have cut off one that is newer."""
-    found = sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
-    for path in found:
-        try:
-            json.loads((path / "trainer_state.json").read_text())  # the Trainer writes it last
-        except (OSError, ValueError):
-            continue
-        if (path / FRAME_FILE).exists():
-            return str(path)
-    return None
-
-
 class _Endless(IterableDataset):
     """Pass after pass over a dataset; refuses batches of the wrong width, and stops or skips at NaN and infinity."""
 
@@ -140,7 +126,7 @@ class _Endless(IterableDataset):
             )
 
 
-class SparseAutoencoderTrainer(Trainer):
+class SparseAutoencoderTrainer(WholeCheckpoints, Trainer):
     """Trains a `SparseAutoencoder` on batches of hidden states.
 
     Decoder rows have norm 1 after every step, their norm moving into the encoder. Features dead for `dead_window`
@@ -206,11 +192,8 @@ class SparseAutoencoderTrainer(Trainer):
         Raises:
             ValueError: there is no such checkpoint, or the data are empty, of another width, or do not vary.
         """
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(str(self.args.output_dir))
-            if resume_from_checkpoint is None:
-                raise ValueError(f"{self.args.output_dir} holds no whole checkpoint to resume from; train without.")
-        if not resume_from_checkpoint:
+        resume_from_checkpoint = whole_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        if resume_from_checkpoint is None:
             batches = take_tokens(self.train_dataset.one_pass(), self.args.calibration_tokens)
             self._frame = Frame.measure(batches, self.model.config.d_in, self.args.device, self.accelerator.reduce)
             if self.model.b_enc.any() or self.model.b_dec.any():
@@ -225,9 +208,10 @@ class SparseAutoencoderTrainer(Trainer):
                 self._frame = None
         self.model.eval()
         measure_mean_active_activation(
-            self.model, take_tokens(self.train_dataset.one_pass(), self.args.strength_tokens)
+            self.model,
+            take_tokens(self.train_dataset.one_pass(), self.args.strength_tokens),
+            self.accelerator.reduce,
         )
-        self.model.mean_active_activation.copy_(broadcast(self.model.mean_active_activation))
         return output
 
     def get_train_dataloader(self) -> DataLoader:
@@ -251,10 +235,10 @@ class SparseAutoencoderTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Run `evaluate_sae` on the evaluation dataset; metrics carry the prefix `eval_`."""
+        """Run `evaluate_sae` on the evaluation dataset, each process on its share; metrics carry the prefix `eval_`."""
         held_out: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         with self._raw_weights():
-            metrics = evaluate_sae(self.model, held_out)
+            metrics = evaluate_sae(self.model, held_out, self.accelerator.reduce)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -14,11 +14,14 @@ from transformers import Trainer, TrainingArguments
 from segcompass.loaders.rows import leave_images_encoded
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
 
-from .checks import check_slots
+from .alignment import AlignmentTargets, WordKind, alignment_loss, any_word
+from .checkpoints import WholeCheckpoints
+from .checks import check_arguments, check_dataset, check_kinds
 from .collator import SegCompassCollator
 from .image_features import open_image_features
 from .losses import LOG_PREFIX, LossWeights, erasure_loss, segmentation_loss
 from .optimization import RateMultipliers, component_optimizer
+from .options import OPTIONS, refuse_options
 from .policy import freeze
 
 
@@ -48,6 +51,13 @@ class SegCompassSFTConfig(LossWeights, RateMultipliers, TrainingArguments):
         default=0.3,
         metadata={"help": "Weight of the erasure loss: without those concepts the slot's mask should be gone."},
     )
+    lambda_align: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the alignment term: words and the patches that they name get similar states at the "
+            "SAE's layer. Needs rows with phrases, and train_below_sae_layer."
+        },
+    )
     train_below_sae_layer: bool = field(
         default=False,
         metadata={"help": "Whether the decoder blocks up to the SAE's layer learn. A trained SAE then drifts."},
@@ -70,18 +80,25 @@ class SegCompassSFTConfig(LossWeights, RateMultipliers, TrainingArguments):
         default=False, metadata={"help": "Must stay False, because the collator needs every column."}
     )
 
+    def __post_init__(self):
+        super().__post_init__()
+        refuse_options(self, OPTIONS)
 
-class SegCompassSFTTrainer(Trainer):
+
+class SegCompassSFTTrainer(WholeCheckpoints, Trainer):
     """Trains a SegCompassModel on rows with reasoning and masks.
 
     Args:
         model: a SegCompassModel with float32 weights.
         args: the settings.
         processing_class: the model's SegCompassProcessor.
+        word_kind: what the words of phrases say, for the alignment term, see `AlignmentTargets`.
         **kwargs: Trainer's (train_dataset, eval_dataset, callbacks, ...).
 
     Raises:
-        ValueError: processor and model disagree, or image features of an encoder that is to be trained.
+        TypeError: model, args, processing_class or train_dataset is of another kind.
+        ValueError: processor and model disagree, image features of an encoder that is to be trained, or an alignment
+            term with nothing to learn from it.
 
     Example:
         >>> args = SegCompassSFTConfig("runs/sft", max_steps=100)
@@ -93,9 +110,16 @@ class SegCompassSFTTrainer(Trainer):
     processing_class: Any  # a SegCompassProcessor; transformers' annotation allows everything
 
     def __init__(
-        self, model: SegCompassModel, args: SegCompassSFTConfig, processing_class: SegCompassProcessor, **kwargs: Any
+        self,
+        model: SegCompassModel,
+        args: SegCompassSFTConfig,
+        processing_class: SegCompassProcessor,
+        word_kind: WordKind = any_word,
+        **kwargs: Any,
     ):
-        check_slots(model.config, processing_class)
+        check_arguments(args, SegCompassSFTConfig)
+        check_kinds(model, processing_class)
+        check_dataset(kwargs.get("train_dataset"))
         model.config.token_dropout = args.token_dropout
         freeze(
             model,
@@ -113,7 +137,15 @@ class SegCompassSFTTrainer(Trainer):
                 )
             features = open_image_features(args.image_features, model, processing_class)
         mask_side = 4 * model.config.key_grid if self.with_masks else None
-        collator = SegCompassCollator(processing_class, mask_side, features)
+        alignment = None
+        if args.lambda_align > 0:
+            if not args.train_below_sae_layer:
+                raise ValueError(
+                    f"lambda_align={args.lambda_align} changes the states at the SAE's layer, but "
+                    "train_below_sae_layer=False keeps them; set it to True, or lambda_align to 0."
+                )
+            alignment = AlignmentTargets(processing_class, model.config.mllm_config, word_kind)
+        collator = SegCompassCollator(processing_class, mask_side, features, alignment)
         for name in ("train_dataset", "eval_dataset"):
             kwargs[name] = leave_images_encoded(kwargs.get(name))
         super().__init__(model=model, args=args, processing_class=processing_class, data_collator=collator, **kwargs)
@@ -133,12 +165,13 @@ class SegCompassSFTTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: int | Tensor | None = None,
     ) -> Any:
-        """Language loss + λ_s·(BCE + λ_D·dice) + λ_c·confidence BCE (+ λ_e·erasure); the parts are logged."""
-        targets = inputs.pop("mask_targets", None)
+        """Language loss + λ_s·(BCE + λ_D·dice) + λ_c·confidence BCE (+ λ_e·erasure, λ_align·alignment); all logged."""
+        targets, alignment = inputs.pop("mask_targets", None), inputs.pop("alignment_targets", None)
         outputs = model(
             **inputs,
             query_source=self.args.query_source,
             num_erased_concepts=self.args.num_erased_concepts * self.with_masks,
+            output_hidden_states=True if alignment is not None else None,
         )
         loss, parts = outputs.loss, dict[str, Tensor]()
         if self.with_masks:
@@ -149,8 +182,15 @@ class SegCompassSFTTrainer(Trainer):
             if outputs.erased is not None:
                 erasure, still_there = erasure_loss(outputs, extent)
                 loss, parts = loss + self.args.lambda_e * erasure, {**parts, **still_there}
-        logged = {"language": outputs.loss, **{f"{LOG_PREFIX}{name}": value for name, value in parts.items()}}
-        for name, value in logged.items():
+        aligned = {}
+        if alignment is not None:
+            config: Any = self.accelerator.unwrap_model(model).config
+            states = outputs.hidden_states[config.sae_config.layer]  # (B, T, d)
+            aligned["alignment"] = alignment_loss(states, alignment)
+            loss = loss + self.args.lambda_align * aligned["alignment"]
+        parts = {f"{LOG_PREFIX}{name}": value for name, value in parts.items()}
+        logged = {"language": outputs.loss, **aligned, **parts}
+        for name, value in logged.items() if model.training else ():  # the log of a step holds no evaluation
             self._parts.setdefault(name, []).append(value.detach().float())
         return (loss, outputs) if return_outputs else loss
 

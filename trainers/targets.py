@@ -47,10 +47,48 @@ def mask_targets(masks: list[dict], height: int, width: int, image_size: int, gr
     return targets.clamp_(0.0, 1.0)
 
 
-def _cell_sums(values: np.ndarray, cell: float, grid_size: int) -> np.ndarray:
-    """Integrate the rows of (N, length) unit-wide steps over cells of width `cell`: (N, grid_size), 0 past the end."""
+def patch_coverage(
+    masks: list[dict],
+    height: int,
+    width: int,
+    extent: tuple[float, float, float, float],
+    grid: tuple[int, int],
+) -> torch.Tensor:
+    """Coverage by each mask of each patch that the MLLM sees.
+
+    Args:
+        masks: G compressed RLE dicts, one per instance.
+        height: of the image (and of every mask) in pixels.
+        width: of the image (and of every mask) in pixels.
+        extent: (left, top, right, bottom) of what the MLLM sees, in pixels of the image (`Backbone.seen_extent`); it
+            may reach beyond the image, where nothing is.
+        grid: (rows, columns) of patches, which divide the extent evenly.
+
+    Returns:
+        (G, rows, columns) float32 in [0, 1].
+
+    Raises:
+        ValueError: a mask's size is not `[height, width]`.
+    """
+    coverage = torch.zeros(len(masks), *grid)
+    left, top, right, bottom = extent
+    cell_height, cell_width = (bottom - top) / grid[0], (right - left) / grid[1]
+    for index, mask in enumerate(masks):
+        if list(mask["size"]) != [height, width]:
+            raise ValueError(f"mask {index} is {list(mask['size'])}, but its image is [{height}, {width}].")
+        pixels = coco_mask.decode(mask).T  # (W, H)
+        rows = _cell_sums(pixels, cell_height, grid[0], top).T  # (rows, W)
+        coverage[index] = torch.from_numpy(_cell_sums(rows, cell_width, grid[1], left) / (cell_height * cell_width))
+    return coverage.clamp_(0.0, 1.0)
+
+
+def _cell_sums(values: np.ndarray, cell: float, grid_size: int, start: float = 0.0) -> np.ndarray:
+    """Integrate the rows of (N, length) unit-wide steps over cells of width `cell` from `start`: (N, grid_size).
+
+    It is 0 where there are no steps.
+    """
     length = values.shape[1]
-    edges = np.minimum(np.arange(grid_size + 1) * cell, length)
+    edges = np.clip(start + np.arange(grid_size + 1) * cell, 0, length)
     whole = np.minimum(edges.astype(np.int64), length - 1)
     steps = values[:, whole]
     running = np.cumsum(values, axis=1, dtype=np.int32 if values.dtype == np.uint8 else np.float64)

@@ -17,6 +17,8 @@ from trl.trainer import grpo_trainer
 
 from segcompass.modeling_segcompass.backbone import backbone_of
 
+from .checks import check_engine_prompts
+
 PREFIX = "mllm."
 SUPPRESSED = -100.0
 
@@ -43,6 +45,14 @@ class PolicyEngine(VLLMGeneration):
     Raises:
         RuntimeError: after a sync that did not send exactly the MLLM's parameters.
     """
+
+    def generate(self, prompts: list[list[int]], *args: Any, **kwargs: Any) -> tuple:
+        """As TRL's; refuses an engine that read other prompts than it was given, above all other image tokens."""
+        output = super().generate(prompts, *args, **kwargs)
+        model: Any = self.model
+        core = model.get_base_model() if is_peft_model(model) else model
+        check_engine_prompts(prompts, output[0], core.config.image_token_id)
+        return output
 
     def _iter_named_params(self):
         core = self.model.get_base_model() if is_peft_model(self.model) else self.model

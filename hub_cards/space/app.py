@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import gradio as gr
@@ -94,11 +94,16 @@ class Demo:
         answer = Answer(image, inputs)
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failed = []
+        left = Event()
+
+        def stop(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+            return torch.full((len(input_ids),), left.is_set(), dtype=torch.bool, device=input_ids.device)
 
         def write() -> None:
             try:
-                _, answer.states = self.model.reason(**inputs, streamer=streamer)
-                answer.outputs = self.decode(answer)
+                _, answer.states = self.model.reason(**inputs, streamer=streamer, stopping_criteria=[stop])
+                if not left.is_set():
+                    answer.outputs = self.decode(answer)
             except Exception as error:
                 failed.append(error)
                 streamer.end()
@@ -106,9 +111,13 @@ class Demo:
         writer = Thread(target=write)
         writer.start()
         text = ""
-        for piece in streamer:
-            text += piece
-            yield text, *[gr.skip()] * 6
+        try:
+            for piece in streamer:
+                text += piece
+                yield text, *[gr.skip()] * 6
+        except GeneratorExit:  # the visitor left: the model stops at the next token
+            left.set()
+            raise
         writer.join()
         if failed:
             raise gr.Error(f"The model failed: {failed[0]}")

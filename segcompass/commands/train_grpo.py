@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_quantization_config
 
 from segcompass.loaders import load_rows
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
 from segcompass.recipes import parse_with_recipe
 from segcompass.trainers import SegCompassGRPOConfig, SegCompassGRPOTrainer
+from segcompass.trainers.checkpoints import last_checkpoint
 from segcompass.trainers.policy import lora_config
 
 from . import options
@@ -60,5 +60,5 @@ def main(argv: list[str] | None = None) -> None:
         peft_config=adapters,
     )
     Path(training.output_dir).mkdir(parents=True, exist_ok=True)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(training.output_dir))
+    trainer.train(training.resume_from_checkpoint or last_checkpoint(training.output_dir))
     trainer.save_model()

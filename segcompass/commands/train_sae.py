@@ -8,6 +8,7 @@ streamed from the model while the SAE trains, or gathered once into a folder (--
 an interrupted run: both gathering and training continue where they stopped.
 """
 
+import hashlib
 import json
 import logging
 from dataclasses import asdict, dataclass, field
@@ -21,14 +22,15 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from segcompass.loaders.image_text import image_text, load_image_text
 from segcompass.loading import load_mllm
 from segcompass.modeling_segcompass import SparseAutoencoder, SparseAutoencoderConfig
+from segcompass.modeling_segcompass.sae_origin import origin_of
 from segcompass.recipes import parse_with_recipe
 from segcompass.trainers import SparseAutoencoderTrainer, SparseAutoencoderTrainerConfig
 from segcompass.trainers.activation_cache import CachedActivations, cache_activations
 from segcompass.trainers.activations import ActivationDataset, take_tokens
+from segcompass.trainers.checkpoints import last_checkpoint
 from segcompass.trainers.collator import ImageTextCollator
 from segcompass.trainers.sae_estimate import estimate_sae_training
 from segcompass.trainers.sae_quality import evaluate_sae
-from segcompass.trainers.sae_trainer import last_checkpoint
 
 from . import options
 
@@ -109,12 +111,13 @@ def main(argv: list[str] | None = None) -> None:
         training.max_steps = count_steps(arguments, training, rows, collate)
     sae = SparseAutoencoder(sae_config)
     trainer = SparseAutoencoderTrainer(sae, training, train_dataset=train_dataset)
-    trainer.train(resume_from_checkpoint=last_checkpoint(training.output_dir))
+    trainer.train(training.resume_from_checkpoint or last_checkpoint(training.output_dir))
     trainer.save_model()
     if isinstance(train_dataset, ActivationDataset):
         logger.warning("samples over all passes: %s", dict(train_dataset.report))
+    share = -(-arguments.evaluation_tokens // training.world_size)  # each process streams its own rows
+    quality = evaluate_sae(sae, take_tokens(stream(held_out), share), trainer.accelerator.reduce)
     if trainer.is_world_process_zero():
-        quality = evaluate_sae(sae, take_tokens(stream(held_out), arguments.evaluation_tokens))
         print(json.dumps(quality, indent=2))
         Path(training.output_dir, "quality.json").write_text(json.dumps(quality, indent=2))
 
@@ -128,6 +131,8 @@ def make_sae_config(arguments: SAEArguments, model_config: PreTrainedConfig) -> 
     named = {name: getattr(arguments, name) for name in ("d_sae", "layer", "activation", "k")}
     fields |= {name: value for name, value in named.items() if value is not None}
     fields |= {"d_in": text.hidden_size, "dataset": arguments.dataset, "token_window": arguments.token_window}
+    if not segcompass:
+        fields["backbone_revision"] = origin_of(mllm_config).revision
     fields["backbone"] = fields.get("backbone") or (mllm_config.model_type if segcompass else arguments.model)
     return SparseAutoencoderConfig(**fields)
 
@@ -168,13 +173,16 @@ def cached(
         What the trainer reads.
     """
     names = ("model", "dataset", "split", "evaluation_split", "evaluation_samples", "dataset_seed", "token_window")
+    description = {name: getattr(arguments, name) for name in names}
+    if Path(arguments.dataset).is_file():  # a JSONL may change under its name
+        description["content"] = hashlib.sha256(Path(arguments.dataset).read_bytes()).hexdigest()
     report = cache_activations(
         folder,
         model,
         rows,
         collate,
         sae_config.layer,
-        description={name: getattr(arguments, name) for name in names},
+        description=description,
         samples_per_batch=arguments.samples_per_batch,
         samples_per_shard=arguments.samples_per_shard,
         max_gb=arguments.cache_gb,

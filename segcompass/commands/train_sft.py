@@ -12,13 +12,12 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers.trainer_utils import get_last_checkpoint
-
 from segcompass.loaders import load_rows
 from segcompass.loading import load
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
 from segcompass.recipes import parse_with_recipe
 from segcompass.trainers import SegCompassSFTConfig, SegCompassSFTTrainer
+from segcompass.trainers.checkpoints import last_checkpoint
 
 from . import options
 
@@ -67,5 +66,5 @@ def main(argv: list[str] | None = None) -> None:
     rows = load_rows(arguments.dataset, arguments.split, arguments.dataset_seed, arguments.num_samples, streaming=True)
     trainer = SegCompassSFTTrainer(model, training, processor, train_dataset=rows)
     Path(training.output_dir).mkdir(parents=True, exist_ok=True)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(training.output_dir))
+    trainer.train(training.resume_from_checkpoint or last_checkpoint(training.output_dir))
     trainer.save_model()

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from segcompass.modeling_segcompass import SegCompassModel
+from segcompass.modeling_segcompass.grounded_reading import DECODER_CONFIDENCE
 from segcompass.modeling_segcompass.query_codebook import Concepts
 from segcompass.modeling_segcompass.states import ReasoningStates
 from segcompass.modeling_segcompass.token_layout import IMAGE
@@ -78,6 +79,7 @@ class AttentionReading:
         self.indices = outputs.concept_indices[0].cpu().numpy()
         self.weights = outputs.concept_weights[0].float().cpu().numpy()
         self.active = (outputs.concept_values[0] > 0).cpu().numpy()
+        self.fired = self.indices[self.active]
         self.on_image = outputs.token_types[0] == IMAGE  # (T,)
 
     @staticmethod
@@ -166,7 +168,102 @@ class AttentionReading:
         return (outputs.pred_masks[:, slot] > 0) & sure[:, None, None]  # (V, 4h, 4w)
 
 
-READINGS = {"feature": AttentionReading}
+class PlacesReading:
+    """The grounded read-out, whose heatmaps are sums of concepts' places. What is shown are the contributions.
+
+    Here `move`, `content` and `shown` hold by construction: they guard the code and are no evidence.
+
+    Args:
+        model: in evaluation mode, with `concept_reading="grounded"`.
+        states: of one sample.
+        means: from `gather_means`.
+
+    Example:
+        means = PlacesReading.gather_means(model, batches)
+        reading = PlacesReading(model, single_sample(states, 0), means)
+        masks = reading.masks(0, [Change(), Change(off=(4711,), to=(12,))])
+    """
+
+    def __init__(self, model: SegCompassModel, states: ReasoningStates, means: torch.Tensor):
+        self.model, self.states, self.means = model, states, means
+        outputs: Any = decode(model, states)
+        self.outputs = outputs
+        self.indices = outputs.concept_indices[0].cpu().numpy()
+        self.weights = outputs.concept_weights[0].float().cpu().numpy()
+        self.active = (outputs.concept_values[0] > 0).cpu().numpy()
+        on_image = outputs.token_types[0] == IMAGE  # (T,)
+        self.fired = (model.sae.encode(states.z[0, on_image]) > 0).any(0).nonzero()[:, 0].cpu().numpy()
+
+    @staticmethod
+    @torch.no_grad()
+    def gather_means(model: SegCompassModel, batches: Iterator[dict[str, Any]]) -> torch.Tensor:
+        """Read samples of one image size, teacher-forced, and take the mean of every concept's map.
+
+        Args:
+            model: in evaluation mode.
+            batches: inputs of the model's forward, with an image and a response.
+
+        Returns:
+            float (d_sae, patches); 0 for concepts that were never chosen.
+        """
+        d_sae = model.config.sae_config.d_sae
+        count, maps = torch.zeros(d_sae, 1), None
+        for inputs in batches:
+            outputs: Any = model(**inputs)
+            indices = outputs.concept_indices.cpu()  # (B, M)
+            found = outputs.grounding.maps.mT.float().cpu()  # (B, M, patches)
+            chosen = (outputs.concept_values > 0).cpu()
+            maps = torch.zeros(d_sae, found.shape[-1]) if maps is None else maps
+            maps.index_add_(0, indices[chosen], found[chosen])
+            count.index_add_(0, indices[chosen], torch.ones(int(chosen.sum()), 1))
+        if maps is None:
+            raise ValueError("there are no samples to take concepts' means of; give at least one batch.")
+        return maps / count.clamp_min(1)
+
+    def shown(self, weights: np.ndarray) -> np.ndarray:
+        """See `criteria.Reading`."""
+        return self.outputs.grounding.maps[0].float().cpu().numpy() @ weights
+
+    def sum_error(self, slot: int) -> float:
+        """See `criteria.Reading`."""
+        grounding = self.outputs.grounding
+        total = grounding.on_keys(0, slot).sum(0) + grounding.key_offset  # (h, w)
+        return float((total - self.outputs.heatmaps[0, slot]).detach().abs().max())
+
+    @torch.no_grad()
+    def masks(self, slot: int, changes: Sequence[Change]) -> torch.Tensor:
+        """See `criteria.Reading`."""
+        return torch.stack([self._mask(slot, change) for change in changes])
+
+    def _mask(self, slot, change):
+        if change.mean or change.silent:
+            return self._mask_of(slot, change)
+        freed = float(self.weights[slot, np.isin(self.indices, change.off)].sum())
+        outputs: Any = self.model.decode_masks(
+            **self.states._asdict(),
+            concept_scale=dict.fromkeys(change.off, 0.0) or None,
+            concept_add=dict.fromkeys(change.to, freed / len(change.to)) if change.to else None,
+        )
+        return (outputs.pred_masks[0, slot] > 0) & (outputs.pred_logits[0, slot] >= 0)
+
+    def _mask_of(self, slot, change):
+        """The mask of changed places, or of no words; the confidence, which has no part in it, stays."""
+        grounding, model = self.outputs.grounding, self.model
+        maps = grounding.maps[0].mT.clone()  # (M, patches)
+        replaced = torch.from_numpy(np.isin(self.indices, change.mean)).to(maps.device)
+        maps[replaced] = self.means.to(maps)[self.outputs.concept_indices[0][replaced]]
+        weights = grounding.weights[0, slot] * (0 if change.silent else 1)  # without words nothing is chosen
+        heat = weights @ maps + grounding.offset  # (patches,)
+        heat = grounding.key_scale * (grounding.upsampling[0] @ heat) + grounding.key_shift  # (h, w)
+        keys = self.states.image_embeddings.to(heat)
+        positions = model._key_positions(keys.shape[-2:]).to(keys)
+        cell_mask = model._cell_mask(keys, self.states.reshaped_input_sizes)
+        confidence = torch.full((1, 1), DECODER_CONFIDENCE, device=keys.device, dtype=keys.dtype)
+        mask = model.mask_decoder(keys, positions, heat[None, None].to(keys.dtype), confidence, cell_mask)[0, 0]
+        return (mask > 0) & (self.outputs.pred_logits[0, slot] >= 0)
+
+
+READINGS = {"feature": AttentionReading, "grounded": PlacesReading}
 """concept_reading -> the class that examines it."""
 
 

@@ -9,11 +9,13 @@ import html
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
+from segcompass.modeling_segcompass.manifest import MANIFEST, check, signing
 from segcompass.modeling_segcompass.token_layout import IMAGE, INSTRUCTION, RESPONSE
 
 FILE = "concepts.json"
@@ -100,7 +102,9 @@ class ConceptDictionary:
         fired = [asdict(entry) for entry in self.entries if entry.density > 0]
         content = {"tokens": self.tokens, "source": self.source, "features": len(self.entries), "concepts": fired}
         Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / FILE).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+        signed = (Path(folder) / MANIFEST).exists()  # the folder of a model or an SAE
+        with signing(folder) if signed else nullcontext():
+            (Path(folder) / FILE).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> "ConceptDictionary | None":
@@ -126,6 +130,7 @@ class ConceptDictionary:
         )
         if path is None:
             return None
+        check(Path(path).parent, (FILE,))
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             nowhere = dict.fromkeys(TOKEN_KINDS.values(), 0.0)

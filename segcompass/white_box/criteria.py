@@ -49,7 +49,9 @@ class Reading(Protocol):
     weights: np.ndarray
     """float (K, M), how much each concept weighs in each slot."""
     active: np.ndarray
-    """bool (M,), the concepts that fired."""
+    """bool (M,), those of them that fired."""
+    fired: np.ndarray
+    """long (F,), all features that can have a weight in this sample."""
 
     def shown(self, weights: np.ndarray) -> np.ndarray:
         """The map that is shown of concepts with these weights, float (M,) -> float (patches,)."""
@@ -173,9 +175,9 @@ def measure_slot(
         record["energy" + suffix] = energy_inside(shown, cover)
     record["sum_error"] = reading.sum_error(slot)
 
-    fired = indices[reading.active]
-    heavy = indices[np.argsort(-weights, kind="stable")[:TOP]]
-    heavy = heavy[np.isin(heavy, fired)]
+    fired = reading.fired
+    order = np.argsort(-weights, kind="stable")[:TOP]
+    heavy = indices[order[reading.active[order] & (weights[order] > 0)]]
     rest = np.setdiff1d(fired, heavy)
     drawn = rng.permutation(rest)[: len(heavy)]
     changes = {

@@ -9,6 +9,7 @@ from PIL import Image
 
 from segcompass.loaders.scenes import scene_question
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
+from segcompass.modeling_segcompass.manifest import findings, unlisted
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MINI = EXAMPLES / "checkpoints" / "mini"
@@ -25,6 +26,10 @@ def test_the_code_beside_the_weights_is_this_packages():
     assert copies.keys() == ours.keys(), RENEW
     for name, code in ours.items():
         assert copies[name] == code, f"{name} differs; {RENEW}"
+
+
+def test_the_folder_is_as_signed():
+    assert (findings(MINI), unlisted(MINI)) == ([], []), RENEW
 
 
 def test_weights_are_small():

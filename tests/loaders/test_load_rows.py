@@ -7,7 +7,7 @@ from datasets import Dataset, IterableDataset
 
 from segcompass.loaders import LOADERS, load_obelics, load_rows, load_scenes, register_loader
 from segcompass.loaders.image_text import image_text, load_image_text
-from segcompass.loaders.rows import FEATURES, expressions
+from segcompass.loaders.rows import FEATURES, PHRASES, expressions
 from tests.support.refer import ref, write_images, write_instances
 
 
@@ -29,8 +29,8 @@ def test_names_lead_to_their_loaders(tmp_path):
     assert load_rows(str(tmp_path / "mine.jsonl"), "train")["instruction"] == ["it"]
 
 
-def test_every_loader_has_the_columns_of_the_scenes():
-    assert load_scenes("val", num_samples=1).features == FEATURES
+def test_scenes_have_the_columns_of_all_rows_and_phrases():
+    assert load_scenes("val", num_samples=1).features == {**FEATURES, **PHRASES}
 
 
 def test_unknown_names_are_refused_with_those_that_exist(tmp_path):

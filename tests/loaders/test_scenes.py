@@ -12,9 +12,9 @@ from pycocotools import mask as coco_mask
 from torch.utils.data import DataLoader
 
 from segcompass.loaders import scene_drawing
-from segcompass.loaders.scene_drawing import COLOURS, SHAPES, SIZES, SPLITS, draw_scene, split_of_pair
-from segcompass.loaders.scene_questions import KINDS, ask
-from segcompass.loaders.scenes import NUM_SHARDS, load_scenes, scene_question
+from segcompass.loaders.scene_drawing import COLOURS, SHAPES, SIZES, SPLITS, choose_size, draw_scene, split_of_pair
+from segcompass.loaders.scene_questions import BY_LOOK, KINDS, ask, word_kind
+from segcompass.loaders.scenes import NUM_SHARDS, load_mixed_scenes, load_scenes, scene_question
 
 NUM_CHECKED = 500
 RANK = {"small": 0, "large": 1}
@@ -23,6 +23,11 @@ RANK = {"small": 0, "large": 1}
 @cache
 def drawn(split: str) -> list:
     return [scene_question(split, 11, index) for index in range(NUM_CHECKED)]
+
+
+@cache
+def drawn_mixed() -> list:
+    return [scene_question("train", 12, index, "mixed", "fitting", 0.3) for index in range(200)]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -148,16 +153,66 @@ SOLVERS = {
 }
 
 
+def solved(question):
+    """The second solver's scan, [size, colour, shape, place] of each object, and its targets; and the answer."""
+    scan_text, *_, answer = question.reasoning.split(". ")
+    places, *rest = zip(*(words.split() for words in scan_text.split(", ")), strict=True)
+    scan = [list(words) for words in zip(*rest, places, strict=True)]
+    targets = SOLVERS[question.kind](scan, question.instruction)
+    assert targets == question.targets, (question, targets)
+    return scan, targets, answer.removeprefix("answer: ").removesuffix(".")
+
+
 @pytest.mark.parametrize("split", SPLITS)
 def test_second_solver_finds_the_same_targets_from_instruction_and_scan(split):
     for _, question in drawn(split):
-        scan_text, *_, answer = question.reasoning.split(". ")
-        places, *rest = zip(*(words.split() for words in scan_text.split(", ")), strict=True)
-        scan = [list(words) for words in zip(*rest, places, strict=True)]  # size, colour, shape, place
-        targets = SOLVERS[question.kind](scan, question.instruction)
-        assert targets == question.targets, (question, targets)
+        scan, targets, answer = solved(question)
         named = ", ".join(" ".join([scan[target][3], *scan[target][1:3]]) for target in targets) or "none"
-        assert answer == f"answer: {named}."
+        assert answer == named
+
+
+def test_fitting_answers_name_each_target_once_by_look_or_by_place():
+    numbered = 0
+    for _, question in drawn_mixed():
+        scan, targets, answer = solved(question)
+        if question.kind not in BY_LOOK or not targets:
+            assert answer == (", ".join(" ".join([scan[t][3], *scan[t][1:3]]) for t in targets) or "none")
+            continue
+        counted = Counter()
+        for phrase in answer.split(", "):
+            number, *words = phrase.split() if phrase.split()[0] in ("two", "three") else ("one", *phrase.split())
+            assert (words[-1] in SINGULAR) == (number != "one")
+            look = (*words[:-1], SINGULAR.get(words[-1], words[-1]))
+            assert look not in counted
+            counted[look] = {"one": 1, "two": 2, "three": 3}[number]
+            numbered += number != "one"
+        assert counted == Counter(tuple(scan[t][:3]) for t in targets)
+    assert numbered > 3
+
+
+def test_the_way_to_answer_changes_neither_question_nor_targets():
+    for index in range(40):
+        (first, by_place), (second, fitting) = (
+            scene_question("train", 3, index, answers=answers) for answers in ("place", "fitting")
+        )
+        assert np.array_equal(first.image, second.image)
+        assert (by_place.instruction, by_place.targets) == (fitting.instruction, fitting.targets)
+        assert by_place.reasoning.split("answer: ")[0] == fitting.reasoning.split("answer: ")[0]
+
+
+def test_phrases_stand_in_the_trace_and_say_what_is_true_of_the_objects_they_name():
+    for scene, question in [*drawn_mixed(), *drawn("val")[:100]]:
+        named = [phrase.objects for phrase in question.phrases]
+        count = len(scene.objects)
+        assert named[:count] == [(index,) for index in range(count)]
+        assert sorted(index for objects in named[count:] for index in objects) == question.targets
+        for phrase in question.phrases:
+            assert question.reasoning[phrase.start :][: len(phrase.text)] == phrase.text
+            for word in re.findall(r"[A-Za-z]+|\d", phrase.text):
+                for thing in (scene.objects[index] for index in phrase.objects):
+                    facts = {"column": thing.place[0], "row": thing.place[1]}
+                    facts |= {"size": thing.size, "colour": thing.colour, "shape": thing.shape}
+                    assert word in ("two", "three") or facts[word_kind(word)[0]] == word_kind(word)[1]
 
 
 VERDICTS = re.compile(r"(?:[A-D][1-4](?: [a-z]+)* (?:yes|no))(?:, |$)")
@@ -314,14 +369,35 @@ def test_every_look_is_drawn_in_every_split():
     assert len({(t.size, t.colour, t.shape) for scene, _ in drawn("train") for t in scene.objects}) == 2 * looks
 
 
-@pytest.mark.parametrize("size", [128, 96])
+def test_mixed_sizes_stay_within_their_ratios_and_sides():
+    rng = np.random.default_rng(8)
+    sizes = np.array([choose_size(rng) for _ in range(800)])
+    square = (sizes == 128).all(1)
+    assert abs(square.mean() - 0.5) < 0.08  # more than four standard deviations of a share of 800 draws
+    others = sizes[~square]
+    assert others.max(1).min() >= 96 and others.max(1).max() <= 256 and others.max(1).std() > 30
+    ratios = np.log2(others[:, 1] / others[:, 0])
+    assert np.abs(ratios).max() <= 1 and abs(ratios.mean()) < 0.15 and abs(ratios.std() - 1 / np.sqrt(3)) < 0.08
+
+
+def test_twins_repeat_looks_and_nothing_else_hangs_on_them_at_zero():
+    def repeats(twins):
+        rng = np.random.default_rng(4)
+        looks = [[(t.colour, t.shape) for t in draw_scene(rng, "train", 128, twins).objects] for _ in range(120)]
+        return sum(len(set(scene)) < len(scene) for scene in looks)
+
+    assert repeats(0.0) + 30 < repeats(0.6)
+
+
+@pytest.mark.parametrize("size", [128, 96, (128, 64), (100, 200), (192, 150)])
 def test_masks_are_disjoint_centred_and_inside_the_image(size):
     rng = np.random.default_rng(5)
     counts = Counter()
-    for _ in range(150):
-        scene = draw_scene(rng, "train", size)
-        assert scene.image.shape == (size, size, 3) and scene.image.dtype == np.uint8
-        assert scene.masks.shape == (len(scene.objects), size, size) and scene.masks.dtype == bool
+    sides = (size, size) if isinstance(size, int) else size
+    for _ in range(150 if isinstance(size, int) else 40):
+        scene, unit = draw_scene(rng, "train", size), max(sides)
+        assert scene.image.shape == (*sides, 3) and scene.image.dtype == np.uint8
+        assert scene.masks.shape == (len(scene.objects), *sides) and scene.masks.dtype == bool
         assert scene.masks.sum(0).max() == 1
         counts[len(scene.objects)] += 1
         centres = []
@@ -329,13 +405,13 @@ def test_masks_are_disjoint_centred_and_inside_the_image(size):
             rows, columns = np.nonzero(mask)
             centre = (columns.mean() + 0.5, rows.mean() + 0.5)
             assert centre == pytest.approx(thing.centre)
-            assert thing.place == "ABCD"[int(centre[0] * 4 // size)] + "1234"[int(centre[1] * 4 // size)]
-            to_lines = [abs(c - line * size / 4) for c in centre for line in range(5)]
-            assert min(to_lines) >= 3 * size / 128 - 1e-4
+            assert thing.place == "ABCD"[int(centre[0] * 4 // unit)] + "1234"[int(centre[1] * 4 // unit)]
+            to_lines = [abs(c - line * unit / 4) for c in centre for line in range(5)]
+            assert min(to_lines) >= 3 * unit / 128 - 1e-4
             centres.append(centre)
         for axis in (0, 1):
-            assert np.diff(np.sort(np.array(centres)[:, axis])).min() >= 10 * size / 128
-    assert set(counts) == {2, 3}
+            assert np.diff(np.sort(np.array(centres)[:, axis])).min() >= 10 * unit / 128
+    assert set(counts) == {2, 3} or min(sides) < unit
 
 
 def test_objects_keep_their_visible_share_and_their_size(monkeypatch):
@@ -400,7 +476,7 @@ def test_rows_hold_the_scene_and_the_masks_of_its_targets():
     rows = load_scenes("test", seed=2, num_samples=40)
     assert set(rows.column_names) == {
         "image", "image_id", "sample_id", "dataset", "split", "instruction", "reasoning", "masks", "ignore", "height",
-        "width", "kind",
+        "width", "kind", "phrases",
     }  # fmt: skip
     assert len(set(rows["sample_id"])) == len(set(rows["image_id"])) == 40
     seen = Counter()
@@ -419,8 +495,33 @@ def test_rows_hold_the_scene_and_the_masks_of_its_targets():
         for rle, target in zip(row["masks"], question.targets, strict=True):
             assert rle["size"] == [128, 128] and isinstance(rle["counts"], str)
             assert np.array_equal(coco_mask.decode(rle).astype(bool), scene.masks[target])
+        for phrase, expected in zip(row["phrases"], question.phrases, strict=True):
+            assert (phrase["text"], phrase["start"]) == (expected.text, expected.start)
+            shown = [coco_mask.decode(rle).astype(bool) for rle in phrase["masks"]]
+            assert np.array_equal(shown, scene.masks[list(expected.objects)])
         seen[min(len(row["masks"]), 2)] += 1
     assert len(seen) == 3
+
+
+def test_mixed_rows_have_the_image_and_mask_sizes_of_their_scene():
+    sizes = set()
+    for index, row in enumerate(load_mixed_scenes("val", seed=1, num_samples=12)):
+        scene, question = scene_question("val", 1, index, "mixed", "fitting", 0.04)
+        assert (row["height"], row["width"]) == scene.image.shape[:2] == row["image"].size[::-1]
+        assert row["reasoning"] == question.reasoning and row["image_id"].startswith("mixed-scenes-val-1-")
+        assert all(rle["size"] == [row["height"], row["width"]] for phrase in row["phrases"] for rle in phrase["masks"])
+        sizes.add(scene.image.shape)
+    assert len(sizes) > 3
+
+
+def test_several_questions_about_a_scene_differ_in_kind_and_share_the_image():
+    rows = load_scenes("train", seed=2, num_samples=9, questions=3)
+    for start in range(0, 9, 3):
+        three = [rows[index] for index in range(start, start + 3)]
+        assert len({row["image_id"] for row in three}) == 1 and len({row["kind"] for row in three}) == 3
+        assert all(np.array_equal(np.asarray(row["image"]), np.asarray(three[0]["image"])) for row in three)
+        assert len({row["reasoning"].split(". ")[0] for row in three}) == 1
+    assert len(set(rows["image_id"])) == 3 and len(set(rows["sample_id"])) == 9
 
 
 def test_streamed_rows_equal_stored_rows():
@@ -450,6 +551,11 @@ def test_fewer_rows_than_shards_are_streamed_once():
         ({"num_samples": 0}, "num_samples=0 is below 1"),
         ({"seed": -1}, "seed=-1 is negative"),
         ({"size": 32}, "size=32 is below 64"),
+        ({"size": (200, 90)}, r"size=\(200, 90\) is narrower than 1:2"),
+        ({"size": "large"}, "size='large' is no size"),
+        ({"answers": "loud"}, "answers='loud' is not one of place, fitting"),
+        ({"questions": 7}, "questions=7 is not in 1 to 6"),
+        ({"twins": 1.5}, "twins=1.5 is no probability"),
     ],
 )
 def test_wrong_arguments_name_value_and_limit(arguments, message):

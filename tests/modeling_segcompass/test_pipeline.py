@@ -133,6 +133,13 @@ def test_bad_calls_say_what_to_give(pipe):
     ):
         with pytest.raises(ValueError, match=message):
             pipe(*arguments)
+    for options, told in (
+        ({"batch_size": 0}, "batch_size is 0; .* use 1 or more"),
+        ({"explain": True, "query_source": "tokens"}, "explain is set with query_source='tokens'"),
+        ({"num_beams": 2}, "num_beams is 2"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            pipe([image], ["it"], **options)
     with pytest.raises(ValueError, match="must hold 'image' and 'instruction'"):
         list(pipe([{"image": image}]))
 

@@ -46,9 +46,9 @@ for folder in sys.argv[3:]:
 """
 
 
-def save(folder, backbone):
+def save(folder, backbone, **config):
     """A saved model and processor, with the images and the masks to be found again."""
-    model, processor = lively_segcompass(backbone)
+    model, processor = lively_segcompass(backbone, **config)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     for number, image in enumerate(noise_images()):
@@ -63,6 +63,8 @@ def saved(tmp_path_factory):
     folders = {backbone: tmp_path_factory.mktemp(backbone) for backbone in BACKBONES}
     for backbone, folder in folders.items():
         save(folder, backbone)
+    folders["grounded"] = tmp_path_factory.mktemp("grounded")
+    save(folders["grounded"], "llava", concept_reading="grounded")
     return folders
 
 

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from segcompass.modeling_segcompass.configuration_segcompass import SparseAutoen
 from segcompass.modeling_segcompass.modeling_sparse_autoencoder import SparseAutoencoder
 
 D_IN, D_SAE = 16, 96
+ROOT = Path(__file__).parents[2]
 
 
 def build_sae(dtype=torch.float32, **kwargs):
@@ -324,13 +326,47 @@ def test_inside_another_model_it_is_loaded_exactly(tmp_path):
     assert all(torch.equal(value, outer.state_dict()[name]) for name, value in loaded.state_dict().items())
 
 
-def test_parts_missing_from_a_checkpoint_are_initialised_and_the_rest_kept(tmp_path):
+NAMES = ["W_enc", "b_enc", "W_dec", "b_dec", "mean_active_activation", "threshold"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_weight_missing_from_the_folder_is_an_error_that_names_it(name, tmp_path):
+    sae = build_sae(activation="jumprelu")
+    sae.save_pretrained(tmp_path, state_dict={key: w for key, w in sae.state_dict().items() if key != name})
+    with pytest.raises(ValueError, match=rf"does not match this model \(missing_keys: 1 \({name}"):
+        SparseAutoencoder.from_pretrained(tmp_path)
+
+
+def test_a_folder_with_other_weights_is_refused(tmp_path):
     sae = build_sae()
-    state = {name: value for name, value in sae.state_dict().items() if name != "mean_active_activation"}
-    sae.save_pretrained(tmp_path, state_dict=state)
-    loaded = SparseAutoencoder.from_pretrained(tmp_path)
-    assert torch.equal(loaded.W_dec, sae.W_dec) and torch.equal(loaded.W_enc, sae.W_enc)
-    assert torch.equal(loaded.mean_active_activation, torch.ones(D_SAE))
+    sae.save_pretrained(tmp_path, state_dict={"foo": torch.zeros(1)})
+    with pytest.raises(ValueError, match="missing_keys: 5 .*unexpected_keys: 1 .foo"):
+        SparseAutoencoder.from_pretrained(tmp_path)
+    sae.save_pretrained(tmp_path, state_dict={**sae.state_dict(), "extra": torch.zeros(1)})
+    with pytest.raises(ValueError, match="unexpected_keys: 1 .extra"):
+        SparseAutoencoder.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_number_that_is_not_finite_is_an_error_that_names_its_tensor(name, value, tmp_path):
+    sae = build_sae(activation="jumprelu")
+    sae.state_dict()[name].view(-1)[3] = value
+    sae.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"holds NaN or infinity in 1 tensors .{name}"):
+        SparseAutoencoder.from_pretrained(tmp_path)
+
+
+def test_a_folder_without_configuration_or_with_another_models_is_refused_at_once(tmp_path, monkeypatch):
+    build_sae().save_pretrained(tmp_path)
+    monkeypatch.setattr(SparseAutoencoder, "__init__", None)  # nothing is built
+    with pytest.raises(ValueError, match="holds a 'segcompass' model, where 'segcompass_sae' is needed"):
+        SparseAutoencoder.from_pretrained(ROOT / "examples" / "checkpoints" / "mini")
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(OSError, match=r"holds no config\.json"):
+        SparseAutoencoder.from_pretrained(tmp_path)
+    with pytest.raises(OSError, match=r"holds no config\.json"):
+        SparseAutoencoderConfig.from_pretrained(tmp_path)
 
 
 def test_configurations_written_before_the_newer_fields_load_unchanged(z, tmp_path):

@@ -76,6 +76,59 @@ def test_many_forwards_in_two_threads_equal_single_ones(parts):
     assert hooks(model) == 0
 
 
+def test_forty_generations_from_two_threads_equal_forty_single_ones(parts):
+    """Two images of unlike sizes, so that Qwen2.5-VL's position offsets differ between the calls that meet."""
+    model, processor = parts
+    responses = ["<think>a</think><REF_POS><REF_POS>", "<think>bcd</think><REF_POS><REF_POS><REF_POS>"]
+
+    def answer(number):
+        question_number, written_by = number % 2, number // 2 % 2
+        script = [[], [Script(processor.tokenizer, [responses[question_number]])]][written_by]
+        return model.segment(**question(processor, question_number), logits_processor=script, max_new_tokens=12)
+
+    alone = [answer(number) for number in range(4)]
+    assert not torch.equal(alone[0].sequences, alone[1].sequences)
+    assert alone[2].slot_mask.sum() == 2 and alone[3].slot_mask.sum() == 3
+    with ThreadPoolExecutor(2) as threads:
+        for number, found in enumerate(threads.map(answer, range(40))):
+            expected = alone[number % 4]
+            assert torch.equal(found.sequences, expected.sequences)
+            assert torch.equal(found.pred_masks, expected.pred_masks)
+            assert torch.equal(found.slot_mask, expected.slot_mask)
+    assert hooks(model) == 0
+
+
+def test_one_who_leaves_in_the_middle_of_an_answer_breaks_no_other_answer(parts):
+    """A streamer's consumer that raises ends its own call only."""
+    model, processor = parts
+
+    def answer(**options):
+        script = [Script(processor.tokenizer, ["<think>bcd</think><REF_POS><REF_POS>"])]
+        return model.segment(**question(processor, 1), logits_processor=script, max_new_tokens=12, **options)
+
+    class Leaves:
+        def __init__(self):
+            self.heard = 0
+
+        def put(self, value):
+            self.heard += 1
+            if self.heard == 4:
+                raise BrokenPipeError("left")
+
+        def end(self):
+            pass
+
+    expected = answer()
+    for _ in range(3):
+        with ThreadPoolExecutor(2) as threads:
+            left = threads.submit(lambda: answer(streamer=Leaves()))
+            other = threads.submit(answer)
+            with pytest.raises(BrokenPipeError):
+                left.result()
+            assert torch.equal(other.result().pred_masks, expected.pred_masks)
+    assert torch.equal(answer().pred_masks, expected.pred_masks) and hooks(model) == 0
+
+
 def test_no_hook_stays_behind_when_a_call_fails(parts):
     model, processor = parts
     inputs = processor(images=noise_images()[0], text="it", response="no")
@@ -105,7 +158,7 @@ def test_a_recorder_hears_its_own_model_only_and_not_what_an_inner_one_hears(par
     inputs = processor(images=noise_images()[0], text=INSTRUCTIONS[0], response=RESPONSES[0])
     other, _ = lively_segcompass("llava")
     with torch.no_grad(), model.reading_states() as recorder:
-        assert hooks(model) == 2
+        assert hooks(model) == 3
         assert open_recorder(model.mllm) is recorder and open_recorder(other.mllm) is None
         model(**inputs)  # opens its own
         assert recorder.z == recorder.last_hidden == []

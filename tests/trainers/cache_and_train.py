@@ -16,8 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from segcompass.loaders.image_text import image_text
 from segcompass.modeling_segcompass import SparseAutoencoder, SparseAutoencoderConfig
 from segcompass.trainers.activation_cache import CachedActivations, cache_activations
+from segcompass.trainers.checkpoints import last_checkpoint
 from segcompass.trainers.collator import ImageTextCollator
-from segcompass.trainers.sae_trainer import SparseAutoencoderTrainer, SparseAutoencoderTrainerConfig, last_checkpoint
+from segcompass.trainers.sae_trainer import SparseAutoencoderTrainer, SparseAutoencoderTrainerConfig
 from tests.support.tiny import tiny_mllm, tiny_processor
 
 

@@ -39,8 +39,9 @@ def test_both_trainers_weigh_the_terms_alike_and_only_joint_training_has_the_pap
     cold, joint = (config(str(tmp_path), use_cpu=True, bf16=False) for config in CONFIGS)
     for name in (field.name for field in dataclasses.fields(LossWeights)):
         assert getattr(cold, name) == getattr(joint, name) == getattr(LossWeights(), name)
-    assert cold.rate_multipliers() == dict.fromkeys(SEGMENTATION_MODULES, 1.0)
-    assert joint.rate_multipliers() == {"query_codebook": 25.0, "slot_mapper": 80.0, "mask_decoder": 10.0}
+    assert cold.rate_multipliers() == dict.fromkeys((*SEGMENTATION_MODULES, "grounded_reading"), 1.0)
+    papers = {"query_codebook": 25.0, "slot_mapper": 80.0, "mask_decoder": 10.0}
+    assert joint.rate_multipliers() == {**papers, "grounded_reading": 80.0}
 
 
 @both_configs

@@ -11,6 +11,7 @@ from transformers import BitsAndBytesConfig
 from trl import GRPOTrainer
 
 from segcompass.modeling_segcompass import SegCompassModel
+from segcompass.modeling_segcompass.manifest import findings, listed, unlisted
 from segcompass.trainers.grpo_config import SegCompassGRPOConfig
 from segcompass.trainers.grpo_trainer import SegCompassGRPOTrainer
 from segcompass.trainers.joint_forward import JointForward
@@ -186,6 +187,15 @@ def test_a_checkpoint_holds_model_and_processor(tmp_path):
     for name, value in trainer.model.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[name]), name
     assert (tmp_path / "checkpoint-1" / "tokenizer_config.json").exists()
+    signed = listed(tmp_path / "checkpoint-1")
+    assert {"model.safetensors", "optimizer.pt", "trainer_state.json", "rollouts_0.pt"} <= set(signed)
+    assert findings(tmp_path / "checkpoint-1") == [] and unlisted(tmp_path / "checkpoint-1") == []
+    optimizer = tmp_path / "checkpoint-1" / "optimizer.pt"
+    optimizer.write_bytes(optimizer.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"checkpoint-1 is not what was saved: optimizer\.pt"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    trainer.save_model(tmp_path)
+    assert "training_args.bin" in listed(tmp_path) and findings(tmp_path) == []
 
 
 def test_resuming_continues_as_if_never_stopped(tmp_path):

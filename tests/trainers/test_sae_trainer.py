@@ -1,10 +1,16 @@
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.data import IterableDataset
 
 from segcompass.modeling_segcompass.configuration_segcompass import SparseAutoencoderConfig
+from segcompass.modeling_segcompass.manifest import sign
 from segcompass.modeling_segcompass.modeling_sparse_autoencoder import SparseAutoencoder
 from segcompass.modeling_segcompass.sae_activations import (
     SAE_ACTIVATIONS,
@@ -12,10 +18,13 @@ from segcompass.modeling_segcompass.sae_activations import (
     max_over_encoded_tokens,
 )
 from segcompass.trainers.activations import take_tokens
+from segcompass.trainers.checkpoints import last_checkpoint
 from segcompass.trainers.sae_frame import Frame
 from segcompass.trainers.sae_quality import evaluate_sae, measure_mean_active_activation
-from segcompass.trainers.sae_trainer import SparseAutoencoderTrainer, SparseAutoencoderTrainerConfig, last_checkpoint
+from segcompass.trainers.sae_trainer import SparseAutoencoderTrainer, SparseAutoencoderTrainerConfig
+from tests.support.sae_on_two_processes import everybodys_tokens, fixed_sae
 
+ROOT = Path(__file__).parents[2]
 D_IN, D_SAE, ATOMS = 16, 64, 32
 TOPK = {"activation": "topk", "k": 4}
 VARIANTS = [{}, TOPK, {"activation": "batchtopk", "k": 4}, {"activation": "jumprelu"}]
@@ -134,6 +143,9 @@ def test_a_checkpoint_that_was_cut_off_is_not_resumed_from(tmp_path):
 def test_a_folder_without_the_frame_is_no_checkpoint(tmp_path):
     build_trainer(tmp_path, build_sae(**TOPK), max_steps=4, save_strategy="steps", save_steps=4).train()
     (tmp_path / "checkpoint-4" / "training_frame.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"no whole checkpoint: training_frame.safetensors \(missing\)"):
+        build_trainer(tmp_path, build_sae(**TOPK)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    sign(tmp_path / "checkpoint-4")
     with pytest.raises(ValueError, match="no checkpoint of this trainer"):
         build_trainer(tmp_path, build_sae(**TOPK)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
@@ -220,7 +232,55 @@ def test_mean_active_activation_is_the_mean_over_the_tokens_where_a_feature_is_a
     h = sae.encode(z)
     for j in (0, 17, 63):
         torch.testing.assert_close(sae.mean_active_activation[j], h[:, j][h[:, j] > 0].mean())
-    assert sae.mean_active_activation[5] == 1  # never active: not measured
+    means = [h[:, j][h[:, j] > 0].mean() for j in range(D_SAE) if j != 5]
+    torch.testing.assert_close(sae.mean_active_activation[5], torch.stack(means).median())  # never active
+
+
+@pytest.mark.parametrize("scale", [0.1, 50.0])
+def test_features_are_ranked_alike_at_any_scale_of_the_hidden_states_also_the_silent_ones(scale):
+    def ranking(scale):
+        sae = build_sae()
+        with torch.no_grad():
+            sae.b_enc.fill_(-2.0 * scale)
+        rare = sae.W_dec[7].detach()
+        z = scale * torch.randn(2000, D_IN, generator=torch.Generator().manual_seed(0))
+        z -= (z @ rare)[:, None] * rare  # feature 7 is silent while the means are measured
+        measure_mean_active_activation(sae, [z])
+        sample = scale * torch.randn(50, D_IN, generator=torch.Generator().manual_seed(1))
+        sample[0] += 4 * scale * rare  # and active here
+        ratio = sae.encode(sample).amax(0) / sae.mean_active_activation
+        assert ratio[7] > 0
+        return ratio
+
+    torch.testing.assert_close(ranking(scale), ranking(1.0), rtol=1e-3, atol=1e-3)
+
+
+def test_means_stay_one_where_no_feature_is_active():
+    sae = build_sae()
+    with torch.no_grad():
+        sae.b_enc.fill_(-1e6)
+    measure_mean_active_activation(sae, [torch.randn(40, D_IN)])
+    assert torch.equal(sae.mean_active_activation, torch.ones(D_SAE))
+
+
+def test_two_processes_give_one_figure_over_all_tokens(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d"]
+    command += ["--rdzv_endpoint", "localhost:0", str(ROOT / "tests" / "support" / "sae_on_two_processes.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [*command, str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300, cwd=ROOT
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    sae, z, types = fixed_sae(), *everybodys_tokens()
+    expected = evaluate_sae(sae, [(z, types)])
+    for name in ("tokens", "mse", "explained_variance", "l0", "dead_share"):
+        assert first["evaluation"][f"eval_{name}"] == pytest.approx(expected[name], rel=1e-6), name
+        for kind, part in expected["by_type"].items():
+            assert first["evaluation"]["eval_by_type"][kind][name] == pytest.approx(part[name], rel=1e-6), (kind, name)
+    measure_mean_active_activation(sae, [(z, types)])
+    assert first["means"] == pytest.approx(sae.mean_active_activation.tolist(), rel=1e-5)
 
 
 def test_training_measures_the_mean_active_activation(tmp_path):

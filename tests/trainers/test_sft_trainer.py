@@ -141,6 +141,22 @@ def test_token_dropout_hides_the_tokens_in_training_only():
     assert not torch.allclose(hidden, model.eval()(**inputs).heatmaps, atol=1e-4)
 
 
+def test_grounded_read_out_trains_with_the_same_terms(rows, tmp_path):
+    model, processor = tiny_segcompass("llava", concept_reading="grounded")
+    before = snapshot(model)
+    trainer = train(model, processor, rows, tmp_path, num_erased_concepts=3, lambda_e=1.0)
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logged and all(math.isfinite(entry["loss"]) and "seg/still_there" in entry for entry in logged)
+    for part in (
+        "grounded_reading.slot_queries",
+        "grounded_reading.upsampling",
+        "grounded_reading.gain",
+        "mask_decoder",
+    ):
+        assert moved(model, before, part), part
+    assert torch.equal(model.grounded_reading.spread, torch.ones(128))  # measured, not learned
+
+
 def test_rows_without_reasoning_and_another_number_of_slots_are_refused(rows, tmp_path):
     model, processor = tiny_segcompass("llava")
     with pytest.raises(ValueError, match="no reasoning"):

@@ -16,9 +16,19 @@ from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import add_fused_lm_head, pad, shuffle_sequence_dict, split_tensor_dict
 
-from segcompass.trainers import checks, grpo_trainer, joint_forward, optimization, reward_masks, rollout_rows
+from segcompass.trainers import (
+    checkpoints,
+    checks,
+    grpo_trainer,
+    joint_forward,
+    optimization,
+    reward_masks,
+    rollout_rows,
+)
+from segcompass.trainers.checkpoints import WholeCheckpoints
 from segcompass.trainers.grpo_config import SegCompassGRPOConfig
 from segcompass.trainers.grpo_trainer import SegCompassGRPOTrainer
+from segcompass.trainers.signed_saves import SignedSaves
 
 OVERRIDDEN = {
     "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
@@ -28,7 +38,14 @@ OVERRIDDEN = {
     "_get_per_token_logps_and_entropies": ["self", "model", "input_ids", "attention_mask", "logits_to_keep"],
     "_load_optimizer_and_scheduler": ["self", "checkpoint"],
     "_save_checkpoint": ["self", "model", "trial"],
+    "_run_epoch": ["self", "model", "epoch"],
+    "_get_output_dir": ["self", "trial"],
+    "_push_from_checkpoint": ["self", "checkpoint_folder"],
+    "_tokenize_prompts": ["self", "prompts"],
+    "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+    "_save": ["self", "output_dir", "state_dict"],
     "create_optimizer": ["self", "model"],
+    "train": ["self", "resume_from_checkpoint", "trial", "ignore_keys_for_eval"],
     "create_scheduler": ["self", "num_training_steps", "optimizer"],
     "log": ["self", "logs", "start_time"],
     "training_step": ["self", "model", "inputs"],
@@ -38,18 +55,30 @@ PRIVATE = {
     grpo_trainer: {
         "_buffered_inputs",
         "_created_lr_scheduler",
-        "_get_output_dir",
         "_metrics",
         "_step",
         "_total_train_tokens",
     },
     reward_masks: {"_tokenizer"},
     checks: set(),
+    checkpoints: set(),
     joint_forward: set(),
     optimization: set(),
     rollout_rows: set(),
 }
-OURS = {"_make_reference", "_overlays", "_rollout", "_supervised_rows", "_timed_steps", "_timer"}
+OURS = {
+    "_make_reference",
+    "_overlays",
+    "_response_lengths",
+    "_rollout",
+    "_supervised_rows",
+    "_timed_steps",
+    "_timer",
+    "_unformatted",
+    "_unpushed",
+    "_watch_format",
+    "_writing",
+}
 HELPERS = {
     add_fused_lm_head: ["model", "temperature", "cast_lm_head_to_fp32", "outputs"],
     disable_gradient_checkpointing: ["model", "gradient_checkpointing_kwargs"],
@@ -102,7 +131,7 @@ def test_signature_of_used(helper):
 @pytest.mark.parametrize("module", PRIVATE, ids=lambda module: module.__name__.split(".")[-1])
 def test_every_private_of_trl_is_named_here_and_still_exists(module):
     """In the trainer itself it is `self._x`; the files beside it are handed the trainer and read `trainer._x`."""
-    owners = ("self",) if module is grpo_trainer else ("trainer", "GRPOTrainer")
+    owners = ("self",) if module in (grpo_trainer, checkpoints) else ("trainer", "GRPOTrainer")
     used = set()
     for node in ast.walk(ast.parse(inspect.getsource(module))):
         if isinstance(node, ast.Attribute) and re.match("_[a-z]", node.attr):
@@ -116,7 +145,8 @@ def test_every_private_of_trl_is_named_here_and_still_exists(module):
 
 
 def test_nothing_else_of_trl_is_overridden():
-    ours = {name for name, value in vars(SegCompassGRPOTrainer).items() if callable(value) or type(value) is property}
+    own = {**vars(SignedSaves), **vars(WholeCheckpoints), **vars(SegCompassGRPOTrainer)}
+    ours = {name for name, value in own.items() if callable(value) or type(value) is property}
     assert {name for name in ours if hasattr(GRPOTrainer, name)} - {"__init__"} == set(OVERRIDDEN)
     assert not re.search(
         r"self\.(core|image_features|log_mean|mode|scoring_batch_size)\b", inspect.getsource(GRPOTrainer)
@@ -210,6 +240,7 @@ def test_settings_that_are_redefined_still_exist():
     inherited = {field for field in SegCompassGRPOConfig.__annotations__ if field in GRPOConfig.__dataclass_fields__}
     assert inherited == {
         "learning_rate",
+        "lr_scheduler_type",
         "weight_decay",
         "max_grad_norm",
         "num_generations",

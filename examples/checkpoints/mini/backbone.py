@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
+from transformers.utils import TransformersKwargs
 
 PER_TOKEN_INPUTS = ("input_ids", "attention_mask", "labels", "token_type_ids", "mm_token_type_ids")
 """Inputs of shape (B, T), whatever the family; all others have one row per image or per patch."""
@@ -45,6 +46,9 @@ class Backbone:
     """inputs whose rows are the patches of all images, one image after the other."""
     projector_names = ("multi_modal_projector",)
     """where the projector may be, as a path from the MLLM without its head."""
+    notes_on_model = False
+    """whether the MLLM notes something about the prompt on itself while it generates, so that one thread must wait for
+    another."""
     processor_fields: tuple[str, ...] = ()
     """settings that the family's own processor keeps and `SegCompassProcessor` takes over."""
 
@@ -165,6 +169,27 @@ class Backbone:
         taken = set(inspect.signature(mllm.forward).parameters) - {"labels"}
         return {name: value for name, value in inputs.items() if name in taken and value is not None}
 
+    def check_inputs(self, mllm: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
+        """Refuse what the MLLM would swallow without a word.
+
+        Args:
+            mllm: transformers' model.
+            inputs: for its forward, by name.
+
+        Raises:
+            ValueError: an input that neither the MLLM nor its decoder names, nor transformers for all models.
+        """
+        parts = (mllm, self.without_head(mllm), self.language_model(mllm))  # each hands on what it does not name
+        taken = set(TransformersKwargs.__optional_keys__)
+        for part in parts:
+            taken |= set(inspect.signature(type(part).forward).parameters)
+        unknown = sorted(set(inputs) - taken)
+        if unknown:
+            raise ValueError(
+                f"{type(mllm).__name__} takes no {', '.join(unknown)}; leave it out, or check the spelling "
+                f"(it takes {', '.join(sorted(taken - {'self', 'kwargs'}))})."
+            )
+
     def select_tokens(self, inputs: Mapping[str, Any], columns: slice) -> dict[str, Any]:
         """The same inputs with some of the tokens: per-token inputs (B, T) are cut, all others are left as they are."""
         return {name: value[:, columns] if name in PER_TOKEN_INPUTS else value for name, value in inputs.items()}
@@ -223,12 +248,31 @@ class Backbone:
         Returns:
             (left, top, right, bottom) in pixels of the image.
         """
-        if not getattr(image_processor, "do_center_crop", False):
+        view = self.image_view(image_processor)
+        if view == "frame":  # the square that the image was padded to, beyond the image's edges
+            return 0, 0, max(width, height), max(width, height)
+        if view != "center_crop":
             return 0, 0, width, height
         scale = image_processor.size["shortest_edge"] / min(width, height)
         half_width = image_processor.crop_size["width"] / scale / 2
         half_height = image_processor.crop_size["height"] / scale / 2
         return width / 2 - half_width, height / 2 - half_height, width / 2 + half_width, height / 2 + half_height
+
+    def image_view(self, image_processor: Any) -> str:
+        """How the MLLM sees an image, as `Frame.place_patches` takes it.
+
+        Args:
+            image_processor: the MLLM's.
+
+        Returns:
+            str: a name in `image_encoder.IMAGE_VIEWS`.
+        """
+        if getattr(image_processor, "do_center_crop", False):
+            return "center_crop"
+        sides = dict(getattr(image_processor, "size", None) or {})
+        if getattr(image_processor, "do_pad", False) and "longest_edge" in sides:
+            return "frame"  # as SAM's: the longest side fills the square, the rest is padded right and below
+        return "whole"
 
     def save_processor(self, processor: Any, folder: str | Path) -> None:
         """Save what AutoProcessor reads beside the bare MLLM, but for the tokenizer.
@@ -261,6 +305,7 @@ class QwenVL(Backbone):
     model_types = ("qwen2_5_vl", "qwen2_vl", "qwen3_vl", "qwen3_5")
     image_token = "<|image_pad|>"
     returns_token_types = True
+    notes_on_model = True  # `rope_deltas`, a prompt's position offsets
     per_patch_inputs = ("pixel_values",)
     projector_names = ("visual.merger",)
 

@@ -5,7 +5,7 @@ renders what it returns. Knows nothing about weights; needs a processor only to 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -48,7 +48,7 @@ class TokenHit(NamedTuple):
     text: str
     """the piece; its token id in brackets when no processor was given."""
     strength: float
-    """h_j there, above 0."""
+    """h_j there, above 0; what the word adds to the concept's logit, if the read-out is grounded."""
 
 
 class PatchHit(NamedTuple):
@@ -57,7 +57,7 @@ class PatchHit(NamedTuple):
     row: int
     column: int
     strength: float
-    """h_j there, above 0."""
+    """h_j there, above 0; what the concept adds to the heatmap there, if the read-out is grounded."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,10 @@ class ConceptShare:
     """words of instruction and response it fired on, strongest first."""
     patches: list[PatchHit]
     """image patches it fired on, strongest first."""
+    contribution: np.ndarray | None = None
+    """float (h, w), what it adds to the heatmap's logits over the image; of a grounded read-out only."""
+    lost: float | None = None
+    """share of the mask that is gone without it, in [0, 1]; of a grounded read-out, when it was asked for."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +106,11 @@ class Explanation:
     """(rows, columns) of image patches."""
     patch_map: np.ndarray
     """float (rows, columns), at least 0: how strongly the slot's concepts fire at each patch, weighted by their
-    weights. What a concept does everywhere says nothing about a place: its mean over the patches is taken off."""
+    weights. What a concept does everywhere says nothing about a place: its mean over the patches is taken off. If the
+    read-out is grounded, this is the heatmap itself in patch positions, less its offset."""
     words: list[TokenHit]
-    """all words of instruction and response in order; strength is the slot's weighted sum."""
+    """all words of instruction and response in order; strength is the slot's weighted sum, or, if the read-out is
+    grounded, the word's share of the slot."""
 
     def to_html(self, image: Any, mask: np.ndarray | None = None, extent: Extent | None = None) -> str:
         """A page that needs nothing but itself, see `explanation_page.render_html`.
@@ -179,6 +185,7 @@ def explain_slot(
     labels: Mapping[int, str] | None = None,
     processor: "SegCompassProcessor | None" = None,
     frame: int | None = None,
+    lost: Mapping[int, float] | None = None,
 ) -> Explanation:
     """Read the explanation of a slot out of what `segment` or `forward` returned.
 
@@ -190,6 +197,7 @@ def explain_slot(
         labels: {feature index: label}, such as `ConceptDictionary.labels`.
         processor: SegCompassProcessor, for the words' text.
         frame: side of the image encoder's frame in pixels, to cut its padding off the heatmap.
+        lost: {feature index: share of the mask that is gone without it}, see `SegCompassModel.lost_without`.
 
     Returns:
         The explanation.
@@ -204,21 +212,33 @@ def explain_slot(
     types = outputs.token_types[sample].cpu().numpy()  # (T,)
     rows, columns = outputs.patch_grid[sample].tolist()
     on_image = activations[types == IMAGE][: rows * columns]  # (rows * columns, M)
-    words = _words(outputs.sequences[sample], types, activations @ weights, processor)
+    word_strengths, fired_words, fired_patches = activations @ weights, activations, on_image
+    if outputs.grounding is not None:
+        word_strengths, fired_words, fired_patches = _grounded_parts(outputs, sample, slot, rows * columns)
+        on_keys = outputs.grounding.on_keys(sample, slot).detach().float().cpu().numpy()  # (M, h, w)
+        height, width = _extent(outputs, sample, frame, on_keys.shape[1:])
+    words = _words(outputs.sequences[sample], types, word_strengths, processor)
     concepts = []
     for heavy in heaviest_concepts(outputs, slot, sample, top):
-        fired = on_image[:, heavy.column]  # (rows * columns,)
+        fired = fired_patches[:, heavy.column]  # (rows * columns,)
         patches = [PatchHit(p // columns, p % columns, float(fired[p])) for p in np.argsort(-fired) if fired[p] > 0]
         tokens = [
-            word._replace(strength=float(activations[word.position, heavy.column]))
+            word._replace(strength=float(fired_words[word.position, heavy.column]))
             for word in words
-            if activations[word.position, heavy.column] > 0
+            if fired_words[word.position, heavy.column] > 0
         ]
         tokens.sort(key=lambda word: -word.strength)
         label = (labels or {}).get(heavy.index)
-        concepts.append(ConceptShare(heavy.index, label, heavy.weight, heavy.value, tokens, patches))
+        concept = ConceptShare(heavy.index, label, heavy.weight, heavy.value, tokens, patches)
+        if outputs.grounding is not None:
+            contribution = on_keys[heavy.column, :height, :width]
+            concept = replace(concept, contribution=contribution, lost=(lost or {}).get(heavy.index))
+        concepts.append(concept)
     patch_map = np.zeros(rows * columns, np.float32)
-    patch_map[: len(on_image)] = np.maximum(on_image - on_image.mean(0), 0) @ weights if len(on_image) else 0
+    if outputs.grounding is not None:
+        patch_map[:] = fired_patches.sum(1)
+    else:
+        patch_map[: len(on_image)] = np.maximum(on_image - on_image.mean(0), 0) @ weights if len(on_image) else 0
     return Explanation(
         sample=sample,
         slot=slot,
@@ -254,11 +274,33 @@ def _check_request(outputs: Any, slot: int, sample: int, top: int) -> None:
 
 def _heatmap(outputs: Any, sample: int, slot: int, frame: int | None) -> np.ndarray:
     heat = outputs.heatmaps[sample, slot].detach().float().sigmoid().cpu().numpy()  # (h, w)
-    if outputs.reshaped_input_sizes is None or frame is None:
-        return heat
-    sizes = outputs.reshaped_input_sizes[sample]
-    height, width = (-(-int(n) * side // frame) for n, side in zip(sizes, heat.shape, strict=True))  # rounded up
+    height, width = _extent(outputs, sample, frame, heat.shape)
     return heat[:height, :width]
+
+
+def _extent(outputs: Any, sample: int, frame: int | None, grid: Sequence[int]) -> tuple[int, int]:
+    """(rows, columns) of the key grid that show the image, rounded up; the whole grid when the frame is unknown."""
+    if outputs.reshaped_input_sizes is None or frame is None:
+        return grid[0], grid[1]
+    sizes = [int(n) for n in outputs.reshaped_input_sizes[sample]]
+    return -(-sizes[0] * grid[0] // frame), -(-sizes[1] * grid[1] // frame)
+
+
+def _grounded_parts(outputs: Any, sample: int, slot: int, patches: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of a grounded slot: each token's share (T,), what it adds to each concept's logit (T, M), and what each concept
+    adds to the heatmap at each patch (patches, M)."""
+    grounding = outputs.grounding
+    found = grounding.word_mask[sample]
+    positions = grounding.word_positions[sample][found].cpu().numpy()
+    weights = grounding.weights[sample, slot].detach().float().cpu().numpy()  # (M,)
+    shares = np.zeros(len(outputs.sequences[sample]), np.float32)
+    logits = np.zeros((len(shares), len(weights)), np.float32)
+    shares[positions] = grounding.word_shares[sample, slot][found].detach().float().cpu().numpy()
+    logits[positions] = grounding.word_logits[sample, slot][found].detach().float().cpu().numpy()
+    on_patches = np.zeros((patches, len(weights)), np.float32)
+    parts = grounding.on_patches(sample, slot).detach().float().cpu().numpy().T[:patches]
+    on_patches[: len(parts)] = parts
+    return shares, logits, on_patches
 
 
 def _words(sequence: "torch.Tensor", types: np.ndarray, strengths: np.ndarray, processor: Any | None) -> list[TokenHit]:

@@ -13,9 +13,15 @@ import torch
 from transformers import AutoConfig, PreTrainedModel, SamVisionModel
 
 from .sam_weights import read_sam
+from .saved_folders import check_loaded
 
 DEFAULT_ENCODER = "sam_vision_model"
 """`model_type` of the encoder of a configuration that names none."""
+
+
+IMAGE_VIEWS = ("whole", "center_crop", "center_pad", "frame")
+"""How an MLLM sees an image: all of it, in whatever aspect; the square in its middle; all of it in the middle of a
+square; or as the image encoder does, in a square's top left corner."""
 
 
 class Frame(NamedTuple):
@@ -61,6 +67,35 @@ class Frame(NamedTuple):
         cells = torch.arange(grid_size, device=extent.device)
         return (cells < extent[:, :1])[:, :, None] & (cells < extent[:, 1:])[:, None]  # (B, h, w)
 
+    def place_patches(
+        self, patch_xy: torch.Tensor, reshaped_sizes: torch.Tensor | None, view: str
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Lay the MLLM's patches over the frame.
+
+        Args:
+            patch_xy: float (B, P, 2), (x, y) of the patches' centres on what the MLLM sees, in [0, 1].
+            reshaped_sizes: long (B, 2), (H, W) of the image inside the frame; None = the whole frame.
+            view: one of IMAGE_VIEWS.
+
+        Returns:
+            The centres on the frame, float (B, P, 2), in units of its side; how large what the MLLM sees is there,
+            float (B, 1, 2), (width, height); and the patches whose centre lies on the image, bool (B, P). Of an image
+            so narrow that no centre lies on it, the nearest row or column counts.
+        """
+        image = torch.ones_like(patch_xy[:, :1])  # (B, 1, 2) width and height
+        if reshaped_sizes is not None:
+            image = reshaped_sizes.to(patch_xy.device).flip(-1)[:, None].to(patch_xy.dtype) / self.side
+        seen = {
+            "whole": image,
+            "center_crop": image.amin(-1, keepdim=True).expand_as(image),
+            "center_pad": image.amax(-1, keepdim=True).expand_as(image),
+            "frame": torch.ones_like(image),
+        }[view]
+        start = (image - seen) / 2 if view.startswith("center") else torch.zeros_like(image)
+        xy = start + patch_xy * seen
+        outside = torch.relu(xy - image) + torch.relu(-xy)  # (B, P, 2)
+        return xy, seen, (outside <= outside.amin(1, keepdim=True)).all(-1)
+
 
 class ImageEncoder:
     """A kind of image encoder, without weights. The defaults hold for a transformer of square patches.
@@ -84,7 +119,12 @@ class ImageEncoder:
         self, source: str | PreTrainedModel, dtype: str | torch.dtype
     ) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
         """The encoder with its weights, and what the mask decoder can start from: see `load_image_encoder`."""
-        return self.model_class.from_pretrained(source, dtype=dtype) if isinstance(source, str) else source, {}
+        if not isinstance(source, str):
+            return source, {}
+        loaded: Any = self.model_class.from_pretrained(source, dtype=dtype, output_loading_info=True)
+        encoder, info = loaded
+        check_loaded(encoder, info, source, unexpected=False)
+        return encoder, {}
 
     def encode(self, encoder: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
         """Image keys K.

@@ -19,6 +19,7 @@ from .configuration_segcompass import SparseAutoencoderConfig
 from .old_names import OLD_WEIGHTS
 from .sae_activations import SAE_ACTIVATIONS
 from .saelens import load_saelens, save_saelens
+from .saved_folders import check_loaded, check_saved, signing_saved
 
 
 @dataclass
@@ -81,13 +82,46 @@ class SparseAutoencoder(PreTrainedModel):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As transformers', and reads what earlier versions saved."""
-        return super().from_pretrained(*args, **{"key_mapping": OLD_WEIGHTS, **kwargs})
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, output_loading_info: bool = False, **kwargs: Any
+    ) -> Any:
+        """Load a saved SAE, also an earlier version's; unlike transformers' default, wrong weights are an error.
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As transformers', under today's names."""
-        super().save_pretrained(*args, **{**kwargs, "save_original_format": False})
+        Args:
+            pretrained_model_name_or_path: folder or Hub id.
+            *args: as transformers'.
+            output_loading_info: also return transformers' report on the weights.
+            **kwargs: as transformers' (`dtype`, `revision`, ...).
+
+        Returns:
+            SparseAutoencoder: in evaluation mode; with `output_loading_info` a tuple of it and the report.
+
+        Raises:
+            ValueError: the folder is another model's or not what was saved; it lacks a weight of the SAE, or holds
+                others, or numbers that are not finite.
+            OSError: there is no such folder, or it has no config.json.
+        """
+        path = pretrained_model_name_or_path
+        check_saved(path, kwargs)
+        keywords = {"key_mapping": OLD_WEIGHTS, **kwargs, "output_loading_info": True}
+        loaded: Any = super().from_pretrained(path, *args, **keywords)
+        sae, info = loaded
+        check_loaded(sae, info, path)
+        return (sae, info) if output_loading_info else sae
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As transformers', under today's names; the folder is signed.
+
+        Args:
+            save_directory: made if absent.
+            *args: as transformers'.
+            **kwargs: as transformers', but for `push_to_hub`.
+
+        Raises:
+            ValueError: `push_to_hub`, which would upload the folder before it is signed.
+        """
+        with signing_saved(save_directory, kwargs):
+            super().save_pretrained(save_directory, *args, **{**kwargs, "save_original_format": False})
 
     @torch.no_grad()
     def _init_weights(self, module):

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from transformers.utils import ModelOutput
 
+from .grounded_reading import Grounding
+
 
 @dataclass
 class SegCompassOutput(ModelOutput):
@@ -28,7 +30,7 @@ class SegCompassOutput(ModelOutput):
     past_key_values: object | None = None
     """the MLLM's key-value cache."""
     hidden_states: tuple | None = None
-    """the MLLM's hidden states, when `output_hidden_states=True`."""
+    """the MLLM's hidden states, when `output_hidden_states=True`, as keyword or in the configuration."""
     pred_masks: torch.Tensor | None = None
     """float (B, K, 4h, 4w), mask logits on F_enc's square frame."""
     pred_logits: torch.Tensor | None = None
@@ -40,11 +42,14 @@ class SegCompassOutput(ModelOutput):
     concept_indices: torch.Tensor | None = None
     """long (B, M), the SAE features that became concept tokens."""
     concept_values: torch.Tensor | None = None
-    """float (B, M), their values h_j; 0 marks padding."""
+    """float (B, M), their values h_j, the maximum over tokens (grounded: over patches); 0 marks padding."""
     concept_weights: torch.Tensor | None = None
-    """float (B, K, M), how much each concept weighs in each slot; a slot's weights sum to 1."""
+    """float (B, K, M), how much each concept weighs in each slot; a slot's weights sum to 1 (grounded: unless they were
+    steered, or one of the two groups has no concept that fires)."""
     concept_activations: torch.Tensor | None = None
-    """float (B, T, M), h_j at each token."""
+    """float (B, T, M), h_j at each token (grounded: at patches and the conclusion's words, nothing else is read)."""
+    grounding: Grounding | None = None
+    """with `concept_reading="grounded"`: the contributions whose sum the heatmaps are, and the words behind them."""
     token_types: torch.Tensor | None = None
     """long (B, T), IMAGE, INSTRUCTION or RESPONSE of `token_layout`; with concepts."""
     patch_grid: torch.Tensor | None = None
@@ -65,3 +70,5 @@ class SegCompassOutput(ModelOutput):
     """float (B, T - 1), with `fused_lm_head=True`."""
     aux_loss: torch.Tensor | None = None
     """kept for trainers that ask for a router loss; always None."""
+    attentions: tuple | None = None
+    """the MLLM's attention weights, when `output_attentions=True`, as keyword or in the configuration."""

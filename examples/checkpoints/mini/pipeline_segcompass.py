@@ -70,10 +70,20 @@ class ReasoningSegmentationPipeline(Pipeline):
             "concepts" is a list of {"index", "weight", "value"}, heaviest first.
 
         Raises:
-            ValueError: no instruction, lists of different lengths, nothing to do, or what the processor refuses.
+            ValueError: no instruction, lists of different lengths, nothing to do, explanations of masks that are made
+                without concepts, or what processor and `SegCompassModel.segment` refuse.
         """
         if kwargs.get("num_workers"):
             raise ValueError(f"num_workers is {kwargs['num_workers']}; this pipeline reads in its own process: use 0.")
+        batch_size = kwargs.get("batch_size", self._batch_size)
+        if batch_size is not None and not (isinstance(batch_size, int) and batch_size >= 1):
+            raise ValueError(f"batch_size is {batch_size!r}; it counts the questions answered together: use 1 or more.")
+        source = kwargs.get("query_source", self._forward_params.get("query_source"))
+        if source == "tokens" and kwargs.get("explain", self._postprocess_params.get("explain")):
+            raise ValueError(
+                "explain is set with query_source='tokens', whose masks are made without concepts; use query_source "
+                "'both' or 'concepts', or explain=False."
+            )
         if instructions is None:
             return super().__call__(self._stream(images), **kwargs)
         lists = [given for given in (images, instructions) if isinstance(given, (list, tuple))]

@@ -236,8 +236,9 @@ class Relu(SparseActivation):
 
     @classmethod
     def from_saelens(cls, saelens_config: dict[str, Any]) -> dict[str, Any] | None:
-        """SAELens before release 6 called "standard" also what keeps the k largest; that is not it."""
-        return None if saelens_config.get("activation_fn_str") == "topk" else super().from_saelens(saelens_config)
+        """SAELens before release 6 called "standard" also what has another activation function; that is not it."""
+        relu = _activation_function(saelens_config) in (None, "relu")
+        return super().from_saelens(saelens_config) if relu else None
 
 
 class _KeepLargest(SparseActivation):
@@ -322,10 +323,14 @@ class TopK(_KeepLargest):
     @classmethod
     def from_saelens(cls, saelens_config: dict[str, Any]) -> dict[str, Any] | None:
         """SAELens before release 6 saved it as "standard", with another activation function."""
+        function, arguments = _activation_function(saelens_config), saelens_config.get("activation_fn_kwargs") or {}
         architecture = saelens_config.get("architecture", "standard")
-        if architecture == "standard" and saelens_config.get("activation_fn_str") == "topk":
-            return {"k": int(saelens_config["activation_fn_kwargs"]["k"])}
-        return {"k": int(saelens_config.get("k", 64))} if architecture == "topk" else None
+        if architecture != "topk" and (architecture, function) != ("standard", "topk"):
+            return None
+        k = saelens_config.get("k", arguments.get("k"))
+        if k is None:
+            raise ValueError("cfg.json of a SAELens 'topk' SAE has no k; add the k it was trained with.")
+        return {"k": int(k)}
 
 
 class BatchTopK(_KeepLargest):
@@ -427,6 +432,17 @@ class JumpRelu(SparseActivation):
         """Thresholds grow with the pre-activations, and an optimizer's step leaves them at zero or more."""
         _threshold(sae).mul_(norms).clamp_(min=0)
 
+    @classmethod
+    def from_saelens(cls, saelens_config: dict[str, Any]) -> dict[str, Any] | None:
+        """Thresholds are of activations as they are."""
+        fields = super().from_saelens(saelens_config)
+        if fields is not None and saelens_config.get("rescale_acts_by_decoder_norm"):
+            raise ValueError(
+                "cfg.json of a SAELens 'jumprelu' SAE sets rescale_acts_by_decoder_norm, which has no meaning beside "
+                "thresholds; fold it into the weights with SAELens first."
+            )
+        return fields
+
     def revive(self, sae: "SparseAutoencoder", features: torch.Tensor) -> list[nn.Parameter]:
         """The threshold of a revived feature is zero."""
         _threshold(sae)[features] = 0
@@ -466,6 +482,11 @@ def max_over_encoded_tokens(
         h = h.masked_fill(~token_mask[:, start : start + step, None], 0)
         strongest = torch.maximum(strongest, h.amax(1))
     return strongest, torch.cat(smallest, 1)  # (B, d_sae), (B, T)
+
+
+def _activation_function(saelens_config: dict[str, Any]) -> str | None:
+    """What SAELens before release 6 noted beside the architecture; None where nothing was noted."""
+    return saelens_config.get("activation_fn_str") or saelens_config.get("activation_fn")
 
 
 def _threshold(sae: "SparseAutoencoder") -> torch.Tensor:

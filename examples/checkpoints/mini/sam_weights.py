@@ -6,10 +6,13 @@ heatmap enters as SAM's mask prompts do, and one mask comes out as its single-ma
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel, SamModel, SamVisionConfig, SamVisionModel
+
+from .saved_folders import check_loaded
 
 # Original name -> transformers' name, first match counts; what no rule changes keeps its name.
 RULES = (
@@ -146,14 +149,20 @@ def read_sam(
         vision.load_state_dict(part)
         vision.config._name_or_path = source
         return vision.eval(), {name: tensor for name, tensor in weights.items() if name not in part}
-    if isinstance(source, str):
-        if AutoConfig.from_pretrained(source).model_type != "sam":
-            return SamVisionModel.from_pretrained(source, dtype=dtype), {}
-        source = SamModel.from_pretrained(source, dtype=dtype)
-    vision = SamVisionModel._from_config(source.config.vision_config, dtype=source.dtype)
-    vision.vision_encoder = source.vision_encoder
-    rest = {name: tensor for name, tensor in source.state_dict().items() if not name.startswith("vision_encoder.")}
+    if isinstance(source, str) and AutoConfig.from_pretrained(source).model_type != "sam":
+        return _load(SamVisionModel, source, dtype), {}
+    sam: Any = _load(SamModel, source, dtype) if isinstance(source, str) else source
+    vision = SamVisionModel._from_config(sam.config.vision_config, dtype=sam.dtype)
+    vision.vision_encoder = sam.vision_encoder
+    rest = {name: tensor for name, tensor in sam.state_dict().items() if not name.startswith("vision_encoder.")}
     return vision.eval(), rest
+
+
+def _load(model_class: Any, source: str, dtype: Any) -> Any:
+    """transformers' from_pretrained, but weights that the file lacks are an error."""
+    model, info = model_class.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    check_loaded(model, info, source, unexpected=False)
+    return model
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """Reading the MLLM's hidden states while it runs: layer L for the SAE, the last layer for the concentration tokens.
 
 A `StateRecorder` belongs to one call and hears only the passes made in its own thread, so that several calls at once
-on one model keep their states apart. Its hooks are gone when the call is over. What an MLLM itself keeps between the
-passes of a generation is not in its hands (Qwen2.5-VL notes a prompt's position offsets on the model).
+on one model keep their states apart. Its hooks are gone when the call is over. States must have the shape of what was
+written; `generation_options.py` says which options of `generate` can be followed.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+
+from .finite import refuse_non_finite
 
 
 class ReasoningStates(NamedTuple):
@@ -78,11 +80,16 @@ class StateRecorder:
         """float (B, t, d_π) of each pass."""
         self.states: Any = None
         """the ReasoningStates that `generate` left, without the image; None before."""
+        self.generating = False
+        """whether the passes heard are those of a generation."""
+        self.whole_passes = False
+        """whether each pass holds the whole sequence so far (no key-value cache), so that only the last one counts."""
 
     def __enter__(self) -> "StateRecorder":
         self._hooks = [
             self.block.register_forward_hook(self._keep_z),
             self.language_model.register_forward_hook(self._keep_last_hidden),
+            self.mllm.register_forward_hook(self._check_logits),
         ]
         self._outer = _OPEN.set(self)
         return self
@@ -92,24 +99,66 @@ class StateRecorder:
         for hook in self._hooks:
             hook.remove()
 
-    def _keep_z(self, module, inputs, output):
+    def start_generation(self, whole_passes: bool) -> None:
+        """Forget what was heard: the passes to come write a response.
+
+        Args:
+            whole_passes: each of them holds the whole sequence so far, as without a key-value cache.
+        """
+        self.generating, self.whole_passes, self.states = True, whole_passes, None
+        self.z.clear()
+        self.last_hidden.clear()
+
+    def _keep(self, kept, states):
         if _OPEN.get() is self:
-            self.z.append(output[0] if isinstance(output, tuple) else output)
+            if self.whole_passes:
+                kept.clear()
+            kept.append(states)
+
+    def _keep_z(self, module, inputs, output):
+        self._keep(self.z, output[0] if isinstance(output, tuple) else output)
 
     def _keep_last_hidden(self, module, inputs, output):
-        if _OPEN.get() is self:
-            self.last_hidden.append(output.last_hidden_state)
+        self._keep(self.last_hidden, output.last_hidden_state)
+
+    def _check_logits(self, module, inputs, output):
+        if self.generating and _OPEN.get() is self:  # -inf is a token switched off; NaN and +inf have no largest
+            refuse_non_finite({"the MLLM's next-token logits": output.logits[:, -1].amax(-1)}, module)
 
     def states_of_pass(
         self, input_ids: Any, attention_mask: Any, response_mask: Any, patch_grid: torch.Tensor
     ) -> ReasoningStates:
-        """The states of the one pass over prompt and response, without the image; arguments as the states' fields."""
-        return ReasoningStates(
-            input_ids, attention_mask, response_mask, self.z[0], self.last_hidden[0], patch_grid=patch_grid
-        )
+        """The states of the one pass over prompt and response, without the image.
+
+        Args:
+            input_ids: long (B, T).
+            attention_mask: (B, T), 0 at padding.
+            response_mask: bool (B, T), True at response tokens.
+            patch_grid: long (B, 2), (rows, columns) of the image tokens.
+
+        Returns:
+            ReasoningStates: without the image.
+
+        Raises:
+            ValueError: the pass did not hold these tokens, all of them.
+        """
+        (z,), (last_hidden,) = self.z, self.last_hidden
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "response_mask": response_mask}
+        for name, value in given.items():
+            if value.shape != z.shape[:2]:
+                raise ValueError(
+                    f"{name} has shape {tuple(value.shape)}, the MLLM's pass was over {tuple(z.shape[:2])} tokens; "
+                    "masks need prompt and response in one pass, and one value of each of these per token."
+                )
+        return ReasoningStates(input_ids, attention_mask, response_mask, z, last_hidden, patch_grid=patch_grid)
 
     def states_of_generation(
-        self, sequences: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, eos: Any
+        self,
+        sequences: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        eos: Any,
+        pad: Any = None,
     ) -> ReasoningStates:
         """The states of the passes in which a response was written, put together.
 
@@ -118,15 +167,29 @@ class StateRecorder:
             input_ids: long (B, T_prompt), the prompt.
             attention_mask: long (B, T_prompt), 0 at padding; None = no padding.
             eos: id or ids that end a response; None = nothing does.
+            pad: id that fills a row which ended before the others did; None = no row did.
 
         Returns:
             ReasoningStates: without image and patch grid.
+
+        Raises:
+            ValueError: the passes heard are not those in which these sequences were written.
         """
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        heard = [tuple(z.shape[:2]) for z in self.z]
+        batch, length = sequences.shape
+        read_all = sum(tokens for _, tokens in heard) in (length - 1, length)
+        if not read_all or any(rows != batch for rows, _ in heard) or len(self.last_hidden) != len(heard):
+            raise ValueError(
+                f"{batch} sequences of {length} tokens were written, but the MLLM's passes heard meanwhile (rows, "
+                f"tokens) are {heard[:3]}{' ...' if len(heard) > 3 else ''}; masks need one sequence per prompt whose "
+                "tokens are each read once, in this thread: leave out what makes generate work in another way."
+            )
         z, last_hidden = torch.cat(self.z, 1), torch.cat(self.last_hidden, 1)  # (B, T, d_π)
         read = sequences[:, : z.shape[1]]  # the last token was written, but never read back
-        written = _written(read[:, input_ids.shape[1] :], eos)
+        start = input_ids.shape[1]
+        written = _written(read[:, start:], eos) & ~_filled(sequences, pad)[:, start : z.shape[1]]
         return ReasoningStates(
             input_ids=read,
             attention_mask=torch.cat([attention_mask, written.to(attention_mask.dtype)], 1),
@@ -151,3 +214,10 @@ def _written(response, eos):
         return torch.ones_like(response, dtype=torch.bool)
     ended = torch.isin(response, torch.as_tensor(eos, device=response.device).flatten())
     return (ended.cumsum(1) - ended.int()) == 0
+
+
+def _filled(sequences, pad):
+    """True in the run of pad tokens at the end of a row that ended early (by a stop string, say): bool (B, T)."""
+    if pad is None:
+        return torch.zeros_like(sequences, dtype=torch.bool)
+    return (sequences != pad).flip(1).cumsum(1).flip(1) == 0

@@ -7,6 +7,10 @@ then taught to talk about scenes: several questions on each image, which is run 
     torchrun --nproc_per_node 2 examples/recipes/mini/make_backbones.py image_encoder --output runs/mini/sam --minutes 8
     torchrun --nproc_per_node 2 examples/recipes/mini/make_backbones.py mllm --output runs/mini/mllm --minutes 50
 
+With --grounded they are those of examples/recipes/mini-grounded: scenes of any aspect, which the MLLM sees as the image
+encoder does (longest side to 128, padded right and below), answers by look or by place, and the alignment term while
+it learns to talk.
+
 Repeat the command to resume an interrupted run from its last state, at most two minutes old.
 """
 
@@ -34,23 +38,37 @@ from transformers import (
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
-from segcompass.loaders.scene_drawing import BOARD, COLOURS, SHAPES, SIZES, draw_scene
-from segcompass.loaders.scene_questions import KINDS, ask
+from segcompass.loaders.masks import encode_mask
+from segcompass.loaders.scene_drawing import BOARD, COLOURS, SHAPES, SIZES, choose_size, draw_scene
+from segcompass.loaders.scene_questions import KINDS, ask, word_kind
 from segcompass.modeling_segcompass import SegCompassProcessor
+from segcompass.modeling_segcompass.image_encoder import Frame
+from segcompass.trainers.alignment import Alignment, AlignmentTargets, alignment_loss
 
 IMAGE_SIZE, PATCH, SAM_PATCH, WIDTH, SAM_WIDTH, NUM_SLOTS = 128, 16, 8, 192, 96, 4
 CHAT = (
     "{% for m in messages %}{{ m['role'] | upper }}: {% for c in m['content'] %}{% if c['type'] == 'image' %}<image>"
     "{% else %}{{ c['text'] }}{% endif %}{% endfor %} {% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
+ALIGNED_LAYER, ALIGNMENT_WEIGHT, QUESTIONS = 4, 0.3, 3  # of --grounded: the SAE's layer; questions about an image
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
 
 
-def make_tokenizer(num_scenes=4000):
+def draw(rng, grounded):
+    """A training scene: a square one, or of any aspect and with more twins."""
+    return draw_scene(rng, "train", choose_size(rng), 0.04) if grounded else draw_scene(rng, "train")
+
+
+def answers(grounded):
+    """How questions are answered."""
+    return "fitting" if grounded else "place"
+
+
+def make_tokenizer(num_scenes=4000, grounded=False):
     """A byte-level BPE tokenizer whose merges come from the scenes' own words; it can encode any text."""
     rng = np.random.default_rng(0)
-    scenes = (draw_scene(rng, "train") for _ in range(num_scenes))
-    questions = [ask(rng, scene) for scene in scenes for _ in range(4)]
+    scenes = (draw(rng, grounded) for _ in range(num_scenes))
+    questions = [ask(rng, scene, answers=answers(grounded)) for scene in scenes for _ in range(4)]
     texts = [f"USER: {q.instruction} ASSISTANT: {q.reasoning}" for q in questions]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -77,14 +95,16 @@ def make_tokenizer(num_scenes=4000):
     )
 
 
-def make_processor(tokenizer):
+def make_processor(tokenizer, grounded=False):
+    """The processor. Grounded, the MLLM gets the very pixels that the image encoder gets: SAM's image processor takes
+    the longest side to the frame's and pads right and below, so that patches and keys lie on one frame."""
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    framed = dict(size={"longest_edge": IMAGE_SIZE}, pad_size=size, image_mean=MEAN, image_std=STD)
+    squashed = CLIPImageProcessorPil(size=size, do_center_crop=False)
     return SegCompassProcessor(
-        image_processor=CLIPImageProcessorPil(size=size, do_center_crop=False),
+        image_processor=SamImageProcessorPil(**framed) if grounded else squashed,
         tokenizer=tokenizer,
-        encoder_image_processor=SamImageProcessorPil(
-            size={"longest_edge": IMAGE_SIZE}, pad_size=size, image_mean=MEAN, image_std=STD
-        ),
+        encoder_image_processor=SamImageProcessorPil(**framed),
         chat_template=CHAT,
         prompt_template="{instruction}",
         num_slots=NUM_SLOTS,
@@ -169,10 +189,19 @@ def make_sam():
 # -- teaching the vision towers to see -------------------------------------------------------------------------------
 
 
+def on_frame(masks):
+    """(n, H, W) bool masks to their share of each pixel of the frame, float (n, 128, 128), 0 in the padding."""
+    height, width = Frame(IMAGE_SIZE).reshaped_size(*masks.shape[1:])
+    areas = torch.from_numpy(masks)[:, None].float()
+    if (height, width) != masks.shape[1:]:
+        areas = nn.functional.interpolate(areas, (height, width), mode="bilinear", antialias=True)
+    return nn.functional.pad(areas[:, 0], (0, IMAGE_SIZE - width, 0, IMAGE_SIZE - height))
+
+
 def patch_labels(scene, cells):
     """What each cell of a cells x cells grid shows: attribute classes (0 = background), the object's centre, and the
     outline of that object inside the cell on a 4 x 4 raster."""
-    masks = scene.masks  # (n, H, W) bool
+    masks = (on_frame(scene.masks) > 0.5).numpy()  # (n, H, W) bool
     n, height, _ = masks.shape
     step = height // cells
     blocks = masks.reshape(n, cells, step, cells, step)
@@ -196,13 +225,14 @@ def patch_labels(scene, cells):
 class LabelledScenes(IterableDataset):
     """Endless batches of training scenes (as one image processor prepares them) with the labels of their patches."""
 
-    def __init__(self, image_processor, cells, batch_size, seed):
+    def __init__(self, image_processor, cells, batch_size, seed, grounded=False):
         self.image_processor, self.cells, self.batch_size, self.seed = image_processor, cells, batch_size, seed
+        self.grounded = grounded
 
     def __iter__(self):
         rng = np.random.default_rng(self.seed)
         while True:
-            scenes = [draw_scene(rng, "train") for _ in range(self.batch_size)]
+            scenes = [draw(rng, self.grounded) for _ in range(self.batch_size)]
             inputs = self.image_processor([scene.image for scene in scenes], return_tensors="pt")
             attributes, fine = zip(*(patch_labels(scene, self.cells) for scene in scenes), strict=True)
             labels = {"attributes": np.stack(attributes), "fine": np.stack(fine)}
@@ -217,17 +247,25 @@ class LabelledScenes(IterableDataset):
 
 
 class Conversations(LabelledScenes):
-    """The same with one question of each kind on every scene, cut after the image: prefix_ids (1, P) are the same for
-    all; input_ids, labels and attention_mask (images x 6, T) are padded right."""
+    """The same with one question of each kind on every scene (grounded: of three kinds), cut after the image.
 
-    def __init__(self, processor, *args):
-        super().__init__(processor.image_processor, *args)
-        self.processor = processor
+    prefix_ids (1, P) are the same for all; input_ids, labels and attention_mask (images x 6, T) are padded right.
+    Grounded also `alignment`, whose positions are those of the uncut, unpadded sequences."""
+
+    def __init__(self, processor, align, *args):
+        super().__init__(processor.image_processor, *args, grounded=align is not None)
+        self.processor, self.align = processor, align
 
     def texts(self, rng, scenes):
-        questions = [ask(rng, scene, kind) for scene in scenes for kind in KINDS]
+        many = QUESTIONS if self.grounded else len(KINDS)
+        kinds = [[KINDS[k] for k in rng.permutation(len(KINDS))[:many]] if self.grounded else KINDS for _ in scenes]
+        questions = [
+            ask(rng, scene, kind, answers(self.grounded))
+            for scene, chosen in zip(scenes, kinds, strict=True)
+            for kind in chosen
+        ]
         batch = self.processor(
-            images=[scene.image for scene in scenes for _ in KINDS],
+            images=[scene.image for scene in scenes for _ in range(many)],
             text=[question.instruction for question in questions],
             response=[self.processor.format_response(question.reasoning) for question in questions],
             image_encoder=False,
@@ -243,7 +281,31 @@ class Conversations(LabelledScenes):
             nn.utils.rnn.pad_sequence(part, batch_first=True, padding_value=value)
             for part, value in zip(zip(*rows, strict=True), fill, strict=True)
         ]
-        return {"prefix_ids": prefix[None], **dict(zip(names, padded, strict=True))}
+        texts = {"prefix_ids": prefix[None], **dict(zip(names, padded, strict=True))}
+        return {**texts, "alignment": self.aligned(scenes, questions, batch)} if self.grounded else texts
+
+    def aligned(self, scenes, questions, batch):
+        """The alignment's targets; each image's patches once, with its first question."""
+        many = len(questions) // len(scenes)
+        rows = []
+        for index, question in enumerate(questions):
+            masks = [encode_mask(mask) for mask in scenes[index // many].masks]
+            named = [
+                {"text": phrase.text, "start": phrase.start, "masks": [masks[thing] for thing in phrase.objects]}
+                for phrase in question.phrases
+            ]
+            height, width = scenes[index // many].image.shape[:2]
+            rows.append({"reasoning": question.reasoning, "phrases": named, "height": height, "width": width})
+        found = self.align(rows, batch)
+        padding = (batch["attention_mask"].cumsum(1) == 0).sum(1)  # (questions,) to the left of each
+        once = found.patches[:, 0] % many == 0
+
+        def unpadded(places):
+            return torch.stack([places[:, 0], places[:, 1] - padding[places[:, 0]]], 1)
+
+        return Alignment(
+            unpadded(found.words), found.meanings, unpadded(found.patches)[once], found.shown[once], found.kinds
+        )
 
 
 SEEING_SHARE = 0.15  # of the minutes for the mllm; the rest is for talking
@@ -291,20 +353,41 @@ class Talking(Seeing):
         seeing = [(part, 3e-4) for part in (core.vision_tower, core.multi_modal_projector, self.head)]
         return [*seeing, (core.language_model, 1.5e-3)]
 
-    def forward(self, pixel_values, attributes, fine, prefix_ids, input_ids, labels, attention_mask):
+    def forward(self, pixel_values, attributes, fine, prefix_ids, input_ids, labels, attention_mask, alignment=None):
         model, repeats = self.tower.model.language_model, len(input_ids) // len(pixel_values)
         image = self.encode(pixel_values)
         loss, right = patch_loss(self.head(image), attributes, fine)
         start = model.embed_tokens(prefix_ids[:, : -image.shape[1]]).expand(len(image), -1, -1)
         cache = DynamicCache(config=model.config)
-        model(inputs_embeds=torch.cat([start, image.to(start)], 1), past_key_values=cache, use_cache=True)
+        inner = {"output_hidden_states": alignment is not None}
+        first = model(
+            inputs_embeds=torch.cat([start, image.to(start)], 1), past_key_values=cache, use_cache=True, **inner
+        )
         cache.batch_repeat_interleave(repeats)  # differentiable: every question's gradient reaches the image
         mask = torch.cat([attention_mask.new_ones(len(attention_mask), prefix_ids.shape[1]), attention_mask], 1)
-        states = model(input_ids=input_ids, attention_mask=mask, past_key_values=cache).last_hidden_state
-        logits = self.tower.lm_head(states[:, :-1]).float().flatten(0, 1)
+        output = model(input_ids=input_ids, attention_mask=mask, past_key_values=cache, **inner)
+        logits = self.tower.lm_head(output.last_hidden_state[:, :-1]).float().flatten(0, 1)
         language = nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
         parts = {"language": language.item(), "patches": loss.item(), "patches all right": right}
-        return language + 0.3 * loss, parts
+        total = language + 0.3 * loss
+        if alignment is not None:
+            before = first.hidden_states[ALIGNED_LAYER].repeat_interleave(repeats, 0)
+            aligned = alignment_loss(torch.cat([before, output.hidden_states[ALIGNED_LAYER]], 1), alignment)
+            total, parts["alignment"] = total + ALIGNMENT_WEIGHT * aligned, aligned.item()
+        return total, parts
+
+
+def bfloat16_is_faster():
+    """Whether this machine computes a layer's step faster in bfloat16: without AVX512-BF16 it is ten times slower."""
+    layer, rows = nn.Sequential(nn.Linear(WIDTH, 448), nn.SiLU(), nn.Linear(448, WIDTH)), torch.randn(2048, WIDTH)
+    seconds = {}
+    for enabled in (True, False, True, False):  # the first round of each is a warm-up
+        begin = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = layer(rows).square().mean()
+        loss.backward()
+        seconds[enabled] = time.perf_counter() - begin
+    return seconds[True] < seconds[False]
 
 
 def train(
@@ -332,6 +415,7 @@ def train(
     loader = iter(DataLoader(make_batches([7, rank, step]), batch_size=None, num_workers=1))
     bar = tqdm(total=round(minutes * 60), initial=round(spent), unit="s", mininterval=5, disable=rank > 0)
     averages, last, saved = {}, time.time(), spent
+    lower = bfloat16_is_faster()
     while True:
         clock = torch.tensor(spent, dtype=torch.float64)
         if distributed.is_initialized():
@@ -342,7 +426,7 @@ def train(
         rate = min(1.0, (step + 1) / 200) * (0.02 + 0.98 * (1 + np.cos(np.pi * progress)) / 2)
         for group in optimizer.param_groups:
             group["lr"] = float(group["peak"] * rate)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=lower):
             loss, parts = parallel(**next(loader))
         loss.backward()
         nn.utils.clip_grad_norm_(pupil.parameters(), 1.0)
@@ -367,12 +451,13 @@ def main():
     parser.add_argument("backbone", choices=["mllm", "image_encoder"])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--grounded", action="store_true", help="those of examples/recipes/mini-grounded")
     args = parser.parse_args()
     if "RANK" in os.environ:
         distributed.init_process_group("gloo")
     torch.manual_seed(0)
     args.output.mkdir(parents=True, exist_ok=True)
-    processor = make_processor(make_tokenizer())
+    processor = make_processor(make_tokenizer(grounded=args.grounded), args.grounded)
     states = [args.output / "seeing.pt", args.output / "talking.pt"]
     if args.backbone == "mllm":
         model, cells = make_mllm(processor), IMAGE_SIZE // PATCH
@@ -381,17 +466,19 @@ def main():
         seeing = Seeing(core, lambda pixels: torch.stack(model.model.get_image_features(pixels).pooler_output), WIDTH)
         train(
             seeing,
-            lambda seed: LabelledScenes(processor.image_processor, cells, 32, seed),
+            lambda seed: LabelledScenes(processor.image_processor, cells, 32, seed, args.grounded),
             SEEING_SHARE * args.minutes,
             states[0],
         )
         talking, minutes = Talking(model, seeing.head), (1 - SEEING_SHARE) * args.minutes
-        train(talking, lambda seed: Conversations(processor, cells, 4, seed), minutes, states[1])
+        align = AlignmentTargets(processor, model.config, word_kind) if args.grounded else None
+        images = 8 if args.grounded else 4
+        train(talking, lambda seed: Conversations(processor, align, cells, images, seed), minutes, states[1])
     else:
         model, cells = make_sam(), IMAGE_SIZE // SAM_PATCH
         seeing = Seeing(model, lambda pixels: model(pixels).last_hidden_state.flatten(2).mT, SAM_WIDTH)
         scenes = processor.encoder_image_processor
-        train(seeing, lambda seed: LabelledScenes(scenes, cells, 32, seed), args.minutes, states[0])
+        train(seeing, lambda seed: LabelledScenes(scenes, cells, 32, seed, args.grounded), args.minutes, states[0])
     if distributed.is_initialized() and distributed.get_rank() > 0:
         return
     print(f"{args.backbone}: {sum(p.numel() for p in model.parameters()):,} parameters")

@@ -10,7 +10,7 @@ from segcompass.commands import white_box
 from segcompass.loaders.scene_drawing import SHAPES
 from segcompass.loaders.scenes import load_scenes, scene_question
 from segcompass.white_box import concept_access, criteria, criteria_records
-from segcompass.white_box.concept_access import READINGS, AttentionReading, ConceptMeans, reading_of
+from segcompass.white_box.concept_access import READINGS, AttentionReading, ConceptMeans, PlacesReading, reading_of
 from segcompass.white_box.criteria import (
     Change,
     Labels,
@@ -63,6 +63,7 @@ class Additive:
     def __init__(self):
         self.indices = np.arange(D_SAE)
         self.active = np.ones(D_SAE, bool)
+        self.fired = np.arange(D_SAE)
         self.weights = np.zeros((1, D_SAE))
         self.weights[0, [RED, BALL]] = 0.5
         self.maps = np.random.default_rng(0).random((D_SAE, 16)) * 0.2
@@ -231,10 +232,9 @@ def test_two_questions_each_mean_one_object():
 # -- the attention read-out --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def read():
-    """A tiny model, the states of two questions about one image, and concept means."""
-    model, processor = lively_segcompass("llava", num_slots=3)
+def read_with(reading_class, **config):
+    """A tiny model, the states of two questions about one image, concept means, and the batch they are of."""
+    model, processor = lively_segcompass("llava", num_slots=3, **config)
     image = load_scenes("test", seed=1, num_samples=1)[0]["image"]
     inputs = processor(images=[image] * 2, text=["the ball", "a box"])
     generate = model.mllm.generate
@@ -248,8 +248,14 @@ def read():
         text=[row["instruction"] for row in rows],
         response=[processor.format_response(row["reasoning"]) for row in rows],
     )
-    means = AttentionReading.gather_means(model, iter([dict(batch)]))
+    means = reading_class.gather_means(model, iter([dict(batch)]))
     return model, states, means, dict(batch)
+
+
+@pytest.fixture(scope="module")
+def read():
+    """Of the attention read-out."""
+    return read_with(AttentionReading)
 
 
 def test_unchanged_mask_is_the_models(read):
@@ -357,6 +363,28 @@ def test_unknown_read_out_is_refused_by_name(read):
     finally:
         model.config.concept_reading = before
     assert reading_of(model) is READINGS["feature"]
+
+
+def test_grounded_read_out_is_examined_too():
+    """Its contributions are the heatmap; unchanged masks are the model's; what is shown is all that is used."""
+    model, states, means, _ = read_with(PlacesReading, concept_reading="grounded")
+    with torch.no_grad():  # words choose by chance, and every slot is confident
+        model.grounded_reading.concept_bias.normal_(std=0.3)
+        model.grounded_reading.confidence_bias.fill_(99.0)
+    one = single_sample(states, 0)
+    reading = reading_of(model)(model, one, means)
+    whole = decode(model, one)
+    heavy = int(reading.indices[reading.weights[0].argmax()])
+    free = [int(j) for j in reading.fired if j not in reading.indices]
+    changes = [Change(), Change(mean=(-1,)), Change(silent="image"), Change(off=tuple(reading.indices.tolist()))]
+    same, again, unshown, off = reading.masks(0, changes)
+    expected = whole.pred_masks[0, 0] > 0
+    assert whole.pred_logits[0, 0] > 0 and torch.equal(same, expected) and torch.equal(again, expected)
+    assert reading.sum_error(0) <= 1e-5
+    shown = reading.shown(reading.weights[0])
+    assert np.allclose(shown, model.explain(whole, slot=0).patch_map.ravel(), atol=1e-5)
+    assert torch.equal(unshown, off), "without what is shown there is nothing but the offset"
+    assert reading.masks(0, [Change(off=(heavy,), to=tuple(free[:2]))]).shape[0] == 1
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,84 @@
+"""Options of transformers' and TRL's configs that the trainers cannot honour: refused by name before the first step.
+
+What is not listed works as transformers and TRL document it; `python -m pytest tests/trainers/test_trl_options.py
+--all-options` tries it. Silence is neither, so an option that would be dropped without a word belongs here.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+OPTIONS = {
+    "remove_unused_columns": "the trainer reads image, instruction and masks from the rows",
+    "label_smoothing_factor": "the loss is this trainer's own, and smooths no labels",
+    "use_liger_kernel": "its fused loss passes over the forward that makes the masks",
+    "torch_compile": "shapes change with every batch, and compiling did not end within minutes",
+    "auto_find_batch_size": "it repeats a step with other batches after the first ran out of memory",
+}
+"""{option: why} of both trainers; each is off by default."""
+
+GRPO_OPTIONS = {
+    "sync_ref_model": "the reference is a bare MLLM, not a second SegCompass model",
+    "cast_lm_head_to_fp32": "the LM head belongs to model.mllm, which TRL does not look into",
+    "model_init_kwargs": "the model is passed loaded; give these to SegCompassModel.from_pretrained",
+    "router_aux_loss_coef": "the supported MLLMs have no experts to balance",
+    "use_transformers_continuous_batching": "it leaves no hidden states to decode masks from",
+}
+"""{option: why} of joint training."""
+
+TRAINER_OPTIONS = {
+    "quantization_config": "the model is passed loaded; give it to SegCompassModel.from_pretrained",
+    "environment_factory": "a row's image and masks are the environment",
+    "tools": "masks are decoded from the states of one response, not of several turns",
+}
+"""{argument of GRPOTrainer: why} for joint training."""
+
+ONE_SEQUENCE = "masks are decoded from the states of one sequence per prompt"
+ONE_TOKEN = "masks are decoded from the states of one cached pass per token"
+GENERATION_OPTIONS: dict[str, tuple[tuple, str]] = {
+    "num_beams": ((None, 1), ONE_SEQUENCE),
+    "num_return_sequences": ((None, 1), f"{ONE_SEQUENCE}; num_generations sets the responses per prompt"),
+    "return_dict_in_generate": ((None, False), "the trainer takes the sequences themselves"),
+    "use_cache": ((None, True), ONE_TOKEN),
+    "prompt_lookup_num_tokens": ((None,), ONE_TOKEN),
+    "assistant_model": ((None,), ONE_TOKEN),
+    "assistant_early_exit": ((None,), ONE_TOKEN),
+    "guidance_scale": ((None, 1, 1.0), f"{ONE_TOKEN}, and guidance makes two"),
+    "penalty_alpha": ((None, 0, 0.0), ONE_TOKEN),
+    "dola_layers": ((None,), "the log-probabilities that are trained are those of the last layer"),
+    "max_length": ((None,), "max_completion_length sets how long a response may be"),
+}
+"""{key of generation_kwargs: (values that change nothing, why others are refused)}."""
+
+
+def refuse_options(args: Any, options: Mapping[str, str]) -> None:
+    """Refuse options that are set but cannot be honoured.
+
+    Args:
+        args: the settings.
+        options: {option: why}; what an args has not is passed over.
+
+    Raises:
+        ValueError: naming the option, its value, why, and what to set.
+    """
+    for name, reason in options.items():
+        value = getattr(args, name, None)
+        if value:
+            neutral = False if value is True else 0.0 if isinstance(value, float) else None
+            raise ValueError(f"{name}={value!r} is not supported: {reason}. Set {name}={neutral}.")
+
+
+def refuse_generation_options(kwargs: Mapping[str, Any] | None) -> None:
+    """Refuse keys of `generation_kwargs` under which masks would be those of other states, or of none.
+
+    Args:
+        kwargs: `args.generation_kwargs`.
+
+    Raises:
+        ValueError: naming the key, its value and why.
+    """
+    for name, value in (kwargs or {}).items():
+        neutral, reason = GENERATION_OPTIONS.get(name, ((value,), ""))
+        if value not in neutral:
+            raise ValueError(
+                f"generation_kwargs sets {name}={value!r}, which is not supported: {reason}. Leave it out."
+            )
