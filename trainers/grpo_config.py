@@ -139,15 +139,10 @@ class SegCompassGRPOConfig(LossWeights, RateMultipliers, GRPOConfig):
                 "reward_mask_source='reference' decodes masks in the reference pass, and beta=0 makes none; "
                 "set beta above 0 or reward_mask_source='policy'."
             )
-        options = self.generation_kwargs or {}
-        refuse_not_followed(options)
-        if options.get("return_dict_in_generate"):
-            raise ValueError(
-                "generation_kwargs has return_dict_in_generate=True, but TRL needs ids alone; leave it out."
-            )
         find_rewards(self.reward_funcs)  # a path that leads nowhere is an error before a model is loaded
         refuse_options(self, {**OPTIONS, **GRPO_OPTIONS})
         if not self.use_vllm:  # whose sampler has options of other names, and leaves no states
+            refuse_not_followed(self.generation_kwargs or {})
             refuse_generation_options(self.generation_kwargs)
         self._check_schedule()
         if self.use_vllm and not is_vllm_available():

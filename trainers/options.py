@@ -32,22 +32,12 @@ TRAINER_OPTIONS = {
 }
 """{argument of GRPOTrainer: why} for joint training."""
 
-ONE_SEQUENCE = "masks are decoded from the states of one sequence per prompt"
-ONE_TOKEN = "masks are decoded from the states of one cached pass per token"
 GENERATION_OPTIONS: dict[str, tuple[tuple, str]] = {
-    "num_beams": ((None, 1), ONE_SEQUENCE),
-    "num_return_sequences": ((None, 1), f"{ONE_SEQUENCE}; num_generations sets the responses per prompt"),
     "return_dict_in_generate": ((None, False), "the trainer takes the sequences themselves"),
-    "use_cache": ((None, True), ONE_TOKEN),
-    "prompt_lookup_num_tokens": ((None,), ONE_TOKEN),
-    "assistant_model": ((None,), ONE_TOKEN),
-    "assistant_early_exit": ((None,), ONE_TOKEN),
-    "guidance_scale": ((None, 1, 1.0), f"{ONE_TOKEN}, and guidance makes two"),
-    "penalty_alpha": ((None, 0, 0.0), ONE_TOKEN),
-    "dola_layers": ((None,), "the log-probabilities that are trained are those of the last layer"),
     "max_length": ((None,), "max_completion_length sets how long a response may be"),
 }
-"""{key of generation_kwargs: (values that change nothing, why others are refused)}."""
+"""{key of generation_kwargs: (values that change nothing, why others are refused)}, beside those that masks cannot
+follow (`modeling_segcompass.generation_options.NOT_FOLLOWED`)."""
 
 
 def refuse_options(args: Any, options: Mapping[str, str]) -> None:
@@ -68,7 +58,7 @@ def refuse_options(args: Any, options: Mapping[str, str]) -> None:
 
 
 def refuse_generation_options(kwargs: Mapping[str, Any] | None) -> None:
-    """Refuse keys of `generation_kwargs` under which masks would be those of other states, or of none.
+    """Refuse keys of `generation_kwargs` that the trainer cannot honour.
 
     Args:
         kwargs: `args.generation_kwargs`.

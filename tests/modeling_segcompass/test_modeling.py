@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from segcompass.modeling_segcompass import SegCompassModel, SparseAutoencoder, SparseAutoencoderConfig
+from segcompass.modeling_segcompass.manifest import sign
 from segcompass.modeling_segcompass.token_layout import find_slots
 from tests.support.scripted import INSTRUCTIONS, Script, lively_segcompass, noise_image, noise_images
 from tests.support.tiny import BACKBONES, tiny_mllm, tiny_processor, tiny_segcompass
@@ -497,6 +498,7 @@ def test_checkpoint_with_other_keys_is_refused(tmp_path):
         ({**weights, "query_codebook.old": torch.zeros(2)}, "unexpected_keys: 1 .*query_codebook.old"),
     ):
         save_file(changed, path, metadata={"format": "pt"})
+        sign(tmp_path)
         with pytest.raises(ValueError, match=f"does not match this model.*{message}.*save_pretrained wrote"):
             SegCompassModel.from_pretrained(tmp_path)
 
@@ -506,6 +508,7 @@ def test_checkpoint_of_another_shape_is_refused(tmp_path):
     model.save_pretrained(tmp_path)
     path = tmp_path / "model.safetensors"
     save_file({**load_file(path), "query_codebook.slot_queries": torch.zeros(4, 16)}, path, metadata={"format": "pt"})
+    sign(tmp_path)
     with pytest.raises((ValueError, RuntimeError), match="slot_queries|mismatch"):
         SegCompassModel.from_pretrained(tmp_path)
 

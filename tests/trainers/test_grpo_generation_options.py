@@ -24,5 +24,5 @@ def test_rollouts_without_a_cache_or_with_a_static_one_earn_the_same_mask_reward
 def test_options_that_masks_cannot_follow_are_refused_before_the_first_step(tmp_path, name):
     with pytest.raises(ValueError, match=f"{name} is 2; .*use {name}="):
         settings(tmp_path, generation_kwargs={name: 2})
-    with pytest.raises(ValueError, match="return_dict_in_generate=True, but TRL needs ids alone"):
+    with pytest.raises(ValueError, match="generation_kwargs sets return_dict_in_generate=True"):
         settings(tmp_path, generation_kwargs={"return_dict_in_generate": True})

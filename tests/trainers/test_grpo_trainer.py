@@ -192,7 +192,7 @@ def test_a_checkpoint_holds_model_and_processor(tmp_path):
     assert findings(tmp_path / "checkpoint-1") == [] and unlisted(tmp_path / "checkpoint-1") == []
     optimizer = tmp_path / "checkpoint-1" / "optimizer.pt"
     optimizer.write_bytes(optimizer.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"checkpoint-1 is not what was saved: optimizer\.pt"):
+    with pytest.raises(ValueError, match=r"checkpoint-1 is no whole checkpoint: optimizer\.pt"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     trainer.save_model(tmp_path)
     assert "training_args.bin" in listed(tmp_path) and findings(tmp_path) == []

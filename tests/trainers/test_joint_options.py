@@ -251,8 +251,8 @@ def test_an_option_that_cannot_be_honoured_is_refused_by_name(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", GENERATION_OPTIONS)
-def test_a_way_of_generating_that_leaves_other_states_is_refused_by_name(tmp_path, name):
-    value = False if name == "use_cache" else True if name == "return_dict_in_generate" else 3
+def test_a_way_of_generating_that_the_trainer_cannot_take_is_refused_by_name(tmp_path, name):
+    value = True if name == "return_dict_in_generate" else 3
     with pytest.raises(ValueError, match=f"generation_kwargs sets {name}="):
         settings(tmp_path, generation_kwargs={name: value})
     settings(tmp_path, generation_kwargs={name: GENERATION_OPTIONS[name][0][-1]})
