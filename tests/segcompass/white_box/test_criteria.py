@@ -9,8 +9,10 @@ import torch
 from segcompass.commands import white_box
 from segcompass.loaders.scene_drawing import SHAPES
 from segcompass.loaders.scenes import load_scenes, scene_question
+from segcompass.modeling_segcompass.explanation_page import UNUSED_PATCHES
 from segcompass.white_box import concept_access, criteria, criteria_records
 from segcompass.white_box.concept_access import READINGS, AttentionReading, ConceptMeans, PlacesReading, reading_of
+from segcompass.white_box.concept_dictionary import ConceptDictionary
 from segcompass.white_box.criteria import (
     Change,
     Labels,
@@ -185,6 +187,13 @@ def test_lift_is_zero_for_what_always_fires_and_one_for_what_is_right():
     assert (found.index, found.lift) == (1, 1)
 
 
+def test_dictionary_page_shows_lift_beside_f1():
+    detector = {"f1": 0.9, "lift": -0.01, "index": 7, "precision": 0.8, "recall": 1.0, "threshold": 0.0}
+    page = ConceptDictionary([], 0, "scenes").to_html(scores={"scene": {"small": detector}, "word": {}})
+    assert "scene: F1<th>lift" in page and "<td>0.900<td>-0.01<td><a href='#c7'>7</a><td>–" in page
+    assert "lift" not in ConceptDictionary([], 0, "scenes").to_html()
+
+
 def test_all_scores_contain_the_best_detectors_scores():
     torch.manual_seed(0)
     h, present = torch.rand(60, 5).relu(), torch.rand(60, 2) < 0.4
@@ -267,6 +276,7 @@ def test_unchanged_mask_is_the_models(read):
         assert torch.equal(reading.masks(slot, [Change()])[0], expected)
     assert "concept_tokens" not in vars(model.query_codebook), "the codebook is as it was"
     report = model.explain(whole, slot=1)
+    assert UNUSED_PATCHES in report.to_html(np.zeros((8, 8, 3), np.uint8)), "the page says what is causally empty"
     shown = reading.shown(reading.weights[1])
     assert np.allclose(shown, report.patch_map.ravel(), atol=1e-5)
 
@@ -383,6 +393,7 @@ def test_grounded_read_out_is_examined_too():
     assert reading.sum_error(0) <= 1e-5
     shown = reading.shown(reading.weights[0])
     assert np.allclose(shown, model.explain(whole, slot=0).patch_map.ravel(), atol=1e-5)
+    assert UNUSED_PATCHES not in model.explain(whole, slot=0).to_html(np.zeros((8, 8, 3), np.uint8))
     assert torch.equal(unshown, off), "without what is shown there is nothing but the offset"
     assert reading.masks(0, [Change(off=(heavy,), to=tuple(free[:2]))]).shape[0] == 1
 
