@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluate-sae": ("evaluate_sae", "Measure what a sparse autoencoder reconstructs, and what the MLLM loses by it."),
     "dictionary": ("dictionary", "List what each concept of a model fires on, and name the concepts."),
     "faithfulness": ("faithfulness", "Measure whether the concepts make the masks, by switching them off."),
+    "white-box": ("white_box", "Measure whether the concepts mean what is shown, by six criteria with controls."),
     "interpret": ("interpret", "Draw the paper's interpretability figures of a model."),
     "precompute-features": ("precompute_features", "Encode a data set's images once, for training and evaluation."),
     "plan-memory": ("plan_memory", "Print what each GPU will hold under a recipe, before anything is downloaded."),

@@ -10,7 +10,8 @@ Reads the SAE's activations on images, instructions and reference reasoning. Wri
 `segcompass segment`, `explain` and the Space show a concept's label where its model's folder holds a concepts.json.
 
 On scenes, whose objects are known, the command prints for each colour, shape and size the feature and threshold that
-detect it best on the samples read, and their precision, recall and F1 on scenes of another split, in three readings:
+detect it best on the samples read, and their F1, lift, precision and recall on scenes of another split. Lift is what F1
+has above a feature that always fires, as a share of what is above that: 0 means nothing was detected. Three readings:
     scene  the feature fires on some image patch  <=>  some object of the scene has the attribute
     patch  it fires on an image patch             <=>  half of that patch or more shows such an object
     word   it fires on a word piece               <=>  the word is the attribute's name
@@ -79,8 +80,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     dictionary.save_pretrained(args.output)
     if args.save_to:
         dictionary.save_pretrained(args.save_to)
-    page = dictionary.to_html(patch_pictures(rows, processor))
-    (args.output / "dictionary.html").write_text(page, encoding="utf-8")
     fired = sum(entry.density > 0 for entry in dictionary.entries)
     print(f"{fired} of {len(dictionary.entries)} features fired on {dictionary.tokens} tokens")
     scores = None
@@ -92,6 +91,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
         scores = score_attributes(chosen, held_out)
         (args.output / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
         report(scores)
+    page = dictionary.to_html(patch_pictures(rows, processor), scores=scores)
+    (args.output / "dictionary.html").write_text(page, encoding="utf-8")
     print(f"wrote concepts.json and dictionary.html to {args.output}")
     return scores
 
@@ -104,16 +105,17 @@ def report(scores: dict[str, dict[str, dict[str, float]]]) -> None:
     """
     from segcompass.white_box.scene_attributes import ATTRIBUTES, READINGS
 
-    print("\nF1 on held-out scenes (precision / recall) #feature")
-    print(f"{'attribute':<10}" + "".join(f"{reading:<30}" for reading in READINGS))
+    print("\nF1 on held-out scenes, lift (precision / recall) #feature")
+    print(f"{'attribute':<10}" + "".join(f"{reading:<36}" for reading in READINGS))
     for name in ATTRIBUTES:
-        print(f"{name:<10}" + "".join(f"{_cell(scores[reading].get(name)):<30}" for reading in READINGS))
+        print(f"{name:<10}" + "".join(f"{_cell(scores[reading].get(name)):<36}" for reading in READINGS))
     for reading in READINGS:
-        good = sum(detector["f1"] >= 0.8 for detector in scores[reading].values())
-        print(f"{reading}: {good} of {len(ATTRIBUTES)} attributes with F1 >= 0.8")
+        good = sum(detector["f1"] >= 0.8 and detector["lift"] >= 0.5 for detector in scores[reading].values())
+        print(f"{reading}: {good} of {len(ATTRIBUTES)} attributes with F1 >= 0.8 and lift >= 0.5")
 
 
 def _cell(detector: dict[str, float] | None) -> str:
     if detector is None:
         return "–"
-    return f"{detector['f1']:.3f} ({detector['precision']:.2f} / {detector['recall']:.2f}) #{detector['index']}"
+    scores = f"{detector['f1']:.3f}, {detector['lift']:.2f}"
+    return f"{scores} ({detector['precision']:.2f} / {detector['recall']:.2f}) #{detector['index']}"

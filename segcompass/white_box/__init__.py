@@ -8,11 +8,15 @@
     decoding               masks decoded again from kept states, with some concepts only
     faithfulness           one mask without, and with only, its heaviest concepts
     faithfulness_records   the same for every right mask of a data set
+    criteria               six questions to a mask: does the white box mean what it shows?
+    concept_access         how a read-out uses its concepts, for the criteria
+    criteria_records       the criteria over scenes, with labels from other scenes
     figure_records         what the paper's figures are drawn from
     figures                the paper's Figures 4, 5, 8 and 9
     intervals              bootstrap intervals
 
-The commands `segcompass dictionary`, `faithfulness` and `interpret` hold their options; nothing here reads them.
+The commands `segcompass dictionary`, `faithfulness`, `white-box` and `interpret` hold their options; nothing here reads
+them.
 """
 
 from .concept_dictionary import ConceptDictionary, DictionaryBuilder

@@ -8,7 +8,7 @@ or images.
 import html
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ td, th {{ border-top: 1px solid #c9ced6; padding: .3em .6em; text-align: left; v
 .context {{ display: inline-block; margin-right: 1em; color: #5b6472 }} .context b {{ color: #1b1f27 }}
 img {{ height: 48px; vertical-align: middle; margin-right: .3em }}
 </style></head><body><h1>{title}</h1><p>{lead}</p>
-<table><tr><th>feature<th>label<th>density<th>strength<th>fires on<th>strongest contexts</tr>
+{scores}<table><tr><th>feature<th>label<th>density<th>strength<th>fires on<th>strongest contexts</tr>
 {rows}
 </table></body></html>
 """
@@ -142,12 +142,18 @@ class ConceptDictionary:
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise ValueError(f"{path} is no concept dictionary ({error!r}); build it again.") from error
 
-    def to_html(self, picture: Callable[[Context], str | None] | None = None, title: str = "Concept dictionary") -> str:
+    def to_html(
+        self,
+        picture: Callable[[Context], str | None] | None = None,
+        title: str = "Concept dictionary",
+        scores: Mapping[str, Mapping[str, Mapping[str, float]]] | None = None,
+    ) -> str:
         """A page that needs nothing but itself, one row per feature that fired, the most frequent first.
 
         Args:
             picture: gives a context's picture as a data URL, or None.
             title: the page's heading.
+            scores: reading -> attribute -> the fields of its Detector, shown above the features; None shows none.
 
         Returns:
             The text of an HTML file.
@@ -170,7 +176,26 @@ class ConceptDictionary:
             )
         fired = len(rows)
         lead = f"{fired} of {len(self.entries)} features fired on {self.tokens} tokens of {html.escape(self.source)}."
-        return PAGE.format(title=html.escape(title), lead=lead, rows="\n".join(rows))
+        table = _score_table(scores) if scores else ""
+        return PAGE.format(title=html.escape(title), lead=lead, scores=table, rows="\n".join(rows))
+
+
+def _score_table(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
+    """The best detectors as an HTML table: F1, lift and feature of each attribute in each reading."""
+    attributes = list(dict.fromkeys(name for found in scores.values() for name in found))
+    rows = ["<tr><th>attribute" + "".join(f"<th>{html.escape(reading)}: F1<th>lift<th>feature" for reading in scores)]
+    for name in attributes:
+        cells = [f"<tr><td>{html.escape(name)}"]
+        for found in scores.values():
+            detector = found.get(name)
+            if detector is None:
+                cells.append("<td>–<td>–<td>–")
+                continue
+            index = int(detector["index"])
+            cells.append(f"<td>{detector['f1']:.3f}<td>{detector['lift']:.2f}<td><a href='#c{index}'>{index}</a>")
+        rows.append("".join(cells))
+    lead = "Lift is what F1 has above a feature that always fires, as a share of what is above that."
+    return f"<p>{lead}</p><table id='scores'>{''.join(rows)}</table>\n"
 
 
 class DictionaryBuilder:

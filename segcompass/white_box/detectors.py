@@ -26,6 +26,8 @@ class Detector:
     """harmonic mean of the two."""
     chosen_f1: float
     """the same on the samples it was chosen on."""
+    lift: float
+    """F1 above that of a feature that always fires, as a share of what is above it: 0 for that feature, 1 at most."""
 
 
 def best_detectors(
@@ -59,22 +61,78 @@ def best_detectors(
                     f"{samples}; take more samples, or leave it out."
                 )
     present = torch.stack([attributes[name] for name in names]).float()  # (A, N)
-    best = torch.full((len(names), activations.shape[1]), -1.0)  # (A, d_sae) F1 at the best level so far
-    chosen = torch.zeros_like(best)  # (A, d_sae) that level
-    for level in _levels(activations, thresholds):
-        fires = (activations > level).float()  # (N, d_sae)
-        hits = present @ fires  # (A, d_sae)
-        f1 = 2 * hits / (fires.sum(0) + present.sum(1, keepdim=True))
-        better = f1 > best
-        best = torch.where(better, f1, best)
-        chosen = torch.where(better, level.expand_as(chosen), chosen)
+    best, chosen = _best_levels(activations, present, thresholds)  # (A, d_sae)
     detectors = {}
     for row, name in enumerate(names):
         index = int(best[row].argmax())
         threshold = float(chosen[row, index])
         precision, recall, f1 = score(held_out[:, index] > threshold, held_out_attributes[name])
-        detectors[name] = Detector(index, threshold, precision, recall, f1, float(best[row, index]))
+        gain = lift(f1, float(held_out_attributes[name].float().mean()))
+        detectors[name] = Detector(index, threshold, precision, recall, f1, float(best[row, index]), gain)
     return detectors
+
+
+def lift(f1: float, share: float) -> float:
+    """How far a detector is above a feature that always fires.
+
+    Such a feature has precision `share` and recall 1; where an attribute is common, its F1 is high and means nothing.
+
+    Args:
+        f1: of the detector, in [0, 1].
+        share: of the samples in which the attribute is present, in [0, 1).
+
+    Returns:
+        (F1 - F1 of always) / (1 - F1 of always), at most 1; below 0 for what is worse than that.
+    """
+    always = 2 * share / (1 + share)
+    return (f1 - always) / (1 - always)
+
+
+def score_all(
+    activations: torch.Tensor,
+    present: torch.Tensor,
+    held_out: torch.Tensor,
+    held_out_present: torch.Tensor,
+    thresholds: int = 24,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every feature as a detector of every attribute: threshold from some samples, F1 and lift on others.
+
+    Args:
+        activations: float (N, d_sae) of the samples to choose thresholds on.
+        present: bool (N, A).
+        held_out: float (N', d_sae) of the samples to score on.
+        held_out_present: bool (N', A).
+        thresholds: how many levels to try of each feature.
+
+    Returns:
+        F1 and lift, float (A, d_sae) each; 0 for an attribute that is never, or always, present in either set.
+    """
+    _, chosen = _best_levels(activations, present.T.float(), thresholds)  # (A, d_sae)
+    f1, gain = torch.zeros_like(chosen), torch.zeros_like(chosen)
+    for row in range(len(chosen)):
+        there = held_out_present[:, row].float()  # (N',)
+        if not (0 < there.mean() < 1 and 0 < present[:, row].float().mean() < 1):
+            continue
+        fires = (held_out > chosen[row]).float()  # (N', d_sae)
+        f1[row] = 2 * (there @ fires) / (fires.sum(0) + there.sum())
+        always = float(2 * there.mean() / (1 + there.mean()))
+        gain[row] = (f1[row] - always) / (1 - always)
+    return f1, gain
+
+
+def _best_levels(
+    activations: torch.Tensor, present: torch.Tensor, thresholds: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best F1 of each feature for each attribute, and the level it is reached at: float (A, d_sae) each."""
+    best = torch.full((len(present), activations.shape[1]), -1.0)
+    chosen = torch.zeros_like(best)
+    for level in _levels(activations, thresholds):
+        fires = (activations > level).float()  # (N, d_sae)
+        f1 = 2 * (present @ fires) / (fires.sum(0) + present.sum(1, keepdim=True)).clamp_min(1)
+        better = f1 > best
+        best = torch.where(better, f1, best)
+        chosen = torch.where(better, level.expand_as(chosen), chosen)
+    return best, chosen
 
 
 def _levels(activations: torch.Tensor, thresholds: int) -> torch.Tensor:

@@ -1,0 +1,205 @@
+"""Measure whether the white box means what it shows: six criteria, each beside random concepts.
+
+    segcompass white-box --model PATH --num-samples 300 --output runs/white_box
+
+The model writes its own reasoning on procedural scenes, greedily; each right mask (confidence and IoU with a target of
+0.5 or more) is examined. All intervals are 95 % bootstrap intervals over scenes.
+    name, name_look  share of a slot's weight on concepts that detect an attribute (a look) of its object
+    selectivity      weight on attributes that only this object has, over weight on those that only others have
+    pointing         the maximum of the shown map lies on the object
+    auc_others       the shown map tells the object's patches from other objects' (0.5 is chance)
+    move             another question's concepts make its object appear, whatever the concentration tokens say
+    steer_own        IoU lost without the detectors of the object's looks, less that without as many random concepts
+    steer_others     IoU lost without the detectors of another object's looks
+    steer_flip       the looks' weight handed to another object's detectors makes that object appear
+    content          share of what deleting the top 5 costs that is lost when only their content is the mean's
+    shown            share of the mask that is lost when what fires on the image is taken away
+    sum_error        greatest difference between the sum of what is shown and the heatmap
+Concepts are labelled on other scenes: thresholds on training scenes, F1 and lift on scenes of another seed. Prints as
+its last line "RESULT {json}", [mean, low, high] of each. Writes into the output folder
+    metrics.json   all of it, with the controls
+    report.md      the same as tables
+    items.jsonl    what was measured of each sample
+Repeat the command to resume an interrupted run.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from . import options
+
+KEYS = (
+    *("name", "name_look", "selectivity", "pointing", "auc_others", "move", "steer_own", "steer_others", "steer_flip"),
+    *("content", "shown", "sum_error"),
+)
+BARS = {
+    "name": "≥ .60",
+    "name_look": "≥ .50",
+    "selectivity": "≥ 10",
+    "pointing": "≥ .90",
+    "auc_others": "≥ .93",
+    "energy": "≥ .35",
+    "move": "≥ .85",
+    "steer_own": "≥ .45",
+    "steer_others": "≤ .05",
+    "steer_flip": "≥ .70",
+    "content": "≥ .80",
+    "shown": "≥ .80",
+    "sum_error": "≤ 1e-5",
+}
+"""What the project requires of the lower end (of the upper, where it is ≤)."""
+CONTROLS = {
+    "name": "all active concepts alike",
+    "name_look": "all active concepts alike",
+    "selectivity": "all active concepts alike",
+    "pointing": "all active concepts alike",
+    "auc_others": "all active concepts alike",
+    "energy": "all active concepts alike",
+    "move": "the concentration tokens' object appears",
+    "steer_flip": "the weight to as many random concepts",
+    "content": "as many random concepts' content",
+    "shown": "what fires on words taken away",
+}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command's options."""
+    parser = options.command_parser("white-box", __doc__)
+    parser.add_argument("--model", required=True, help=options.MODEL)
+    options.add_rows(
+        parser, "test", 300, dataset="'scenes', whose objects are known", seed_of="the scenes and the random concepts"
+    )
+    parser.add_argument(
+        "--label-samples",
+        type=options.positive,
+        default=400,
+        help="training scenes that label the concepts, and three quarters as many held-out ones; default: %(default)s",
+    )
+    parser.add_argument(
+        "--label-seed",
+        type=int,
+        default=900101,
+        help="of those training scenes, the held-out ones have the next; default: %(default)s",
+    )
+    parser.add_argument("--held-out-split", default="test", help="split of the held-out scenes; default: %(default)s")
+    parser.add_argument(
+        "--batch-size", type=options.positive, default=16, help="samples segmented at once; default: %(default)s"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/white_box"), help="folder for the results; default: %(default)s"
+    )
+    args = parser.parse_args(argv)
+    if args.dataset != "scenes":
+        parser.error(f"--dataset is {args.dataset!r}; the criteria need to know all objects: use 'scenes'.")
+    if args.label_samples < 2:
+        parser.error(f"--label-samples is {args.label_samples}; at least 2 are needed.")
+    if (args.split, args.seed) in (("train", args.label_seed), (args.held_out_split, args.label_seed + 1)):
+        parser.error(
+            f"--seed is {args.seed}: these scenes of split {args.split!r} label the concepts, and labels must come "
+            "from others than those examined; choose another --seed or --label-seed."
+        )
+    return args
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Run the command with these options (None takes the process's own) and return the content of metrics.json."""
+    args = parse(argv)
+    from segcompass.journal import Journal, weights_of, write_text
+    from segcompass.loaders.identity import rows_digest
+    from segcompass.loading import load
+    from segcompass.white_box.concept_access import reading_of
+    from segcompass.white_box.criteria import summarise_criteria
+    from segcompass.white_box.criteria_records import find_labels, measure_scenes, reference_batches
+    from segcompass.white_box.examination import examine, read_rows
+
+    rows = read_rows(args.dataset, args.split, args.seed, args.num_samples)
+    run = {name: value for name, value in vars(args).items() if name not in ("output", "batch_size")}
+    journal = Journal(args.output, {**run, "weights": weights_of(args.model), "rows": rows_digest(rows)})
+    found_file = args.output / "labels.json"
+    if any(name not in journal.records for name in rows["sample_id"]):
+        model, processor = load(args.model)
+        reading_class = reading_of(model)
+        scored = max(1, args.label_samples * 3 // 4)
+        found = find_labels(
+            model, processor, args.held_out_split, args.label_seed, args.label_samples, scored, args.batch_size
+        )
+        write_text(found_file, json.dumps(found.counts, indent=2) + "\n")
+        batches = reference_batches(model, processor, args.label_seed, args.label_samples, args.batch_size)
+        means = reading_class.gather_means(model, batches)
+        numbers = {name: number for number, name in enumerate(rows["sample_id"])}
+
+    def measure_batch(batch):
+        places = [numbers[row["sample_id"]] for row in batch]
+        return measure_scenes(model, processor, batch, places, args.split, args.seed, found.labels, means)
+
+    records = examine(journal, rows, measure_batch, args.batch_size)
+    slots = [(record["sample_id"], slot) for record in records for slot in record["slots"]]
+    moves = [(record["sample_id"], move) for record in records for move in record["moves"]]
+    metrics = summarise_criteria(
+        [slot for _, slot in slots],
+        [name for name, _ in slots],
+        [move for _, move in moves],
+        [name for name, _ in moves],
+        args.seed,
+    )
+    metrics = {
+        **metrics,
+        "scenes": len(records),
+        "scenes_with_masks": len({name for name, _ in slots}),
+        "heaviest_concepts": len({slot["heaviest"] for _, slot in slots}),
+        "labels": json.loads(found_file.read_text()),
+    }
+    write_text(args.output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    page = report(metrics, f"{args.model}, {args.dataset}, split {args.split}, seed {args.seed}")
+    write_text(args.output / "report.md", page)
+    print(page)
+    print("RESULT " + json.dumps({name: metrics[name] for name in KEYS}))
+    return metrics
+
+
+def report(metrics: dict[str, Any], source: str) -> str:
+    """The criteria as a page.
+
+    Args:
+        metrics: content of metrics.json.
+        source: what was examined.
+
+    Returns:
+        Markdown.
+    """
+    labels = metrics["labels"]
+    nameless = ", ".join(labels["looks without a name"]) or "none"
+    lines = [
+        "# Does the white box mean what it shows?",
+        "",
+        f"{source}: {metrics['masks']} right masks in {metrics['scenes_with_masks']} of {metrics['scenes']} scenes, "
+        f"{metrics['pairs']} exchanges between two questions. Mean [95 % interval over scenes].",
+        "",
+        "| criterion | measured | control | the control is | bar |",
+        "|---|---|---|---|---|",
+    ]
+    for name, bar in BARS.items():
+        control = _interval(metrics["controls"].get(name))
+        lines.append(f"| {name} | {_interval(metrics[name])} | {control} | {CONTROLS.get(name, '–')} | {bar} |")
+    lines += ["", "| IoU of the masks | |", "|---|---|"]
+    lines += [f"| {name.replace('_', ' ')} | {_interval(value)} |" for name, value in metrics["iou"].items()]
+    lines += [
+        "",
+        f"{metrics['heaviest_concepts']} different concepts are the heaviest of a mask. {labels['name something']} of "
+        f"{labels['concepts']} concepts name an attribute, {labels['name a look']} a look (F1 ≥ 0.8 and lift ≥ 0.5 on "
+        f"{labels['held-out scenes']} held-out scenes of split {labels['held-out split']}, thresholds from "
+        f"{labels['training scenes']} training scenes); looks without a name: {nameless}.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _interval(values: Any) -> str:
+    if values is None:
+        return "–"
+    if isinstance(values, float):
+        return f"{values:.3g}"
+    estimate, low, high = values
+    return f"{estimate:.3f} [{low:.3f}, {high:.3f}]"
