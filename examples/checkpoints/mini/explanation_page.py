@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
 WORDS_LISTED = 8  # of each concept
 WORDS_IN_NAME = 3  # of a concept without a label
+UNUSED_PATCHES = (
+    "Activated tokens show where the concepts fire, not what the mask was made from: in this read-out the concepts act "
+    "by what they are, and on the small model masks stay the same without anything that fires on the image. "
+    "<code>segcompass white-box</code> measures a model."
+)
 
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
@@ -73,7 +78,10 @@ def render_html(
         body += [
             f"<figure>{_svg(layer, width, height)}<figcaption>{name}</figcaption></figure>" for name, layer in layers
         ]
-        body.append("</div>" + _text(explanation.words, colour))
+        body.append("</div>")
+        if all(concept.contribution is None for concept in explanation.concepts):  # the heatmap is no sum of theirs
+            body.append(f"<p class='part'>{UNUSED_PATCHES}</p>")
+        body.append(_text(explanation.words, colour))
         heaviest = max((concept.weight for concept in explanation.concepts), default=1)
         for concept in explanation.concepts:
             fired = _patch_layer(_patch_strengths(concept, explanation.patch_grid), extent, colour)
