@@ -14,6 +14,7 @@ from segcompass.modeling_segcompass import SegCompassModel
 ROOT = Path(__file__).resolve().parents[2]
 CURVE = ("loss", "grpo_loss", "kl", "reward", "grad_norm", "seg/heatmap_bce", "seg/mask_dice", "seg/conf_bce")
 TOLERANCE = 2e-3  # relative; the same sums in another order, through three steps of Adam
+KL_TOLERANCE = 2e-2  # it is made of weights' changes alone, and Adam moves a weight whose gradient is noise by the rate
 
 
 def launch(mode, processes, folder):
@@ -51,7 +52,8 @@ def test_two_processes_follow_the_curve_of_one(alone, mode, tmp_path):
     assert len(steps) == len(others) == 3
     for step, other in zip(steps, others, strict=True):
         for name in CURVE:
-            assert other[name] == pytest.approx(step[name], rel=TOLERANCE, abs=1e-5), (step["step"], name)
+            tolerance = KL_TOLERANCE if name == "kl" else TOLERANCE
+            assert other[name] == pytest.approx(step[name], rel=tolerance, abs=1e-5), (step["step"], name)
     expected = SegCompassModel.from_pretrained(final).state_dict()
     got = SegCompassModel.from_pretrained(tmp_path / mode / "final").state_dict()
     moved = 1e-3 * 80 * 3  # how far the fastest part can have gone
