@@ -304,10 +304,12 @@ def _grounded_parts(outputs: Any, sample: int, slot: int, patches: int) -> tuple
 
 
 def _words(sequence: "torch.Tensor", types: np.ndarray, strengths: np.ndarray, processor: Any | None) -> list[TokenHit]:
-    """Every text token as a TokenHit; a piece's text is what it adds to its predecessor's, spaces included."""
+    """Every text token but the padding as a TokenHit; its text is what it adds to its predecessor's, with spaces."""
     ids = sequence.tolist()
+    padding = None if processor is None else processor.tokenizer.pad_token_id
+    kept = [position for position in range(len(types)) if ids[position] != padding]  # padding stands at the ends
     words = []
-    for position in range(len(types)):
+    for position in range(kept[0], kept[-1] + 1) if kept else ():
         if types[position] == IMAGE:
             continue
         if processor is None:

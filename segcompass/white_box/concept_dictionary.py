@@ -165,10 +165,10 @@ class ConceptDictionary:
             contexts = []
             for context in entry.contexts:
                 link = picture(context) if picture else None
-                image = f'<img src="{link}" alt="">' if link else ""
+                image = f'<img src="{html.escape(link)}" alt="">' if link else ""
                 words = f"<b>{html.escape(context.text)}</b> {html.escape(context.around)} ({context.strength:.2f})"
                 contexts.append(f"<span class='context'>{image}{words}</span>")
-            profile = ", ".join(f"{kind} {share:.0%}" for kind, share in entry.profile.items() if share)
+            profile = ", ".join(f"{html.escape(kind)} {share:.0%}" for kind, share in entry.profile.items() if share)
             rows.append(
                 f"<tr id='c{entry.index}'><td>{entry.index}</td><td>{html.escape(entry.label or '')}</td>"
                 f"<td>{entry.density:.3%}</td><td>{entry.strength:.2f}</td><td>{profile}</td>"

@@ -90,6 +90,9 @@ def test_words_are_the_whole_text(explained):
     assert text.startswith(RESPONSES[0])
     assert "the red box" in "".join(word.text for word in report.words if word.part == "instruction")
     assert model.explain(outputs, slot=0).words[0].text.startswith("["), "ids stand in for words without a processor"
+    shorter = model.explain(outputs, slot=0, sample=1, processor=processor)
+    assert (outputs.sequences[1] == processor.tokenizer.pad_token_id).any()
+    assert not any(processor.tokenizer.pad_token in word.text for word in shorter.words), "padding is no word"
 
 
 @torch.no_grad()

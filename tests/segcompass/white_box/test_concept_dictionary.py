@@ -98,6 +98,14 @@ def test_labels_are_what_the_strongest_contexts_share(contexts, label):
     assert short_label(contexts) == label
 
 
+def test_a_dictionary_of_somebody_else_brings_no_markup_into_the_page():
+    dictionary = build(TOKENS)
+    entry = next(entry for entry in dictionary.entries if entry.density)
+    entry.profile["<script>alert(1)</script>"] = 1.0
+    page = dictionary.to_html(lambda context: '"><script>alert(2)</script>')
+    assert "<script>alert" not in page and "&lt;script&gt;alert(1)" in page
+
+
 def test_page_shows_every_feature_that_fired():
     page = build(TOKENS).to_html(lambda context: "data:image/png;base64,AA==" if "token 3" in context.around else None)
     assert page.count("<tr id=") == FEATURES - 1 and "<tr id='c5'" not in page
