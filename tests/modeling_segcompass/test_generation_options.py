@@ -60,6 +60,7 @@ FOLLOWED = {
     "use_cache": {"use_cache": False},
     "static": {"cache_implementation": "static"},
     "dynamic": {"cache_implementation": "dynamic"},
+    "prefill in chunks": {"prefill_chunk_size": 8},
     "return_dict": {"return_dict_in_generate": True, "output_scores": True, "output_hidden_states": True},
     "sampling": {"do_sample": True, "temperature": 0.7, "top_k": 5},
     "other ends": {"eos_token_id": [END, 5]},
