@@ -420,6 +420,6 @@ def _masks(model, weights, maps, records, inputs, samples):
     upsampling = reading.upsampling(keys, stacked["patch_xy"], stacked["patch_size"], patch_mask)
     heatmaps = reading.to_keys(_heat(reading, weights, maps[samples])[:, None], upsampling)  # (n, 1, h, w)
     cells = model.config.frame.cell_mask(stacked["reshaped"], keys.shape[-1])
-    positions = model._key_positions(keys.shape[-2:])
+    positions = model.key_positions(keys.shape[-2:])
     sure = torch.full((len(rows), 1), DECODER_CONFIDENCE)
     return heatmaps[:, 0], model.mask_decoder(keys, positions, heatmaps, sure, cells)[:, 0]
