@@ -328,8 +328,8 @@ class SparseAutoencoder(PreTrainedModel):
     def save_saelens(self, folder: str | Path) -> None:
         """Write the SAE so that SAELens loads it (`SAE.load_from_disk`), and all that is built on SAELens.
 
-        "batchtopk" and "matryoshka" become SAELens' "jumprelu", as SAELens saves its own. `mean_active_activation`, which SAELens
-        does not have, goes to a third file, from which `from_saelens` takes it back.
+        "batchtopk" and "matryoshka" become SAELens' "jumprelu", as SAELens saves its own. `mean_active_activation`,
+        which SAELens does not have, goes to a third file, from which `from_saelens` takes it back.
 
         Args:
             folder: where the files go; made if there is none.

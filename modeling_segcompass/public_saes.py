@@ -282,9 +282,10 @@ def _layout_of(files: Files) -> "Callable[[Files, dict[str, torch.Tensor]], Publ
         if _config_named(fields):
             return LAYOUTS[_config_named(fields)]
     if files.configs:
+        path, fields = next(iter(files.configs.items()))
         raise ValueError(
-            f"{', '.join(map(str, files.configs))} has the fields {', '.join(sorted(next(iter(files.configs.values()))))}"
-            f", which are those of no layout that is known ({', '.join(LAYOUTS)})."
+            f"{path} has the fields {', '.join(sorted(fields))}, which are those of no layout that is known "
+            f"({', '.join(LAYOUTS)})."
         )
     return _qwen_scope
 
@@ -321,12 +322,16 @@ def _checked(files, layout, tensors, shapes, optional=()):
             )
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.is_floating_point() == (name in WHOLE) or tensor.is_complex():
-            raise ValueError(f"{files.name} holds {name} as {tensor.dtype} ({tensor.layout}); it is damaged or quantised.")
+            raise ValueError(
+                f"{files.name} holds {name} as {tensor.dtype} ({tensor.layout}); it is damaged or quantised."
+            )
     sides = {}
     for letter in "sd":
         bias = next(name for name, shape in shapes.items() if shape == letter)
         if tensors[bias].dim() != 1:
-            raise ValueError(f"{files.name} holds {bias} of shape {tuple(tensors[bias].shape)}; one dimension is needed.")
+            raise ValueError(
+                f"{files.name} holds {bias} of shape {tuple(tensors[bias].shape)}; one dimension is needed."
+            )
         sides[letter] = len(tensors[bias])
     for name, tensor in tensors.items():
         if shapes[name] == "*":
@@ -371,13 +376,13 @@ def _layer(files, block, layer):
     """L, from what the files say and what was asked for."""
     if block is None and layer is None:
         raise ValueError(
-            f"{files.name} does not say which decoder block it reads; say so with layer=, counted from 1: the output of "
-            "block n, counted from 0, is layer n + 1."
+            f"{files.name} does not say which decoder block it reads; say so with layer=, counted from 1: the output "
+            "of block n, counted from 0, is layer n + 1."
         )
     if block is not None and layer is not None and block + 1 != layer:
         raise ValueError(
-            f"{files.name} reads the output of block {block}, counted from 0, which is layer {block + 1} here; layer is "
-            f"{layer}."
+            f"{files.name} reads the output of block {block}, counted from 0, which is layer {block + 1} here; layer "
+            f"is {layer}."
         )
     return layer if block is None else block + 1
 
@@ -387,7 +392,9 @@ def _k(files, fields, k):
     said = fields.get("k")
     if said is None and fields["activation"] == "topk":
         if k is None:
-            raise ValueError(f"{files.name} does not say how many features a token keeps; say so with k= (L0_50: k=50).")
+            raise ValueError(
+                f"{files.name} does not say how many features a token keeps; say so with k= (L0_50: k=50)."
+            )
         return k
     if k is not None and k != said:
         raise ValueError(f"k is {k}, but {files.name} has k={said}, activation {fields['activation']!r}; leave k out.")
@@ -437,8 +444,8 @@ def _gemma_scope_2(files, tensors):
         "architecture": fields.get("architecture") != "jump_relu",
         "type": fields.get("type", "sae") != "sae",
         "affine_connection": bool(fields.get("affine_connection")),
-        "hf_hook_point_out": out not in (None, "", hook),
         "hf_hook_point_in": read is None,
+        "hf_hook_point_out": out not in (None, "", hook),
     }
     for name, refused in wrong.items():
         if refused:
@@ -480,7 +487,8 @@ def _sparsify(files, tensors):
     block = re.fullmatch(r"(?:\w+\.)*(?:layers|h)[._](\d+)", place)
     if block is None and re.search(r"layers?[._]?\d|embed", place):
         raise ValueError(
-            f"{files.name} reads {place!r}, which is not the output of a decoder block; name a folder such as layers.12."
+            f"{files.name} reads {place!r}, which is not the output of a decoder block; name a folder such as "
+            "layers.12."
         )
     tensors = {
         "W_enc": tensors["encoder.weight"].T,
@@ -527,17 +535,23 @@ def _dictionary_learning(files, tensors):
     _refuse_unknown(path, trainer, known | TRAINING_FIELDS)
     kind = DICTIONARIES.get(trainer.get("dict_class"))
     if kind is None:
-        raise ValueError(f"{path} has dict_class={trainer.get('dict_class')!r}; {', '.join(DICTIONARIES)} can be loaded.")
+        raise ValueError(
+            f"{path} has dict_class={trainer.get('dict_class')!r}; {', '.join(DICTIONARIES)} can be loaded."
+        )
     place = trainer.get("submodule_name")
     if buffer.get("io", "out") != "out" or (place and not re.fullmatch(r"(resid_post|layer)(_layer)?(_\d+)?", place)):
         raise ValueError(
-            f"{path} was trained at {place!r}, io={buffer.get('io')!r}; only the output of a decoder block (resid_post, "
-            "'out') can be loaded."
+            f"{path} was trained at {place!r}, io={buffer.get('io')!r}; only the output of a decoder block "
+            "(resid_post, 'out') can be loaded."
         )
     layout = f"dictionary_learning's {trainer['dict_class']}"
     tensors = _checked(files, layout, tensors, kind.shapes, kind.optional)
     held = {letter: len(tensors[next(n for n, shape in kind.shapes.items() if shape == letter)]) for letter in "sd"}
-    _agree(files, activation_dim=(trainer.get("activation_dim"), held["d"]), dict_size=(trainer.get("dict_size"), held["s"]))
+    _agree(
+        files,
+        activation_dim=(trainer.get("activation_dim"), held["d"]),
+        dict_size=(trainer.get("dict_size"), held["s"]),
+    )
     fields: dict[str, Any] = {
         "activation": kind.activation,
         "backbone": trainer.get("lm_name"),
@@ -558,7 +572,9 @@ def _dictionary_learning(files, tensors):
     }
     if kind.activation not in ("relu", "topk"):  # one threshold for all features, or one each
         if tensors["threshold"].shape not in ((), (held["s"],)):
-            raise ValueError(f"{files.name} holds threshold of shape {tuple(tensors['threshold'].shape)}; it is damaged.")
+            raise ValueError(
+                f"{files.name} holds threshold of shape {tuple(tensors['threshold'].shape)}; it is damaged."
+            )
         ours["threshold"] = tensors["threshold"].expand(held["s"])
     block = trainer.get("layer")
     return Published(ours, block if isinstance(block, int) else None, fields, kind.subtracts)

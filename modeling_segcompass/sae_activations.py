@@ -280,7 +280,6 @@ class _KeepLargest(SparseActivation):
             on = (values > 0).float()
             active = on.new_zeros(tokens).index_add_(0, rows, on)  # (N,)
             fired = on.new_zeros(d_sae).index_add_(0, features, on)  # (d_sae,)
-            offsets = torch.searchsorted(rows, torch.arange(tokens, device=z.device))  # (N,) each token's first pair
         values = _Kept.apply(flat, sae.W_enc, sae.b_enc, values, rows, features)  # (P,) with gradient
         z_hat, nested = self.decode_kept(sae, values.to(sae.W_dec.dtype), rows, features, tokens)
         z_hat = z_hat.view(z.shape)  # (N, d_in) -> (..., d_in)
@@ -410,10 +409,10 @@ class BatchTopK(_KeepLargest):
 
 
 class Matryoshka(BatchTopK):
-    """"batchtopk" whose first features must do without the later ones: each nested dictionary is fitted to z alone.
+    """ "batchtopk" whose first features must do without the later ones: each nested dictionary is fitted to z alone.
 
-    The nested dictionaries are the first `nested_widths` features. Early features stay general, where a plain dictionary
-    splits them into special cases that hide the general one.
+    The nested dictionaries are the first `nested_widths` features. Early features stay general, where a plain
+    dictionary splits them into special cases that hide the general one.
     """
 
     @classmethod
@@ -428,7 +427,8 @@ class Matryoshka(BatchTopK):
         widths = cls.widths(config)
         if widths != sorted({width for width in widths if width > 0}) or widths[-1] != config.d_sae:
             raise ValueError(
-                f"nested_widths is {widths}; they must grow, from at least 1 to d_sae={config.d_sae}, the whole dictionary."
+                f"nested_widths is {widths}; they must grow, from at least 1 to d_sae={config.d_sae}, the whole "
+                "dictionary."
             )
 
     def decode_kept(
