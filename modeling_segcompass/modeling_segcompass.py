@@ -866,7 +866,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         their repositories, at the revisions noted when it was saved.
 
         Args:
-            pretrained_model_name_or_path: folder or Hub id.
+            pretrained_model_name_or_path: folder or Hub id, or None with `config` and `state_dict`.
             *args: as transformers'.
             output_loading_info: also return transformers' report on the weights.
             **kwargs: as transformers' (`dtype`, `device_map`, `revision`, ...); `quantization_config` quantises the

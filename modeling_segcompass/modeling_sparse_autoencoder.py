@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
@@ -19,7 +19,7 @@ from .configuration_segcompass import SparseAutoencoderConfig
 from .old_names import OLD_WEIGHTS
 from .sae_activations import SAE_ACTIVATIONS
 from .saelens import load_saelens, save_saelens
-from .saved_folders import check_loaded, check_saved, signing_saved
+from .saved_folders import check_given, check_loaded, check_saved, own_config, signing_saved
 
 
 @dataclass
@@ -78,7 +78,7 @@ class SparseAutoencoder(PreTrainedModel):
         self.W_dec = nn.Parameter(torch.empty(config.d_sae, config.d_in))
         self.b_dec = nn.Parameter(torch.empty(config.d_in))
         self.activation.add_tensors(self)
-        self.register_buffer("mean_active_activation", torch.empty(config.d_sae))
+        self.register_buffer("mean_active_activation", torch.ones(config.d_sae))
         self.post_init()
 
     @classmethod
@@ -88,7 +88,7 @@ class SparseAutoencoder(PreTrainedModel):
         """Load a saved SAE, also an earlier version's; unlike transformers' default, wrong weights are an error.
 
         Args:
-            pretrained_model_name_or_path: folder or Hub id.
+            pretrained_model_name_or_path: folder or Hub id, or None with `config` and `state_dict`.
             *args: as transformers'.
             output_loading_info: also return transformers' report on the weights.
             **kwargs: as transformers' (`dtype`, `revision`, ...).
@@ -102,7 +102,11 @@ class SparseAutoencoder(PreTrainedModel):
             OSError: there is no such folder, or it has no config.json.
         """
         path = pretrained_model_name_or_path
-        check_saved(path, kwargs)
+        if path is None:
+            check_given(kwargs)
+        else:
+            folder = check_saved(path, kwargs)
+            own_config(path, PreTrainedConfig.get_config_dict(folder)[0], cls.config_class.model_type)
         keywords = {"key_mapping": OLD_WEIGHTS, **kwargs, "output_loading_info": True}
         loaded: Any = super().from_pretrained(path, *args, **keywords)
         sae, info = loaded
