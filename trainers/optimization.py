@@ -137,7 +137,7 @@ def component_optimizer(trainer: Any, model: nn.Module | None = None) -> torch.o
     optimizer_class, settings = trainer.get_optimizer_cls_and_kwargs(args, model)
     if settings.keys() & {"params", "model", "optimizer_dict"}:
         raise ValueError(
-            f"optim={args.optim!s} makes parameter groups of its own, in which the components' learning rates are lost; "
+            f"optim={args.optim!s} makes parameter groups of its own, without the components' learning rates; "
             "set optim='adamw_torch', or another that takes groups."
         )
     without = copy.copy(args)

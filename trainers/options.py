@@ -16,7 +16,7 @@ OPTIONS = {
     "auto_find_batch_size": "it repeats a step with other batches after the first ran out of memory",
     "bf16_full_eval": "it would leave the weights that are trained rounded; with bf16=True evaluation runs in bf16 too",
     "fp16_full_eval": "it would leave the weights that are trained rounded; with fp16=True evaluation runs in fp16 too",
-    "optim_target_modules": "it belongs to optimizers with parameter groups of their own, which lose the components' rates",
+    "optim_target_modules": "it is for optimizers with parameter groups of their own, not the components' rates",
     "label_names": "the loss reads the labels that the trainer makes, under their own names",
 }
 """{option: why} of both trainers; each is off by default."""

@@ -21,7 +21,7 @@ RESPONSE = "<think>left of it</think><REF_POS><REF_POS>"
 
 @functools.cache
 def parts(backbone):
-    """A configuration with an MLLM of two layers, and the processor's inputs of two samples: with responses, without."""
+    """A configuration with an MLLM of two layers; inputs of two samples, with and without responses."""
     model, processor = tiny_segcompass(backbone)
     config = model.config.to_dict()
     text = config["mllm_config"]["text_config"]

@@ -22,7 +22,7 @@ ELSEWHERE = {
     "test_checkpoints.py": "save_total_limit",
     "test_grpo_scale.py": "fp16 use_vllm",
     "test_every_option.py": (
-        "adam_beta1 adam_beta2 adam_epsilon optim_args dataloader_drop_last dataloader_in_order dataloader_pin_memory "
+        "adam_beta1 adam_beta2 adam_epsilon optim_args dataloader_in_order dataloader_pin_memory "
         "dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context save_only_model "
         "torch_compile_backend torch_compile_mode use_transformers_paged lr_scheduler_kwargs"
     ),
@@ -32,7 +32,7 @@ ELSEWHERE = {
 NOT_TRIED = {
     "says what transformers logs, and where": (
         "logging_strategy logging_first_step logging_nan_inf_filter log_level log_level_replica log_on_each_node "
-        "run_name project trackio_space_id trackio_bucket_id trackio_static_space_id skip_memory_metrics debug"
+        "run_name project trackio_space_id trackio_bucket_id trackio_static_space_id log_multimodal skip_memory_metrics debug"
     ),
     "TRL counts the tokens of joint training itself, and transformers warns that it cannot": (
         "include_num_input_tokens_seen"
@@ -45,6 +45,7 @@ NOT_TRIED = {
         "include_for_metrics batch_eval_metrics"
     ),
     "switches torch to deterministic algorithms for the whole process": "full_determinism",
+    "no influence: a rollout's batches are always whole": "dataloader_drop_last",
     "no influence: no model is loaded by name": "trust_remote_code",
     "no influence: the MLLM's own configuration and the options of generation decide about caches": "use_cache",
     "no influence: it describes the rows for group_by_length, which reads no column of ours": "length_column_name",
@@ -80,7 +81,7 @@ def tried():
     """The fields that test_trl_options.py sets: in its cases, or in all of them."""
     cases = [*trl_options.SAME.values(), *trl_options.TRAINS.values()]
     cases += [case for case, _ in trl_options.REFUSED.values()]
-    return {name for case in cases for name in case} | trl_options.COMMON.keys() | support.DEFAULTS.keys()
+    return {name for case in cases for name in case} | {"output_dir", *trl_options.COMMON, *support.DEFAULTS}
 
 
 def split(lists):
@@ -133,7 +134,7 @@ def test_the_end_of_the_schedule_can_be_said_in_transformers_words(tmp_path):
 
 def test_the_loader_is_told_what_the_arguments_say(tmp_path):
     told = dict(dataloader_num_workers=1, dataloader_prefetch_factor=3, dataloader_persistent_workers=True)
-    told |= dict(dataloader_in_order=False, dataloader_multiprocessing_context="spawn", dataloader_drop_last=True)
+    told |= dict(dataloader_in_order=False, dataloader_multiprocessing_context="spawn")
     trainer = make_trainer(tmp_path, beta=0.0, dataloader_pin_memory=True, **told)
     loader = trainer.get_train_dataloader()
     for name, value in told.items():
