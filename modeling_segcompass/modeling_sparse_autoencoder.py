@@ -119,10 +119,10 @@ class SparseAutoencoder(PreTrainedModel):
         Args:
             save_directory: made if absent.
             *args: as transformers'.
-            **kwargs: as transformers', but for `push_to_hub`.
+            **kwargs: as transformers', but for `push_to_hub` and `save_original_format`.
 
         Raises:
-            ValueError: `push_to_hub`, which would upload the folder before it is signed.
+            ValueError: `push_to_hub`, which would upload the folder before it is signed; `save_original_format`.
         """
         with signing_saved(save_directory, kwargs):
             super().save_pretrained(save_directory, *args, **{**kwargs, "save_original_format": False})

@@ -84,12 +84,18 @@ def signing_saved(folder: str | os.PathLike, keywords: dict[str, Any]) -> Iterat
         None.
 
     Raises:
-        ValueError: `push_to_hub` is among the keywords.
+        ValueError: `push_to_hub` or `save_original_format` is among the keywords.
     """
     if keywords.get("push_to_hub"):
         raise ValueError(
             "push_to_hub=True uploads the folder before it is signed; save it without, and call push_to_hub(repo_id) "
             "or `segcompass push`."
+        )
+    if keywords.get("save_original_format"):
+        raise ValueError(
+            "save_original_format=True asks for the names that the parts' own checkpoints have, and the folder of a "
+            "SegCompass model or SAE has one set of names; leave it out, or save a part alone: model.mllm."
+            "save_pretrained(folder)."
         )
     if not keywords.get("is_main_process", True):
         yield

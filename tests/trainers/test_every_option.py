@@ -32,7 +32,8 @@ ELSEWHERE = {
 NOT_TRIED = {
     "says what transformers logs, and where": (
         "logging_strategy logging_first_step logging_nan_inf_filter log_level log_level_replica log_on_each_node "
-        "run_name project trackio_space_id trackio_bucket_id trackio_static_space_id log_multimodal skip_memory_metrics debug"
+        "run_name project trackio_space_id trackio_bucket_id trackio_static_space_id log_multimodal "
+        "skip_memory_metrics debug"
     ),
     "TRL counts the tokens of joint training itself, and transformers warns that it cannot": (
         "include_num_input_tokens_seen"
