@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import warnings
 from pathlib import Path
 from types import ModuleType
 from unittest import mock
@@ -44,7 +45,10 @@ def suite_module(name: str) -> ModuleType:
         if ALL:
             raise RuntimeError(reason)
         pytest.skip(reason, allow_module_level=True)
-    with mock.patch("transformers.utils.direct_transformers_import", lambda path: transformers):
+    with (
+        mock.patch("transformers.utils.direct_transformers_import", lambda path: transformers),
+        warnings.catch_warnings(action="ignore", category=pytest.PytestUnknownMarkWarning),
+    ):
         return importlib.import_module(f"{PACKAGE}.{name}")
 
 
