@@ -762,7 +762,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         their repositories, at the revisions noted when it was saved.
 
         Args:
-            pretrained_model_name_or_path: folder or Hub id.
+            pretrained_model_name_or_path: folder or Hub id, or None with `config` and `state_dict`.
             *args: as transformers'.
             output_loading_info: also return transformers' report on the weights.
             **kwargs: as transformers' (`dtype`, `device_map`, `revision`, ...); `quantization_config` quantises the
@@ -787,11 +787,11 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             *args: as transformers'.
             references: {"mllm" | "image_encoder" | "sae": {"repo_id", "revision"}}, parts to leave out of the weights
                 because they are kept elsewhere, unchanged. Loading fetches them from there.
-            **kwargs: as transformers', but for `push_to_hub`.
+            **kwargs: as transformers', but for `push_to_hub` and `save_original_format`.
 
         Raises:
             ValueError: a reference to another part, or without a revision; `push_to_hub`, which would upload the folder
-                before it is signed.
+                before it is signed; `save_original_format`.
         """
         save_whole(self, super().save_pretrained, save_directory, args, references, kwargs)
 

@@ -29,6 +29,9 @@ from .tokens import (
     reserved_in,
 )
 
+ENCODER_INPUTS = ("encoder_pixel_values", "original_sizes", "reshaped_input_sizes")
+"""What `SegCompassProcessor.encoder_inputs` makes."""
+
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SENTENCE_ENDS = ".!?。！？\n"
 
@@ -136,7 +139,9 @@ class SegCompassProcessor(ProcessorMixin):
         beside_model = any(os.path.exists(os.path.join(save_directory, name)) for name in (CONFIG_NAME, MANIFEST))
         keywords = {"push_to_hub": push_to_hub, "is_main_process": beside_model}
         with signing_saved(save_directory, keywords):
-            return super().save_pretrained(save_directory, **kwargs)
+            saved = super().save_pretrained(save_directory, **kwargs)
+        vars(self).pop("auto_map", None)  # what transformers noted for the file alone
+        return saved
 
     @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict]:
@@ -151,6 +156,13 @@ class SegCompassProcessor(ProcessorMixin):
     def backbone(self) -> Backbone:
         """The MLLM's family."""
         return backbone_of(self)
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """What a call without `response` returns, by name."""
+        names = [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
+        names += ["mm_token_type_ids"] if self.return_mm_token_type_ids else []
+        return [name for name in [*names, *ENCODER_INPUTS] if name not in self.unused_input_names]
 
     @property
     def frame(self) -> Frame:
@@ -218,8 +230,7 @@ class SegCompassProcessor(ProcessorMixin):
         images: Any = None,
         text: str | Sequence[str] | None = None,
         response: str | Sequence[str] | None = None,
-        image_encoder: bool = True,
-        return_tensors: str | None = None,
+        image_encoder: bool | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """Make model inputs.
@@ -231,9 +242,9 @@ class SegCompassProcessor(ProcessorMixin):
                 are left out.
             response: optional responses (without the end token) to append; adds `labels` and `response_mask`.
             image_encoder: False leaves out the image encoder's inputs (for language alone, or with cached image
-                embeddings).
-            return_tensors: "pt" (also the default for instructions), "np" or None, as transformers'.
-            **kwargs: options of tokenizer and image processors.
+                embeddings); None makes them.
+            **kwargs: options of tokenizer and image processors; return_tensors="pt" (also the default for
+                instructions) or "np".
 
         Returns:
             BatchFeature: input_ids, attention_mask (B, T) long, prompts padded left, responses right; pixel_values
@@ -252,7 +263,7 @@ class SegCompassProcessor(ProcessorMixin):
                     "a response was given with a finished prompt, which already holds the image token; give the plain "
                     "instruction as text, and the processor makes the prompt."
                 )
-            return super().__call__(images=_read_all(images), text=text, return_tensors=return_tensors, **kwargs)
+            return super().__call__(images=_read_all(images), text=text, **kwargs)
         images = self._check_images(images)
         if len(images) != len(texts):
             raise ValueError(
@@ -262,7 +273,10 @@ class SegCompassProcessor(ProcessorMixin):
         prompts = [
             self.apply_chat_template(self.build_messages(t), tokenize=False, add_generation_prompt=True) for t in texts
         ]
-        kwargs = {"padding": True, "padding_side": "left", **kwargs}
+        return_tensors = kwargs.pop("return_tensors", None) or kwargs.get("common_kwargs", {}).get("return_tensors")
+        given = {**kwargs.get("text_kwargs", {}), **kwargs}
+        padding = {"padding": self.tokenizer.init_kwargs.get("padding", True), "padding_side": "left"}
+        kwargs |= {name: value for name, value in padding.items() if name not in given}
         inputs = super().__call__(images=images, text=prompts, return_tensors="pt", **kwargs)
         longest = int(inputs["attention_mask"].sum(-1).max())
         if longest > self.max_prompt_length:
@@ -270,7 +284,7 @@ class SegCompassProcessor(ProcessorMixin):
                 f"a prompt has {longest} tokens, the limit is {self.max_prompt_length}; shorten the instruction or "
                 "raise processor.max_prompt_length."
             )
-        if image_encoder:
+        if image_encoder is not False:
             inputs.update(self.encoder_inputs(images))
         if response is not None:
             self._append_responses(inputs, [response] if isinstance(response, str) else list(response))
