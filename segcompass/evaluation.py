@@ -282,7 +282,7 @@ def score_predictions(path: Path, rows: Dataset, names: list[str], protocol: str
 
 
 def describe_run(run: Evaluation, rows: Dataset) -> dict:
-    """What the predictions depend on: the arguments, the weights (newest file), the questions, masks and images."""
+    """What the predictions depend on: the arguments, the model's files, the questions, masks and images."""
     if run.predictions is not None:
         source: dict[str, Any] = {"predictions": hashlib.sha256(run.predictions.read_bytes()).hexdigest()}
     else:

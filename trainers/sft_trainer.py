@@ -15,8 +15,8 @@ from segcompass.loaders.rows import leave_images_encoded
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
 
 from .alignment import AlignmentTargets, WordKind, alignment_loss, any_word
-from .checkpoints import WholeCheckpoints
-from .checks import check_arguments, check_dataset, check_kinds
+from .checkpoints import WholeCheckpoints, check_pushing
+from .checks import check_arguments, check_dataset, check_kinds, check_loss
 from .collator import SegCompassCollator
 from .image_features import open_image_features
 from .losses import LOG_PREFIX, LossWeights, erasure_loss, segmentation_loss
@@ -82,6 +82,7 @@ class SegCompassSFTConfig(LossWeights, RateMultipliers, TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        check_pushing(self)
         refuse_options(self, OPTIONS)
 
 
@@ -190,6 +191,7 @@ class SegCompassSFTTrainer(WholeCheckpoints, Trainer):
             loss = loss + self.args.lambda_align * aligned["alignment"]
         parts = {f"{LOG_PREFIX}{name}": value for name, value in parts.items()}
         logged = {"language": outputs.loss, **aligned, **parts}
+        check_loss({"loss": loss, "language": outputs.loss, **aligned})
         for name, value in logged.items() if model.training else ():  # the log of a step holds no evaluation
             self._parts.setdefault(name, []).append(value.detach().float())
         return (loss, outputs) if return_outputs else loss

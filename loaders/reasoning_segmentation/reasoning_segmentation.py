@@ -7,6 +7,7 @@ and `summarise` are plain functions that need no metric object. Another protocol
 """
 
 import functools
+import inspect
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ PROTOCOLS = {
     "segcompass_released": Protocol(unit="ref", ignore="background", matched=True),
 }
 PRECISION_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
+_MORE = ("ignore", "sample_ids", "sample_id", "no_target")  # what a sample may have beside its two masks
 RELEASED_SLOTS = 4  # the released code leaves out samples with more instances than its model has slots
 
 _DESCRIPTION = """
@@ -373,9 +375,6 @@ def _rules(protocol: str) -> Protocol:
 class ReasoningSegmentation(evaluate.Metric):
     """The metric object. Masks are checked and measured when they are added; ids are checked at the end.
 
-    `evaluate.combine` passes predictions and references on when samples are added, and drops all else without a word;
-    where ignored pixels or ids count, hand them all to `compute`, or add to this object itself.
-
     Example:
         metric = evaluate.load(segcompass.METRIC)
         metric.add_batch(predictions=masks, references=rows["masks"], ignore=rows["ignore"])
@@ -405,6 +404,15 @@ class ReasoningSegmentation(evaluate.Metric):
             ),
             reference_urls=["https://github.com/henghuiding/ReLA"],
         )
+
+    def _feature_names(self) -> list[str]:
+        # `evaluate.combine` hands each metric what this returns, and drops all else that was added without a word;
+        # there, the names of ours that were added belong to it too.
+        names = super()._feature_names()
+        caller = inspect.currentframe().f_back
+        if isinstance(caller.f_locals.get("self"), evaluate.CombinedEvaluations):
+            names += [name for name in caller.f_locals["kwargs"] if name in _MORE]
+        return names
 
     def add_batch(
         self,

@@ -8,7 +8,6 @@ streamed from the model while the SAE trains, or gathered once into a folder (--
 an interrupted run: both gathering and training continue where they stopped.
 """
 
-import hashlib
 import json
 import logging
 from dataclasses import asdict, dataclass, field
@@ -19,7 +18,8 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from segcompass.loaders.image_text import image_text, load_image_text
+from segcompass.journal import weights_of
+from segcompass.loaders.image_text import image_text, image_text_digest, load_image_text
 from segcompass.loading import load_mllm
 from segcompass.modeling_segcompass import SparseAutoencoder, SparseAutoencoderConfig
 from segcompass.modeling_segcompass.sae_origin import origin_of
@@ -174,8 +174,9 @@ def cached(
     """
     names = ("model", "dataset", "split", "evaluation_split", "evaluation_samples", "dataset_seed", "token_window")
     description = {name: getattr(arguments, name) for name in names}
-    if Path(arguments.dataset).is_file():  # a JSONL may change under its name
-        description["content"] = hashlib.sha256(Path(arguments.dataset).read_bytes()).hexdigest()
+    description["weights"] = weights_of(arguments.model)
+    if Path(arguments.dataset).exists():  # a file or a folder, whose rows and images may change under its name
+        description["content"] = image_text_digest(rows)
     report = cache_activations(
         folder,
         model,
