@@ -25,7 +25,7 @@ from segcompass.modeling_segcompass.modeling_sparse_autoencoder import SparseAut
 
 from .activations import TOKEN_TYPES, keep_finite, split_batch, take_tokens
 from .checkpoints import WholeCheckpoints, check_pushing, whole_checkpoint
-from .checks import check_loss
+from .checks import check_loss, check_precision
 from .sae_frame import Frame, put_back, tensors_in_frame
 from .sae_quality import (
     add_moments,
@@ -168,6 +168,7 @@ class SparseAutoencoderTrainer(WholeCheckpoints, Trainer):
         eval_dataset: IterableDataset | None = None,
         **kwargs,
     ):
+        check_precision(model)
         if train_dataset is not None:
             train_dataset = _Endless(train_dataset, model.config.d_in, args.on_nonfinite)
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)

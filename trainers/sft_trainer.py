@@ -16,7 +16,7 @@ from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
 
 from .alignment import AlignmentTargets, WordKind, alignment_loss, any_word
 from .checkpoints import WholeCheckpoints, check_pushing
-from .checks import check_arguments, check_dataset, check_kinds, check_loss
+from .checks import check_arguments, check_dataset, check_kinds, check_loss, check_precision
 from .collator import SegCompassCollator
 from .image_features import open_image_features
 from .losses import LOG_PREFIX, LossWeights, erasure_loss, segmentation_loss
@@ -98,8 +98,8 @@ class SegCompassSFTTrainer(WholeCheckpoints, Trainer):
 
     Raises:
         TypeError: model, args, processing_class or train_dataset is of another kind.
-        ValueError: processor and model disagree, image features of an encoder that is to be trained, or an alignment
-            term with nothing to learn from it.
+        ValueError: processor and model disagree, image features of an encoder that is to be trained, an alignment term
+            with nothing to learn from it, or trainable weights of half precision.
 
     Example:
         >>> args = SegCompassSFTConfig("runs/sft", max_steps=100)
@@ -149,6 +149,7 @@ class SegCompassSFTTrainer(WholeCheckpoints, Trainer):
         collator = SegCompassCollator(processing_class, mask_side, features, alignment)
         for name in ("train_dataset", "eval_dataset"):
             kwargs[name] = leave_images_encoded(kwargs.get(name))
+        check_precision(model)
         super().__init__(model=model, args=args, processing_class=processing_class, data_collator=collator, **kwargs)
         self.model_accepts_loss_kwargs = False
         self._parts: dict[str, list[Tensor]] = {}

@@ -192,8 +192,17 @@ def test_errors_name_what_is_wrong(metric):
         intersection_union(None, REFERENCE)
     with pytest.raises(ValueError, match="counts for 19 pixels"):
         intersection_union({"size": [4, 5], "counts": [19]}, REFERENCE)
-    with pytest.raises(ValueError, match="both 1 and 255"):
-        intersection_union(np.array([[0, 1, 255]]), np.array([[0, 1, 1]]))
+    for values in ([0, 1, 255], [0, 1, 2], [0, 40, 200], [-1, 0, 0]):  # ignored pixels, labels, soft edges, none
+        with pytest.raises(ValueError, match="0 outside and one other value inside"):
+            intersection_union(np.array([values]), np.array([[0, 1, 1]]))
+    turned = Image.new("L", (3, 1), 255)
+    turned.getexif()[0x0112] = 6
+    for picture, message in ((Image.new("P", (3, 1)), "mode 'P'"), (turned, "EXIF orientation")):
+        with pytest.raises(ValueError, match=message):
+            intersection_union(picture, np.array([[0, 1, 1]]))
+    for answer in ("false", 0, "no"):
+        with pytest.raises(ValueError, match="it must be True, False or None"):
+            sample_counts(PREDICTION, REFERENCE, no_target=answer)
     with pytest.raises(ValueError, match="2-D"):
         intersection_union(PREDICTION[None], REFERENCE)
 

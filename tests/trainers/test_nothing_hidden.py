@@ -1,9 +1,12 @@
 """No training goes on from a loss that is no number, and none stops where fp16's gradient scaler leaves a step out."""
 
+import re
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from segcompass.loaders.image_text import image_text
 from segcompass.modeling_segcompass import SparseAutoencoder, SparseAutoencoderConfig
 from segcompass.trainers import (
     SegCompassGRPOConfig,
@@ -12,6 +15,8 @@ from segcompass.trainers import (
     SparseAutoencoderTrainer,
     SparseAutoencoderTrainerConfig,
 )
+from segcompass.trainers.collator import ImageTextCollator, SegCompassCollator
+from segcompass.trainers.sae_quality import evaluate_sae
 from tests.support.grpo import make_trainer, scenes
 from tests.support.tiny import tiny_segcompass
 
@@ -101,3 +106,36 @@ def test_pushing_during_training_is_refused(config, tmp_path):
         with pytest.raises(ValueError, match=f"hub_strategy='{strategy}' uploads.*set hub_strategy='end'"):
             config(str(tmp_path), push_to_hub=True, hub_strategy=strategy, **quiet)
     assert config(str(tmp_path), push_to_hub=True, hub_strategy="end", **quiet).push_to_hub
+
+
+def test_weights_of_half_precision_are_refused_by_every_trainer(tmp_path):
+    """AdamW's small steps would be rounded away: the loss would stand still without a word."""
+    model, processor = tiny_segcompass("llava")
+    args = SegCompassSFTConfig(str(tmp_path), use_cpu=True, report_to=[])
+    with pytest.raises(ValueError, match="is trained in torch.bfloat16, which rounds AdamW's small steps away"):
+        SegCompassSFTTrainer(model.to(torch.bfloat16), args, processor, train_dataset=scenes(4))
+    sae = SparseAutoencoder(SparseAutoencoderConfig(d_in=8, d_sae=16, layer=1)).half()
+    args = SparseAutoencoderTrainerConfig(str(tmp_path), max_steps=1, use_cpu=True, report_to=[])
+    with pytest.raises(ValueError, match="is trained in torch.float16"):
+        SparseAutoencoderTrainer(sae, args)
+
+
+def test_an_autoencoder_is_not_judged_by_what_is_no_number():
+    z = torch.randn(9, 8)
+    z[4, 2] = float("inf")
+    sae = SparseAutoencoder(SparseAutoencoderConfig(d_in=8, d_sae=16, layer=1))
+    with pytest.raises(ValueError, match="batch 1 of the hidden states: 1 of 9 tokens have NaN or infinite"):
+        evaluate_sae(sae, [torch.randn(9, 8), z])
+
+
+@pytest.mark.parametrize("token", ["</s>", "<image>", "<pad>", "<|im_end|>"])
+def test_control_tokens_in_a_response_are_refused(token):
+    """They would become real ones: an end in the middle, an image without pixels."""
+    processor = tiny_segcompass("llava")[1]
+    row = {**scenes(1)[0], "reasoning": f"a box{token} on the left"}
+    with pytest.raises(ValueError, match=f"row 'sample-0': the response holds {re.escape(repr(token))}"):
+        SegCompassCollator(processor, mask_side=32)([row])
+    with pytest.raises(ValueError, match="the end token is added by itself"):
+        processor(images=row["image"], text="it", response=f"<think>a box</think><REF_POS>{token}")
+    skipped = ImageTextCollator(processor, image_text)([row])["skipped"]
+    assert dict(skipped) == {"no image or usable text": 1}
