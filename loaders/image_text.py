@@ -71,6 +71,12 @@ def load_image_text(
     return first_rows(_undecoded(rows), num_samples)
 
 
+def has_splits(dataset: str) -> bool:
+    """Whether a data set of `load_image_text` may be divided into splits: a file and an undivided folder are not."""
+    path = Path(dataset)
+    return dataset in LOADERS or not (path.is_file() or (path.is_dir() and not (path / "dataset_dict.json").exists()))
+
+
 def image_text(row: Mapping) -> dict:
     """The image and the text of a row of any of the forms above.
 

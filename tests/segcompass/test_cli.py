@@ -9,7 +9,7 @@ import pytest
 
 import segcompass
 from segcompass import cli
-from segcompass.commands import demo, options, plan_memory, recipes
+from segcompass.commands import demo, options, plan_memory, recipes, train_grpo
 
 
 def test_every_command_has_a_module_and_a_sentence_and_every_module_a_command():
@@ -115,3 +115,19 @@ def test_the_demo_says_what_it_lacks(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)  # as if it were not installed
     with pytest.raises(ValueError, match=r'gradio is missing, .*pip install "segcompass\[demo\]"'):
         demo.main([])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model_revision", "abc"], "model_revision='abc' is not followed"),
+        (["--dtype", "bfloat16"], "dtype='bfloat16' is not followed"),
+        (["--use_peft", "--lora_modules_to_save", "lm_head"], r"lora_modules_to_save=\['lm_head'\] is not followed"),
+        (["--lora_r", "8"], "lora_r=8 is given without use_peft"),
+        (["--use_dora"], "use_dora=True is given without use_peft"),
+    ],
+)
+def test_options_of_trl_that_would_change_nothing_are_refused(options, message, tmp_path):
+    arguments = ["--model", "nowhere", "--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false"]
+    with pytest.raises(ValueError, match=message):
+        train_grpo.main([*arguments, *options])

@@ -150,12 +150,13 @@ def test_a_cache_of_activations_notices_what_was_changed_since(tmp_path):
     processor.save_pretrained(tmp_path / "model")
     for name in "ab":
         Image.new("RGB", (30, 30), {"a": "red", "b": "blue"}[name]).save(tmp_path / f"{name}.png")
-    lines = [{"image": f"{name}.png", "text": "the box", "response": "it is there"} for name in "abab"]
+    lines = [{"image": f"{name}.png", "text": "the box", "response": "it is there"} for name in "ababab"]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     options = {
         "model": tmp_path / "model",
         "dataset": tmp_path / "rows.jsonl",
-        "evaluation_split": "train",
+        "evaluation_split": "null",
+        "evaluation_samples": 2,
         "max_steps": 1,
         "tokens_per_batch": 16,
         "buffer_size": 64,
@@ -168,6 +169,8 @@ def test_a_cache_of_activations_notices_what_was_changed_since(tmp_path):
         "cache_dir": tmp_path / "cache",
     }
     arguments = [f"--{name}={value}" for name, value in options.items()]
+    with pytest.raises(ValueError, match="is not divided into splits, and the SAE would be scored on the rows that"):
+        train_sae.main([*arguments, "--evaluation_split=val"])
     train_sae.main(arguments)
     image = (tmp_path / "a.png").read_bytes()
     Image.new("RGB", (30, 30), "lime").save(tmp_path / "a.png")
