@@ -164,6 +164,25 @@ class SegCompassProcessor(ProcessorMixin):
         """Where an image lies in the image encoder's square input."""
         return Frame(image_side(self.encoder_image_processor))
 
+    def check_fits(self, config: Any) -> None:
+        """Refuse a model that this processor was not made for: it would see no image token, or find no slot.
+
+        Args:
+            config: the model's SegCompassConfig.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        ours = {name: getattr(self, name) for name in ("num_slots", "ref_token_id", "think_end_id", "image_token_id")}
+        theirs = {name: getattr(config, name) for name in ours}
+        ours["frame"], theirs["frame"] = self.frame.side, config.frame.side
+        wrong = [f"{name} is {ours[name]} and {theirs[name]}" for name in ours if ours[name] != theirs[name]]
+        if wrong:
+            raise ValueError(
+                f"processor and model do not fit each other ({', '.join(wrong)}); load both from one folder, or build "
+                "the model with SegCompassModel.from_backbones(..., processor=processor)."
+            )
+
     def model_tokens(self) -> dict[str, Any]:
         """What SegCompassConfig must know of tokens and of the MLLM's view of an image."""
         special = {*self.tokenizer.all_special_ids, self.ref_token_id} - {self.image_token_id}

@@ -120,6 +120,7 @@ class SegCompassSFTTrainer(WholeCheckpoints, Trainer):
     ):
         check_arguments(args, SegCompassSFTConfig)
         check_kinds(model, processing_class)
+        processing_class.check_fits(model.config)
         check_dataset(kwargs.get("train_dataset"))
         model.config.token_dropout = args.token_dropout
         freeze(

@@ -139,3 +139,12 @@ def test_control_tokens_in_a_response_are_refused(token):
         processor(images=row["image"], text="it", response=f"<think>a box</think><REF_POS>{token}")
     skipped = ImageTextCollator(processor, image_text)([row])["skipped"]
     assert dict(skipped) == {"no image or usable text": 1}
+
+
+def test_the_cold_start_refuses_the_processor_of_another_model(tmp_path):
+    """Its concentration token has another id: masks would be trained on nothing."""
+    model, processor = tiny_segcompass("llava")
+    model.config.ref_token_id += 1
+    args = SegCompassSFTConfig(str(tmp_path), use_cpu=True, report_to=[])
+    with pytest.raises(ValueError, match="ref_token_id is .* load both from one folder"):
+        SegCompassSFTTrainer(model, args, processor, train_dataset=scenes(4))
