@@ -13,7 +13,7 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import CONFIG_NAME
 
 from .backbone import Backbone, backbone_of
-from .image_encoder import Frame, image_side, without_torchvision
+from .image_encoder import Frame, frame_of, without_torchvision
 from .images import read_image
 from .manifest import MANIFEST, READ_BY_PROCESSORS
 from .old_names import with_new_names
@@ -51,7 +51,8 @@ class SegCompassProcessor(ProcessorMixin):
     Args:
         image_processor: the MLLM's (CLIP for LLaVA-1.5, Qwen2-VL's for Qwen2.5-VL).
         tokenizer: the MLLM's; `<think>`, `</think>` and `<REF_POS>` are added as ordinary tokens when absent.
-        encoder_image_processor: the image encoder's (SAM: longest side to S, padded right and bottom to a square).
+        encoder_image_processor: the image encoder's, as `image_processor_of` makes it (SAM: longest side to S, padded
+            right and bottom to a square).
         chat_template: Jinja template of the MLLM's conversations.
         prompt_template: text with `{instruction}` and optionally `{num_slots}`; it must not contain `<REF_POS>`.
         num_slots: K_s, how many concentration tokens a response ends with.
@@ -174,7 +175,7 @@ class SegCompassProcessor(ProcessorMixin):
     @property
     def frame(self) -> Frame:
         """Where an image lies in the image encoder's square input."""
-        return Frame(image_side(self.encoder_image_processor))
+        return frame_of(self.encoder_image_processor)
 
     def check_fits(self, config: Any) -> None:
         """Refuse a model that this processor was not made for: it would see no image token, or find no slot.
@@ -350,18 +351,18 @@ class SegCompassProcessor(ProcessorMixin):
             OSError: an image that cannot be read.
         """
         images = self._check_images(images)
-        side = self.frame.side
+        frame, side = self.frame, self.frame.side
         for number, image in enumerate(images):
-            if max(image.size) > 2 * side * min(image.size):
+            if not frame.stretched and max(image.size) > 2 * side * min(image.size):
                 raise ValueError(
                     f"image {number} is {image.size[0]} x {image.size[1]} pixels; the limit is a ratio of {2 * side} "
                     f"(its longest side becomes {side} pixels, and nothing would be left of the other): crop it."
                 )
-        encoder = self.encoder_image_processor(images, return_tensors="pt")
+        sizes = [(image.height, image.width) for image in images]
         return {
-            "encoder_pixel_values": encoder["pixel_values"],
-            "original_sizes": torch.as_tensor(encoder["original_sizes"]),
-            "reshaped_input_sizes": torch.as_tensor(encoder["reshaped_input_sizes"]),
+            "encoder_pixel_values": self.encoder_image_processor(images, return_tensors="pt")["pixel_values"],
+            "original_sizes": torch.tensor(sizes),  # (B, 2)
+            "reshaped_input_sizes": torch.tensor([frame.reshaped_size(*size) for size in sizes]),
         }
 
     def _check_images(self, images):
