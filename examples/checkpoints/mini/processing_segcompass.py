@@ -154,13 +154,6 @@ class SegCompassProcessor(ProcessorMixin):
         return fields, kwargs
 
     @property
-    def model_input_names(self) -> list[str]:
-        """All inputs that a call without a response may make."""
-        names = [*super().model_input_names, "encoder_pixel_values", "original_sizes", "reshaped_input_sizes"]
-        names += ["mm_token_type_ids"] if self.return_mm_token_type_ids else []
-        return list(dict.fromkeys(names))
-
-    @property
     def backbone(self) -> Backbone:
         """The MLLM's family."""
         return backbone_of(self)
