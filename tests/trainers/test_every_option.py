@@ -49,12 +49,11 @@ NOT_TRIED = {
     "no influence: a rollout's batches are always whole": "dataloader_drop_last",
     "no influence: no model is loaded by name": "trust_remote_code",
     "no influence: the MLLM's own configuration and the options of generation decide about caches": "use_cache",
-    "no influence: it describes the rows for group_by_length, which reads no column of ours": "length_column_name",
     "read by programs around a trainer, never by the trainer": (
         "do_train do_eval do_predict resume_from_checkpoint local_rank"
     ),
     "of no influence without an option that is refused": (
-        "liger_kernel_config ref_model_mixup_alpha ref_model_sync_steps max_tool_calling_iterations "
+        "liger_kernel_config length_column_name ref_model_mixup_alpha ref_model_sync_steps max_tool_calling_iterations "
         "transformers_continuous_batching_config"
     ),
     "needs the Hub": (
