@@ -25,6 +25,7 @@ from segcompass.modeling_segcompass.modeling_sparse_autoencoder import SparseAut
 
 from .activations import TOKEN_TYPES, keep_finite, split_batch, take_tokens
 from .checkpoints import WholeCheckpoints, whole_checkpoint
+from .options import SAE_OPTIONS, refuse_options
 from .sae_frame import Frame, put_back, tensors_in_frame
 from .sae_quality import (
     add_moments,
@@ -43,7 +44,7 @@ FRAME_FILE = "training_frame.safetensors"
 class SparseAutoencoderTrainerConfig(TrainingArguments):
     """Training arguments of a sparse autoencoder; learning rate, warm-up and schedule default to appendix A.1.
 
-    The number of tokens in a step is the dataset's `batch_size`; `per_device_train_batch_size` is not read. Training
+    The number of tokens in a step is the dataset's `batch_size`; `per_device_train_batch_size` is refused. Training
     iterates over the data until `max_steps`; `segcompass train sae` computes it from `num_train_epochs`.
 
     Example:
@@ -91,6 +92,10 @@ class SparseAutoencoderTrainerConfig(TrainingArguments):
     strength_tokens: int = field(
         default=262_144, metadata={"help": "Tokens over which `mean_active_activation` is measured after training."}
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        refuse_options(self, SAE_OPTIONS)
 
 
 class _Endless(IterableDataset):

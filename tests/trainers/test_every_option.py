@@ -10,8 +10,9 @@ import pytest
 from transformers import TrainingArguments
 from trl import GRPOConfig
 
+from segcompass.trainers import SparseAutoencoderTrainerConfig
 from segcompass.trainers.checkpoints import whole_checkpoint
-from segcompass.trainers.options import GRPO_OPTIONS, OPTIONS
+from segcompass.trainers.options import GRPO_OPTIONS, OPTIONS, SAE_OPTIONS
 from tests.support import grpo as support
 from tests.support.grpo import make_trainer, settings
 from tests.trainers import test_trl_options as trl_options
@@ -156,6 +157,13 @@ def test_the_loader_is_told_what_the_arguments_say(tmp_path):
 def test_an_option_that_stands_for_a_refused_one_is_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         settings(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("name", SAE_OPTIONS)
+def test_what_the_training_of_an_sae_does_not_read_is_refused(tmp_path, name):
+    value = {"label_smoothing_factor": 0.1, "per_device_train_batch_size": 4, "train_sampling_strategy": "sequential"}
+    with pytest.raises(ValueError, match=f"{name}=.* is not supported: .* Set {name}="):
+        SparseAutoencoderTrainerConfig(str(tmp_path), use_cpu=True, **{name: value.get(name, True)})
 
 
 def test_weights_alone_are_no_checkpoint_to_resume_from(tmp_path):
