@@ -23,9 +23,9 @@ class SparseAutoencoderConfig(PreTrainedConfig):
         activation: which pre-activations become features, a name in `sae_activations.SAE_ACTIVATIONS`. "relu": every
             positive one, made few by Eq. 7's penalty. "topk": the `k` largest positive ones of each token. "batchtopk":
             in training the `k` N largest of a batch of N tokens, afterwards those above the threshold that this
-            amounted to. "jumprelu": those above a threshold that is learned for each feature, made few by a penalty on
-            their number.
-        k: features that a token keeps with "topk", and on average with "batchtopk".
+            amounted to. "matryoshka": the same, with nested dictionaries that are each fitted alone. "jumprelu": those
+            above a threshold that is learned for each feature, made few by a penalty on their number.
+        k: features that a token keeps with "topk", and on average with "batchtopk" and "matryoshka".
         l1_coefficient: α of Eq. 7 ("relu" only); the penalty is weighted by the norm of each decoder row.
         backbone: model id of the MLLM whose hidden states it was trained on, or None when untrained.
         layer: L, counted so that the input is the output of the L-th decoder block, `hidden_states[L]`.
@@ -34,6 +34,8 @@ class SparseAutoencoderConfig(PreTrainedConfig):
         dataset: what its hidden states were gathered from, or None when unknown.
         token_window: most tokens a sample had when they were gathered, or None when unknown.
         backbone_revision: commit of the backbone on the Hub, or None when unknown.
+        nested_widths: features of each nested dictionary ("matryoshka" only), ascending to `d_sae`; None takes 1/32,
+            3/32, 7/32, 15/32 and all of them.
         **kwargs: other fields of `PreTrainedConfig`, and fields that an activation of one's own reads.
 
     Raises:
@@ -60,6 +62,7 @@ class SparseAutoencoderConfig(PreTrainedConfig):
         dataset: str | None = None,
         token_window: int | None = None,
         backbone_revision: str | None = None,
+        nested_widths: list[int] | None = None,
         **kwargs,
     ):
         for name, value in (("d_in", d_in), ("d_sae", d_sae), ("k", k), ("layer", layer)):
@@ -84,6 +87,7 @@ class SparseAutoencoderConfig(PreTrainedConfig):
         self.layer = layer
         self.dataset = dataset
         self.token_window = token_window
+        self.nested_widths = nested_widths
         super().__init__(**kwargs)
         SAE_ACTIVATIONS[activation].check_config(self)
 

@@ -112,6 +112,7 @@ def test_prompt_never_contains_the_concentration_token(processor):
 
 def test_inputs_have_the_documented_shapes_and_sizes(processor):
     inputs = processor(images=noise_images(), text=INSTRUCTIONS)
+    assert set(processor.model_input_names) == set(inputs)
     assert inputs["input_ids"].shape == inputs["attention_mask"].shape
     assert inputs["encoder_pixel_values"].shape == (4, 3, 32, 32)
     assert inputs["original_sizes"].tolist() == [list(size) for size in IMAGE_SIZES]
@@ -379,3 +380,13 @@ def test_bad_post_processing_arguments_are_refused(processor):
         processor.post_process_instance_segmentation(outputs, target_sizes=[(8, 8)])
     with pytest.raises(ValueError, match="threshold is 50; it is a probability"):
         processor.post_process_semantic_segmentation(outputs, target_sizes=[(8, 8)] * 2, threshold=50)
+
+
+def test_target_sizes_of_another_shape_than_the_images_are_refused(processor):
+    """Such as those of a photograph before it was turned upright: its masks would come back stretched."""
+    outputs = outputs_of(np.zeros((2, 3, 32, 32)))
+    outputs.reshaped_input_sizes = torch.tensor([[32, 32], [21, 32]])
+    for sizes in ([(40, 40), (800, 1200)], [(7, 7), (2, 3)], [(1000, 1001), (667, 1000)]):
+        assert len(processor.post_process_instance_segmentation(outputs, target_sizes=sizes)) == 2
+    with pytest.raises(ValueError, match=r"target size 1 is \(1200, 800\) .* the shape of \(21, 32\).*original_sizes"):
+        processor.post_process_semantic_segmentation(outputs, target_sizes=[(40, 40), (1200, 800)])
