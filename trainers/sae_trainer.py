@@ -26,6 +26,7 @@ from segcompass.modeling_segcompass.modeling_sparse_autoencoder import SparseAut
 from .activations import TOKEN_TYPES, keep_finite, split_batch, take_tokens
 from .checkpoints import WholeCheckpoints, check_pushing, whole_checkpoint
 from .checks import check_loss, check_precision
+from .options import SAE_OPTIONS, refuse_options
 from .sae_frame import Frame, put_back, tensors_in_frame
 from .sae_quality import (
     add_moments,
@@ -44,7 +45,7 @@ FRAME_FILE = "training_frame.safetensors"
 class SparseAutoencoderTrainerConfig(TrainingArguments):
     """Training arguments of a sparse autoencoder; learning rate, warm-up and schedule default to appendix A.1.
 
-    The number of tokens in a step is the dataset's `batch_size`; `per_device_train_batch_size` is not read. Training
+    The number of tokens in a step is the dataset's `batch_size`; `per_device_train_batch_size` is refused. Training
     iterates over the data until `max_steps`; `segcompass train sae` computes it from `num_train_epochs`.
 
     Example:
@@ -95,6 +96,7 @@ class SparseAutoencoderTrainerConfig(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        refuse_options(self, SAE_OPTIONS)
         check_pushing(self)
 
 
