@@ -121,8 +121,8 @@ def load_public(
         fold_input_bias(sae)
     check_finite(sae, files.name)
     logger.warning(
-        "%s was trained on text alone, and publishes no mean activations, by which concepts are ranked: measure both "
-        "on your images before you rely on it (docs/sae.md, Published SAEs).",
+        "%s: published SAEs saw text only, and come without mean activations, by which concepts are ranked; measure "
+        "both on your images before you rely on it (docs/sae.md, Published SAEs).",
         files.name,
     )
     return sae.to(getattr(torch, dtype)).eval()
