@@ -544,6 +544,9 @@ def _dictionary_learning(files, tensors):
             f"{path} was trained at {place!r}, io={buffer.get('io')!r}; only the output of a decoder block "
             "(resid_post, 'out') can be loaded."
         )
+    block = trainer.get("layer")
+    if place and (number := re.search(r"\d+$", place)) and block is not None and int(number[0]) != block:
+        raise ValueError(f"{path} has layer={block!r}, but submodule_name={place!r}; they contradict each other.")
     layout = f"dictionary_learning's {trainer['dict_class']}"
     tensors = _checked(files, layout, tensors, kind.shapes, kind.optional)
     held = {letter: len(tensors[next(n for n, shape in kind.shapes.items() if shape == letter)]) for letter in "sd"}
@@ -576,7 +579,6 @@ def _dictionary_learning(files, tensors):
                 f"{files.name} holds threshold of shape {tuple(tensors['threshold'].shape)}; it is damaged."
             )
         ours["threshold"] = tensors["threshold"].expand(held["s"])
-    block = trainer.get("layer")
     return Published(ours, block if isinstance(block, int) else None, fields, kind.subtracts)
 
 
