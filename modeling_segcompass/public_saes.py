@@ -21,6 +21,7 @@ from transformers.utils import cached_file
 
 from .configuration_segcompass import SparseAutoencoderConfig
 from .manifest import check
+from .sae_activations import SAE_ACTIVATIONS
 from .saelens import fold_input_bias, load_saelens, put_weights
 from .saved_folders import HUB_KEYWORDS
 from .weights import check_finite, tensor_names
@@ -390,7 +391,7 @@ def _layer(files, block, layer):
 def _k(files, fields, k):
     """How many features a token keeps, from what the files say and what was asked for."""
     said = fields.get("k")
-    if said is None and fields["activation"] == "topk":
+    if said is None and SAE_ACTIVATIONS[fields["activation"]].keeps_k:
         if k is None:
             raise ValueError(
                 f"{files.name} does not say how many features a token keeps; say so with k= (L0_50: k=50)."
@@ -411,7 +412,7 @@ def _from_saelens(sae_class, files, layer, k, dtype):
             f"sae_weights.safetensors. {_other_layout(_read_tensors(files.weights))}"
         )
     sae = load_saelens(sae_class, files.weights.parent, layer, dtype)
-    if k is not None and (sae.config.activation != "topk" or sae.config.k != k):
+    if k is not None and not (sae.activation.keeps_k and sae.config.k == k):
         raise ValueError(f"k is {k}, but {files.name} says what it keeps itself; leave k out.")
     return sae
 
@@ -573,7 +574,7 @@ def _dictionary_learning(files, tensors):
         "W_dec": tensors["W_dec"] if "W_dec" in tensors else tensors["decoder.weight"].T,
         "b_dec": next(tensors[name] for name, shape in kind.shapes.items() if shape == "d"),
     }
-    if kind.activation not in ("relu", "topk"):  # one threshold for all features, or one each
+    if "threshold" in SAE_ACTIVATIONS[kind.activation].tensors:  # one for all features, or one each
         if tensors["threshold"].shape not in ((), (held["s"],)):
             raise ValueError(
                 f"{files.name} holds threshold of shape {tuple(tensors['threshold'].shape)}; it is damaged."

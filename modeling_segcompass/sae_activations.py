@@ -66,6 +66,8 @@ class SparseActivation:
     same names, with values for hidden states of unit variance per dimension."""
     coefficient: ClassVar[str | None] = None
     """The field that multiplies `penalty`; None where there is no penalty."""
+    keeps_k: ClassVar[bool] = False
+    """Whether the configuration's `k` says how many features a token keeps."""
     saelens_architecture: ClassVar[str | None] = None
     """SAELens' name of the architecture it is saved as; None where SAELens has none."""
 
@@ -260,6 +262,8 @@ class Relu(SparseActivation):
 
 class _KeepLargest(SparseActivation):
     """In training k features per token are kept; decoder and gradients touch only these, which makes it fast."""
+
+    keeps_k = True
 
     @classmethod
     def check_config(cls, config: "SparseAutoencoderConfig") -> None:
