@@ -93,8 +93,10 @@ class SparseAutoencoderConfig(PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict]:
-        """As transformers', but a folder without config.json, or with another model's, is refused."""
+        """As transformers', of an SAE's folder or a whole SegCompass model's; any other is refused."""
         fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if fields.get("model_type") == SegCompassConfig.model_type:
+            fields = fields.get("sae_config", {})
         return own_config(pretrained_model_name_or_path, fields, cls.model_type), kwargs
 
 
@@ -274,6 +276,15 @@ class SegCompassConfig(PreTrainedConfig):
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """The language model's configuration."""
         return self.mllm_config.get_text_config(*args, **kwargs)
+
+    @property
+    def tie_word_embeddings(self) -> bool:
+        """Whether the MLLM's embedding and LM head are one matrix, as its own configuration says."""
+        return self.mllm_config.tie_word_embeddings
+
+    @tie_word_embeddings.setter
+    def tie_word_embeddings(self, tie: bool) -> None:
+        self.mllm_config.tie_word_embeddings = tie
 
     @property
     def image_token_id(self) -> int:

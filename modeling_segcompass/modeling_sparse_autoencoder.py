@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
@@ -20,7 +20,7 @@ from .old_names import OLD_WEIGHTS
 from .public_saes import load_public
 from .sae_activations import SAE_ACTIVATIONS
 from .saelens import load_saelens, save_saelens
-from .saved_folders import check_loaded, check_saved, signing_saved
+from .saved_folders import check_given, check_loaded, check_saved, own_config, signing_saved
 
 
 @dataclass
@@ -82,7 +82,7 @@ class SparseAutoencoder(PreTrainedModel):
         self.W_dec = nn.Parameter(torch.empty(config.d_sae, config.d_in))
         self.b_dec = nn.Parameter(torch.empty(config.d_in))
         self.activation.add_tensors(self)
-        self.register_buffer("mean_active_activation", torch.empty(config.d_sae))
+        self.register_buffer("mean_active_activation", torch.ones(config.d_sae))
         self.post_init()
 
     @classmethod
@@ -92,7 +92,7 @@ class SparseAutoencoder(PreTrainedModel):
         """Load a saved SAE, also an earlier version's; unlike transformers' default, wrong weights are an error.
 
         Args:
-            pretrained_model_name_or_path: folder or Hub id.
+            pretrained_model_name_or_path: folder or Hub id, or None with `config` and `state_dict`.
             *args: as transformers'.
             output_loading_info: also return transformers' report on the weights.
             **kwargs: as transformers' (`dtype`, `revision`, ...).
@@ -106,7 +106,11 @@ class SparseAutoencoder(PreTrainedModel):
             OSError: there is no such folder, or it has no config.json.
         """
         path = pretrained_model_name_or_path
-        check_saved(path, kwargs)
+        if path is None:
+            check_given(kwargs)
+        else:
+            folder = check_saved(path, kwargs)
+            own_config(path, PreTrainedConfig.get_config_dict(folder)[0], cls.config_class.model_type)
         keywords = {"key_mapping": OLD_WEIGHTS, **kwargs, "output_loading_info": True}
         loaded: Any = super().from_pretrained(path, *args, **keywords)
         sae, info = loaded
@@ -119,10 +123,10 @@ class SparseAutoencoder(PreTrainedModel):
         Args:
             save_directory: made if absent.
             *args: as transformers'.
-            **kwargs: as transformers', but for `push_to_hub`.
+            **kwargs: as transformers', but for `push_to_hub` and `save_original_format`.
 
         Raises:
-            ValueError: `push_to_hub`, which would upload the folder before it is signed.
+            ValueError: `push_to_hub`, which would upload the folder before it is signed; `save_original_format`.
         """
         with signing_saved(save_directory, kwargs):
             super().save_pretrained(save_directory, *args, **{**kwargs, "save_original_format": False})

@@ -380,7 +380,7 @@ class BatchTopK(_KeepLargest):
 
     def add_tensors(self, sae: "SparseAutoencoder") -> None:
         """The buffer `threshold` (d_sae,)."""
-        sae.register_buffer("threshold", torch.empty(sae.config.d_sae))
+        sae.register_buffer("threshold", torch.zeros(sae.config.d_sae))
 
     def init_tensors(self, sae: "SparseAutoencoder") -> None:
         """Zero, which means that no batch has set it."""

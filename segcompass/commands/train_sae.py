@@ -10,7 +10,6 @@ an interrupted run: both gathering and training continue where they stopped.
 """
 
 import copy
-import hashlib
 import json
 import logging
 from dataclasses import asdict, dataclass, field
@@ -21,7 +20,8 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from segcompass.loaders.image_text import image_text, load_image_text
+from segcompass.journal import weights_of
+from segcompass.loaders.image_text import has_splits, image_text, image_text_digest, load_image_text
 from segcompass.loading import load_mllm
 from segcompass.modeling_segcompass import SparseAutoencoder, SparseAutoencoderConfig
 from segcompass.modeling_segcompass.sae_origin import origin_of
@@ -83,6 +83,10 @@ class SAEArguments:
     text_tokens: int = field(default=100, metadata={"help": "for the estimate: other tokens per sample"})
     tflops: float = field(default=300.0, metadata={"help": "for the estimate: 10^12 operations per second and process"})
     processes: int = field(default=1, metadata={"help": "for the estimate: number of processes"})
+
+    def __post_init__(self):
+        if self.evaluation_split == "null":  # as a command line says it
+            self.evaluation_split = None
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -181,12 +185,18 @@ def make_sae_config(arguments: SAEArguments, model_config: PreTrainedConfig) -> 
 
 
 def read_rows(arguments: SAEArguments) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset]:
-    """Rows to train on and rows to score on."""
+    """Rows to train on and rows to score on. Raises ValueError where these would be the same."""
 
     def rows(split: str, num_samples: int | None) -> Dataset | IterableDataset:
         return load_image_text(arguments.dataset, split, arguments.dataset_seed, num_samples)
 
     if arguments.evaluation_split:
+        if not has_splits(arguments.dataset):
+            raise ValueError(
+                f"evaluation_split is {arguments.evaluation_split!r}, but {arguments.dataset} is not divided into "
+                "splits, and the SAE would be scored on the rows that it was trained on; set evaluation_split to null, "
+                "which holds out the first evaluation_samples rows."
+            )
         return rows(arguments.split, arguments.num_samples), rows(arguments.evaluation_split, arguments.num_samples)
     everything = rows(arguments.split, arguments.num_samples)
     return everything.skip(arguments.evaluation_samples), everything.take(arguments.evaluation_samples)
@@ -217,8 +227,9 @@ def cached(
     """
     names = ("model", "dataset", "split", "evaluation_split", "evaluation_samples", "dataset_seed", "token_window")
     description = {name: getattr(arguments, name) for name in names}
-    if Path(arguments.dataset).is_file():  # a JSONL may change under its name
-        description["content"] = hashlib.sha256(Path(arguments.dataset).read_bytes()).hexdigest()
+    description["weights"] = weights_of(arguments.model)
+    if Path(arguments.dataset).exists():  # a file or a folder, whose rows and images may change under its name
+        description["content"] = image_text_digest(rows)
     report = cache_activations(
         folder,
         model,

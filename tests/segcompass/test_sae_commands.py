@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 from segcompass.commands import evaluate_sae, train_sae
 from segcompass.loaders.image_text import image_text, load_image_text
@@ -161,3 +162,56 @@ def test_an_autoencoder_of_another_backbone_is_refused(tmp_path):
     arguments = ["--model", str(tmp_path / "model"), "--sae", str(tmp_path / "sae"), "--output", str(tmp_path / "out")]
     with pytest.raises(ValueError, match="reads 16 numbers of layer 2, but the MLLM is 32 wide"):
         evaluate_sae.main(arguments)
+
+
+def test_an_autoencoder_of_another_backbone_of_the_same_size_is_refused(tmp_path):
+    model, processor = tiny_segcompass("llava")
+    model.config.sae_config.backbone = model.sae.config.backbone = "org/llava-one"
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    model.sae.config.backbone = "org/llava-two"
+    model.sae.save_pretrained(tmp_path / "sae")
+    arguments = ["--model", str(tmp_path / "model"), "--sae", str(tmp_path / "sae"), "--output", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match="trained on 'org/llava-two', but the MLLM is 'org/llava-one'"):
+        evaluate_sae.main(arguments)
+
+
+def test_a_cache_of_activations_notices_what_was_changed_since(tmp_path):
+    """Images that the rows name and weights, replaced under their names: the states would be those of the old ones."""
+    model, processor = tiny_segcompass("llava")
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    for name in "ab":
+        Image.new("RGB", (30, 30), {"a": "red", "b": "blue"}[name]).save(tmp_path / f"{name}.png")
+    lines = [{"image": f"{name}.png", "text": "the box", "response": "it is there"} for name in "ababab"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = {
+        "model": tmp_path / "model",
+        "dataset": tmp_path / "rows.jsonl",
+        "evaluation_split": "null",
+        "evaluation_samples": 2,
+        "max_steps": 1,
+        "tokens_per_batch": 16,
+        "buffer_size": 64,
+        "evaluation_tokens": 50,
+        "calibration_tokens": 50,
+        "strength_tokens": 50,
+        "use_cpu": "true",
+        "report_to": "none",
+        "output_dir": tmp_path / "sae",
+        "cache_dir": tmp_path / "cache",
+    }
+    arguments = [f"--{name}={value}" for name, value in options.items()]
+    with pytest.raises(ValueError, match="is not divided into splits, and the SAE would be scored on the rows that"):
+        train_sae.main([*arguments, "--evaluation_split=val"])
+    train_sae.main(arguments)
+    image = (tmp_path / "a.png").read_bytes()
+    Image.new("RGB", (30, 30), "lime").save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="holds a cache with content="):
+        train_sae.main(arguments)
+    (tmp_path / "a.png").write_bytes(image)
+    train_sae.main(arguments)
+    model.get_output_embeddings().weight.data[0] += 1
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="holds a cache with weights="):
+        train_sae.main(arguments)
