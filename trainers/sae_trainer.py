@@ -32,8 +32,8 @@ from .sae_quality import (
     add_moments,
     evaluate_sae,
     measure_mean_active_activation,
-    moments,
     token_groups,
+    variance_moments,
     variances,
 )
 
@@ -178,7 +178,7 @@ class SparseAutoencoderTrainer(WholeCheckpoints, Trainer):
         self._frame: Any = None  # a Frame while the weights are those of the training frame
         self._tokens_since_active = torch.zeros(model.config.d_sae, dtype=torch.long, device=args.device)
         self._tokens_since_revival = 0
-        self._running: dict[str, torch.Tensor] = {}  # `moments` since the last log
+        self._running: dict[str, torch.Tensor] = {}  # `variance_moments` since the last log
         self._last_batch: tuple[torch.Tensor, torch.Tensor] | None = None  # hidden states and residuals, (N, d_in)
 
     def train(
@@ -327,13 +327,13 @@ class SparseAutoencoderTrainer(WholeCheckpoints, Trainer):
 
     @torch.no_grad()
     def _follow(self, z, types, outputs):
-        z_hat = outputs.reconstruction.detach().to(z.dtype)
-        add_moments(self._running, moments(z, z_hat, outputs.active, token_groups(types, z, z.dtype)))
+        residual = z - outputs.reconstruction.detach().to(z.dtype)
+        add_moments(self._running, variance_moments(z, residual, outputs.active, token_groups(types, z, z.dtype)))
         tokens = self.accelerator.reduce(torch.tensor(len(z), device=z.device))
         self._tokens_since_active += tokens
         self._tokens_since_active.masked_fill_(self.accelerator.reduce(outputs.fired) > 0, 0)
         self._tokens_since_revival += len(z) * self.accelerator.num_processes
-        self._last_batch = z, z - z_hat
+        self._last_batch = z, residual
 
     @torch.no_grad()
     def _after_step(self):
