@@ -52,9 +52,10 @@ class Unreachable(Exception):
 
 def pip(*arguments: str) -> str:
     """What pip prints. Raises Unreachable."""
-    done = subprocess.run([sys.executable, "-m", "pip", *arguments], capture_output=True, text=True)
+    patience = ["--retries", "1", "--timeout", "15"]
+    done = subprocess.run([sys.executable, "-m", "pip", *arguments, *patience], capture_output=True, text=True)
     if done.returncode:
-        raise Unreachable(f"pip {' '.join(arguments)}: {done.stderr.strip().splitlines()[-1:]}")
+        raise Unreachable(f"pip {' '.join(arguments)}: {done.stderr.strip().splitlines()[-1]}")
     return done.stdout
 
 

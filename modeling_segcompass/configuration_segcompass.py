@@ -98,7 +98,7 @@ class SegCompassConfig(PreTrainedConfig):
 
     Args:
         mllm_config: configuration of the MLLM policy π_θ (`llava`, `qwen2_5_vl`), or its dict.
-        image_encoder_config: configuration of the image encoder F_enc (SAM's: ViT-B/L/H, or a tiny one), or its dict.
+        image_encoder_config: configuration of the image encoder F_enc (docs/encoders.md lists the kinds), or its dict.
         sae_config: configuration of the sparse autoencoder E_sae; its `layer` says which hidden states it reads.
         num_slots: K_s, the number of concentration tokens and of slots.
         d_c: width of the concept representations r_k.

@@ -143,7 +143,8 @@ def test_the_log_says_that_the_decoder_starts_from_nothing_or_in_part(caplog):
     processor.encoder_image_processor = image_processor_of(theirs)
     fields = dict(d_c=16, num_concepts=8, codebook_heads=4, decoder_heads=4, decoder_mlp_dim=64)
     SegCompassModel.from_backbones(tiny_mllm("llava", processor), theirs, processor=processor, **fields)
-    assert "starts from that of Sam2VisionModel; 8 of its 107" in caplog.text  # two layers of two linear maps, confidence
+    # the wider layers do not fit: of two blocks two weights and a bias each; and the confidence is ours
+    assert "starts from that of Sam2VisionModel; 8 of its 107" in caplog.text
     assert "mask_decoder.transformer.layers.0.mlp.lin1.weight" in caplog.text
 
 
