@@ -16,7 +16,7 @@ from .old_names import OLD_FIELDS, OLD_PARTS, OLD_WEIGHTS, with_new_names
 from .pipeline_segcompass import CUSTOM_PIPELINES
 from .sae_origin import Origin, check_origin, origin_of
 from .sam_weights import start_mask_decoder
-from .saved_folders import HUB_KEYWORDS, check_loaded, check_saved, signing_saved
+from .saved_folders import HUB_KEYWORDS, check_given, check_loaded, check_saved, signing_saved
 from .tokens import give_rows
 from .weights import check_finite
 
@@ -126,7 +126,7 @@ def load_whole(load: Callable, path: Any, args: tuple, output_loading_info: bool
 
     Args:
         load: transformers' own `from_pretrained` of the model's class.
-        path: folder or Hub id.
+        path: folder or Hub id, or None with `config` and `state_dict` among the keywords.
         args: further positional arguments of `load`.
         output_loading_info: also return transformers' report on the weights.
         keywords: keyword arguments of `load`.
@@ -137,7 +137,10 @@ def load_whole(load: Callable, path: Any, args: tuple, output_loading_info: bool
     Raises:
         ValueError: see `SegCompassModel.from_pretrained`.
     """
-    check_saved(path, keywords)
+    if path is None:
+        check_given(keywords)
+    else:
+        check_saved(path, keywords)
     hub = {name: keywords[name] for name in HUB_KEYWORDS if name in keywords}
     keywords.setdefault("key_mapping", OLD_WEIGHTS)
     config = keywords.get("config")

@@ -547,10 +547,26 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             sequences = getattr(output, "sequences", output)
             ends = (option(name, kwargs, self.mllm) for name in ("eos_token_id", "pad_token_id"))
             prompt, mask = kwargs["input_ids"], kwargs.get("attention_mask")
+            if (sequences[:, -1] == self.config.ref_token_id).any():
+                self._read_whole(recorder, sequences, kwargs)
             states = recorder.states_of_generation(sequences, prompt, mask, *ends)
             grid = self.backbone.patch_grid(self.config.mllm_config, states.input_ids, kwargs)
             recorder.states = states._replace(patch_grid=grid)
         return output
+
+    @torch.no_grad()
+    def _read_whole(self, recorder, sequences, inputs):
+        """One pass over sequences that end in a concentration token, which no pass of their generation has read."""
+        recorder.start_generation(whole_passes=True)
+        inputs = self.backbone.mllm_inputs(self.mllm, inputs)
+        written = sequences.shape[1] - inputs["input_ids"].shape[1]
+        mask = inputs.get("attention_mask")
+        if mask is not None:
+            inputs["attention_mask"] = torch.cat([mask, mask.new_ones(len(mask), written)], 1)
+        self.backbone.append_text(inputs, written)
+        of_generation = ("use_cache", "output_attentions", "output_hidden_states", "return_dict", "logits_to_keep")
+        inputs = {name: value for name, value in inputs.items() if name not in of_generation}
+        self.backbone.without_head(self.mllm)(**{**inputs, "input_ids": sequences}, use_cache=False)
 
     def segment(
         self,
@@ -677,11 +693,12 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         """
         if labels is None and self.grounded:
             labels = self.concept_labels
-        explanation = explain_slot(outputs, slot, sample, top, labels, processor, self.config.frame.side)
+        side, padding = self.config.frame.side, self.generation_config.pad_token_id
+        explanation = explain_slot(outputs, slot, sample, top, labels, processor, side, None, padding)
         if image_embeddings is None:
             return explanation
         lost = self.lost_without(outputs, slot, sample, image_embeddings)
-        return explain_slot(outputs, slot, sample, top, labels, processor, self.config.frame.side, lost)
+        return explain_slot(outputs, slot, sample, top, labels, processor, side, lost, padding)
 
     lost_without = lost_without
     predict_forward = predict_forward
@@ -764,7 +781,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         their repositories, at the revisions noted when it was saved.
 
         Args:
-            pretrained_model_name_or_path: folder or Hub id.
+            pretrained_model_name_or_path: folder or Hub id, or None with `config` and `state_dict`.
             *args: as transformers'.
             output_loading_info: also return transformers' report on the weights.
             **kwargs: as transformers' (`dtype`, `device_map`, `revision`, ...); `quantization_config` quantises the
@@ -789,11 +806,11 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             *args: as transformers'.
             references: {"mllm" | "image_encoder" | "sae": {"repo_id", "revision"}}, parts to leave out of the weights
                 because they are kept elsewhere, unchanged. Loading fetches them from there.
-            **kwargs: as transformers', but for `push_to_hub`.
+            **kwargs: as transformers', but for `push_to_hub` and `save_original_format`.
 
         Raises:
             ValueError: a reference to another part, or without a revision; `push_to_hub`, which would upload the folder
-                before it is signed.
+                before it is signed; `save_original_format`.
         """
         save_whole(self, super().save_pretrained, save_directory, args, references, kwargs)
 

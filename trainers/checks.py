@@ -311,6 +311,28 @@ def check_reward_weights(rewards: Sequence[RewardFunction], weights: Sequence[fl
         )
 
 
+def check_loss(parts: Mapping[str, Any]) -> None:
+    """Refuse to learn from NaN or infinity: one step would spread it over all weights, and the log would not show it.
+
+    Under fp16 a gradient that overflows is no fault, the gradient scaler leaves that step out; the loss is not scaled.
+
+    Args:
+        parts: the loss and what it is made of, tensors of one number, by name.
+
+    Raises:
+        ValueError: naming the parts that are not finite.
+    """
+    values = {name: value.detach().float() for name, value in parts.items()}
+    finite = torch.stack(list(values.values())).isfinite()
+    if finite.all():
+        return
+    wrong = ", ".join(f"{name}={value.item()}" for name, value in values.items() if not value.isfinite())
+    raise ValueError(
+        f"the loss is not finite ({wrong}), and a step on it would spoil every weight; nothing was learned from it. "
+        "Lower the learning rate, clip gradients (max_grad_norm), or train in float32 or bfloat16, not float16."
+    )
+
+
 def check_rollout_policy(batch: Mapping[str, Any]) -> None:
     """vLLM must sample from the policy that is trained: compare the log-probabilities both give the same tokens.
 
