@@ -433,7 +433,7 @@ class ReasoningSegmentation(evaluate.Metric):
         names = super()._feature_names()
         caller = inspect.currentframe().f_back
         if isinstance(caller.f_locals.get("self"), evaluate.CombinedEvaluations):
-            names += [name for name in caller.f_locals["kwargs"] if name in _MORE]
+            names += [name for name in caller.f_locals.get("kwargs", ()) if name in _MORE]
         return names
 
     def add_batch(
