@@ -7,8 +7,8 @@ and `summarise` are plain functions that need no metric object. Another protocol
 """
 
 import functools
-import inspect
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -431,7 +431,7 @@ class ReasoningSegmentation(evaluate.Metric):
         # `evaluate.combine` hands each metric what this returns, and drops all else that was added without a word;
         # there, the names of ours that were added belong to it too.
         names = super()._feature_names()
-        caller = inspect.currentframe().f_back
+        caller = sys._getframe(1)
         if isinstance(caller.f_locals.get("self"), evaluate.CombinedEvaluations):
             names += [name for name in caller.f_locals.get("kwargs", ()) if name in _MORE]
         return names
