@@ -159,6 +159,8 @@ def _form(mask) -> tuple[tuple[int, int] | None, np.ndarray | list[dict]]:
         return next(iter(sizes), None), [rle for rle in rles if coco_mask.area(rle)]
     if hasattr(mask, "getexif") and hasattr(mask, "mode"):
         _check_picture(mask)
+    if np.ma.is_masked(mask):
+        raise ValueError("a mask is an array of which some values are masked; fill them first (array.filled(0)).")
     array = np.asarray(mask)
     if array.dtype.kind not in "bui":
         holds = " with NaN" if array.dtype.kind == "f" and np.isnan(array).any() else ""
