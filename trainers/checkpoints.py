@@ -170,7 +170,7 @@ def whole_checkpoint(asked: str | bool | None, output_dir: str | Path | None) ->
         The checkpoint's path; None to train from the start.
 
     Raises:
-        ValueError: there is no such checkpoint, or it is not whole.
+        ValueError: there is no such checkpoint, it is not whole, or it holds weights alone.
     """
     if not asked:
         return None
@@ -178,12 +178,22 @@ def whole_checkpoint(asked: str | bool | None, output_dir: str | Path | None) ->
         newest = last_checkpoint(output_dir or "")
         if newest is None:
             raise ValueError(f"{output_dir} holds no whole checkpoint to resume from; train without.")
-        return newest
+        return _with_optimizer(newest)
     fault = fault_of(asked)
     if fault is not None:
         raise ValueError(f"{asked} is no whole checkpoint: {fault}. Resume from another, or train without.")
     check(asked)
-    return str(asked)
+    return _with_optimizer(str(asked))
+
+
+def _with_optimizer(checkpoint):
+    """The checkpoint; raises ValueError when it has no state of an optimizer, which transformers then starts anew."""
+    if not any(any(Path(checkpoint).glob(pattern)) for pattern in ("optimizer*", "*-optimizer*", "global_step*")):
+        raise ValueError(
+            f"{checkpoint} holds weights alone (save_only_model=True), and a resumed training would go on with a new "
+            "optimizer and schedule; load its weights with from_pretrained, and train into another folder."
+        )
+    return checkpoint
 
 
 def _put(written: Path, place: Path) -> None:

@@ -16,6 +16,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from segcompass.loaders.identity import check_sample_ids
 from segcompass.loaders.masks import has_pixels
 from segcompass.loaders.reasoning_segmentation.run_lengths import checked_rle
+from segcompass.modeling_segcompass.image_encoder import check_frame
 from segcompass.modeling_segcompass.processing_segcompass import REF_TOKEN
 
 from .optimization import segmentation_modules
@@ -156,7 +157,7 @@ def check_kinds(model: Any, processor: Any) -> None:
 
     Raises:
         TypeError: one of them is of another kind.
-        ValueError: they disagree on the number of slots.
+        ValueError: they disagree on the number of slots, or on where an image lies in the image encoder's input.
     """
     config = getattr(model, "config", None)
     if getattr(config, "model_type", None) != "segcompass":
@@ -168,6 +169,7 @@ def check_kinds(model: Any, processor: Any) -> None:
     if not isinstance(processor, ProcessorMixin) or not hasattr(processor, "num_slots"):
         raise TypeError(f"processing_class is {type(processor).__name__}; pass the model's SegCompassProcessor.")
     check_slots(config, processor)
+    check_frame(config, processor.encoder_image_processor)
 
 
 def check_slots(config: Any, processor: Any) -> None:

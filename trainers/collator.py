@@ -87,7 +87,7 @@ class SegCompassCollator:
         if self.image_features is not None:
             batch.update(self.image_features.inputs(images))
         batch["mask_targets"] = [
-            mask_targets(row["masks"], row["height"], row["width"], self.processor.frame.side, self.mask_side)
+            mask_targets(row["masks"], row["height"], row["width"], self.processor.frame, self.mask_side)
             for row in rows
         ]
         return batch

@@ -233,7 +233,7 @@ class SparseAutoencoderTrainer(WholeCheckpoints, Trainer):
         outputs = model(hidden_states=z, output_feature_acts=return_outputs)
         warmup = self.args.l1_warmup * self.state.max_steps
         grown = min(1.0, (self.state.global_step + 1) / max(warmup, 1))
-        loss = outputs.mse
+        loss = outputs.misfit
         if self.model.activation.coefficient is not None:
             loss = loss + getattr(self.args, self.model.activation.coefficient) * grown * outputs.penalty
         self._follow(z, inputs.get("token_types"), outputs)

@@ -210,6 +210,29 @@ def test_processor_round_trips(processor, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_saving_leaves_the_processor_as_it_was(processor, tmp_path):
+    before = processor.to_dict()
+    processor.save_pretrained(tmp_path)
+    assert processor.to_dict() == before
+
+
+def test_input_names_are_those_of_what_comes_back(processor):
+    assert set(processor.model_input_names) == set(processor(images=noise_image(30, 44), text="the box"))
+
+
+def test_padding_is_the_callers_or_the_tokenizers_or_else_as_needed_and_on_the_left(processor, monkeypatch):
+    given = dict(images=noise_images()[:2], text=["the box", "the large box"])
+    lengths = processor(**given)["attention_mask"].sum(1)
+    assert processor(**given)["attention_mask"].shape[1] == lengths.max() > lengths.min()
+    wide = {"padding": "max_length", "max_length": 120}
+    for inputs in (processor(**given, **wide), processor(**given, text_kwargs=wide)):
+        assert inputs["input_ids"].shape == (2, 120) and not inputs["attention_mask"][:, 0].any()
+    monkeypatch.setitem(processor.tokenizer.init_kwargs, "padding", "max_length")
+    assert processor(**given, max_length=110)["input_ids"].shape == (2, 110)
+    numpy = processor(**given, max_length=110, common_kwargs={"return_tensors": "np"})
+    assert isinstance(numpy["input_ids"], np.ndarray) and isinstance(numpy["encoder_pixel_values"], np.ndarray)
+
+
 # -- masks at the image's own size -------------------------------------------------------------------------------------
 
 

@@ -123,6 +123,35 @@ def test_commands_train_cache_and_judge(tmp_path):
     assert (tmp_path / "out" / "quality.png").stat().st_size > 1000
 
 
+def test_a_sweep_trains_one_autoencoder_for_each_value_and_draws_the_curve(tmp_path, capsys):
+    model, processor = tiny_segcompass("llava")
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    options = dict(model=tmp_path / "model", num_samples=8, samples_per_batch=4, tokens_per_batch=128, buffer_size=512)
+    options |= dict(activation="topk", d_sae=64, evaluation_tokens=500, calibration_tokens=500, strength_tokens=500)
+    options |= dict(max_steps=4, use_cpu="true", report_to="none", output_dir=tmp_path / "sae", save_strategy="no")
+    arguments = [f"--{name}={value}" for name, value in options.items()]
+    train_sae.main([*arguments, "--sweep", "2", "16"])
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("RESULT "))
+    assert summary["field"] == "k" and summary["values"] == [2, 16]
+    for value, l0, variance in zip((2, 16), summary["l0"], summary["explained_variance"], strict=True):
+        sae = SparseAutoencoder.from_pretrained(tmp_path / "sae" / f"k-{value}")
+        quality = json.loads((tmp_path / "sae" / f"k-{value}" / "quality.json").read_text())
+        assert sae.config.k == value and 0 < l0 <= value
+        assert (quality["l0"], quality["explained_variance"]) == (l0, variance)
+    assert summary["l0"][0] < summary["l0"][1] and len(summary["image"]["l0"]) == 2
+    assert (tmp_path / "sae" / "sweep.png").stat().st_size > 1000
+    assert json.loads((tmp_path / "sae" / "sweep.json").read_text()).keys() == {"k"}
+    for sweep, activation, message in (
+        (["2", "2"], "topk", "each value must stand once"),
+        (["2.5"], "topk", "whole numbers from 1 to d_sae=64"),
+        (["65"], "matryoshka", "whole numbers from 1 to d_sae=64"),
+        (["0"], "relu", "over l1_coefficient; its values must be more than 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_sae.main([*arguments, "--activation", activation, "--sweep", *sweep])
+
+
 def test_an_autoencoder_of_another_backbone_is_refused(tmp_path):
     model, processor = tiny_segcompass("llava")
     model.save_pretrained(tmp_path / "model")
