@@ -26,6 +26,7 @@ from segcompass.modeling_segcompass.modeling_sparse_autoencoder import SparseAut
 from .activations import TOKEN_TYPES, keep_finite, split_batch, take_tokens
 from .checkpoints import WholeCheckpoints, check_pushing, whole_checkpoint
 from .checks import check_loss, check_precision
+from .optimization import check_warmup
 from .options import SAE_OPTIONS, refuse_options
 from .sae_frame import Frame, put_back, tensors_in_frame
 from .sae_quality import (
@@ -98,6 +99,7 @@ class SparseAutoencoderTrainerConfig(TrainingArguments):
         super().__post_init__()
         refuse_options(self, SAE_OPTIONS)
         check_pushing(self)
+        check_warmup(self)
 
 
 class _Endless(IterableDataset):
