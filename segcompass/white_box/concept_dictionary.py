@@ -93,6 +93,15 @@ class ConceptDictionary:
         """{feature index: label} of the features that fired, as `model.explain(labels=...)` takes them."""
         return {entry.index: entry.label for entry in self.entries if entry.label}
 
+    def name(self, names: Mapping[int, str]) -> None:
+        """Give features other labels.
+
+        Args:
+            names: {feature index: label}.
+        """
+        for index, label in names.items():
+            self.entries[index].label = label
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `concepts.json` into the folder of an SAE or a model. Features that never fired are left out.
 
