@@ -66,7 +66,9 @@ DECODER = dict(hidden_size=16, mlp_dim=32, num_attention_heads=4, iou_head_hidde
 def whole(kind):
     torch.manual_seed(0)
     if kind == "sam_hq":
-        parts = dict(vision_config=SAM | {"num_pos_feats": 8}, prompt_encoder_config=PROMPT | {"image_size": 32, "patch_size": 4})
+        parts = dict(
+            vision_config=SAM | {"num_pos_feats": 8}, prompt_encoder_config=PROMPT | {"image_size": 32, "patch_size": 4}
+        )
         model = T.SamHQModel(T.SamHQConfig(**parts, mask_decoder_config=DECODER | {"vit_dim": 16}))
     elif kind == "sam2":
         model = T.Sam2Model(T.Sam2Config(vision_config=SAM2, prompt_encoder_config=PROMPT, mask_decoder_config=DECODER))
