@@ -60,6 +60,7 @@ setup(
         "safetensors>=0.8",
         "numpy>=2",
         "tqdm>=4.66",
+        "filelock>=3.16",
     ],
     extras_require={
         "test": ["pytest>=9", "ruff", "mypy", "pydoclint", "tensorboard", "bitsandbytes>=0.46"],

@@ -58,13 +58,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     from segcompass.journal import Journal, weights_of
     from segcompass.loaders.identity import rows_digest
     from segcompass.loading import load
+    from segcompass.modeling_segcompass.whole_files import write_whole
     from segcompass.white_box.dictionary_reader import TokenReader, build_dictionary, patch_pictures
     from segcompass.white_box.examination import read_rows
     from segcompass.white_box.scene_attributes import labelled_activations, patch_words, score_attributes
 
     rows = read_rows(args.dataset, args.split, args.seed, args.num_samples)
     run = {name: str(value) for name, value in vars(args).items() if name not in ("output", "save_to")}
-    Journal(args.output, {**run, "weights": weights_of(args.model), "rows": rows_digest(rows)})
+    journal = Journal(args.output, {**run, "weights": weights_of(args.model), "rows": rows_digest(rows)})
     model, processor = load(args.model)
     reader = TokenReader(model, processor)
     scenes = args.dataset == "scenes"
@@ -89,10 +90,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
             reader, args.held_out_split, args.seed + 1, args.held_out_samples, args.batch_size
         )
         scores = score_attributes(chosen, held_out)
-        (args.output / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+        write_whole(journal.path.with_name("scores.json"), json.dumps(scores, indent=2) + "\n")
         report(scores)
     page = dictionary.to_html(patch_pictures(rows, processor), scores=scores)
-    (args.output / "dictionary.html").write_text(page, encoding="utf-8")
+    write_whole(journal.path.with_name("dictionary.html"), page)
     print(f"wrote concepts.json and dictionary.html to {args.output}")
     return scores
 

@@ -17,6 +17,7 @@ import torch
 
 from segcompass.modeling_segcompass.manifest import MANIFEST, check, signing
 from segcompass.modeling_segcompass.token_layout import IMAGE, INSTRUCTION, RESPONSE
+from segcompass.modeling_segcompass.whole_files import write_whole
 
 FILE = "concepts.json"
 TOKEN_KINDS = {IMAGE: "image", INSTRUCTION: "instruction", RESPONSE: "response"}
@@ -104,7 +105,7 @@ class ConceptDictionary:
         Path(folder).mkdir(parents=True, exist_ok=True)
         signed = (Path(folder) / MANIFEST).exists()  # the folder of a model or an SAE
         with signing(folder) if signed else nullcontext():
-            (Path(folder) / FILE).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_whole(Path(folder) / FILE, json.dumps(content, ensure_ascii=False) + "\n")
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> "ConceptDictionary | None":
