@@ -6,6 +6,7 @@ from pathlib import Path
 from datasets import Dataset, load_dataset, load_from_disk
 
 from .files import check_shards, read_json
+from .signed import check_signed
 
 
 def load_folder(folder: str | os.PathLike, split: str = "train") -> Dataset:
@@ -19,19 +20,15 @@ def load_folder(folder: str | os.PathLike, split: str = "train") -> Dataset:
         The rows as they were written.
 
     Raises:
-        ValueError: the folder holds neither, only some of the parquet files, or others than were signed (their sizes
-            are compared always, their hashes where all are below 1 GiB).
+        ValueError: the folder holds neither, only some of the parquet files, or others than were signed.
 
     Example:
         rows = load_folder("data/refcoco", "val")
     """
-    from segcompass.modeling_segcompass.manifest import HASH_BELOW, check  # here, since its package brings torch along
-
     files = sorted(str(file) for file in Path(folder).glob(f"{split}-*.parquet"))
     if files:
         check_shards(files)
-        small = sum(os.path.getsize(file) for file in files) < HASH_BELOW
-        check(folder, (".parquet", ".json"), whole=small)
+        check_signed([*files, Path(folder) / f"{split}.json"])
         rows = load_dataset("parquet", data_files={split: files}, split=split)
         note = Path(folder) / f"{split}.json"
         noted = read_json(note).get("rows") if note.exists() else None

@@ -238,7 +238,7 @@ def _read(folder: Path) -> dict[str, dict[str, Any]]:
             )
     except FileNotFoundError as error:
         raise ValueError(f"{folder} has no {MANIFEST}; sign it with: segcompass verify {folder} --sign") from error
-    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, RecursionError, json.JSONDecodeError) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
     if text != _text(files):
         raise _damaged(path, "it is not as it was written")

@@ -81,7 +81,15 @@ def tensor_names(path: str | os.PathLike) -> list[str]:
             if start != end or (stop - start) * 8 != math.prod(shape) * BITS[dtype]:
                 raise _broken(path, f"{name!r}, {dtype} {shape}, cannot lie at bytes {start} to {stop}")
             end = stop
-    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError, _TwiceError) as error:
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        UnicodeDecodeError,
+        RecursionError,
+        json.JSONDecodeError,
+        _TwiceError,
+    ) as error:
         raise _broken(path, f"its header cannot be read: {error!r}") from error
     if end != size - 8 - length:
         raise _broken(path, f"its tensors take {end} bytes, but {size - 8 - length} are there")

@@ -120,7 +120,7 @@ def read_signed_json(path: str | os.PathLike) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}, not an object")
         return unsigned(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({error}); delete it, or fetch or make it again.") from error
 
 
