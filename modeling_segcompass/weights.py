@@ -63,6 +63,36 @@ def tensor_names(path: str | os.PathLike) -> list[str]:
         ValueError: the file is cut, or its header is no JSON, names a tensor twice, or has offsets, shapes or dtypes
             that do not fit the file.
     """
+    return list(_header(path))
+
+
+def check_types(module: nn.Module, folder: str | os.PathLike) -> None:
+    """Refuse files that hold whole numbers where the module has real ones: they would be taken for weights.
+
+    Args:
+        module: the module that was loaded.
+        folder: the folder that it was loaded from; names that the module does not have are not looked at.
+
+    Raises:
+        ValueError: with the file and the first tensor.
+    """
+    state = module.state_dict()
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        wrong = [
+            name
+            for name, field in _header(path).items()
+            if field["dtype"][0] in "IUB" and field["dtype"] != "BF16" and name in state
+            if state[name].is_floating_point()
+        ]
+        if wrong:
+            raise ValueError(
+                f"{path} holds whole numbers in {len(wrong)} tensors of real ones ({', '.join(wrong[:3])}); fetch or copy "
+                "the folder again."
+            )
+
+
+def _header(path):
+    """The fields of a safetensors file's header by tensor, checked. Raises ValueError as `tensor_names`."""
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -93,7 +123,7 @@ def tensor_names(path: str | os.PathLike) -> list[str]:
         raise _broken(path, f"its header cannot be read: {error!r}") from error
     if end != size - 8 - length:
         raise _broken(path, f"its tensors take {end} bytes, but {size - 8 - length} are there")
-    return list(header)
+    return header
 
 
 @torch.no_grad()

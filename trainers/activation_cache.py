@@ -39,6 +39,10 @@ from .activations import (
 logger = logging.getLogger(__name__)
 
 
+LISTING = "shards.json"
+"""Which shards there are, written when all of them are: one that is lost later is missed."""
+
+
 def cache_activations(
     folder: str | Path,
     model: nn.Module,
@@ -141,6 +145,9 @@ def cache_activations(
                 f"no token was cached in {folder}: the rows are empty or every sample was skipped ({dict(total)}); "
                 "give other rows."
             )
+        if rank == 0:
+            names = [shard.name for shard in _shards(folder)]
+            write_whole(folder / LISTING, signed_json({"shards": names}) + "\n")
         total["capped"] = int(capped)
         return total
 
@@ -183,7 +190,19 @@ class CachedActivations(IterableDataset):
                 f"{folder} holds hidden states of width {self.description['d_in']}, but {d_in} were asked for; use the "
                 "cache of this backbone."
             )
-        self.shards = _shards(self.folder)[shards]
+        found = _shards(self.folder)
+        if (self.folder / LISTING).exists():
+            listed = read_signed_json(self.folder / LISTING).get("shards", [])
+            missing = sorted({*listed} - {shard.name for shard in found})
+            if missing:
+                raise ValueError(
+                    f"{self.folder} lacks {len(missing)} of its {len(listed)} shards or their .json, the first "
+                    f"{missing[0]} and {Path(missing[0]).with_suffix('.json')}; repeat the caching command, which "
+                    "writes them again and keeps all others."
+                )
+        else:
+            logger.warning("%s has no %s: caching was not finished, and a part is read.", self.folder, LISTING)
+        self.shards = found[shards]
         if not self.shards:
             raise ValueError(f"{folder} holds no finished shard (of those asked for); repeat the caching command.")
         self.batch_size = batch_size

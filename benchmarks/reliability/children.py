@@ -125,15 +125,20 @@ def _serve(works, writing, megabytes):
 
 def _receive(reading, seconds):
     """The next message, or None after so many seconds without one, or at the child's end."""
-    end, content, size = time.monotonic() + seconds, b"", None
-    while size is None or len(content) < size:
+    end = time.monotonic() + seconds
+    head = _read(reading, 8, end)
+    return None if head is None else _read(reading, struct.unpack("<Q", head)[0], end)
+
+
+def _read(reading, size, end):
+    """So many bytes and no more: what follows is another message."""
+    content = b""
+    while len(content) < size:
         ready, _, _ = select.select([reading], [], [], max(0.0, end - time.monotonic()))
-        part = os.read(reading, 1 << 16) if ready else b""
+        part = os.read(reading, min(1 << 16, size - len(content))) if ready else b""
         if not part:
             return None
         content += part
-        if size is None and len(content) >= 8:
-            size, content = struct.unpack("<Q", content[:8])[0], content[8:]
     return content
 
 

@@ -68,9 +68,9 @@ def digest(*parts: Any) -> str:
     found = hashlib.sha256()
     for part in parts:
         if torch.is_tensor(part):
-            found.update(
-                f"{part.dtype} {tuple(part.shape)}".encode() + part.contiguous().view(torch.uint8).numpy().tobytes()
-            )
+            part = part.detach().contiguous()
+            found.update(f"{part.dtype} {tuple(part.shape)}".encode())
+            found.update(part.reshape(-1).view(torch.uint8).numpy().tobytes())
         else:
             found.update(json.dumps(part, sort_keys=True, default=str).encode())
     return found.hexdigest()
@@ -151,14 +151,9 @@ def make_journal(folder: Path) -> None:
 
 
 def load_journal(folder: Path) -> str:
-    """The items that a resumed examination would go on from."""
-    before = (folder / "items.jsonl").read_bytes() if (folder / "items.jsonl").exists() else None
-    journal = Journal(folder, {"run": 1})
-    if before is not None and (folder / "items.jsonl").read_bytes() != before:
-        logging.getLogger("segcompass").warning("items.jsonl ends with a line that was cut")  # it is measured again
-    if len(journal.records) < 12:
-        logging.getLogger("segcompass").warning("items.jsonl holds %s items, the rest is measured", journal.records)
-    return digest(journal.records)
+    """The items with which a resumed examination ends: lines that are lost are measured again."""
+    writers.run_quietly("journal", folder)
+    return digest(Journal(folder, {"run": 1}).records)
 
 
 def make_predictions(folder: Path) -> None:

@@ -3,10 +3,10 @@
     python benchmarks/reliability/fuzz.py [--quick]
 
 Targets: the image reader, masks, polygons, the metric, JSON and pickles, JSONL data sets, the processor,
-post-processing, the pipeline and the Space's functions. An input is answered right or refused with ValueError, TypeError or OSError.
-Silent is an answer that differs from an independent one: pixels from Pillow or numpy alone, areas counted in arrays. An
-"obscure" refusal is another kind of exception. Keys of RESULT: fuzz_cases, fuzz_hangs, fuzz_crashes, fuzz_memory,
-fuzz_silent, fuzz_obscure, and by_target.
+post-processing, the pipeline and the Space's functions. An input is answered right or refused with ValueError,
+TypeError or OSError. Silent is an answer that differs from an independent one: pixels from Pillow or numpy alone, areas
+counted in arrays. An "obscure" refusal is another kind of exception. Keys of RESULT: fuzz_cases, fuzz_hangs,
+fuzz_crashes, fuzz_memory, fuzz_silent, fuzz_obscure, and by_target.
 """
 
 import contextlib

@@ -67,7 +67,7 @@ def attacks() -> Iterator[Attack]:
             sign(checkpoint)
             writers.run_quietly(writer, folder / "run")
 
-        yield Attack(f"a checkpoint's {name}", resume, "eights.only|Unsupported|WeightsUnpickler|unpickl")
+        yield Attack(f"a checkpoint's {name}", resume, "(?i)weights.only|Unsupported|Unpickler")
 
     def weights(folder):
         """A model whose weights are a pickle."""
@@ -77,13 +77,13 @@ def attacks() -> Iterator[Attack]:
         sign(folder / "model")
         SegCompassModel.from_pretrained(folder / "model")
 
-    yield Attack("weights as a pickle", weights, "eights|safetensors|unpickl")
+    yield Attack("weights as a pickle", weights, "(?i)weights|safetensors|unpickl")
 
     def sam(folder):
         torch.save({"mask_decoder": Calls(folder)}, folder / "sam.pth")
         read_sam(str(folder / "sam.pth"))
 
-    yield Attack("SAM's original file", sam, "eights.only|Unsupported|WeightsUnpickler|unpickl")
+    yield Attack("SAM's original file", sam, "(?i)weights.only|Unsupported|Unpickler")
 
     def features(folder):
         writers.feature_cache(folder / "cache")
