@@ -86,8 +86,8 @@ def check_types(module: nn.Module, folder: str | os.PathLike) -> None:
         ]
         if wrong:
             raise ValueError(
-                f"{path} holds whole numbers in {len(wrong)} tensors of real ones ({', '.join(wrong[:3])}); fetch or copy "
-                "the folder again."
+                f"{path} holds whole numbers in {len(wrong)} tensors of real ones ({', '.join(wrong[:3])}); fetch or "
+                "copy the folder again."
             )
 
 
