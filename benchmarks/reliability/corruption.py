@@ -404,6 +404,8 @@ def examine(name: str, kind: Kind, work: Path, journal: Journal, quick: bool, en
         others = [content for other, content in contents.items() if other != path and content != contents[path]]
         draw = random.Random(f"{name} {file}")
         count = 2 if quick else kind.cases
+        if path.suffix == ".py":  # copies of the code, many and alike
+            count = 0 if quick else 6
         for number, (what, damaged) in enumerate(damages(contents[path], others, draw, count)):
 
             def lay(place=copy / file, damaged=damaged):

@@ -39,9 +39,9 @@ QUICK = dict(requests=60, model_requests=4, left=4, sessions=20, segment_calls=6
 def space_app() -> ModuleType:
     """The Space's module; plain objects stand for gradio where it is not installed."""
     if importlib.util.find_spec("gradio") is None and "gradio" not in sys.modules:
-        words = {"skip": lambda: None, "Radio": dict, "Slider": dict, "Error": RuntimeError, "Blocks": object}
         gradio = ModuleType("gradio")
-        gradio.__dict__.update(words, Request=object)
+        refused = type("Error", (Exception,), {})
+        gradio.__dict__.update(skip=lambda: None, Radio=dict, Slider=dict, Error=refused, Blocks=object, Request=object)
         sys.modules["gradio"] = gradio
     spec = importlib.util.spec_from_file_location("space_app", ROOT / "hub_cards" / "space" / "app.py")
     assert spec is not None and spec.loader is not None
@@ -64,6 +64,7 @@ def make_demo(app: ModuleType, stub: bool) -> Any:
     demo = app.Demo.__new__(app.Demo)
     demo.model, demo.processor = lively_segcompass("llava", num_slots=3)
     demo.line, demo.answers, demo._asking, demo.passes = app.Line(), app.Answers(), {}, Counter()
+    demo.refusals = app.gr.Error
     reason = demo.model.reason
     tokens = demo.processor.tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
 
@@ -97,7 +98,7 @@ def ask(demo: Any, visitor: str, number: int, threshold: float = 0.0) -> tuple |
     try:
         place = number % len(images)
         return list(demo.ask(images[place], INSTRUCTIONS[place], threshold, request))[-1]
-    except RuntimeError as error:
+    except demo.refusals as error:
         return str(error)
 
 

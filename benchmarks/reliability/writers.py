@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from transformers.utils import logging as transformers_logging
 
 ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
@@ -46,6 +47,7 @@ from tests.support.grpo import make_trainer, scenes  # noqa: E402
 from tests.support.scripted import Script, lively_segcompass  # noqa: E402
 from tests.support.tiny import tiny_mllm, tiny_processor, tiny_segcompass  # noqa: E402
 
+transformers_logging.disable_progress_bar()
 QUIET = dict(save_strategy="steps", save_steps=1, report_to=[], disable_tqdm=True, use_cpu=True, seed=3, max_steps=3)
 GOOD = "<think>a red ball</think>" + "<REF_POS>" * 3
 

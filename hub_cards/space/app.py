@@ -96,18 +96,20 @@ class Line:
     def before(self, ticket: object) -> int:
         """How many must be answered before it is this one's turn."""
         with self._moved:
-            return max(0, self._tickets.index(ticket) + 1 - self.at_once)
+            place = self._tickets.index(ticket) if ticket in self._tickets else 0
+            return max(0, place + 1 - self.at_once)
 
     def wait(self, ticket: object, seconds: float) -> bool:
         """Whether it is this one's turn, after so many seconds at most."""
         with self._moved:
-            return self._moved.wait_for(lambda: self._tickets.index(ticket) < self.at_once, seconds)
+            return self._moved.wait_for(lambda: ticket not in self._tickets[self.at_once :], seconds)
 
     def leave(self, ticket: object) -> None:
-        """Make room for the next."""
+        """Make room for the next; nothing where that was done before."""
         with self._moved:
-            self._tickets.remove(ticket)
-            self._moved.notify_all()
+            if ticket in self._tickets:
+                self._tickets.remove(ticket)
+                self._moved.notify_all()
 
 
 class Answer:
@@ -200,7 +202,7 @@ class Demo:
         self.model = AutoModel.from_pretrained(path, trust_remote_code=True).to(device).eval()
         self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
         self.line, self.answers = Line(), Answers()
-        self._asking: dict[str, Event] = {}  # visitor -> set when the visitor has left
+        self._asking: dict[str, tuple[Event, object]] = {}  # visitor -> (set when the visitor has left, its ticket)
 
     # -- asking ------------------------------------------------------------------------------------------------------
 
@@ -210,7 +212,7 @@ class Demo:
         visitor, left = visitor_of(request), Event()
         ticket = self.line.enter()
         try:
-            self._asking[visitor] = left
+            self._asking[visitor] = left, ticket
             patience = time.monotonic() + PATIENCE
             while not self.line.wait(ticket, min(1.0, PATIENCE)):
                 if left.is_set():
@@ -219,18 +221,22 @@ class Demo:
                     raise refusal(f"No answer within {PATIENCE:.0f} seconds, so many are asking; try again later.")
                 before = self.line.before(ticket)
                 yield f"{before} question{'s' * (before > 1)} before yours …", *[gr.skip()] * 6
+            if left.is_set():
+                return
             yield from self._answer(image, instruction, threshold, visitor, left)
         finally:
             left.set()
-            if self._asking.get(visitor) is left:
+            if self._asking.get(visitor) == (left, ticket):
                 del self._asking[visitor]
             self.line.leave(ticket)
 
     def leave(self, request: gr.Request | None = None) -> None:
         """A visitor has closed the page: the model stops, and what the visitor left behind is let go."""
         visitor = visitor_of(request)
-        if visitor in self._asking:
-            self._asking[visitor].set()
+        left, ticket = self._asking.pop(visitor, (None, None))
+        if left is not None:
+            left.set()
+            self.line.leave(ticket)  # nobody may ever ask for the rest of the answer
         self.answers.forget(visitor)
 
     def _answer(self, image: Any, instruction: str, threshold: float, visitor: str, left: Event) -> Iterator[tuple]:
