@@ -441,7 +441,13 @@ def check_question(image: Any, instruction: Any, threshold: Any) -> None:
 
 
 def read(image: Any) -> Image.Image:
-    """A visitor's image, a file's path or a PIL image, as RGB, upright.
+    """A visitor's image.
+
+    Args:
+        image: a file's path, or a PIL image.
+
+    Returns:
+        PIL image of mode "RGB", upright.
 
     Raises:
         ValueError: it cannot be read, or has more than `MAX_PIXELS` pixels, which its header says.
