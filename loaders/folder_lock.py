@@ -22,6 +22,8 @@ PATIENCE = 0.2
 """Seconds to wait for a lock: long enough for one that is being given back."""
 
 _held: dict[str, tuple[int, int, FileLock]] = {}  # folder -> its thread, how often it entered, the lock
+_made: set[str] = set()  # folders that were made for a lock
+_inherited: list[tuple[int, int, FileLock]] = []
 _guard = threading.Lock()
 
 
@@ -73,7 +75,6 @@ def take_folder(folder: str | os.PathLike) -> None:
     from segcompass.modeling_segcompass.whole_files import PART  # here, since its package brings torch along
 
     path = Path(os.path.realpath(folder))
-    path.mkdir(parents=True, exist_ok=True)
     with _guard:
         if str(path) in _held:
             thread, times, lock = _held[str(path)]
@@ -81,6 +82,9 @@ def take_folder(folder: str | os.PathLike) -> None:
                 raise FolderHeldError(_refusal(path))
             _held[str(path)] = (thread, times + 1, lock)
             return
+        if not path.exists():
+            path.mkdir(parents=True, exist_ok=True)
+            _made.add(str(path))
         lock = FileLock(path / LOCK, timeout=PATIENCE, poll_interval=0.02)
         try:
             lock.acquire()
@@ -115,6 +119,10 @@ def give_folder(folder: str | os.PathLike) -> None:
         with suppress(OSError):  # while it is held, so that whoever waits for it sees that it is gone
             (path / LOCK).unlink()
         lock.release()
+        if str(path) in _made:  # a run that was refused leaves no empty folder
+            _made.discard(str(path))
+            with suppress(OSError):
+                path.rmdir()
 
 
 def _refusal(path: Path) -> str:
@@ -129,8 +137,10 @@ def _refusal(path: Path) -> str:
 
 
 def _forget():
-    """A forked child holds nothing: what it inherits is its parent's."""
+    """A forked child holds nothing: what it inherits is its parent's, and giving it back would be the parent's loss."""
+    _inherited.extend(_held.values())
     _held.clear()
+    _made.clear()
 
 
 if hasattr(os, "register_at_fork"):

@@ -11,6 +11,11 @@ LEVELS = 4
 """How many folders above a file may hold the manifest that lists it."""
 
 
+def _is_signed(manifest: Path) -> bool:
+    """Whether a file is a manifest of ours, if a damaged one: other programs have files of this name, too."""
+    return manifest.is_file() and b'"format_version"' in manifest.read_bytes()[:1000]
+
+
 def _beside(name: str) -> tuple[str, str]:
     """What files of one kind share: a sample that was deleted is missed, the files of another split are not."""
     path = Path(name)
@@ -41,7 +46,7 @@ def check_signed(files: Iterable[Path | str]) -> None:
         file = file.absolute()
         if file.parent not in signed:
             above = [file.parent, *file.parent.parents][:LEVELS]
-            signed[file.parent] = next((folder for folder in above if (folder / MANIFEST).is_file()), None)
+            signed[file.parent] = next((folder for folder in above if _is_signed(folder / MANIFEST)), None)
         folder = signed[file.parent]
         if folder is not None:
             asked.setdefault(folder, set()).add(file.relative_to(folder).as_posix())
