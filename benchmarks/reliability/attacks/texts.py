@@ -142,4 +142,4 @@ def attacks() -> Iterator[Attack]:
         parser = options.recipe_parser("train sae", __doc__, (SAEArguments, SparseAutoencoderTrainerConfig))
         parse_with_recipe(parser, ["--config", str(folder / "recipe.yaml")])
 
-    yield Attack("a recipe that laughs", laughs, "unknown fields|too|refers")
+    yield Attack("a recipe that laughs", laughs, "refers to its own parts")
