@@ -43,6 +43,11 @@ def check_safetensors(folder: str | os.PathLike) -> None:
             wrong = [f"{name} in {file}" for name, file in places.items() if file in names and name not in names[file]]
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"{path} is no index of weights ({error!r}); fetch or copy the folder again.") from error
+        outside = [file for file in places.values() if Path(file).name != file]
+        if outside:
+            raise ValueError(
+                f"{path} names {outside[0]!r}, which is no file of its folder; fetch or copy the folder again."
+            )
         if wrong:
             raise ValueError(
                 f"{path} names {len(wrong)} tensors that are not where it says ({', '.join(wrong[:3])}); fetch or copy "

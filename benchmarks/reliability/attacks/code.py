@@ -119,7 +119,7 @@ def attacks() -> Iterator[Attack]:
                 for load in (SegCompassModel, SegCompassProcessor):
                     try:
                         load.from_pretrained(model)
-                    except (ValueError, OSError, TypeError, AttributeError) as error:
+                    except Exception as error:  # refused, in whatever words
                         assert OWNED not in str(error)
                 return True
 
