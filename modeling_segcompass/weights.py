@@ -41,9 +41,9 @@ def check_safetensors(folder: str | os.PathLike) -> None:
         try:
             places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
             wrong = [f"{name} in {file}" for name, file in places.items() if file in names and name not in names[file]]
+            outside = [file for file in places.values() if Path(file).name != file]
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"{path} is no index of weights ({error!r}); fetch or copy the folder again.") from error
-        outside = [file for file in places.values() if Path(file).name != file]
         if outside:
             raise ValueError(
                 f"{path} names {outside[0]!r}, which is no file of its folder; fetch or copy the folder again."
