@@ -43,8 +43,7 @@ def main(argv: list[str] | None = None) -> dict:
     assert len(set(names)) == len(names), "two attacks have one name"
     todo = [attack for attack in todo[:: 8 if args.quick else 1] if attack.name not in journal.records]
     with tempfile.TemporaryDirectory() as work:
-        writers.WORK["folder"] = str(Path(work) / "shared")
-        os.environ["HF_DATASETS_CACHE"] = str(Path(work) / "cache")
+        writers.work_in(Path(work))
         folder = Path(work).resolve() / "attack"
 
         def work_of(attack):

@@ -17,7 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads of the parent are not there in a fork
+PATIENCE = 20
 HANG, CRASH, MEMORY, DONE, ERROR = "hang", "crash", "memory", "done", "error"
 
 
@@ -59,7 +62,8 @@ def each_in_child(
 
     Args:
         works: (name, function of nothing); what it returns can be pickled.
-        seconds: after which a piece counts as hanging.
+        seconds: of the processor after which a piece counts as hanging; or so many times `PATIENCE` on the clock, on
+            which a loaded machine takes longer.
         megabytes: by which a child may grow; allocations beyond it fail.
 
     Yields:
@@ -76,7 +80,7 @@ def each_in_child(
         done = 0
         try:
             while done < len(left):
-                message = _receive(reading, seconds)
+                message = _receive(reading, child, seconds)
                 if message is None:
                     break
                 yield left[done][0], pickle.loads(message)
@@ -123,23 +127,35 @@ def _serve(works, writing, megabytes):
     os._exit(0)
 
 
-def _receive(reading, seconds):
-    """The next message, or None after so many seconds without one, or at the child's end."""
-    end = time.monotonic() + seconds
-    head = _read(reading, 8, end)
-    return None if head is None else _read(reading, struct.unpack("<Q", head)[0], end)
+def _receive(reading, child, seconds):
+    """The next message, or None when the child hangs or has ended."""
+    end, used = time.monotonic() + PATIENCE * seconds, _processor_seconds(child)
+    head = _read(reading, 8, child, end, used + seconds)
+    return None if head is None else _read(reading, struct.unpack("<Q", head)[0], child, end, used + seconds)
 
 
-def _read(reading, size, end):
+def _read(reading, size, child, end, most):
     """So many bytes and no more: what follows is another message."""
     content = b""
     while len(content) < size:
-        ready, _, _ = select.select([reading], [], [], max(0.0, end - time.monotonic()))
-        part = os.read(reading, min(1 << 16, size - len(content))) if ready else b""
+        ready, _, _ = select.select([reading], [], [], 0.5)
+        if not ready:
+            if time.monotonic() > end or _processor_seconds(child) > most:
+                return None
+            continue
+        part = os.read(reading, min(1 << 16, size - len(content)))
         if not part:
             return None
         content += part
     return content
+
+
+def _processor_seconds(child):
+    try:
+        times = psutil.Process(child).cpu_times()
+    except psutil.Error:
+        return 0.0
+    return times.user + times.system
 
 
 def _peak():

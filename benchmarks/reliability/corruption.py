@@ -14,7 +14,6 @@ Keys of RESULT: corrupt_cases, corrupt_silent, errors, errors_naming_file, hangs
 import hashlib
 import json
 import logging
-import os
 import random
 import shutil
 import sys
@@ -446,9 +445,7 @@ def main(argv: list[str] | None = None) -> dict:
     args = options(__doc__, argv)
     journal = Journal(args.output / ("corruption_quick" if args.quick else "corruption"), {"quick": args.quick})
     with tempfile.TemporaryDirectory() as work:
-        writers.WORK["folder"] = str(Path(work) / "shared")
-        (Path(work) / "shared").mkdir()
-        os.environ["HF_DATASETS_CACHE"] = str(Path(work) / "cache")
+        writers.work_in(Path(work))
         for name, kind in KINDS.items():
             if time.monotonic() < args.end:
                 examine(name, kind, Path(work).resolve(), journal, args.quick, args.end)

@@ -182,8 +182,7 @@ def main(argv: list[str] | None = None) -> dict:
     args = options(__doc__, argv)
     journal = Journal(args.output / ("crash_states_quick" if args.quick else "crash_states"), {"quick": args.quick})
     with tempfile.TemporaryDirectory() as work:
-        writers.WORK["folder"] = str(Path(work) / "shared")
-        os.environ["HF_DATASETS_CACHE"] = str(Path(work) / "cache")
+        writers.work_in(Path(work))
         for name in QUICK if args.quick else writers.WRITERS:
             if time.monotonic() < args.end:
                 examine(name, Path(work).resolve(), journal, args.quick, args.end)

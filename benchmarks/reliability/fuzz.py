@@ -509,8 +509,7 @@ def main(argv: list[str] | None = None) -> dict:
     output = args.output.resolve()
     journal = Journal(output / ("fuzz_quick" if args.quick else "fuzz"), {"quick": args.quick})
     with tempfile.TemporaryDirectory() as work:
-        writers.WORK["folder"] = str(Path(work) / "shared")
-        os.environ["HF_DATASETS_CACHE"] = str(Path(work) / "cache")
+        writers.work_in(Path(work))
         here = Path.cwd()
         os.chdir(work)
         for target, (_, cases) in TARGETS.items():

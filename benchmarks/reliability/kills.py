@@ -96,8 +96,7 @@ def main(argv: list[str] | None = None) -> dict:
     form = "quick" if args.quick else "full"
     journal = Journal(args.output / f"kills_{form}", {"quick": args.quick})
     with tempfile.TemporaryDirectory() as work:
-        writers.WORK["folder"] = str(Path(work) / "shared")
-        os.environ["HF_DATASETS_CACHE"] = str(Path(work) / "cache")
+        writers.work_in(Path(work))
         for name in QUICK if args.quick else writers.WRITERS:
             if time.monotonic() < args.end:
                 examine(name, Path(work).resolve(), journal, ROUNDS[form], args.end)

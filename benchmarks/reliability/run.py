@@ -10,10 +10,12 @@ fuzz_hangs, fuzz_crashes, fuzz_silent, attacks, attacks_through, sessions, sessi
 """
 
 import argparse
+import importlib
 import json
-import subprocess
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 HARNESSES = ("crash_states", "kills", "corruption", "fuzz", "attack", "load")
 KEYS = (
@@ -33,16 +35,9 @@ def main(argv: list[str] | None = None) -> dict:
     args = parser.parse_args(argv)
     found: dict = {}
     for name in args.only:
-        command = [sys.executable, str(Path(__file__).with_name(f"{name}.py")), "--output", str(args.output)]
-        command += ["--minutes", str(args.minutes), *(["--quick"] if args.quick else [])]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            assert process.stdout is not None
-            for line in process.stdout:
-                print(f"{name}: {line}", end="", flush=True)
-                if line.startswith("RESULT "):
-                    found |= json.loads(line.removeprefix("RESULT "))
-        if process.returncode:
-            raise SystemExit(f"{name} ended with status {process.returncode}")
+        words = ["--output", str(args.output), "--minutes", str(args.minutes), *(["--quick"] if args.quick else [])]
+        print(f"-- {name}", flush=True)
+        found |= importlib.import_module(f"benchmarks.reliability.{name}").main(words)
     result = {key: found[key] for key in KEYS if key in found}
     print("RESULT", json.dumps(result))
     return result

@@ -14,6 +14,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 
+import datasets
 import torch
 from PIL import Image
 from transformers.utils import logging as transformers_logging
@@ -49,7 +50,16 @@ from tests.support.tiny import tiny_mllm, tiny_processor, tiny_segcompass  # noq
 
 transformers_logging.disable_progress_bar()
 QUIET = dict(save_strategy="steps", save_steps=1, report_to=[], disable_tqdm=True, use_cpu=True, seed=3, max_steps=3)
+WORK: dict[str, str] = {}
+"""Where a harness keeps what its writers read: `WORK["folder"]`, set by `work_in`."""
 GOOD = "<think>a red ball</think>" + "<REF_POS>" * 3
+
+
+def work_in(folder: Path) -> None:
+    """Let the writers keep what they read, and the data sets they make, in a folder."""
+    WORK["folder"] = str(folder / "shared")
+    (folder / "shared").mkdir(exist_ok=True)
+    datasets.config.HF_DATASETS_CACHE = str(folder / "cache")
 
 
 def _train(trainer):
@@ -88,10 +98,6 @@ def _model_folder() -> Path:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
     return folder
-
-
-WORK: dict[str, str] = {}
-"""Where a harness keeps what its writers read: `WORK["folder"]`."""
 
 
 def evaluation(folder: Path) -> None:
