@@ -155,8 +155,8 @@ def check_finite(module: nn.Module, source: Any) -> None:
     ]
     if wrong:
         raise ValueError(
-            f"{_with_files(source)} holds NaN or infinity in {len(wrong)} tensors ({', '.join(wrong[:3])}); fetch or copy the "
-            "weights again, or take a checkpoint from before training diverged."
+            f"{_with_files(source)} holds NaN or infinity in {len(wrong)} tensors ({', '.join(wrong[:3])}); fetch or "
+            "copy the weights again, or take a checkpoint from before training diverged."
         )
 
 
