@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 
 from .image_encoder import DEFAULT_ENCODER, IMAGE_VIEWS, Frame, encoder_of
 from .old_names import with_new_names
@@ -23,9 +22,9 @@ class SparseAutoencoderConfig(PreTrainedConfig):
         activation: which pre-activations become features, a name in `sae_activations.SAE_ACTIVATIONS`. "relu": every
             positive one, made few by Eq. 7's penalty. "topk": the `k` largest positive ones of each token. "batchtopk":
             in training the `k` N largest of a batch of N tokens, afterwards those above the threshold that this
-            amounted to. "jumprelu": those above a threshold that is learned for each feature, made few by a penalty on
-            their number.
-        k: features that a token keeps with "topk", and on average with "batchtopk".
+            amounted to. "matryoshka": the same, with nested dictionaries that are each fitted alone. "jumprelu": those
+            above a threshold that is learned for each feature, made few by a penalty on their number.
+        k: features that a token keeps with "topk", and on average with "batchtopk" and "matryoshka".
         l1_coefficient: α of Eq. 7 ("relu" only); the penalty is weighted by the norm of each decoder row.
         backbone: model id of the MLLM whose hidden states it was trained on, or None when untrained.
         layer: L, counted so that the input is the output of the L-th decoder block, `hidden_states[L]`.
@@ -34,6 +33,8 @@ class SparseAutoencoderConfig(PreTrainedConfig):
         dataset: what its hidden states were gathered from, or None when unknown.
         token_window: most tokens a sample had when they were gathered, or None when unknown.
         backbone_revision: commit of the backbone on the Hub, or None when unknown.
+        nested_widths: features of each nested dictionary ("matryoshka" only), ascending to `d_sae`; None takes 1/32,
+            3/32, 7/32, 15/32 and all of them.
         **kwargs: other fields of `PreTrainedConfig`, and fields that an activation of one's own reads.
 
     Raises:
@@ -60,6 +61,7 @@ class SparseAutoencoderConfig(PreTrainedConfig):
         dataset: str | None = None,
         token_window: int | None = None,
         backbone_revision: str | None = None,
+        nested_widths: list[int] | None = None,
         **kwargs,
     ):
         for name, value in (("d_in", d_in), ("d_sae", d_sae), ("k", k), ("layer", layer)):
@@ -84,13 +86,16 @@ class SparseAutoencoderConfig(PreTrainedConfig):
         self.layer = layer
         self.dataset = dataset
         self.token_window = token_window
+        self.nested_widths = nested_widths
         super().__init__(**kwargs)
         SAE_ACTIVATIONS[activation].check_config(self)
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict]:
-        """As transformers', but a folder without config.json, or with another model's, is refused."""
+        """As transformers', of an SAE's folder or a whole SegCompass model's; any other is refused."""
         fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if fields.get("model_type") == SegCompassConfig.model_type:
+            fields = fields.get("sae_config", {})
         return own_config(pretrained_model_name_or_path, fields, cls.model_type), kwargs
 
 
@@ -99,7 +104,7 @@ class SegCompassConfig(PreTrainedConfig):
 
     Args:
         mllm_config: configuration of the MLLM policy π_θ (`llava`, `qwen2_5_vl`), or its dict.
-        image_encoder_config: configuration of the image encoder F_enc (SAM's: ViT-B/L/H, or a tiny one), or its dict.
+        image_encoder_config: configuration of the image encoder F_enc (docs/encoders.md lists the kinds), or its dict.
         sae_config: configuration of the sparse autoencoder E_sae; its `layer` says which hidden states it reads.
         num_slots: K_s, the number of concentration tokens and of slots.
         d_c: width of the concept representations r_k.
@@ -147,10 +152,11 @@ class SegCompassConfig(PreTrainedConfig):
     """
 
     model_type = "segcompass"
-    sub_configs_defaults = {
-        "mllm_config": SubConfigSpec(AutoConfig, model_type="llava"),
-        "image_encoder_config": SubConfigSpec(AutoConfig, model_type=DEFAULT_ENCODER),
-        "sae_config": SparseAutoencoderConfig,  # type: ignore[dict-item]
+    # Not `sub_configs_defaults`, which transformers before 5.21 lacks: `__init__` makes them, in every version alike.
+    sub_configs = {  # type: ignore[assignment]
+        "mllm_config": AutoConfig,
+        "image_encoder_config": AutoConfig,
+        "sae_config": SparseAutoencoderConfig,
     }
     auto_map = {}  # type: ignore[var-annotated]  # an annotation would make it a field
 
@@ -189,9 +195,11 @@ class SegCompassConfig(PreTrainedConfig):
     ):
         renamed = {"image_encoder_config": image_encoder_config, "references": references}
         kwargs = with_new_names({**kwargs, **{name: value for name, value in renamed.items() if value is not None}})
-        self.mllm_config = mllm_config
-        self.image_encoder_config = kwargs.pop("image_encoder_config", None)
-        self.sae_config = sae_config
+        self.mllm_config = _part(mllm_config, "llava")
+        self.image_encoder_config = _part(kwargs.pop("image_encoder_config", None), DEFAULT_ENCODER)
+        if sae_config is None or isinstance(sae_config, dict):
+            sae_config = SparseAutoencoderConfig(**sae_config or {})
+        self.sae_config: Any = sae_config
         if concept_reading not in CONCEPT_READINGS:
             raise ValueError(f"concept_reading is {concept_reading!r}; choose one of {CONCEPT_READINGS}.")
         if num_slots < 1:
@@ -272,6 +280,15 @@ class SegCompassConfig(PreTrainedConfig):
         return self.mllm_config.get_text_config(*args, **kwargs)
 
     @property
+    def tie_word_embeddings(self) -> bool:
+        """Whether the MLLM's embedding and LM head are one matrix, as its own configuration says."""
+        return self.mllm_config.tie_word_embeddings
+
+    @tie_word_embeddings.setter
+    def tie_word_embeddings(self, tie: bool) -> None:
+        self.mllm_config.tie_word_embeddings = tie
+
+    @property
     def image_token_id(self) -> int:
         """The MLLM's image token, which stands once per image token in `input_ids`."""
         return self.mllm_config.image_token_id
@@ -290,3 +307,10 @@ class SegCompassConfig(PreTrainedConfig):
     def frame(self) -> Frame:
         """Where an image lies in the image encoder's square input."""
         return encoder_of(self).frame(self.image_encoder_config)
+
+
+def _part(config, default_type):
+    """A part's configuration from its dict; None gives the default of a kind, and a configuration is left as it is."""
+    if config is None or isinstance(config, dict):
+        return AutoConfig.for_model(**{"model_type": default_type, **(config or {})})
+    return config

@@ -33,6 +33,11 @@ class Code(NamedTuple):
     """float32 (...,), features active at each token."""
     fired: torch.Tensor
     """float32 (d_sae,), tokens at which each feature is active; without gradient."""
+    nested: torch.Tensor | None = None
+    """Float (..., G, d_in), what each of G nested dictionaries makes of z alone, the whole one last; None where only ẑ
+    is fitted."""
+    price: torch.Tensor | None = None
+    """Float (...,), Σ_j h_j ||W_dec[j]|| of each token ("relu" only)."""
 
 
 class TrainingCost(NamedTuple):
@@ -61,6 +66,8 @@ class SparseActivation:
     same names, with values for hidden states of unit variance per dimension."""
     coefficient: ClassVar[str | None] = None
     """The field that multiplies `penalty`; None where there is no penalty."""
+    keeps_k: ClassVar[bool] = False
+    """Whether the configuration's `k` says how many features a token keeps."""
     saelens_architecture: ClassVar[str | None] = None
     """SAELens' name of the architecture it is saved as; None where SAELens has none."""
 
@@ -229,10 +236,22 @@ class Relu(SparseActivation):
     coefficient = "l1_coefficient"
     saelens_architecture = "standard"
 
+    def forward(self, sae: "SparseAutoencoder", z: torch.Tensor, output_feature_acts: bool) -> Code:
+        """As the dense `forward`, in value and gradient, with fewer arrays of N x d_sae written and read."""
+        if torch.is_autocast_enabled(z.device.type):
+            code = super().forward(sae, z, output_feature_acts)
+            assert code.feature_acts is not None  # the dense `forward` always gives them
+            return code._replace(price=code.feature_acts @ sae.W_dec.norm(dim=1))
+        flat = z.reshape(-1, z.shape[-1])  # (N, d_in)
+        h, z_hat, price = _Dense.apply(flat, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
+        active, fired = _counts(h.detach())
+        shape = z.shape[:-1]
+        return Code(z_hat.view(z.shape), h.view(*shape, -1), active.view(shape), fired, price=price.view(shape))
+
     def penalty(self, sae: "SparseAutoencoder", code: Code) -> torch.Tensor:
         """Σ_j h_j ||W_dec[j]||."""
-        assert code.feature_acts is not None  # the dense `forward` always gives them
-        return (code.feature_acts @ sae.W_dec.norm(dim=1)).mean()
+        assert code.price is not None
+        return code.price.mean()
 
     @classmethod
     def from_saelens(cls, saelens_config: dict[str, Any]) -> dict[str, Any] | None:
@@ -243,6 +262,8 @@ class Relu(SparseActivation):
 
 class _KeepLargest(SparseActivation):
     """In training k features per token are kept; decoder and gradients touch only these, which makes it fast."""
+
+    keeps_k = True
 
     @classmethod
     def check_config(cls, config: "SparseAutoencoderConfig") -> None:
@@ -269,7 +290,7 @@ class _KeepLargest(SparseActivation):
 
     def forward(self, sae: "SparseAutoencoder", z: torch.Tensor, output_feature_acts: bool) -> Code:
         """As the dense `forward`, in value and gradient, but on the P kept pairs instead of N x d_sae."""
-        flat = z.flatten(0, -2)  # (N, d_in)
+        flat = z.reshape(-1, z.shape[-1])  # (N, d_in)
         tokens, d_sae = len(flat), sae.config.d_sae
         with torch.no_grad():
             values, rows, features = self.keep(sae, flat @ sae.W_enc + sae.b_enc)  # (P,) each
@@ -277,17 +298,32 @@ class _KeepLargest(SparseActivation):
             on = (values > 0).float()
             active = on.new_zeros(tokens).index_add_(0, rows, on)  # (N,)
             fired = on.new_zeros(d_sae).index_add_(0, features, on)  # (d_sae,)
-            offsets = torch.searchsorted(rows, torch.arange(tokens, device=z.device))  # (N,) each token's first pair
         values = _Kept.apply(flat, sae.W_enc, sae.b_enc, values, rows, features)  # (P,) with gradient
-        z_hat = nn.functional.embedding_bag(
-            features, sae.W_dec, offsets, mode="sum", per_sample_weights=values.to(sae.W_dec.dtype)
-        )
-        z_hat = (z_hat + sae.b_dec).view(z.shape)  # (N, d_in) -> (..., d_in)
+        z_hat, nested = self.decode_kept(sae, values.to(sae.W_dec.dtype), rows, features, tokens)
+        z_hat = z_hat.view(z.shape)  # (N, d_in) -> (..., d_in)
+        nested = None if nested is None else nested.view(*z.shape[:-1], *nested.shape[1:])  # (..., G, d_in)
         h = None
         if output_feature_acts:
             h = values.new_zeros(tokens * d_sae).scatter(0, rows * d_sae + features, values)
             h = h.view(*z.shape[:-1], d_sae)  # (..., d_sae)
-        return Code(z_hat, h, active.view(z.shape[:-1]), fired)
+        return Code(z_hat, h, active.view(z.shape[:-1]), fired, nested)
+
+    def decode_kept(
+        self, sae: "SparseAutoencoder", values: torch.Tensor, rows: torch.Tensor, features: torch.Tensor, tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Reconstruct hidden states from the kept pairs.
+
+        Args:
+            sae: the autoencoder.
+            values: float (P,), the pairs' activations.
+            rows: long (P,), their tokens, in order.
+            features: long (P,), their features.
+            tokens: N.
+
+        Returns:
+            ẑ, float (N, d_in), and what nested dictionaries make of it, float (N, G, d_in), or None.
+        """
+        return _sums_of_atoms(sae, values, rows, features, tokens) + sae.b_dec, None
 
 
 class TopK(_KeepLargest):
@@ -344,7 +380,7 @@ class BatchTopK(_KeepLargest):
 
     def add_tensors(self, sae: "SparseAutoencoder") -> None:
         """The buffer `threshold` (d_sae,)."""
-        sae.register_buffer("threshold", torch.empty(sae.config.d_sae))
+        sae.register_buffer("threshold", torch.zeros(sae.config.d_sae))
 
     def init_tensors(self, sae: "SparseAutoencoder") -> None:
         """Zero, which means that no batch has set it."""
@@ -388,6 +424,40 @@ class BatchTopK(_KeepLargest):
         smallest = values.amin().clamp(min=0).to(threshold.dtype)
         followed = threshold.lerp(smallest.expand_as(threshold), THRESHOLD_RATE)
         threshold.copy_(torch.where(threshold > 0, followed, smallest))
+
+
+class Matryoshka(BatchTopK):
+    """ "batchtopk" whose first features must do without the later ones: each nested dictionary is fitted to z alone.
+
+    The nested dictionaries are the first `nested_widths` features. Early features stay general, where a plain
+    dictionary splits them into special cases that hide the general one.
+    """
+
+    @classmethod
+    def widths(cls, config: "SparseAutoencoderConfig") -> list[int]:
+        """How many features each nested dictionary has, ascending; 1/32, 3/32, 7/32, 15/32 and all, if not said."""
+        return config.nested_widths or sorted({max(1, config.d_sae * share // 32) for share in (1, 3, 7, 15, 32)})
+
+    @classmethod
+    def check_config(cls, config: "SparseAutoencoderConfig") -> None:
+        """Refuse widths that do not grow up to the number of features."""
+        super().check_config(config)
+        widths = cls.widths(config)
+        if widths != sorted({width for width in widths if width > 0}) or widths[-1] != config.d_sae:
+            raise ValueError(
+                f"nested_widths is {widths}; they must grow, from at least 1 to d_sae={config.d_sae}, the whole "
+                "dictionary."
+            )
+
+    def decode_kept(
+        self, sae: "SparseAutoencoder", values: torch.Tensor, rows: torch.Tensor, features: torch.Tensor, tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each nested dictionary's reconstruction is the one before it plus the atoms that it adds."""
+        widths = torch.tensor(self.widths(sae.config), device=features.device)  # (G,)
+        places, order = (rows * len(widths) + torch.bucketize(features, widths, right=True)).sort(stable=True)
+        added = _sums_of_atoms(sae, values[order], places, features[order], tokens * len(widths))  # (N G, d_in)
+        nested = added.view(tokens, len(widths), -1).cumsum(1) + sae.b_dec  # (N, G, d_in)
+        return nested[:, -1], nested
 
 
 class JumpRelu(SparseActivation):
@@ -453,6 +523,7 @@ SAE_ACTIVATIONS: dict[str, type[SparseActivation]] = {
     "relu": Relu,
     "topk": TopK,
     "batchtopk": BatchTopK,
+    "matryoshka": Matryoshka,
     "jumprelu": JumpRelu,
 }
 """`SparseAutoencoderConfig.activation` -> its class."""
@@ -482,6 +553,14 @@ def max_over_encoded_tokens(
         h = h.masked_fill(~token_mask[:, start : start + step, None], 0)
         strongest = torch.maximum(strongest, h.amax(1))
     return strongest, torch.cat(smallest, 1)  # (B, d_sae), (B, T)
+
+
+def _sums_of_atoms(
+    sae: "SparseAutoencoder", values: torch.Tensor, places: torch.Tensor, features: torch.Tensor, count: int
+) -> torch.Tensor:
+    """Σ value x atom over the pairs of each place: values and features (P,), places (P,) in order -> (count, d_in)."""
+    starts = torch.searchsorted(places, torch.arange(count, device=places.device))  # (count,) each place's first pair
+    return nn.functional.embedding_bag(features, sae.W_dec, starts, mode="sum", per_sample_weights=values)
 
 
 def _activation_function(saelens_config: dict[str, Any]) -> str | None:
@@ -518,6 +597,43 @@ class _Kept(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             inputs = torch.zeros_like(z).index_add_(0, rows[order], gradient[order, None] * W_enc.T[features])
         return inputs, encoder, bias, None, None, None
+
+
+def _counts(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features active at each token, and tokens at which each is active, of h (N, d_sae): float32 (N,) and (d_sae,)."""
+    active, fired = [], torch.zeros(h.shape[1], dtype=torch.float32, device=h.device)
+    for rows in h.split(2**14 if h.is_cuda else 64):  # few enough that their signs stay in a CPU's cache
+        on = rows.sign()  # count_nonzero is three times slower on a CPU
+        active.append(on.sum(1, dtype=torch.float32))
+        fired += on.sum(0, dtype=torch.float32)
+    return torch.cat(active), fired
+
+
+class _Dense(torch.autograd.Function):
+    """(h, ẑ, Σ_j h_j ||W_dec[j]||) of "relu", each (N, ...): what autograd computes, in place wherever it can be."""
+
+    @staticmethod
+    def forward(ctx, z, W_enc, b_enc, W_dec, b_dec):
+        h = torch.addmm(b_enc, z, W_enc).relu_()  # (N, d_sae)
+        norm = W_dec.norm(dim=1)  # (d_sae,)
+        ctx.save_for_backward(z, W_enc, W_dec, norm, h)
+        ctx.set_materialize_grads(False)
+        return h, torch.addmm(b_dec, h, W_dec), h @ norm
+
+    @staticmethod
+    def backward(ctx, gradient_h, gradient, gradient_price):
+        z, W_enc, W_dec, norm, h = ctx.saved_tensors
+        if gradient is None:
+            gradient = torch.zeros_like(z)
+        decoder, into_h = h.T @ gradient, gradient @ W_dec.T  # (d_sae, d_in), (N, d_sae)
+        if gradient_price is not None:
+            decoder.addcmul_((gradient_price @ h / norm.clamp_min(1e-30))[:, None], W_dec)
+            into_h.addr_(gradient_price, norm)
+        if gradient_h is not None:
+            into_h += gradient_h
+        torch.ops.aten.threshold_backward.grad_input(into_h, h, 0, grad_input=into_h)  # zero where h is
+        inputs = into_h @ W_enc.T if ctx.needs_input_grad[0] else None
+        return inputs, z.T @ into_h, into_h.sum(0), decoder, gradient.sum(0)
 
 
 class _Jump(torch.autograd.Function):

@@ -9,7 +9,7 @@ import torch
 
 from segcompass.modeling_segcompass.modeling_sparse_autoencoder import SparseAutoencoder
 
-from .activations import SPECIAL, TOKEN_TYPES, Batch, split_batch
+from .activations import SPECIAL, TOKEN_TYPES, Batch, keep_finite, split_batch
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
@@ -35,7 +35,7 @@ def evaluate_sae(sae: SparseAutoencoder, activations: Iterable[Batch], reduce: R
         tokens, which no SAE here is trained on, count only there.
 
     Raises:
-        ValueError: `activations` is empty, or of another width than the autoencoder's.
+        ValueError: `activations` is empty, of another width than the autoencoder's, or not finite.
     """
     groups_there_are = 1 + len(TOKEN_TYPES)
     # In the shape of any batch's sums, so that a process whose share is empty takes part.
@@ -43,8 +43,9 @@ def evaluate_sae(sae: SparseAutoencoder, activations: Iterable[Batch], reduce: R
     sums = moments(none, none, none.sum(1), none.new_zeros(0, groups_there_are))
     fired = none.new_zeros(groups_there_are, sae.config.d_sae)
     typed = False
-    for batch in activations:
+    for number, batch in enumerate(activations):
         z, types = split_batch(batch)
+        keep_finite(z, f"batch {number} of the hidden states", "stop")
         z = z.to(sae.device)
         h = sae.encode(z)  # (N, d_sae)
         groups = token_groups(types, z, torch.float64)  # (N, 1 + len(TOKEN_TYPES)), or (N, 1) without types
@@ -132,15 +133,35 @@ def moments(
     Returns:
         Sums over the tokens of each group, (G,) or (G, d_in) each.
     """
-    residual = z - z_hat
+    square, reconstruction_square = z.square().sum(1), z_hat.square().sum(1)
+    columns = {
+        "reconstruction_square": reconstruction_square,
+        "product": (z * z_hat).sum(1),
+        "ratio": (reconstruction_square / square.clamp_min(1e-30)).sqrt(),
+    }
+    sums = {name: groups.T @ column for name, column in columns.items()}  # (N,) -> (G,)
+    return sums | variance_moments(z, z - z_hat, active, groups)
+
+
+def variance_moments(
+    z: torch.Tensor, residual: torch.Tensor, active: torch.Tensor, groups: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Sum up of a batch what `variances` and L0 are made from.
+
+    Args:
+        z: (N, d_in), hidden states.
+        residual: (N, d_in), z - ẑ.
+        active: (N,), features active at each token.
+        groups: (N, G), from `token_groups`.
+
+    Returns:
+        Sums over the tokens of each group, (G,) or (G, d_in) each.
+    """
     columns = {
         "square": z.square().sum(1),
         "residual_square": residual.square().sum(1),
-        "reconstruction_square": z_hat.square().sum(1),
-        "product": (z * z_hat).sum(1),
         "active": active.to(groups.dtype),
     }
-    columns["ratio"] = (columns["reconstruction_square"] / columns["square"].clamp_min(1e-30)).sqrt()
     sums = {name: groups.T @ column for name, column in columns.items()}  # (N,) -> (G,)
     return sums | {"tokens": groups.sum(0), "sum": groups.T @ z, "residual_sum": groups.T @ residual}
 

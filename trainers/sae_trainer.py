@@ -24,14 +24,17 @@ from transformers.trainer_utils import TrainOutput
 from segcompass.modeling_segcompass.modeling_sparse_autoencoder import SparseAutoencoder
 
 from .activations import TOKEN_TYPES, keep_finite, split_batch, take_tokens
-from .checkpoints import WholeCheckpoints, whole_checkpoint
+from .checkpoints import WholeCheckpoints, check_pushing, whole_checkpoint
+from .checks import check_loss, check_precision
+from .optimization import check_warmup
+from .options import SAE_OPTIONS, refuse_options
 from .sae_frame import Frame, put_back, tensors_in_frame
 from .sae_quality import (
     add_moments,
     evaluate_sae,
     measure_mean_active_activation,
-    moments,
     token_groups,
+    variance_moments,
     variances,
 )
 
@@ -43,7 +46,7 @@ FRAME_FILE = "training_frame.safetensors"
 class SparseAutoencoderTrainerConfig(TrainingArguments):
     """Training arguments of a sparse autoencoder; learning rate, warm-up and schedule default to appendix A.1.
 
-    The number of tokens in a step is the dataset's `batch_size`; `per_device_train_batch_size` is not read. Training
+    The number of tokens in a step is the dataset's `batch_size`; `per_device_train_batch_size` is refused. Training
     iterates over the data until `max_steps`; `segcompass train sae` computes it from `num_train_epochs`.
 
     Example:
@@ -91,6 +94,12 @@ class SparseAutoencoderTrainerConfig(TrainingArguments):
     strength_tokens: int = field(
         default=262_144, metadata={"help": "Tokens over which `mean_active_activation` is measured after training."}
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        refuse_options(self, SAE_OPTIONS)
+        check_pushing(self)
+        check_warmup(self)
 
 
 class _Endless(IterableDataset):
@@ -163,6 +172,7 @@ class SparseAutoencoderTrainer(WholeCheckpoints, Trainer):
         eval_dataset: IterableDataset | None = None,
         **kwargs,
     ):
+        check_precision(model)
         if train_dataset is not None:
             train_dataset = _Endless(train_dataset, model.config.d_in, args.on_nonfinite)
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
@@ -170,7 +180,7 @@ class SparseAutoencoderTrainer(WholeCheckpoints, Trainer):
         self._frame: Any = None  # a Frame while the weights are those of the training frame
         self._tokens_since_active = torch.zeros(model.config.d_sae, dtype=torch.long, device=args.device)
         self._tokens_since_revival = 0
-        self._running: dict[str, torch.Tensor] = {}  # `moments` since the last log
+        self._running: dict[str, torch.Tensor] = {}  # `variance_moments` since the last log
         self._last_batch: tuple[torch.Tensor, torch.Tensor] | None = None  # hidden states and residuals, (N, d_in)
 
     def train(
@@ -225,10 +235,11 @@ class SparseAutoencoderTrainer(WholeCheckpoints, Trainer):
         outputs = model(hidden_states=z, output_feature_acts=return_outputs)
         warmup = self.args.l1_warmup * self.state.max_steps
         grown = min(1.0, (self.state.global_step + 1) / max(warmup, 1))
-        loss = outputs.mse
+        loss = outputs.misfit
         if self.model.activation.coefficient is not None:
             loss = loss + getattr(self.args, self.model.activation.coefficient) * grown * outputs.penalty
         self._follow(z, inputs.get("token_types"), outputs)
+        check_loss({"mse": outputs.mse, "loss": loss})
         loss = loss / self.model.config.d_in  # the variance: the loss is the unexplained share plus the penalty
         return (loss, outputs) if return_outputs else loss
 
@@ -318,13 +329,13 @@ class SparseAutoencoderTrainer(WholeCheckpoints, Trainer):
 
     @torch.no_grad()
     def _follow(self, z, types, outputs):
-        z_hat = outputs.reconstruction.detach().to(z.dtype)
-        add_moments(self._running, moments(z, z_hat, outputs.active, token_groups(types, z, z.dtype)))
+        residual = z - outputs.reconstruction.detach().to(z.dtype)
+        add_moments(self._running, variance_moments(z, residual, outputs.active, token_groups(types, z, z.dtype)))
         tokens = self.accelerator.reduce(torch.tensor(len(z), device=z.device))
         self._tokens_since_active += tokens
         self._tokens_since_active.masked_fill_(self.accelerator.reduce(outputs.fired) > 0, 0)
         self._tokens_since_revival += len(z) * self.accelerator.num_processes
-        self._last_batch = z, z - z_hat
+        self._last_batch = z, residual
 
     @torch.no_grad()
     def _after_step(self):

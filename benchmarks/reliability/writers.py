@@ -32,6 +32,7 @@ from segcompass.modeling_segcompass import (  # noqa: E402
     SparseAutoencoder,
     SparseAutoencoderConfig,
 )
+from segcompass.modeling_segcompass.image_encoder import Frame  # noqa: E402
 from segcompass.modeling_segcompass.manifest import MANIFEST  # noqa: E402
 from segcompass.preparation import Conversion, prepare_data  # noqa: E402
 from segcompass.trainers import (  # noqa: E402
@@ -148,7 +149,7 @@ def activation_cache(folder: Path) -> None:
 
 def feature_cache(folder: Path) -> None:
     """Features of eight images in four shards."""
-    writer = ImageFeatureWriter(folder, "an-encoder", 32, shard_size=2)
+    writer = ImageFeatureWriter(folder, "an-encoder", Frame(32), shard_size=2)
     for number, row in enumerate(_pictures(8)):
         if (key := image_key(row["image"])) not in writer:
             writer.add(key, torch.full((4, 8, 8), float(number)))

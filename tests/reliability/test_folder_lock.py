@@ -10,6 +10,7 @@ import pytest
 
 from segcompass.journal import Journal
 from segcompass.loaders.folder_lock import HOLDER, LOCK, FolderHeldError, folder_lock
+from segcompass.modeling_segcompass.image_encoder import Frame
 from segcompass.modeling_segcompass.whole_files import PART
 from segcompass.trainers.image_features import ImageFeatureWriter
 
@@ -39,7 +40,7 @@ def test_a_second_writer_is_told_who_holds_the_folder_and_a_killed_one_holds_not
     writers = {
         "lock": lambda: folder_lock(tmp_path / "run").__enter__(),
         "journal": lambda: Journal(tmp_path / "run", {}),
-        "features": lambda: ImageFeatureWriter(tmp_path / "run", "an encoder", 32),
+        "features": lambda: ImageFeatureWriter(tmp_path / "run", "an encoder", Frame(32)),
     }
     for name, write in writers.items():
         with pytest.raises(FolderHeldError, match=said):
