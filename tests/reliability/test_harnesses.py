@@ -1,4 +1,7 @@
-"""The short form of benchmarks/reliability: a few cases of each harness, of which none may fail."""
+"""The short form of benchmarks/reliability: a few cases of each harness, of which none may fail.
+
+It takes minutes: SEGCOMPASS_RELIABILITY=1 python -m pytest -q FILE.
+"""
 
 import json
 import os
@@ -11,6 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.skipif(not os.environ.get("SEGCOMPASS_RELIABILITY"), reason="takes minutes: SEGCOMPASS_RELIABILITY=1")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the harnesses fork; Windows cannot")
 def test_the_short_form_finds_nothing(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "reliability" / "run.py"), "--quick"]
