@@ -60,6 +60,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     from segcompass.journal import Journal, weights_of
     from segcompass.loaders.identity import rows_digest
     from segcompass.loading import load
+    from segcompass.modeling_segcompass.whole_files import write_whole
     from segcompass.white_box.dictionary_reader import TokenReader, build_dictionary, patch_pictures
     from segcompass.white_box.examination import read_rows
     from segcompass.white_box.scene_attributes import (
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
 
     rows = read_rows(args.dataset, args.split, args.seed, args.num_samples)
     run = {name: str(value) for name, value in vars(args).items() if name not in ("output", "save_to")}
-    Journal(args.output, {**run, "weights": weights_of(args.model), "rows": rows_digest(rows)})
+    journal = Journal(args.output, {**run, "weights": weights_of(args.model), "rows": rows_digest(rows)})
     model, processor = load(args.model)
     reader = TokenReader(model, processor)
     scenes = args.dataset == "scenes"
@@ -94,13 +95,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
         )
         scores = score_attributes(chosen, held_out)
         dictionary.name(detected_attributes(chosen, held_out))
-        (args.output / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
+        write_whole(journal.path.with_name("scores.json"), json.dumps(scores, indent=2) + "\n")
         report(scores)
     dictionary.save_pretrained(args.output)
     if args.save_to:
         dictionary.save_pretrained(args.save_to)
     page = dictionary.to_html(patch_pictures(rows, processor), scores=scores)
-    (args.output / "dictionary.html").write_text(page, encoding="utf-8")
+    write_whole(journal.path.with_name("dictionary.html"), page)
     print(f"wrote concepts.json and dictionary.html to {args.output}")
     return scores
 

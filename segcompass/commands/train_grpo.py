@@ -10,7 +10,6 @@ resume an interrupted run from its last checkpoint.
 """
 
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 
 import torch
 from trl import ModelConfig, get_quantization_config
@@ -19,7 +18,7 @@ from segcompass.loaders import load_rows
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
 from segcompass.recipes import parse_with_recipe
 from segcompass.trainers import SegCompassGRPOConfig, SegCompassGRPOTrainer
-from segcompass.trainers.checkpoints import last_checkpoint
+from segcompass.trainers.checkpoints import alone_in_output, last_checkpoint
 from segcompass.trainers.policy import lora_config
 
 from . import options
@@ -83,6 +82,6 @@ def main(argv: list[str] | None = None) -> None:
         processing_class=SegCompassProcessor.from_pretrained(arguments.model),
         peft_config=adapters,
     )
-    Path(training.output_dir).mkdir(parents=True, exist_ok=True)
-    trainer.train(training.resume_from_checkpoint or last_checkpoint(training.output_dir))
-    trainer.save_model()
+    with alone_in_output(training):
+        trainer.train(training.resume_from_checkpoint or last_checkpoint(training.output_dir))
+        trainer.save_model()

@@ -10,14 +10,13 @@ resume an interrupted run from its last checkpoint.
 
 import json
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from segcompass.loaders import load_rows
 from segcompass.loading import load
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
 from segcompass.recipes import parse_with_recipe
 from segcompass.trainers import SegCompassSFTConfig, SegCompassSFTTrainer
-from segcompass.trainers.checkpoints import last_checkpoint
+from segcompass.trainers.checkpoints import alone_in_output, last_checkpoint
 
 from . import options
 
@@ -65,6 +64,6 @@ def main(argv: list[str] | None = None) -> None:
     model.set_attn_implementation(arguments.attn_implementation)
     rows = load_rows(arguments.dataset, arguments.split, arguments.dataset_seed, arguments.num_samples, streaming=True)
     trainer = SegCompassSFTTrainer(model, training, processor, train_dataset=rows)
-    Path(training.output_dir).mkdir(parents=True, exist_ok=True)
-    trainer.train(training.resume_from_checkpoint or last_checkpoint(training.output_dir))
-    trainer.save_model()
+    with alone_in_output(training):
+        trainer.train(training.resume_from_checkpoint or last_checkpoint(training.output_dir))
+        trainer.save_model()
