@@ -270,7 +270,7 @@ class Backbone:
         if getattr(image_processor, "do_center_crop", False):
             return "center_crop"
         sides = dict(getattr(image_processor, "size", None) or {})
-        if getattr(image_processor, "do_pad", False) and "longest_edge" in sides:
+        if getattr(image_processor, "do_pad", False) and (sides.get("longest_edge") or sides.get("max_height")):
             return "frame"  # as SAM's: the longest side fills the square, the rest is padded right and below
         return "whole"
 

@@ -116,6 +116,7 @@ class SegCompassConfig(PreTrainedConfig):
         decoder_mlp_dim: hidden width of its feed-forward layers.
         ref_token_id: id of the concentration token in the MLLM's vocabulary; None until a processor's tokens are known.
         think_end_id: id of `</think>`; None until a processor's tokens are known.
+        think_id: id of `<think>`; None until a processor's tokens are known.
         special_token_ids: ids whose hidden states never enter the concept path (BOS, separators, concentration tokens).
         sentence_end_ids: ids after which a new sentence begins (full stops, line ends, `<think>`); "grounded" reads the
             reasoning's last sentence.
@@ -172,6 +173,7 @@ class SegCompassConfig(PreTrainedConfig):
         decoder_mlp_dim: int = 2048,
         ref_token_id: int | None = None,
         think_end_id: int | None = None,
+        think_id: int | None = None,
         special_token_ids: Sequence[int] = (),
         sentence_end_ids: Sequence[int] = (),
         image_view: str = "whole",
@@ -226,6 +228,7 @@ class SegCompassConfig(PreTrainedConfig):
         self.decoder_mlp_dim = decoder_mlp_dim
         self.ref_token_id = ref_token_id
         self.think_end_id = think_end_id
+        self.think_id = think_id
         self.special_token_ids = list(special_token_ids)
         self.sentence_end_ids = list(sentence_end_ids)
         self.image_view = image_view
@@ -240,6 +243,7 @@ class SegCompassConfig(PreTrainedConfig):
         self.initializer_range = initializer_range
         self.references = kwargs.pop("references", None)
         super().__init__(**kwargs)
+        self.tie_word_embeddings = bool(getattr(self.mllm_config, "tie_word_embeddings", False))  # as PEFT asks for it
         self.check_sae(self.sae_config)
 
     @classmethod

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, PreTrainedModel, SamVisionModel
+from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel, SamImageProcessorPil, SamVisionModel
+from transformers.models.auto.image_processing_auto import get_image_processor_config
 
 from .sam_weights import read_sam
 from .saved_folders import check_loaded
@@ -126,6 +127,18 @@ class ImageEncoder:
         check_loaded(encoder, info, source, unexpected=False)
         return encoder, {}
 
+    def image_processor(self, source: str | None, config: Any) -> Any:
+        """What makes the encoder's input, without torchvision where transformers can.
+
+        Args:
+            source: folder or Hub id; None where only the weights are at hand.
+            config: of what is there, the encoder or a model that holds one; None = the original's.
+
+        Returns:
+            transformers' image processor.
+        """
+        return AutoImageProcessor.from_pretrained(source, backend="pil")
+
     def encode(self, encoder: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
         """Image keys K.
 
@@ -162,6 +175,14 @@ class SamEncoder(ImageEncoder):
     ) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
         """Also out of a whole SAM, whose other weights start the mask decoder, and out of an original `.pth` file."""
         return read_sam(source, dtype)
+
+    def image_processor(self, source: str | None, config: Any) -> Any:
+        """SAM's own, at the side that the encoder takes."""
+        settings = {} if source is None else get_image_processor_config(source)
+        if config is not None:
+            side = getattr(config, "vision_config", config).image_size
+            settings |= {"size": {"longest_edge": side}, "pad_size": {"height": side, "width": side}}
+        return SamImageProcessorPil.from_dict(settings)
 
     def encode(self, encoder: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
         """Image keys K: SAM gives them as a grid, float (B, d_k, h, w)."""

@@ -13,6 +13,7 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import CONFIG_NAME
 
 from .backbone import Backbone, backbone_of
+from .backbone_files import holds_processor, read_image_encoder, read_mllm
 from .image_encoder import Frame, image_side, without_torchvision
 from .images import read_image
 from .manifest import MANIFEST, READ_BY_PROCESSORS
@@ -103,7 +104,7 @@ class SegCompassProcessor(ProcessorMixin):
         self.image_token = self.backbone.image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         self.ref_token_id = tokenizer.convert_tokens_to_ids(REF_TOKEN)
-        self.think_end_id = tokenizer.convert_tokens_to_ids(THINK_END)
+        self.think_id, self.think_end_id = tokenizer.convert_tokens_to_ids([THINK, THINK_END])
         super().__init__(image_processor, tokenizer, encoder_image_processor, chat_template=chat_template)
 
     @classmethod
@@ -117,6 +118,46 @@ class SegCompassProcessor(ProcessorMixin):
         if not local:  # now its files are in the Hub's cache
             check_saved(pretrained_model_name_or_path, keywords, READ_BY_PROCESSORS, TOKENIZER_CONFIG)
         return processor
+
+    @classmethod
+    def from_backbones(
+        cls,
+        mllm: Any,
+        image_encoder: Any,
+        whole_image: bool = True,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        **settings: Any,
+    ) -> "SegCompassProcessor":
+        """The processor of a model that is built from a plain MLLM and a plain image encoder.
+
+        Args:
+            mllm: folder or Hub id. If the folder was saved with a SegCompassProcessor, that one is returned as it is.
+            image_encoder: folder, Hub id or original `.pth` file.
+            whole_image: where the MLLM's own image processor keeps only a square out of the image's centre
+                (LLaVA-1.5), pad the image to a square instead. False lets the MLLM see less than is segmented.
+            min_pixels: where the MLLM's family limits pixels (Qwen2.5-VL), smaller images are enlarged to so many; None
+                takes the paper's 3,136.
+            max_pixels: likewise, larger images are reduced to so many; None takes the paper's 705,600.
+            **settings: of the class, such as `num_slots`, `prompt_template` and `max_prompt_length`.
+
+        Returns:
+            SegCompassProcessor: to be handed to `SegCompassModel.from_backbones` as well.
+
+        Raises:
+            ValueError: no MLLM, no image encoder, a file that is missing, or limits that the family does not know.
+        """
+        if os.path.isdir(mllm) and holds_processor(mllm, cls.__name__):
+            given = {"whole_image": not whole_image, "min_pixels": min_pixels, "max_pixels": max_pixels, **settings}
+            given = {name: value for name, value in given.items() if value}
+            if given:
+                raise ValueError(
+                    f"{', '.join(given)} cannot be set: {str(mllm)!r} was saved with a SegCompassProcessor, whose "
+                    "settings stand in its processor_config.json; change them there."
+                )
+            return cls.from_pretrained(mllm)
+        parts = read_mllm(mllm, whole_image, min_pixels, max_pixels)
+        return cls(encoder_image_processor=read_image_encoder(image_encoder), **{**parts, **settings})
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
         """As transformers'; a model's folder is signed anew.
@@ -163,6 +204,7 @@ class SegCompassProcessor(ProcessorMixin):
         return {
             "ref_token_id": self.ref_token_id,
             "think_end_id": self.think_end_id,
+            "think_id": self.think_id,
             "special_token_ids": sorted(special),
             "sentence_end_ids": self._sentence_ends(),
             "image_view": self.backbone.image_view(self.image_processor),

@@ -19,7 +19,7 @@ from segcompass.loaders.reasoning_segmentation.run_lengths import checked_rle
 from segcompass.modeling_segcompass.processing_segcompass import REF_TOKEN
 
 from .optimization import segmentation_modules
-from .policy import is_quantized
+from .policy import is_quantized, is_tied
 from .rewards import RewardFunction, reward_name
 
 if TYPE_CHECKING:  # the config imports what this file imports
@@ -226,7 +226,8 @@ def check_adapters(model: nn.Module) -> None:
 
     The segmentation modules and the concentration token's embedding and output rows must learn. TRL's log-probabilities
     read the LM head's weight itself, which PEFT's token rows leave as it was while generation adds them: on the head
-    they would make the policy that samples another than the one trained, so they are refused there.
+    they would make the policy that samples another than the one trained, so they are refused there. A head that is the
+    embedding's own matrix shares its rows, and is read with them.
 
     Args:
         model: the PeftModel.
@@ -246,12 +247,12 @@ def check_adapters(model: nn.Module) -> None:
         ("embed_tokens", "trainable_token_indices={'embed_tokens': [think_end_id, ref_token_id]}"),
         ("lm_head", "'lm_head' to modules_to_save"),
     ):
-        if module not in learning:
+        if module not in learning and not (module == "lm_head" and is_tied(model)):
             raise ValueError(
                 f"the concentration token's row of {module} would not learn; add {remedy} in the PEFT config, or make "
                 "it with segcompass.trainers.policy.lora_config."
             )
-    if any("lm_head.token_adapter" in name for name in parameters):
+    if not is_tied(model) and any("lm_head.token_adapter" in name for name in parameters):
         raise ValueError(
             "the PEFT config trains single rows of lm_head, which sampling uses and the log-probabilities do not; put "
             "'lm_head' into modules_to_save instead."

@@ -27,11 +27,15 @@ class SFTArguments:
     """What to train, on what."""
 
     model: str | None = field(default=None, metadata={"help": "SegCompass folder or Hub id to continue from"})
-    mllm: str | None = field(default=None, metadata={"help": "MLLM to build from; its folder holds a processor too"})
-    image_encoder: str | None = field(default=None, metadata={"help": "SAM vision encoder to build from"})
+    mllm: str | None = field(default=None, metadata={"help": "MLLM to build from: folder or Hub id"})
+    image_encoder: str | None = field(default=None, metadata={"help": "SAM to build from: folder, Hub id or .pth file"})
     sae: str | None = field(default=None, metadata={"help": "SAE folder or Hub id to put into the model"})
     model_config: dict | str | None = field(
         default=None, metadata={"help": "fields of SegCompassConfig (JSON), for a model built from backbones"}
+    )
+    processor_config: dict | str | None = field(
+        default=None,
+        metadata={"help": "arguments of SegCompassProcessor.from_backbones (JSON), for a model built from backbones"},
     )
     dataset: str = field(default="scenes", metadata={"help": options.TRAINING_ROWS})
     attn_implementation: str = field(
@@ -48,9 +52,11 @@ def build(arguments: SFTArguments) -> tuple[SegCompassModel, SegCompassProcessor
         return load(arguments.model, "cpu")
     if not (arguments.mllm and arguments.image_encoder):
         raise ValueError("name either model, or mllm and image_encoder, in the recipe or on the command line.")
-    processor = SegCompassProcessor.from_pretrained(arguments.mllm)
-    fields = arguments.model_config or {}
-    fields = json.loads(fields) if isinstance(fields, str) else fields
+    fields, settings = (
+        json.loads(given) if isinstance(given, str) else given or {}
+        for given in (arguments.model_config, arguments.processor_config)
+    )
+    processor = SegCompassProcessor.from_backbones(arguments.mllm, arguments.image_encoder, **settings)
     model = SegCompassModel.from_backbones(arguments.mllm, arguments.image_encoder, arguments.sae, processor, **fields)
     return model, processor
 
