@@ -7,14 +7,14 @@ MLLM or no image encoder is refused by name. It knows nothing about weights.
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig, ProcessorMixin
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, ProcessorMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from .backbone import backbone_of
-from .image_encoder import DEFAULT_ENCODER, ENCODERS, encoder_of
+from .image_encoder import image_processor_of
 
 MIN_PIXELS, MAX_PIXELS = 3136, 705_600
-"""The paper's limits on what an MLLM sees of an image, where its family has such limits (Qwen2.5-VL: 4 to 900 tokens)."""
+"""The paper's limits on what an MLLM sees of an image, where its family has any: 4 to 900 tokens of Qwen2.5-VL."""
 
 
 def read_mllm(
@@ -34,7 +34,12 @@ def read_mllm(
     Raises:
         ValueError: what is named is no MLLM or lacks a file; or it has no limits on pixels and some were given.
     """
-    config = _read_config(source, "mllm")
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"mllm={str(source)!r} is no folder or Hub id of a model: {str(error).splitlines()[0]}"
+        ) from error
     if config.model_type == "segcompass":
         raise ValueError(
             f"mllm={str(source)!r} is a SegCompass model already; load its processor with "
@@ -88,14 +93,10 @@ def read_image_encoder(source: str | Path) -> Any:
     Raises:
         ValueError: what is named is no image encoder.
     """
-    if Path(source).suffix == ".pth":
-        return ENCODERS[DEFAULT_ENCODER].image_processor(None, None)
-    config = _read_config(source, "image_encoder")
     try:
-        encoder = encoder_of(config)
-    except ValueError as error:
-        raise ValueError(f"image_encoder={str(source)!r}: {error}") from error
-    return encoder.image_processor(str(source), config)
+        return image_processor_of(str(source))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"image_encoder={str(source)!r} cannot be read: {str(error).splitlines()[0]}") from error
 
 
 def see_all(image_processor: Any) -> Any:
@@ -151,15 +152,6 @@ def limit_pixels(image_processor: Any, min_pixels: int | None = None, max_pixels
         raise ValueError(f"min_pixels is {lower} and max_pixels {upper}; the first must be the smaller, above 0.")
     size = {"shortest_edge": lower, "longest_edge": upper}
     return image_processor.from_dict({**image_processor.to_dict(), "size": size})
-
-
-def _read_config(source: str | Path, argument: str) -> PreTrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{argument}={str(source)!r} is no folder or Hub id of a model: {str(error).splitlines()[0]}"
-        ) from error
 
 
 def _read(auto: Any, source: str | Path, what: str, **settings: Any) -> Any:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel, SamImageProcessorPil, SamVisionModel
+from transformers import AutoConfig, PreTrainedModel, SamImageProcessorPil, SamVisionModel
 from transformers.models.auto.image_processing_auto import get_image_processor_config
 
 from .sam_weights import read_sam
@@ -127,18 +127,6 @@ class ImageEncoder:
         check_loaded(encoder, info, source, unexpected=False)
         return encoder, {}
 
-    def image_processor(self, source: str | None, config: Any) -> Any:
-        """What makes the encoder's input, without torchvision where transformers can.
-
-        Args:
-            source: folder or Hub id; None where only the weights are at hand.
-            config: of what is there, the encoder or a model that holds one; None = the original's.
-
-        Returns:
-            transformers' image processor.
-        """
-        return AutoImageProcessor.from_pretrained(source, backend="pil")
-
     def encode(self, encoder: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
         """Image keys K.
 
@@ -175,14 +163,6 @@ class SamEncoder(ImageEncoder):
     ) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
         """Also out of a whole SAM, whose other weights start the mask decoder, and out of an original `.pth` file."""
         return read_sam(source, dtype)
-
-    def image_processor(self, source: str | None, config: Any) -> Any:
-        """SAM's own, at the side that the encoder takes."""
-        settings = {} if source is None else get_image_processor_config(source)
-        if config is not None:
-            side = getattr(config, "vision_config", config).image_size
-            settings |= {"size": {"longest_edge": side}, "pad_size": {"height": side, "width": side}}
-        return SamImageProcessorPil.from_dict(settings)
 
     def encode(self, encoder: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
         """Image keys K: SAM gives them as a grid, float (B, d_k, h, w)."""
@@ -235,6 +215,28 @@ def load_image_encoder(
     else:
         encoder = _known(AutoConfig.from_pretrained(source).model_type, repr(source))
     return encoder.load(source, dtype)
+
+
+def image_processor_of(source: str) -> Any:
+    """What prepares images for an encoder, for a SegCompassProcessor's `encoder_image_processor`; no weights are read.
+
+    Args:
+        source: as for `load_image_encoder`.
+
+    Returns:
+        an image processor in PIL, at the side that the encoder takes.
+
+    Raises:
+        ValueError: an encoder of an unknown kind.
+        OSError: there is no such folder or repository.
+    """
+    if Path(source).suffix == ".pth":
+        return SamImageProcessorPil()
+    config = AutoConfig.from_pretrained(source)
+    _known(config.model_type, repr(source))
+    side = getattr(config, "vision_config", config).image_size
+    own = {"size": {"longest_edge": side}, "pad_size": {"height": side, "width": side}}
+    return SamImageProcessorPil.from_dict({**get_image_processor_config(source), **own})
 
 
 def image_side(image_processor: Any) -> int:

@@ -18,6 +18,7 @@ from .image_encoder import Frame, image_side, without_torchvision
 from .images import read_image
 from .manifest import MANIFEST, READ_BY_PROCESSORS
 from .old_names import with_new_names
+from .row_errors import RowError, check_prompt_lengths
 from .saved_folders import check_saved, signing_saved
 from .tokens import (
     PROBE,
@@ -296,6 +297,7 @@ class SegCompassProcessor(ProcessorMixin):
                 )
             return super().__call__(images=_read_all(images), text=text, return_tensors=return_tensors, **kwargs)
         images = self._check_images(images)
+        self._check_aspects(images, self.backbone.largest_aspect(self.image_processor), "the MLLM")
         if len(images) != len(texts):
             raise ValueError(
                 f"{len(images)} images but {len(texts)} instructions; give one instruction per image (repeat the image "
@@ -306,11 +308,14 @@ class SegCompassProcessor(ProcessorMixin):
         ]
         kwargs = {"padding": True, "padding_side": "left", **kwargs}
         inputs = super().__call__(images=images, text=prompts, return_tensors="pt", **kwargs)
-        longest = int(inputs["attention_mask"].sum(-1).max())
-        if longest > self.max_prompt_length:
-            raise ValueError(
-                f"a prompt has {longest} tokens, the limit is {self.max_prompt_length}; shorten the instruction or "
-                "raise processor.max_prompt_length."
+        lengths = inputs["attention_mask"].sum(-1).tolist()
+        if max(lengths) > self.max_prompt_length:
+            ids = [row[mask.bool()] for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
+            check_prompt_lengths(
+                [row.tolist() for row in ids],
+                self.max_prompt_length,
+                self.image_token_id,
+                [image.size for image in images],
             )
         if image_encoder:
             inputs.update(self.encoder_inputs(images))
@@ -332,19 +337,23 @@ class SegCompassProcessor(ProcessorMixin):
             OSError: an image that cannot be read.
         """
         images = self._check_images(images)
-        side = self.frame.side
-        for number, image in enumerate(images):
-            if max(image.size) > 2 * side * min(image.size):
-                raise ValueError(
-                    f"image {number} is {image.size[0]} x {image.size[1]} pixels; the limit is a ratio of {2 * side} "
-                    f"(its longest side becomes {side} pixels, and nothing would be left of the other): crop it."
-                )
+        self._check_aspects(images, 2 * self.frame.side, "the image encoder")
         encoder = self.encoder_image_processor(images, return_tensors="pt")
         return {
             "encoder_pixel_values": encoder["pixel_values"],
             "original_sizes": torch.as_tensor(encoder["original_sizes"]),
             "reshaped_input_sizes": torch.as_tensor(encoder["reshaped_input_sizes"]),
         }
+
+    @staticmethod
+    def _check_aspects(images, limit, reader):
+        for row, image in enumerate(images):
+            if max(image.size) > limit * min(image.size):
+                raise RowError(
+                    row,
+                    f"the image is {image.size[0]} x {image.size[1]} pixels; the limit is a ratio of {limit}, beyond "
+                    f"which nothing of its shorter side would be left for {reader}: crop it.",
+                )
 
     def _check_images(self, images):
         if images is None or (isinstance(images, (list, tuple)) and not images):

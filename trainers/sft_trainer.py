@@ -16,7 +16,7 @@ from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
 
 from .alignment import AlignmentTargets, WordKind, alignment_loss, any_word
 from .checkpoints import WholeCheckpoints
-from .checks import check_arguments, check_dataset, check_kinds
+from .checks import check_arguments, check_dataset, check_model
 from .collator import SegCompassCollator
 from .image_features import open_image_features
 from .losses import LOG_PREFIX, LossWeights, erasure_loss, segmentation_loss
@@ -118,7 +118,7 @@ class SegCompassSFTTrainer(WholeCheckpoints, Trainer):
         **kwargs: Any,
     ):
         check_arguments(args, SegCompassSFTConfig)
-        check_kinds(model, processing_class)
+        check_model(model, processing_class)
         check_dataset(kwargs.get("train_dataset"))
         model.config.token_dropout = args.token_dropout
         freeze(

@@ -1,0 +1,190 @@
+"""The user's way, as docs/training.md says it, in a world that is laid out like the Hub: from plain backbones to masks.
+
+Each command of the page runs as a process of its own, in a folder where the backbones' Hub ids are paths, with options
+that make it small. A stage that learns nothing, and a model that finds no slot, fail here.
+
+    python -m pytest tests/rehearsal                                           # LLaVA-1.5, small vocabularies
+    SEGCOMPASS_REHEARSAL=all python -m pytest tests/rehearsal                  # and Qwen2.5-VL, 7B and 3B
+    SEGCOMPASS_REHEARSAL=runs/vocabularies python -m pytest tests/rehearsal    # all with the real vocabularies
+"""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.support.hub_world import LLAVA, QWEN, QWEN_TIED, SAM, fetch_vocabularies, make_world
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "training.md"
+WANTED = os.environ.get("SEGCOMPASS_REHEARSAL")
+RECIPES = {LLAVA: "llava-1.5-7b", QWEN: "qwen2.5-vl-7b", QWEN_TIED: "qwen2.5-vl-7b"}
+SLOTS = 6
+COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 70, 220), "yellow": (230, 210, 60)}
+SIZES = [(64, 100), (100, 64), (80, 80)]  # height, width
+
+CPU = "--bf16 false --use_cpu true --report_to none --dataloader_num_workers 0"
+MODEL = {"d_c": 32, "num_concepts": 32, "codebook_heads": 4, "slot_heads": 4, "slot_head_dim": 8, "decoder_heads": 4}
+MODEL |= {"decoder_mlp_dim": 64, "max_response_length": 48}
+SMALLER = {
+    "train sae": f"{CPU} --layer 2 --d_sae 128 --num_samples 24 --evaluation_samples 4 --evaluation_tokens 400 "
+    "--samples_per_batch 8 --tokens_per_batch 512 --buffer_size 1024 --max_steps 30 --logging_steps 5 "
+    "--learning_rate 3e-3 --save_steps 30",
+    "train sft": f"{CPU} --max_steps 60 --per_device_train_batch_size 4 --gradient_accumulation_steps 1 "
+    "--learning_rate 5e-3 --lr_scheduler_type constant --logging_steps 5 --gradient_checkpointing false --save_steps 60 "
+    f"--token_dropout 0 --model_config {shlex.quote(json.dumps(MODEL))}",
+    "train grpo": f"{CPU} --max_steps 2 --per_device_train_batch_size 2 --gradient_accumulation_steps 1 "
+    "--num_generations 2 --max_completion_length 48 --logging_steps 1 --learning_rate 1e-5 --save_steps 2 "
+    "--log_completions false",
+    "evaluate": "--num_samples 4",
+    "segment": "",
+}
+
+
+def code_blocks(kind):
+    """The fenced code below a marker of the page."""
+    return re.findall(rf"<!-- rehearsal: {kind} -->\n```\w+\n(.*?)```", PAGE.read_text(), re.S)[0]
+
+
+def commands(kind):
+    """The page's commands, one string each."""
+    return [line for line in code_blocks(kind).replace("\\\n", " ").splitlines() if line.strip()]
+
+
+def draw(folder, number):
+    """An image with one box, and a line of JSONL about it."""
+    height, width = SIZES[number % len(SIZES)]
+    colour = list(COLOURS)[number % len(COLOURS)]
+    rng = np.random.default_rng(number)
+    pixels = np.full((height, width, 3), 128, np.uint8)
+    top, left = int(rng.integers(4, height // 2)), int(rng.integers(4, width // 2))
+    bottom, right = top + height // 3, left + width // 3
+    pixels[top:bottom, left:right] = COLOURS[colour]
+    Image.fromarray(pixels).save(folder / f"{number}.png")
+    return {
+        "image": f"{number}.png",
+        "instruction": f"the {colour} box",
+        "polygons": [[left, top, right, top, right, bottom, left, bottom]],
+        "reasoning": f"it is the {colour} box",
+        "split": "train" if number < 24 else "val",
+    }
+
+
+def run(world, words, **environment):
+    """Run a command in the world's folder; its output, or the test fails with it."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(words, cwd=world, env=env, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, f"{words}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    return done.stdout
+
+
+def rehearse(world, line, mllm, extra=""):
+    """Run one command of the page for another backbone, in small."""
+    line = line.replace("llava-1.5-7b", RECIPES[mllm])
+    name = next(name for name in SMALLER if line.startswith(f"segcompass {name}"))
+    words = [*shlex.split(line)[1:], *shlex.split(SMALLER[name]), *shlex.split(extra)]
+    if mllm != LLAVA and name == "train sft":  # few image tokens
+        words += ["--processor_config", json.dumps({"min_pixels": 784, "max_pixels": 6272})]
+    if mllm == QWEN_TIED and name in ("train sae", "train sft"):
+        words += ["--mllm" if name == "train sft" else "--model", QWEN_TIED]
+    began = time.perf_counter()
+    told = run(world, [sys.executable, "-m", "segcompass", *words])
+    print(f"{time.perf_counter() - began:6.1f} s  {line}")
+    return told
+
+
+def log_of(folder):
+    """What a trainer logged, entry by entry, as its last checkpoint has it."""
+    (state,) = folder.glob("checkpoint-*/trainer_state.json")
+    return json.loads(state.read_text())["log_history"]
+
+
+def values(log, name):
+    return [float(entry[name]) for entry in log if name in entry]
+
+
+WITHOUT_PROJECT = """
+import importlib.util, json, sys
+sys.path += json.loads(sys.argv[1])
+assert importlib.util.find_spec("segcompass") is None, "segcompass can be imported here"
+from PIL import Image
+from transformers import AutoModel, AutoProcessor, pipeline
+folder, image, instruction = sys.argv[2:]
+model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+pipe = pipeline("reasoning-segmentation", model=model, processor=processor, trust_remote_code=True)
+answer = pipe(Image.open(image), instruction)
+print(json.dumps({"text": answer.text, "instances": len(answer)}))
+"""
+
+
+def backbones():
+    return [LLAVA, QWEN, QWEN_TIED] if WANTED else [LLAVA]
+
+
+@pytest.mark.parametrize("mllm", backbones())
+def test_the_commands_of_the_page_lead_from_plain_backbones_to_masks(mllm, tmp_path):
+    world, vocabularies = tmp_path / "world", None
+    if WANTED and WANTED != "all":
+        vocabularies = Path(WANTED)
+        if not vocabularies.exists():
+            fetch_vocabularies(vocabularies)
+    make_world(world, [mllm, SAM], vocabularies)
+    (world / "data").mkdir()
+    rows = [draw(world / "data", number) for number in range(28)]
+    (world / "data" / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    os.link(world / "data" / "24.png", world / "data" / "photo.png")
+    results = world / "runs" / RECIPES[mllm]
+    sae, sft, grpo, evaluate, segment = commands("commands")
+
+    rehearse(world, sae, mllm)
+    quality = json.loads((results / "sae" / "quality.json").read_text())
+    assert quality["explained_variance"] > 0.2
+    assert json.loads((results / "sae" / "config.json").read_text())["backbone"] == mllm
+
+    rehearse(world, sft, mllm)
+    log = log_of(results / "sft")
+    assert values(log, "seg/slots_found") and set(values(log, "seg/slots_found")) == {float(SLOTS)}
+    for name in ("language", "seg/mask_dice", "seg/heatmap_bce"):
+        first, *_, last = values(log, name)
+        assert last < 0.9 * first, (name, values(log, name))
+
+    rehearse(world, grpo, mllm)
+    log = log_of(results / "grpo")
+    assert min(values(log, "format_share")) >= 0.5 and max(values(log, "seg/slots_found")) > SLOTS / 2
+
+    rehearse(world, evaluate, mllm)
+    metrics = json.loads((world / "runs" / "val" / "metrics.json").read_text())
+    assert metrics["n"] == 4 and metrics["n_format_fail"] == 0
+
+    rehearse(world, segment, mllm)
+    result = json.loads((world / "runs" / "photo" / "result.json").read_text())
+    assert result["text"].endswith("<REF_POS>" * SLOTS)
+    assert result["no_target"] or result["instances"]  # neither holds where no slot was found
+
+    packages = [path for path in sys.path if path.endswith("site-packages")]
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    words = [json.dumps(packages), str(results / "grpo"), str(world / "data" / "photo.png"), "the red box"]
+    told = run(
+        elsewhere,
+        [sys.executable, "-S", "-c", WITHOUT_PROJECT, *words],
+        PYTHONPATH="",
+        HF_HOME=str(elsewhere),
+    )
+    assert json.loads(told.splitlines()[-1])["text"].endswith("<REF_POS>" * SLOTS)
+
+    rehearse(world, commands("adapters")[0], mllm, "--lora_r 4")
+    run(world, [sys.executable, "-c", code_blocks("merge").replace("llava-1.5-7b", RECIPES[mllm])])
+    merged = segment.replace("runs/llava-1.5-7b/grpo", "runs/merged").replace("runs/photo", "runs/merged-photo")
+    rehearse(world, merged, mllm)
+    result = json.loads((world / "runs" / "merged-photo" / "result.json").read_text())
+    assert result["text"].endswith("<REF_POS>" * SLOTS)
