@@ -12,15 +12,14 @@ resume an interrupted run from its last checkpoint.
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-from trl import ModelConfig, get_quantization_config
+from trl import ModelConfig
 
+from segcompass.adapters import adapters_for, load_for_training
 from segcompass.loaders import load_rows
-from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
+from segcompass.modeling_segcompass import SegCompassProcessor
 from segcompass.recipes import parse_with_recipe
 from segcompass.trainers import SegCompassGRPOConfig, SegCompassGRPOTrainer
 from segcompass.trainers.checkpoints import last_checkpoint
-from segcompass.trainers.policy import lora_config
 
 from . import options
 
@@ -40,24 +39,15 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command with these options; None takes the process's own."""
     parser = options.recipe_parser("train grpo", __doc__, (GRPOArguments, SegCompassGRPOConfig, ModelConfig))
     arguments, training, extra = parse_with_recipe(parser, argv)
-    quantization = get_quantization_config(extra)
-    if quantization is not None and extra.load_in_4bit and training.bf16:
-        quantization.bnb_4bit_compute_dtype = torch.bfloat16  # TRL takes the weights' dtype, which is float32 here
-    model = SegCompassModel.from_pretrained(arguments.model, dtype="float32", quantization_config=quantization)
+    model = load_for_training(arguments.model, extra, training.bf16)
     if extra.attn_implementation:
         model.set_attn_implementation(extra.attn_implementation)
-    adapters = None
-    if extra.use_peft:
-        chosen = {"target_modules": extra.lora_target_modules} if extra.lora_target_modules else {}
-        adapters = lora_config(
-            model, r=extra.lora_r, lora_alpha=extra.lora_alpha, lora_dropout=extra.lora_dropout, **chosen
-        )
     trainer = SegCompassGRPOTrainer(
         model,
         args=training,
         train_dataset=load_rows(arguments.dataset, arguments.split, arguments.dataset_seed, arguments.num_samples),
         processing_class=SegCompassProcessor.from_pretrained(arguments.model),
-        peft_config=adapters,
+        peft_config=adapters_for(model, extra),
     )
     Path(training.output_dir).mkdir(parents=True, exist_ok=True)
     trainer.train(training.resume_from_checkpoint or last_checkpoint(training.output_dir))

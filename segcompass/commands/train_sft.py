@@ -2,6 +2,7 @@
 
     segcompass train sft --config mini/masks
     accelerate launch -m segcompass train sft --config RECIPE.yaml --learning-rate 1e-5
+    accelerate launch -m segcompass train sft --config RECIPE.yaml --use-peft --load-in-4bit      # QLoRA
 
 A recipe is a YAML file, or a name that `segcompass recipes` lists; options replace its values. It names either `model`
 (a SegCompass model to continue from) or `mllm` and `image_encoder` (backbones to build one from). Repeat the command to
@@ -12,9 +13,13 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from trl import ModelConfig
+
+from segcompass.adapters import adapters_for, keep_base, load_for_training
 from segcompass.loaders import load_rows
 from segcompass.loading import load
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
+from segcompass.modeling_segcompass.manifest import MANIFEST
 from segcompass.recipes import parse_with_recipe
 from segcompass.trainers import SegCompassSFTConfig, SegCompassSFTTrainer
 from segcompass.trainers.checkpoints import last_checkpoint
@@ -38,9 +43,6 @@ class SFTArguments:
         metadata={"help": "arguments of SegCompassProcessor.from_backbones (JSON), for a model built from backbones"},
     )
     dataset: str = field(default="scenes", metadata={"help": options.TRAINING_ROWS})
-    attn_implementation: str = field(
-        default="sdpa", metadata={"help": "attention of the MLLM; 'eager' is faster on CPUs"}
-    )
     split: str = field(default="train", metadata={"help": "split of the data set"})
     dataset_seed: int = field(default=0, metadata={"help": "seed of the procedural scenes, ignored for other data"})
     num_samples: int = field(default=100_000, metadata={"help": "use only the first N rows"})
@@ -61,16 +63,47 @@ def build(arguments: SFTArguments) -> tuple[SegCompassModel, SegCompassProcessor
     return model, processor
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the command with these options; None takes the process's own."""
-    parser = options.recipe_parser("train sft", __doc__, (SFTArguments, SegCompassSFTConfig))
-    arguments, training = parse_with_recipe(parser, argv)
-    model, processor = build(arguments)
+def start(
+    arguments: SFTArguments, training: SegCompassSFTConfig, extra: ModelConfig
+) -> tuple[SegCompassModel, SegCompassProcessor]:
+    """The model to train, in 4 or 8 bits where that is asked for, and its processor.
+
+    Args:
+        arguments: the command's options.
+        training: the trainer's.
+        extra: those of adapters.
+
+    Returns:
+        both; what was built for adapters is kept in `base` in the output folder first.
+
+    Raises:
+        ValueError: neither a model nor backbones are named.
+    """
+    path = arguments.model
+    if extra.use_peft and not path:
+        path = str(Path(training.output_dir) / "base")
+        if not (Path(path) / MANIFEST).is_file():
+            keep_base(Path(path), *build(arguments))
+    elif not path or not (extra.load_in_4bit or extra.load_in_8bit):
+        model, processor = build(arguments)
+        if path and arguments.sae:
+            model.load_sae(arguments.sae)
+        return model, processor
+    model = load_for_training(path, extra, training.bf16)
     if arguments.model and arguments.sae:
         model.load_sae(arguments.sae)
-    model.set_attn_implementation(arguments.attn_implementation)
+    return model, SegCompassProcessor.from_pretrained(path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command with these options; None takes the process's own."""
+    parser = options.recipe_parser("train sft", __doc__, (SFTArguments, SegCompassSFTConfig, ModelConfig))
+    arguments, training, extra = parse_with_recipe(parser, argv)
+    model, processor = start(arguments, training, extra)
+    model.set_attn_implementation(extra.attn_implementation or "sdpa")
     rows = load_rows(arguments.dataset, arguments.split, arguments.dataset_seed, arguments.num_samples, streaming=True)
-    trainer = SegCompassSFTTrainer(model, training, processor, train_dataset=rows)
+    adapters = adapters_for(model, extra)
+    trainer = SegCompassSFTTrainer(model, training, processor, peft_config=adapters, train_dataset=rows)
     Path(training.output_dir).mkdir(parents=True, exist_ok=True)
     trainer.train(training.resume_from_checkpoint or last_checkpoint(training.output_dir))
     trainer.save_model()

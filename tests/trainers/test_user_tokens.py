@@ -62,13 +62,17 @@ def settings(folder, **changes):
     )
 
 
-@pytest.mark.parametrize("mllm", [QWEN_TIED, LLAVA])
-def test_the_cold_start_teaches_think_whether_or_not_embedding_and_head_are_one(mllm, hub, rows, tmp_path):
+@pytest.mark.parametrize(("mllm", "rank"), [(QWEN_TIED, None), (QWEN_TIED, 8), (LLAVA, None)])
+def test_the_cold_start_teaches_think_whether_or_not_embedding_and_head_are_one(mllm, rank, hub, rows, tmp_path):
     model, processor = build(hub, mllm)
     assert is_tied(model) == (mllm == QWEN_TIED)
     before = model.get_input_embeddings().weight.clone()
     args = SegCompassSFTConfig(**settings(tmp_path, max_steps=60, lambda_s=0.0, lambda_c=0.0))
-    SegCompassSFTTrainer(model, args, processor, train_dataset=rows.select(range(2))).train()
+    adapters = lora_config(model, r=rank) if rank else None
+    trainer = SegCompassSFTTrainer(model, args, processor, peft_config=adapters, train_dataset=rows.select(range(2)))
+    trainer.train()
+    if rank:
+        model = trainer.model.merge_and_unload()
     inputs = processor(
         images=rows[0]["image"], text=rows[0]["instruction"], response=processor.format_response("the red box")
     )
@@ -204,3 +208,29 @@ def test_a_prompt_that_its_image_makes_too_long_names_the_sample_and_the_image(h
     ):
         with pytest.raises(ValueError, match=r"sample '.*': the prompt has \d+ tokens, \d+ of them for its image"):
             trainer.train()
+
+
+def test_a_cold_start_in_4_bits_needs_adapters_and_saves_them_alone(hub, rows, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is missing: pip install -e '.[test]'")
+    model, processor = build(hub, QWEN_TIED)
+    model.save_pretrained(tmp_path / "base")
+    low = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = SegCompassModel.from_pretrained(tmp_path / "base", dtype="float32", quantization_config=low)
+    args = SegCompassSFTConfig(**settings(tmp_path / "run", max_steps=1))
+    with pytest.raises(ValueError, match="the MLLM is quantised"):
+        SegCompassSFTTrainer(model, args, processor, train_dataset=rows)
+    with pytest.raises(ValueError, match="train_vision_tower is True, but with adapters only they"):
+        towers = SegCompassSFTConfig(**settings(tmp_path / "run", max_steps=1, train_vision_tower=True))
+        SegCompassSFTTrainer(model, towers, processor, peft_config=lora_config(model, r=2), train_dataset=rows)
+    model = SegCompassModel.from_pretrained(tmp_path / "base", dtype="float32", quantization_config=low)
+    trainer = SegCompassSFTTrainer(model, args, processor, peft_config=lora_config(model, r=2), train_dataset=rows)
+    trainer.train()
+    trainer.save_model()
+    assert (tmp_path / "run" / "adapter_config.json").is_file() and not (
+        tmp_path / "run" / "model.safetensors"
+    ).exists()
+    base = SegCompassModel.from_pretrained(tmp_path / "base")
+    merged = PeftModel.from_pretrained(base, tmp_path / "run").merge_and_unload()
+    assert is_tied(merged)
+    trained = trainer.model.get_input_embeddings().token_adapter.trainable_tokens_delta["default"]
+    assert torch.equal(merged.get_input_embeddings().weight[[processor.think_id]], trained[:1])
