@@ -40,14 +40,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = options.recipe_parser("train grpo", __doc__, (GRPOArguments, SegCompassGRPOConfig, ModelConfig))
     arguments, training, extra = parse_with_recipe(parser, argv)
     model = load_for_training(arguments.model, extra, training.bf16)
+    processor = SegCompassProcessor.from_pretrained(arguments.model)
     if extra.attn_implementation:
         model.set_attn_implementation(extra.attn_implementation)
     trainer = SegCompassGRPOTrainer(
         model,
         args=training,
         train_dataset=load_rows(arguments.dataset, arguments.split, arguments.dataset_seed, arguments.num_samples),
-        processing_class=SegCompassProcessor.from_pretrained(arguments.model),
-        peft_config=adapters_for(model, extra),
+        processing_class=processor,
+        peft_config=adapters_for(model, processor, extra),
     )
     Path(training.output_dir).mkdir(parents=True, exist_ok=True)
     trainer.train(training.resume_from_checkpoint or last_checkpoint(training.output_dir))
