@@ -14,7 +14,7 @@ from pathlib import Path
 
 from trl import ModelConfig
 
-from segcompass.adapters import adapters_for, load_for_training
+from segcompass.adapters import adapters_for, check_model_options, load_for_training
 from segcompass.loaders import load_rows
 from segcompass.modeling_segcompass import SegCompassProcessor
 from segcompass.recipes import parse_with_recipe
@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command with these options; None takes the process's own."""
     parser = options.recipe_parser("train grpo", __doc__, (GRPOArguments, SegCompassGRPOConfig, ModelConfig))
     arguments, training, extra = parse_with_recipe(parser, argv)
+    check_model_options(extra)
     model = load_for_training(arguments.model, extra, training.bf16)
     processor = SegCompassProcessor.from_pretrained(arguments.model)
     if extra.attn_implementation:
