@@ -38,6 +38,7 @@ from segcompass.loaders.reasoning_segmentation.reasoning_segmentation import (
 from segcompass.loaders.rows import leave_images_encoded, row_image
 from segcompass.loading import load
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
+from segcompass.modeling_segcompass.row_errors import naming_rows
 from segcompass.modeling_segcompass.whole_files import append_whole, signed_json, write_whole
 from segcompass.predictions import (
     explicit_answer,
@@ -253,7 +254,8 @@ def predict(
     batch = [{**row, "image": row_image(row)} for row in batch]
     began = time.perf_counter()
     images, instructions = [row["image"] for row in batch], [row["instruction"] for row in batch]
-    inputs = processor(images=images, text=instructions, image_encoder=not features)
+    with naming_rows([row["sample_id"] for row in batch]):
+        inputs = processor(images=images, text=instructions, image_encoder=not features)
     if features:
         inputs.update(features.inputs(images))
     inputs = inputs.to(model.device)

@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, SamImageProcessorPil
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, SamImageProcessorPil
 
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
-from segcompass.modeling_segcompass.backbone import backbone_of
+from segcompass.modeling_segcompass.backbone_files import read_mllm
+from segcompass.modeling_segcompass.tokens import give_rows
 
 
 def load(path: str | Path, device: str | torch.device | None = None) -> tuple[SegCompassModel, SegCompassProcessor]:
@@ -49,16 +50,11 @@ def load_mllm(
     if config.model_type == "segcompass":
         model = SegCompassModel.from_pretrained(path, dtype=dtype)
         return model.to(device), SegCompassProcessor.from_pretrained(path)
-    parts = AutoProcessor.from_pretrained(path)
-    names = backbone_of(config).processor_fields
     processor = SegCompassProcessor(
-        image_processor=parts.image_processor,
-        tokenizer=parts.tokenizer,
         encoder_image_processor=SamImageProcessorPil(),  # not used: an MLLM alone has no image encoder
-        chat_template=parts.chat_template,
         prompt_template="{instruction}",
-        mllm_type=config.model_type,
-        **{field: getattr(parts, field) for field in names if getattr(parts, field, None) is not None},
+        **read_mllm(path),
     )
     mllm: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
+    give_rows(mllm, processor.tokenizer, processor.new_tokens)  # as a SegCompass model that is built from it has them
     return mllm.to(device), processor

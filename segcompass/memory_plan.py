@@ -54,7 +54,7 @@ def recipe_config(path: Path) -> SegCompassConfig:
     mllm, image_encoder = backbone_configs(source["mllm"], source["image_encoder"])
     fields = dict(source.get("model_config") or {})
     sae = SparseAutoencoderConfig(**fields.pop("sae_config"))
-    tokens = {"ref_token_id": mllm.get_text_config().vocab_size - 1, "think_end_id": 5}  # placeholders
+    tokens = {"ref_token_id": mllm.get_text_config().vocab_size - 1, "think_end_id": 5, "think_id": 4}  # placeholders
     return SegCompassConfig(
         mllm_config=mllm,
         image_encoder_config=image_encoder,

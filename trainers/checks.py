@@ -16,11 +16,12 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from segcompass.loaders.identity import check_sample_ids
 from segcompass.loaders.masks import has_pixels
 from segcompass.loaders.reasoning_segmentation.run_lengths import checked_rle
+from segcompass.modeling_segcompass.backbone import backbone_of
 from segcompass.modeling_segcompass.image_encoder import check_frame
-from segcompass.modeling_segcompass.processing_segcompass import REF_TOKEN
+from segcompass.modeling_segcompass.tokens import PROBE, REF_TOKEN, THINK, THINK_END, check_response_tokens
 
 from .optimization import segmentation_modules
-from .policy import is_quantized
+from .policy import is_quantized, is_tied
 from .rewards import RewardFunction, reward_name
 
 if TYPE_CHECKING:  # the config imports what this file imports
@@ -65,25 +66,6 @@ def check_before_training(
     check_reference(args, ref_model, with_adapters)
 
 
-def check_prompt_lengths(prompts: Sequence[Sequence[int]], sample_ids: Sequence[str], limit: float) -> None:
-    """Refuse a prompt that is longer than the processor allows.
-
-    Args:
-        prompts: token ids of each prompt, image tokens included.
-        sample_ids: the sample of each.
-        limit: the processor's `max_prompt_length`.
-
-    Raises:
-        ValueError: naming the sample, its length and the limit.
-    """
-    for ids, sample in zip(prompts, sample_ids, strict=True):
-        if len(ids) > limit:
-            raise ValueError(
-                f"the prompt of sample {sample!r} has {len(ids)} tokens, the limit is {limit}; shorten its instruction "
-                "or leave it out, or raise processor.max_prompt_length."
-            )
-
-
 # -- model and processor ----------------------------------------------------------------------------------------------
 
 
@@ -124,27 +106,39 @@ def check_model(model: Any, processor: Any) -> None:
     """Refuse what is no SegCompass model with its own processor.
 
     Args:
-        model: what the trainer was given as its model.
+        model: what the trainer was given as its model; a model from before `<think>`'s id was kept is told it.
         processor: what the trainer was given as its processing class.
 
     Raises:
         TypeError: one of them is of another kind.
-        ValueError: they disagree on the number of slots or on the concentration token, or decoding strips that token.
+        ValueError: they disagree on the number of slots, on the tokens of a response or on how the MLLM sees an image;
+            or the tokenizer does not find these tokens, or decoding strips them.
     """
     check_kinds(model, processor)
-    config = model.config
-    tokenizer: Any = getattr(processor, "tokenizer", None)
-    token = tokenizer.convert_tokens_to_ids(REF_TOKEN)
-    if token is None or token == tokenizer.unk_token_id or token != getattr(config, "ref_token_id", None):
+    config, tokenizer = model.config, processor.tokenizer
+    remedy = (
+        "build the model with SegCompassModel.from_backbones(..., processor=processor) or load both from one folder."
+    )
+    if config.think_id is None:
+        config.think_id = tokenizer.convert_tokens_to_ids(THINK)
+    for token, name in ((REF_TOKEN, "ref_token_id"), (THINK_END, "think_end_id"), (THINK, "think_id")):
+        number, rows = tokenizer.convert_tokens_to_ids(token), config.get_text_config().vocab_size
+        if number is None or number == tokenizer.unk_token_id or number != getattr(config, name) or number >= rows:
+            raise ValueError(
+                f"the processor's id of {token} is {number}, the model's is {getattr(config, name)}, of {rows} rows; "
+                f"{remedy}"
+            )
+        if token not in tokenizer.decode([number], skip_special_tokens=True):
+            raise ValueError(
+                f"{token} is a special token of this tokenizer, so TRL would strip it from every response and the "
+                "format reward would stay 0; add it with tokenizer.add_tokens, as SegCompassProcessor does."
+            )
+    check_response_tokens(tokenizer, processor.format_response(PROBE), processor.num_slots)
+    view = backbone_of(processor).image_view(processor.image_processor)
+    if view != config.image_view:
         raise ValueError(
-            f"the processor's id of {REF_TOKEN} is {token}, the model's is {getattr(config, 'ref_token_id', None)}; "
-            "build the model with SegCompassModel.from_backbones(..., processor=processor) or load both from one "
-            "folder."
-        )
-    if REF_TOKEN not in tokenizer.decode([token], skip_special_tokens=True):
-        raise ValueError(
-            f"{REF_TOKEN} is a special token of this tokenizer, so TRL would strip it from every response and the "
-            "format reward would stay 0; add it with tokenizer.add_tokens, as SegCompassProcessor does."
+            f"the processor shows the MLLM an image as {view!r}, the model was built for {config.image_view!r}; "
+            f"{remedy}"
         )
 
 
@@ -228,7 +222,8 @@ def check_adapters(model: nn.Module) -> None:
 
     The segmentation modules and the concentration token's embedding and output rows must learn. TRL's log-probabilities
     read the LM head's weight itself, which PEFT's token rows leave as it was while generation adds them: on the head
-    they would make the policy that samples another than the one trained, so they are refused there.
+    they would make the policy that samples another than the one trained, so they are refused there. A head that is the
+    embedding's own matrix shares its rows, and is read with them.
 
     Args:
         model: the PeftModel.
@@ -248,12 +243,12 @@ def check_adapters(model: nn.Module) -> None:
         ("embed_tokens", "trainable_token_indices={'embed_tokens': [think_end_id, ref_token_id]}"),
         ("lm_head", "'lm_head' to modules_to_save"),
     ):
-        if module not in learning:
+        if module not in learning and not (module == "lm_head" and is_tied(model)):
             raise ValueError(
                 f"the concentration token's row of {module} would not learn; add {remedy} in the PEFT config, or make "
                 "it with segcompass.trainers.policy.lora_config."
             )
-    if any("lm_head.token_adapter" in name for name in parameters):
+    if not is_tied(model) and any("lm_head.token_adapter" in name for name in parameters):
         raise ValueError(
             "the PEFT config trains single rows of lm_head, which sampling uses and the log-probabilities do not; put "
             "'lm_head' into modules_to_save instead."

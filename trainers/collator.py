@@ -9,6 +9,7 @@ from PIL import Image
 
 from segcompass.loaders.rows import check_reasoning, row_image
 from segcompass.modeling_segcompass.images import read_image
+from segcompass.modeling_segcompass.row_errors import naming_rows
 
 from .alignment import AlignmentTargets
 from .checks import check_masks
@@ -74,12 +75,13 @@ class SegCompassCollator:
             if self.mask_side is not None:
                 check_masks(row)
         images = [row_image(row) for row in rows]
-        batch = self.processor(
-            images=images,
-            text=[row["instruction"] for row in rows],
-            response=[self.processor.format_response(row["reasoning"]) for row in rows],
-            image_encoder=self.mask_side is not None and self.image_features is None,
-        )
+        with naming_rows([row.get("sample_id") for row in rows]):
+            batch = self.processor(
+                images=images,
+                text=[row["instruction"] for row in rows],
+                response=[self.processor.format_response(row["reasoning"]) for row in rows],
+                image_encoder=self.mask_side is not None and self.image_features is None,
+            )
         if self.alignment is not None:
             batch["alignment_targets"] = self.alignment(rows, batch)
         if self.mask_side is None:

@@ -41,6 +41,7 @@ from trl.models import prepare_deepspeed, prepare_fsdp
 
 from segcompass.loaders.rows import leave_images_encoded
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
+from segcompass.modeling_segcompass.row_errors import check_prompt_lengths, naming_rows
 
 from .checkpoints import WholeCheckpoints
 from .checks import (
@@ -50,7 +51,6 @@ from .checks import (
     check_kinds,
     check_loss,
     check_precision,
-    check_prompt_lengths,
     check_rollout_policy,
 )
 from .grpo_config import SegCompassGRPOConfig
@@ -272,7 +272,9 @@ class SegCompassGRPOTrainer(WholeCheckpoints, GRPOTrainer):
 
     def _tokenize_prompts(self, *args, **kwargs):
         output = super()._tokenize_prompts(*args, **kwargs)
-        check_prompt_lengths(output[0], self._rollout.sample_ids, self.processing_class.max_prompt_length)
+        processor = self.processing_class
+        with naming_rows(self._rollout.sample_ids):
+            check_prompt_lengths(output[0], processor.max_prompt_length, processor.image_token_id)
         return output
 
     def _get_per_token_logps_and_entropies(self, model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):

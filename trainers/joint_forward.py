@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from trl.trainer.utils import add_fused_lm_head
@@ -153,6 +154,9 @@ def add_fused_head(mllm: Any, temperature: float) -> None:
         mllm: the MLLM, changed in place.
         temperature: what logits are divided by, as in sampling.
     """
+    head = mllm.get_output_embeddings()
+    if isinstance(head, TrainableTokensWrapper):  # it has a weight, the adapted one, and no bias, which TRL reads too
+        head.register_parameter("bias", None)
     add_fused_lm_head(mllm, temperature=temperature, outputs=("log_probs", "entropy"))
     mllm.register_forward_pre_hook(_gather_head, with_kwargs=True)
 

@@ -26,6 +26,7 @@ def freeze(
         train_below_sae_layer: also train what the SAE's input is made of, from which the SAE then drifts: the
             projector, the decoder blocks 1 ... L, and the embeddings. Without it the embeddings' rows of `</think>` and
             of the concentration token learn all the same, and no other row moves: the matrix sees no weight decay.
+            Where the LM head is the same matrix, the row of `<think>` learns too, or it would never be written.
         train_vision_tower: also train the MLLM's vision tower.
         train_image_encoder: also train the image encoder F_enc.
     """
@@ -53,17 +54,49 @@ def freeze(
 
     hooks: list[Any] = [embeddings.register_forward_hook(detach_others)]
     setattr(embeddings, ROWS_HOOKS, hooks)
-    if model.get_output_embeddings().weight is embeddings.weight:
+    if is_tied(model):
         rows = torch.zeros(len(embeddings.weight), 1)
-        rows[tokens] = 1
+        rows[learned_rows(model)] = 1
         hooks.append(embeddings.weight.register_hook(lambda gradient: gradient * rows.to(gradient)))
+
+
+def is_tied(model: Any) -> bool:
+    """Whether the MLLM's embedding and LM head are one matrix, with or without adapters around them."""
+    parts = (model.get_input_embeddings(), model.get_output_embeddings())
+    embedding, head = (getattr(part, "original_module", part) for part in parts)
+    return embedding.weight is head.weight
+
+
+def learned_rows(model: Any) -> list[int]:
+    """The rows of the embeddings that learn where the others do not.
+
+    Args:
+        model: a SegCompassModel.
+
+    Returns:
+        ids of `</think>` and of the concentration token; where the LM head is the same matrix, also of `<think>`.
+
+    Raises:
+        ValueError: the configuration does not know `<think>`, which must be learned.
+    """
+    config = model.config
+    rows = [config.think_end_id, config.ref_token_id]
+    if not is_tied(model):
+        return rows  # the head, which writes `<think>`, is trained whole
+    if config.think_id is None:
+        raise ValueError(
+            "config.think_id is None, so that the row of <think> would not learn in this MLLM, whose embedding and LM "
+            "head are one matrix; set model.config.think_id = processor.think_id."
+        )
+    return [config.think_id, *rows]
 
 
 def lora_config(model: Any, **settings: Any) -> Any:
     """PEFT's LoraConfig with everything that must learn beside the adapters.
 
     Adapters go on the language model's linear layers. The segmentation modules and the LM head are trained whole, and
-    so are the embedding rows of `</think>` and the concentration token. Checkpoints then hold adapters only:
+    so are the embedding rows of `</think>` and the concentration token. Where embedding and LM head are one matrix, its
+    rows of these two and of `<think>` are trained instead of the head. Checkpoints then hold adapters only:
     `PeftModel.from_pretrained(model, folder).merge_and_unload().save_pretrained(out)` makes a SegCompass folder.
 
     Args:
@@ -72,22 +105,13 @@ def lora_config(model: Any, **settings: Any) -> Any:
 
     Returns:
         LoraConfig: for `get_peft_model` or a trainer's `peft_config`.
-
-    Raises:
-        ValueError: the MLLM's embedding and LM head are one matrix, whose rows cannot be trained beside adapters.
     """
     from peft import LoraConfig
 
-    if model.get_output_embeddings().weight is model.get_input_embeddings().weight:
-        raise ValueError(
-            "this MLLM's embedding and LM head are one matrix (tie_word_embeddings), so that adapters cannot "
-            "leave the concentration token's rows free; train without adapters."
-        )
-    tokens = [model.config.think_end_id, model.config.ref_token_id]
     defaults = {
         "target_modules": backbone_of(model).lora_targets(model.mllm),
-        "modules_to_save": [*segmentation_modules(model), "lm_head"],
-        "trainable_token_indices": {"embed_tokens": tokens},
+        "modules_to_save": [*segmentation_modules(model), *([] if is_tied(model) else ["lm_head"])],
+        "trainable_token_indices": {"embed_tokens": learned_rows(model)},  # PEFT ties the head to them, if it was tied
     }
     return LoraConfig(**{**defaults, **settings})
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from accelerate.utils import is_peft_model
+from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
@@ -16,7 +18,15 @@ from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
 
 from .alignment import AlignmentTargets, WordKind, alignment_loss, any_word
 from .checkpoints import WholeCheckpoints, check_pushing
-from .checks import check_arguments, check_dataset, check_kinds, check_loss, check_precision
+from .checks import (
+    check_adapters,
+    check_arguments,
+    check_dataset,
+    check_loss,
+    check_model,
+    check_precision,
+    check_quantization,
+)
 from .collator import SegCompassCollator
 from .image_features import open_image_features
 from .losses import LOG_PREFIX, LossWeights, erasure_loss, segmentation_loss
@@ -95,12 +105,14 @@ class SegCompassSFTTrainer(WholeCheckpoints, Trainer):
         args: the settings.
         processing_class: the model's SegCompassProcessor.
         word_kind: what the words of phrases say, for the alignment term, see `AlignmentTargets`.
+        peft_config: adapters, as `policy.lora_config` makes them; a PeftModel brings its own.
         **kwargs: Trainer's (train_dataset, eval_dataset, callbacks, ...).
 
     Raises:
         TypeError: model, args, processing_class or train_dataset is of another kind.
-        ValueError: processor and model disagree, image features of an encoder that is to be trained, an alignment term
-            with nothing to learn from it, or trainable weights of half precision.
+        ValueError: processor and model disagree, image features of an encoder that is to be trained, an alignment
+            term with nothing to learn from it, trainable weights of half precision, a quantised MLLM without adapters,
+            or adapters that leave out what must learn.
 
     Example:
         >>> args = SegCompassSFTConfig("runs/sft", max_steps=100)
@@ -117,19 +129,27 @@ class SegCompassSFTTrainer(WholeCheckpoints, Trainer):
         args: SegCompassSFTConfig,
         processing_class: SegCompassProcessor,
         word_kind: WordKind = any_word,
+        peft_config: PeftConfig | None = None,
         **kwargs: Any,
     ):
         check_arguments(args, SegCompassSFTConfig)
-        check_kinds(model, processing_class)
+        check_model(model, processing_class)
         processing_class.check_fits(model.config)
         check_dataset(kwargs.get("train_dataset"))
         model.config.token_dropout = args.token_dropout
-        freeze(
-            model,
-            train_below_sae_layer=args.train_below_sae_layer,
-            train_vision_tower=args.train_vision_tower,
-            train_image_encoder=args.train_image_encoder,
-        )
+        parts = ("train_below_sae_layer", "train_vision_tower", "train_image_encoder")
+        learning = {name: getattr(args, name) for name in parts}
+        adapted: Any = model if peft_config is None else get_peft_model(model, peft_config)
+        check_quantization(model, is_peft_model(adapted))
+        if not is_peft_model(adapted):
+            freeze(model, **learning)
+        elif any(learning.values()):
+            raise ValueError(
+                f"{', '.join(name for name in parts if learning[name])} is True, but with adapters only they and the "
+                "segmentation modules learn; leave it out, or train without adapters."
+            )
+        else:
+            check_adapters(adapted)
         self.with_masks = args.lambda_s > 0 or args.lambda_c > 0
         features = None
         if args.image_features and self.with_masks:
@@ -151,8 +171,8 @@ class SegCompassSFTTrainer(WholeCheckpoints, Trainer):
         collator = SegCompassCollator(processing_class, mask_side, features, alignment)
         for name in ("train_dataset", "eval_dataset"):
             kwargs[name] = leave_images_encoded(kwargs.get(name))
-        check_precision(model)
-        super().__init__(model=model, args=args, processing_class=processing_class, data_collator=collator, **kwargs)
+        check_precision(adapted)
+        super().__init__(model=adapted, args=args, processing_class=processing_class, data_collator=collator, **kwargs)
         self.model_accepts_loss_kwargs = False
         self._parts: dict[str, list[Tensor]] = {}
 

@@ -2,6 +2,7 @@
 
     segcompass train sft --config mini/masks
     accelerate launch -m segcompass train sft --config RECIPE.yaml --learning-rate 1e-5
+    accelerate launch -m segcompass train sft --config RECIPE.yaml --use-peft --load-in-4bit      # QLoRA
 
 A recipe is a YAML file, or a name that `segcompass recipes` lists; options replace its values. It names either `model`
 (a SegCompass model to continue from) or `mllm` and `image_encoder` (backbones to build one from). Repeat the command to
@@ -10,7 +11,12 @@ resume an interrupted run from its last checkpoint.
 
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from accelerate import PartialState
+from trl import ModelConfig
+
+from segcompass.adapters import adapters_for, check_model_options, load_for_training
 from segcompass.loaders import load_rows
 from segcompass.loading import load
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
@@ -26,16 +32,17 @@ class SFTArguments:
     """What to train, on what."""
 
     model: str | None = field(default=None, metadata={"help": "SegCompass folder or Hub id to continue from"})
-    mllm: str | None = field(default=None, metadata={"help": "MLLM to build from; its folder holds a processor too"})
+    mllm: str | None = field(default=None, metadata={"help": "MLLM to build from: folder or Hub id"})
     image_encoder: str | None = field(default=None, metadata={"help": "image encoder to build from (docs/encoders.md)"})
     sae: str | None = field(default=None, metadata={"help": "SAE folder or Hub id to put into the model"})
     model_config: dict | str | None = field(
         default=None, metadata={"help": "fields of SegCompassConfig (JSON), for a model built from backbones"}
     )
-    dataset: str = field(default="scenes", metadata={"help": options.TRAINING_ROWS})
-    attn_implementation: str = field(
-        default="sdpa", metadata={"help": "attention of the MLLM; 'eager' is faster on CPUs"}
+    processor_config: dict | str | None = field(
+        default=None,
+        metadata={"help": "arguments of SegCompassProcessor.from_backbones (JSON), for a model built from backbones"},
     )
+    dataset: str = field(default="scenes", metadata={"help": options.TRAINING_ROWS})
     split: str = field(default="train", metadata={"help": "split of the data set"})
     dataset_seed: int = field(default=0, metadata={"help": "seed of the procedural scenes, ignored for other data"})
     num_samples: int = field(default=100_000, metadata={"help": "use only the first N rows"})
@@ -47,23 +54,62 @@ def build(arguments: SFTArguments) -> tuple[SegCompassModel, SegCompassProcessor
         return load(arguments.model, "cpu")
     if not (arguments.mllm and arguments.image_encoder):
         raise ValueError("name either model, or mllm and image_encoder, in the recipe or on the command line.")
-    processor = SegCompassProcessor.from_pretrained(arguments.mllm)
-    fields = arguments.model_config or {}
-    fields = json.loads(fields) if isinstance(fields, str) else fields
+    fields, settings = (
+        json.loads(given) if isinstance(given, str) else given or {}
+        for given in (arguments.model_config, arguments.processor_config)
+    )
+    processor = SegCompassProcessor.from_backbones(arguments.mllm, arguments.image_encoder, **settings)
     model = SegCompassModel.from_backbones(arguments.mllm, arguments.image_encoder, arguments.sae, processor, **fields)
     return model, processor
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the command with these options; None takes the process's own."""
-    parser = options.recipe_parser("train sft", __doc__, (SFTArguments, SegCompassSFTConfig))
-    arguments, training = parse_with_recipe(parser, argv)
-    model, processor = build(arguments)
+def start(
+    arguments: SFTArguments, training: SegCompassSFTConfig, extra: ModelConfig
+) -> tuple[SegCompassModel, SegCompassProcessor]:
+    """The model to train, in 4 or 8 bits where that is asked for, and its processor.
+
+    Args:
+        arguments: the command's options.
+        training: the trainer's.
+        extra: those of adapters.
+
+    Returns:
+        both. What is built for adapters is kept in `base` in the output folder, because they are merged into these very
+        weights, of which some are random; a resumed training goes on from there.
+
+    Raises:
+        ValueError: neither a model nor backbones are named, or a quantised MLLM is to be trained without adapters.
+    """
+    path, quantized = arguments.model, extra.load_in_4bit or extra.load_in_8bit
+    check_model_options(extra)
+    if extra.use_peft and not path:
+        path = str(Path(training.output_dir) / "base")
+        state = PartialState()
+        with state.main_process_first():
+            if state.is_main_process and last_checkpoint(training.output_dir) is None:
+                model, processor = build(arguments)
+                model.save_pretrained(path)
+                processor.save_pretrained(path)
+    elif not path or not quantized:
+        model, processor = build(arguments)
+        if path and arguments.sae:
+            model.load_sae(arguments.sae)
+        return model, processor
+    model = load_for_training(path, extra, training.bf16)
     if arguments.model and arguments.sae:
         model.load_sae(arguments.sae)
-    model.set_attn_implementation(arguments.attn_implementation)
+    return model, SegCompassProcessor.from_pretrained(path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command with these options; None takes the process's own."""
+    parser = options.recipe_parser("train sft", __doc__, (SFTArguments, SegCompassSFTConfig, ModelConfig))
+    arguments, training, extra = parse_with_recipe(parser, argv)
+    model, processor = start(arguments, training, extra)
+    model.set_attn_implementation(extra.attn_implementation or "sdpa")
     rows = load_rows(arguments.dataset, arguments.split, arguments.dataset_seed, arguments.num_samples, streaming=True)
-    trainer = SegCompassSFTTrainer(model, training, processor, train_dataset=rows)
+    adapters = adapters_for(model, processor, extra)
+    trainer = SegCompassSFTTrainer(model, training, processor, peft_config=adapters, train_dataset=rows)
     with alone_in_output(training):
         trainer.train(training.resume_from_checkpoint or last_checkpoint(training.output_dir))
         trainer.save_model()

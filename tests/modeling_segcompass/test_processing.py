@@ -62,7 +62,7 @@ def test_missing_instruction_is_refused(processor):
 
 
 def test_prompt_over_the_limit_is_refused(processor):
-    with pytest.raises(ValueError, match=r"a prompt has \d+ tokens, the limit is 300; shorten .* or raise"):
+    with pytest.raises(ValueError, match=r"the prompt has \d+ tokens, .* the limit is 300: shorten .* or raise"):
         processor(images=noise_image(8, 8), text="box " * 80)
 
 
@@ -92,7 +92,7 @@ def test_template_with_the_concentration_token_is_refused(processor):
 
 
 def test_image_too_narrow_for_the_frame_is_refused(processor):
-    with pytest.raises(ValueError, match=r"image 0 is 1 x 200 pixels; the limit is a ratio of 64 .*crop it"):
+    with pytest.raises(ValueError, match=r"row 0 .*: the image is 1 x 200 pixels; the limit is a ratio of 64,.*crop"):
         processor.encoder_inputs(noise_image(200, 1))
 
 

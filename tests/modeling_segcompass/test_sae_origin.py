@@ -84,6 +84,22 @@ def test_a_folder_of_the_hubs_cache_or_client_knows_its_commit(tmp_path):
     assert origin_of(config) == (LLAVA, None)
 
 
+def test_a_folder_without_a_commit_is_known_by_its_weights_wherever_it_lies(tmp_path):
+    model, _ = tiny_segcompass("llava")
+    config, origins = model.mllm.config, []
+    for name in ("first", "moved", "trained"):
+        if name == "trained":
+            model.mllm.lm_head.weight.data += 0.01
+        model.mllm.save_pretrained(tmp_path / name)
+        config._name_or_path, config._commit_hash = str(tmp_path / name), None
+        origins.append(origin_of(config))
+    first, moved, trained = origins
+    assert first.revision and first.name != moved.name
+    check_origin(sae_of(*first).config, moved)
+    with pytest.raises(ValueError, match="was trained on .*first' at .*, but the MLLM is .*trained' at"):
+        check_origin(sae_of(*first).config, trained)
+
+
 def test_the_revision_is_saved(tmp_path):
     sae_of(LLAVA, ONE).save_pretrained(tmp_path)
     assert SparseAutoencoder.from_pretrained(tmp_path).config.backbone_revision == ONE

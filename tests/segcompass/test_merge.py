@@ -1,0 +1,36 @@
+"""`segcompass merge` makes a model of adapters, and says what it needs."""
+
+import pytest
+import torch
+from peft import get_peft_model
+
+from segcompass import SegCompassModel
+from segcompass.cli import main
+from segcompass.commands import merge
+from segcompass.trainers.policy import lora_config
+from tests.support.scripted import noise_image
+from tests.support.tiny import tiny_segcompass
+
+
+def test_the_merged_model_is_the_adapted_one(tmp_path):
+    model, processor = tiny_segcompass("llava")
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    adapted = get_peft_model(model, lora_config(model, r=2)).eval()
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02 * parameter.requires_grad)
+    adapted.save_pretrained(tmp_path / "adapters")
+    merge.main([str(tmp_path / "adapters"), "--model", str(tmp_path / "model"), "--output", str(tmp_path / "merged")])
+    merged = SegCompassModel.from_pretrained(tmp_path / "merged").eval()
+    inputs = processor(images=noise_image(40, 60), text="it", response=processor.format_response("a box"))
+    with torch.no_grad():
+        ours, theirs = merged(**inputs), adapted(**inputs)
+    torch.testing.assert_close(ours.logits, theirs.logits, atol=1e-4, rtol=0)  # B A is added once and not per token
+    torch.testing.assert_close(ours.pred_masks, theirs.pred_masks, atol=1e-3, rtol=0)
+
+
+def test_a_folder_without_adapters_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["merge", str(tmp_path), "--model", "x", "--output", str(tmp_path / "out")])
+    assert "holds no adapters (adapter_config.json)" in capsys.readouterr().err
