@@ -10,7 +10,6 @@ import torch
 from trl import ModelConfig, get_quantization_config
 
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
-from segcompass.modeling_segcompass.manifest import MANIFEST
 from segcompass.trainers.policy import lora_config
 
 
@@ -32,11 +31,12 @@ def load_for_training(path: str | Path, options: ModelConfig, bf16: bool) -> Seg
     return model
 
 
-def adapters_for(model: SegCompassModel, options: ModelConfig) -> Any:
+def adapters_for(model: SegCompassModel, processor: SegCompassProcessor, options: ModelConfig) -> Any:
     """PEFT's configuration of the adapters that are asked for.
 
     Args:
-        model: what is to be adapted.
+        model: what is to be adapted; one that was saved before `<think>`'s id was kept is told it.
+        processor: the model's.
         options: the command's.
 
     Returns:
@@ -44,20 +44,9 @@ def adapters_for(model: SegCompassModel, options: ModelConfig) -> Any:
     """
     if not options.use_peft:
         return None
+    if model.config.think_id is None:
+        model.config.think_id = processor.think_id
     chosen = {"target_modules": options.lora_target_modules} if options.lora_target_modules else {}
     return lora_config(
         model, r=options.lora_r, lora_alpha=options.lora_alpha, lora_dropout=options.lora_dropout, **chosen
     )
-
-
-def keep_base(folder: Path, model: SegCompassModel, processor: SegCompassProcessor) -> None:
-    """Save a model that was built for adapters: they are merged into these very weights, of which some are random.
-
-    Args:
-        folder: where; nothing is written if a whole model is there.
-        model: as it was built.
-        processor: the model's.
-    """
-    if not (folder / MANIFEST).is_file():
-        processor.save_pretrained(folder)
-        model.save_pretrained(folder)

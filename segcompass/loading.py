@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
 from segcompass.modeling_segcompass.backbone_files import read_mllm
+from segcompass.modeling_segcompass.tokens import give_rows
 
 
 def load(path: str | Path, device: str | torch.device | None = None) -> tuple[SegCompassModel, SegCompassProcessor]:
@@ -55,4 +56,5 @@ def load_mllm(
         **read_mllm(path),
     )
     mllm: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
+    give_rows(mllm, processor.tokenizer, processor.new_tokens)  # as a SegCompass model that is built from it has them
     return mllm.to(device), processor

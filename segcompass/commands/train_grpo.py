@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments, training, extra = parse_with_recipe(parser, argv)
     rows, held_out = options.training_rows(arguments, training)
     model = load_for_training(arguments.model, extra, training.bf16)
+    processor = SegCompassProcessor.from_pretrained(arguments.model)
     if extra.attn_implementation:
         model.set_attn_implementation(extra.attn_implementation)
     trainer = SegCompassGRPOTrainer(
@@ -55,8 +56,8 @@ def main(argv: list[str] | None = None) -> None:
         args=training,
         train_dataset=rows,
         eval_dataset=held_out,
-        processing_class=SegCompassProcessor.from_pretrained(arguments.model),
-        peft_config=adapters_for(model, extra),
+        processing_class=processor,
+        peft_config=adapters_for(model, processor, extra),
     )
     Path(training.output_dir).mkdir(parents=True, exist_ok=True)
     trainer.train(training.resume_from_checkpoint or last_checkpoint(training.output_dir))

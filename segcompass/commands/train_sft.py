@@ -13,12 +13,12 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from accelerate import PartialState
 from trl import ModelConfig
 
-from segcompass.adapters import adapters_for, keep_base, load_for_training
+from segcompass.adapters import adapters_for, load_for_training
 from segcompass.loading import load
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
-from segcompass.modeling_segcompass.manifest import MANIFEST
 from segcompass.recipes import parse_with_recipe
 from segcompass.trainers import SegCompassSFTConfig, SegCompassSFTTrainer
 from segcompass.trainers.checkpoints import last_checkpoint
@@ -82,17 +82,24 @@ def start(
         extra: those of adapters.
 
     Returns:
-        both; what was built for adapters is kept in `base` in the output folder first.
+        both. What is built for adapters is kept in `base` in the output folder, because they are merged into these very
+        weights, of which some are random; a resumed training goes on from there.
 
     Raises:
-        ValueError: neither a model nor backbones are named.
+        ValueError: neither a model nor backbones are named, or a quantised MLLM is to be trained without adapters.
     """
-    path = arguments.model
+    path, quantized = arguments.model, extra.load_in_4bit or extra.load_in_8bit
+    if quantized and not extra.use_peft:
+        raise ValueError("weights of 4 or 8 bits cannot be trained; add --use-peft, or leave out --load-in-4bit.")
     if extra.use_peft and not path:
         path = str(Path(training.output_dir) / "base")
-        if not (Path(path) / MANIFEST).is_file():
-            keep_base(Path(path), *build(arguments))
-    elif not path or not (extra.load_in_4bit or extra.load_in_8bit):
+        state = PartialState()
+        with state.main_process_first():
+            if state.is_main_process and last_checkpoint(training.output_dir) is None:
+                model, processor = build(arguments)
+                model.save_pretrained(path)
+                processor.save_pretrained(path)
+    elif not path or not quantized:
         model, processor = build(arguments)
         if path and arguments.sae:
             model.load_sae(arguments.sae)
@@ -115,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
         model,
         training,
         processor,
-        peft_config=adapters_for(model, extra),
+        peft_config=adapters_for(model, processor, extra),
         train_dataset=rows,
         eval_dataset=held_out,
     )

@@ -9,6 +9,7 @@ that make it small. A stage that learns nothing, and a model that finds no slot,
 """
 
 import json
+import multiprocessing
 import os
 import re
 import shlex
@@ -19,8 +20,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from segcompass.cli import main
 from tests.support.hub_world import LLAVA, QWEN, QWEN_TIED, SAM, fetch_vocabularies, make_world
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +33,9 @@ RECIPES = {LLAVA: "llava-1.5-7b", QWEN: "qwen2.5-vl-7b", QWEN_TIED: "qwen2.5-vl-
 SLOTS = 6
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 70, 220), "yellow": (230, 210, 60)}
 SIZES = [(64, 100), (100, 64), (80, 80)]  # height, width
+
+PROCESSES = multiprocessing.get_context("forkserver")  # a fresh process for each command, with the imports made once
+PROCESSES.set_forkserver_preload([f"segcompass.commands.train_{name}" for name in ("sae", "sft", "grpo")])
 
 CPU = "--bf16 false --use_cpu true --report_to none --dataloader_num_workers 0"
 MODEL = {"d_c": 32, "num_concepts": 32, "codebook_heads": 4, "slot_heads": 4, "slot_head_dim": 8, "decoder_heads": 4}
@@ -79,12 +85,14 @@ def draw(folder, number):
     }
 
 
-def run(world, words, **environment):
-    """Run a command in the world's folder; its output, or the test fails with it."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(words, cwd=world, env=env, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, f"{words}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
-    return done.stdout
+def run_command(world, words, log):
+    """A `segcompass` command in this process, which is its own; what it prints goes into a file."""
+    os.chdir(world)
+    torch.set_num_threads(1)
+    with open(log, "w", buffering=1) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        main(words)
 
 
 def rehearse(world, line, mllm, extra=""):
@@ -96,10 +104,12 @@ def rehearse(world, line, mllm, extra=""):
         words += ["--processor_config", json.dumps({"min_pixels": 784, "max_pixels": 6272})]
     if mllm == QWEN_TIED and name in ("train sae", "train sft"):
         words += ["--mllm" if name == "train sft" else "--model", QWEN_TIED]
-    began = time.perf_counter()
-    told = run(world, [sys.executable, "-m", "segcompass", *words])
+    began, log = time.perf_counter(), world / f"{len(list(world.glob('*.log')))}.log"
+    process = PROCESSES.Process(target=run_command, args=(world, words, log))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, f"segcompass {shlex.join(words)}\n{log.read_text()[-6000:]}"
     print(f"{time.perf_counter() - began:6.1f} s  {line}")
-    return told
 
 
 def log_of(folder):
@@ -175,12 +185,14 @@ def test_the_commands_of_the_page_lead_from_plain_backbones_to_masks(mllm, tmp_p
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     words = [json.dumps(packages), str(results / "grpo"), str(world / "data" / "photo.png"), "the red box"]
-    told = run(
-        elsewhere,
+    told = subprocess.run(
         [sys.executable, "-S", "-c", WITHOUT_PROJECT, *words],
-        PYTHONPATH="",
-        HF_HOME=str(elsewhere),
-    )
+        cwd=elsewhere,
+        env={**os.environ, "PYTHONPATH": "", "HF_HOME": str(elsewhere)},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout
     assert json.loads(told.splitlines()[-1])["text"].endswith("<REF_POS>" * SLOTS)
 
     train, *rest = commands("adapters")

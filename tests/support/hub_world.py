@@ -35,13 +35,14 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from segcompass.modeling_segcompass.processing_segcompass import PROMPT
 from tests.support.tiny import CHAT
 
 LLAVA, QWEN, QWEN_TIED = "llava-hf/llava-1.5-7b-hf", "Qwen/Qwen2.5-VL-7B-Instruct", "Qwen/Qwen2.5-VL-3B-Instruct"
 SAM = "facebook/sam-vit-huge"
 CLIP_MEAN, CLIP_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
 VIEW = 56  # side of what LLaVA sees, in pixels; 16 image tokens
-WORDS = "the a left right of box red green blue yellow one and on in is it large small"
+WORDS = [*dict.fromkeys(re.findall("[A-Za-z]+", f"the box is it red green blue yellow {PROMPT}"))]
 QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -85,7 +86,7 @@ def llama_vocabulary(vocabularies):
     """Tokens and merges: Llama-2's own, or the same layout with letters and a few words."""
     if vocabularies is None:
         letters = ["▁", *map(chr, range(33, 127))]
-        merges, made = merged(letters, [f"▁{word}" for word in WORDS.split()])
+        merges, made = merged(letters, [f"▁{word}" for word in WORDS])
         return ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *made, *letters], merges
     source = (Path(vocabularies) / "llama-tokenizer.js").read_text()
     tokens = base64.b64decode(re.search(r'llama_vocab_base64 = "([^"]+)"', source)[1]).decode().split("\n")
@@ -99,7 +100,7 @@ def qwen_vocabulary(vocabularies):
     letter = bytes_to_unicode()
     if vocabularies is None:
         letters = list(letter.values())
-        merges, made = merged(letters, [f"Ġ{word}" for word in WORDS.split()])
+        merges, made = merged(letters, [f"Ġ{word}" for word in WORDS])
         return [*letters, *made], merges
     lines = (Path(vocabularies) / "qwen.tiktoken").read_bytes().split(b"\n")
     ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}

@@ -100,7 +100,7 @@ def test_patches_of_a_padded_image_are_covered_where_the_mask_lies():
 @pytest.fixture(scope="module")
 def parts():
     rows = list(load_mixed_scenes("train", seed=5, num_samples=4, streaming=True))
-    model, processor = tiny_segcompass("llava")
+    model, processor = tiny_segcompass("llava", image_view="frame")
     processor.image_processor = SamImageProcessorPil(
         size={"longest_edge": 28}, pad_size={"height": 28, "width": 28}, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )

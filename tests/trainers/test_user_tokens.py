@@ -7,6 +7,7 @@ from transformers import BitsAndBytesConfig
 
 from segcompass import SegCompassModel, SegCompassProcessor, SparseAutoencoderConfig
 from segcompass.loaders import load_scenes
+from segcompass.loading import load_mllm
 from segcompass.trainers import (
     SegCompassGRPOConfig,
     SegCompassGRPOTrainer,
@@ -81,10 +82,18 @@ def test_the_cold_start_teaches_think_whether_or_not_embedding_and_head_are_one(
     labels = inputs["labels"][0, 1:]
     for token in (processor.think_id, processor.think_end_id, processor.ref_token_id):
         places = (labels == token).nonzero()[:, 0]
-        assert probability[places, token].min() > 0.9, processor.tokenizer.decode([token])
+        assert probability[places, token].min() > 0.9, (token, probability[places, token])
     changed = (model.get_input_embeddings().weight != before).any(1).nonzero()[:, 0].tolist()
     ours = {processor.think_end_id, processor.ref_token_id}
     assert set(changed) == (ours | {processor.think_id} if mllm == QWEN_TIED else ours)
+
+
+def test_what_an_sae_reads_of_a_plain_mllm_has_the_mean_in_the_new_rows(hub):
+    mllm, processor = load_mllm(str(hub / QWEN), device="cpu")
+    ids = [processor.think_id, processor.think_end_id, processor.ref_token_id]
+    weight = mllm.get_input_embeddings().weight
+    others = [number for number in range(len(processor.tokenizer)) if number not in ids]
+    torch.testing.assert_close(weight[ids], weight[others].mean(0).expand(3, -1))
 
 
 def test_slots_found_stand_in_the_log_of_the_cold_start(hub, rows, tmp_path):
