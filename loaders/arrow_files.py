@@ -80,17 +80,17 @@ def cached_json(make: Callable[[], Any], depends_on: Any) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def file_stamps(files: Iterable[Path]) -> list[tuple[str, int, int]]:
-    """Path, time and size of files: what tells a changed file.
+def file_stamps(files: Iterable[Path]) -> list[tuple[str, int, int, int]]:
+    """Path, times and size of files: what tells a changed file.
 
     Args:
         files: existing files.
 
     Returns:
-        One triple for each, in their order.
+        (path, time of its content, time of its entry, size) of each, in their order.
     """
     found = [(path, path.stat()) for path in files]
-    return [(str(path), stat.st_mtime_ns, stat.st_size) for path, stat in found]
+    return [(str(path), stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size) for path, stat in found]
 
 
 @contextmanager

@@ -187,7 +187,7 @@ def to_dataset(
     Args:
         make_rows: a module's generator of rows (dicts of `FEATURES`).
         arguments: its keyword arguments.
-        files: what it reads; when one has changed (its time or size), all rows are made again.
+        files: what it reads; when one has changed (its times or size), all rows are made again.
         split: name of the split.
         num_samples: take the first so many, or None for all.
         where: the end of an error about missing images: where they are found.
