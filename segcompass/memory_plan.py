@@ -30,7 +30,8 @@ PATCHES = 1024  # image tokens that a grounded read-out maps to keys, at most
 SELECTION = 3 * 4 * 2**25  # the SAE's chunk of activations, its running maximum and a temporary, float32
 RESERVE = 0.10  # share of a GPU left to the allocator, NCCL and CUDA
 GB = 1e9
-COMPONENTS = ("mllm vision", "mllm language", "mllm head", "image_encoder", "sae", *SEGMENTATION_MODULES)
+COMPONENTS = ("mllm vision", "mllm language", "mllm head", "image_encoder", "sae")
+COMPONENTS += (*SEGMENTATION_MODULES, "grounded_reading")
 
 
 def recipe_config(path: Path) -> SegCompassConfig:
@@ -49,12 +50,12 @@ def recipe_config(path: Path) -> SegCompassConfig:
     recipe = yaml.safe_load(path.read_text())
     source = recipe
     if _is_small(path) and not Path(recipe.get("mllm", path)).exists():
-        return SegCompassConfig.from_pretrained(SMALL)
+        return _read(SMALL)
     if "mllm" not in recipe:
         if (Path(recipe["model"]) / "config.json").exists():
-            return SegCompassConfig.from_pretrained(recipe["model"])
+            return _read(recipe["model"])
         if _is_small(path):
-            return SegCompassConfig.from_pretrained(SMALL)
+            return _read(SMALL)
         beside = path.with_name("sft.yaml")
         if not beside.exists():
             raise ValueError(
@@ -79,6 +80,13 @@ def recipe_config(path: Path) -> SegCompassConfig:
 def _is_small(path: Path) -> bool:
     """Whether a recipe is one of the small model's, whose sizes are known before any stage has run."""
     return path.is_relative_to(RECIPES) and path.parent.name.startswith(SMALL.name)
+
+
+def _read(path: Any) -> SegCompassConfig:
+    """A saved configuration; one from before `<think>`'s id was kept gets a placeholder."""
+    config = SegCompassConfig.from_pretrained(path)
+    config.think_id = 0 if config.think_id is None else config.think_id
+    return config
 
 
 def recipe_choices(training: dict[str, Any]) -> dict[str, Any]:
@@ -141,7 +149,7 @@ def four_bit_parameters(model: Any) -> int:
 def component(name: str, vision: tuple[str, ...]) -> str:
     """Which part of the model a parameter belongs to; `vision` are the names of the MLLM's vision parts in it."""
     parts = name.split(".")
-    for part in (*SEGMENTATION_MODULES, "image_encoder", "sae"):
+    for part in (*SEGMENTATION_MODULES, "grounded_reading", "image_encoder", "sae"):
         if part in parts:
             return part
     if "lm_head" in parts:
