@@ -4,12 +4,20 @@
 
 Makes annotation files of RefCOCO's size (142,000 expressions of 50,000 objects, 197,000 annotations, 20,000 images;
 polygons of about 25 points), then measures in a fresh process each: `json.load` and `pickle.load` of the two files,
-and `load_refcoco`, streamed and with `num_samples=100`, 100 rows read, without a cache. Times are
-CPU seconds of one process, which other work on the machine hardly moves. Peak memory is the loader process's.
+and `load_refcoco`, streamed and with `num_samples=100`, 100 rows read, without a cache.
+
+    python benchmarks/loading.py --mixed
+
+Makes RefCOCO, RefCOCO+, RefCOCOg and gRefCOCO of their real sizes (530,000 training rows, each set holds out other
+images) and mixes 400,000 rows of them: from the annotations with an empty cache, and again in a new process. Reading
+all eight files with `json` and `pickle` is the measure. Then `prepare-data` converts one of them, and its folder is
+compared with its annotations. Times are CPU seconds of one process, which other work on the machine hardly moves.
+Peak memory is the loader process's.
 """
 
 import argparse
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -17,6 +25,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 IMAGES, ANNOTATIONS, REFS, EXPRESSIONS = 20_000, 197_000, 50_000, 142_000
 
@@ -44,6 +53,128 @@ rows = load_refcoco(sys.argv[1], split="train", num_samples=100)
 assert len([row["masks"] for row in rows]) == 100
 print(streamed, time.process_time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """
+
+
+MIXED = {  # name: (file of the refs, refs, expressions)
+    "refcoco": ("refs(unc).p", 42_400, 120_600),
+    "refcoco+": ("refs(unc).p", 42_300, 120_200),
+    "refcocog": ("refs(umd).p", 42_200, 80_500),
+    "grefcoco": ("grefs(unc).json", 209_300, 209_300),
+}
+
+READ_ALL = """
+import json, pickle, sys, time
+from pathlib import Path
+began = time.process_time()
+for path in sorted(Path(sys.argv[1]).glob("*/*")):
+    with open(path, "rb") as file:
+        content = pickle.load(file) if path.suffix == ".p" else json.load(file)
+    del content
+print(time.process_time() - began)
+"""
+
+MIX = """
+import resource, sys, time
+import datasets, torch
+from segcompass.loaders.mixing import mix_rows
+datasets.config.HF_DATASETS_CACHE = sys.argv[2]
+datasets.disable_progress_bars()
+names = ("refcoco", "refcoco+", "refcocog", "grefcoco")
+began = time.process_time()
+parts = [{"dataset": name, "root": sys.argv[1], "image_dir": sys.argv[3]} for name in names]
+mixture = mix_rows(parts, num_samples=int(sys.argv[4]))
+assert [mixture.rows[index]["masks"] for index in range(100)]
+removed = sum(line["removed"] for line in mixture.table)
+seconds = time.process_time() - began
+print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, len(mixture.rows), removed)
+"""
+
+PREPARE = """
+import sys, time
+import datasets
+from pathlib import Path
+from segcompass.preparation import Conversion, prepare_data
+datasets.config.HF_DATASETS_CACHE = sys.argv[2]
+began = time.process_time()
+sys.stdout = sys.stderr
+prepare_data(Conversion("refcoco", Path(sys.argv[4]), ["train"], sys.argv[1], Path(sys.argv[3])))
+print(time.process_time() - began, file=sys.__stdout__)
+"""
+
+
+def make_mixed(folder, images, scale):
+    """The four sets in folder/NAME and their images in `images`."""
+    count = round(IMAGES * scale)
+    generator, names = np.random.default_rng(0), list(MIXED)
+    images.mkdir()
+    Image.fromarray(generator.integers(0, 255, (480, 640, 3), dtype=np.uint8)).save(images / "one.jpg", quality=80)
+    for number in range(count):
+        os.link(images / "one.jpg", images / f"COCO_train2014_{number:012}.jpg")
+    make_files(folder, scale)
+    (folder / "refcoco" / "refs(unc).p").unlink()
+    held_out = {name: set(range(place, count, 20)) for place, name in enumerate(names)}
+    for name, (file, refs, expressions) in MIXED.items():
+        (folder / name).mkdir(exist_ok=True)
+        if name != "refcoco":
+            os.link(folder / "refcoco" / "instances.json", folder / name / "instances.json")
+        made, sentence = [], 0
+        annotations, refs, each = round(ANNOTATIONS * scale), round(refs * scale), expressions / refs
+        for number in range(refs):
+            texts = [f"the thing number {n} on the left" for n in range(round(each * (number + 1)) - sentence)]
+            asked = [
+                {"sent_id": sentence + n, "sent": text, "raw": f"{text}.", "tokens": text.split()}
+                for n, text in enumerate(texts)
+            ]
+            sentence += len(texts)
+            first = number % annotations
+            image = first % count
+            second = (first + count) % annotations  # of the same image, but for the last annotations
+            ids = [first] if number % 10 < 5 or second % count != image else [first, second]
+            ids = ([-1] if number % 10 == 9 else ids) if name == "grefcoco" else first
+            split = "val" if image in held_out[name] else "train"
+            made.append(
+                {"ref_id": number, "ann_id": ids, "category_id": 1, "image_id": image, "split": split}
+                | {"file_name": f"COCO_train2014_{image:012}_{number}.jpg", "sentences": asked}
+                | {"sent_ids": [one["sent_id"] for one in asked]}
+            )
+        path = folder / name / file
+        path.write_bytes(json.dumps(made).encode() if file.endswith(".json") else pickle.dumps(made, protocol=2))
+
+
+def measure_mixed(args):
+    """Print and return what mixing costs."""
+    with tempfile.TemporaryDirectory() as top:
+        folder, images, cache = Path(top) / "REFER", Path(top) / "train2014", Path(top) / "cache"
+        folder.mkdir()
+        make_mixed(folder, images, args.scale)
+        megabytes = sum(path.stat().st_size for path in folder.glob("*/*")) / 1e6
+        rows = round(400_000 * args.scale)
+        reading, refcoco = min(run(READ_ALL, folder)[0] for _ in range(args.repeats)), folder / "refcoco"
+        first, peak, taken, removed = run(MIX, folder, cache, images, rows)
+        later, later_peak, *_ = run(MIX, folder, cache, images, rows)
+        (preparing,) = run(PREPARE, folder, cache, images, Path(top) / "prepared")
+        size = sum(path.stat().st_size for path in (Path(top) / "prepared").iterdir())
+        annotations = sum(path.stat().st_size for path in refcoco.iterdir())
+    result = {
+        "annotations_mb": megabytes,
+        "rows": taken,
+        "removed": removed,
+        "read_seconds": reading,
+        "first_seconds": first,
+        "first_ratio": first / reading,
+        "later_seconds": later,
+        "later_ratio": later / reading,
+        "peak_gb": max(peak, later_peak) * 2**30 / 1e9,
+        "prepare_seconds": preparing,
+        "folder_ratio": size / annotations,
+    }
+    print(f"annotations of four sets       {megabytes:8.1f} MB")
+    print(f"json and pickle alone          {reading:8.2f} s")
+    print(f"{taken:,.0f} mixed rows, first   {first:8.2f} s   ratio {first / reading:.2f}")
+    print(f"the same, later                {later:8.2f} s   ratio {later / reading:.2f}")
+    print(f"peak memory                    {result['peak_gb']:8.2f} GB")
+    print(f"prepared folder to annotations {size / annotations:8.2f} (images by path, where they are)")
+    print("RESULT " + json.dumps(result))
 
 
 def make_files(folder, scale):
@@ -102,7 +233,7 @@ def make_files(folder, scale):
 def run(code, *arguments):
     """The numbers that the code prints in a fresh process."""
     done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, text=True, check=True
     )
     return [float(number) for number in done.stdout.split()]
 
@@ -111,7 +242,11 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", type=float, default=1.0, help="share of RefCOCO's size")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--mixed", action="store_true", help="measure mixing four data sets")
     args = parser.parse_args(argv)
+    if args.mixed:
+        measure_mixed(args)
+        return
     with tempfile.TemporaryDirectory() as folder:
         make_files(Path(folder), args.scale)
         megabytes = (Path(folder) / "refcoco" / "instances.json").stat().st_size / 1e6

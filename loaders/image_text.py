@@ -12,9 +12,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Image, IterableDataset, Sequence, load_dataset, load_from_disk
+from datasets import Dataset, Image, IterableDataset, Sequence, load_dataset
 
 from .files import inside_folder
+from .folder import load_folder
 from .identity import image_content
 from .registry import LOADERS, call_loader, first_rows, import_loader
 
@@ -23,20 +24,30 @@ TEXT_COLUMNS = ("text", "instruction", "question", "prompt", "caption")
 RESPONSE_COLUMNS = ("response", "answer")
 """Names under which a row's parts are looked for; the first that has something counts."""
 
+SHUFFLED = 10_000
+"""Streamed rows that are shuffled together."""
+
 
 def load_image_text(
-    dataset: str, split: str = "train", seed: int = 0, num_samples: int | None = None, streaming: bool = True
+    dataset: str,
+    split: str = "train",
+    seed: int = 0,
+    num_samples: int | None = None,
+    streaming: bool = True,
+    shuffled: bool = False,
 ) -> Dataset | IterableDataset:
     """Load rows by name.
 
     Args:
-        dataset: "scenes"; a folder that `save_to_disk` wrote; a `.jsonl` file (paths of images in it are relative to
-            the file and stay in its folder); the dotted path of a function that returns rows; or the id of a data set
-            on the Hub.
+        dataset: "scenes"; a folder that `segcompass prepare-data` or `save_to_disk` wrote; a `.jsonl` file (paths of
+            images in it are relative to the file and stay in its folder); the dotted path of a function that returns
+            rows; or the id of a data set on the Hub.
         split: which split; a `.jsonl` file has one only.
-        seed: seed of the procedural scenes; others ignore it.
+        seed: seed of the procedural scenes, and of the order of others.
         num_samples: rows at most; None means all, and 100,000 scenes.
         streaming: read (or draw) rows while they are used instead of storing them first.
+        shuffled: the rows come in the order of the seed, so that `num_samples` of them are not the first (streamed
+            ones among the next 10,000). Scenes are drawn independently and keep their order.
 
     Returns:
         Dataset or IterableDataset, its rows as they are; `image_text` reads them.
@@ -62,13 +73,15 @@ def load_image_text(
         rows = load_dataset("json", data_files=str(path), split="train", streaming=streaming)
         rows = rows.map(_relative_to, fn_kwargs={"folder": str(path.parent)})
     elif path.is_dir():
-        rows = load_from_disk(dataset)
-        rows = rows[split] if isinstance(rows, Mapping) else rows
+        rows = load_folder(dataset, split)
     elif load := import_loader(dataset):
-        rows = call_loader(dataset, load, num_samples, streaming, split=split, seed=seed)
+        rows = call_loader(dataset, load, None if shuffled else num_samples, streaming, split=split, seed=seed)
     else:
         rows = load_dataset(dataset, split=split, streaming=streaming)
-    return first_rows(_undecoded(rows), num_samples)
+    rows = _undecoded(rows)
+    if shuffled:
+        rows = rows.shuffle(seed, buffer_size=SHUFFLED) if isinstance(rows, IterableDataset) else rows.shuffle(seed)
+    return first_rows(rows, num_samples)
 
 
 def has_splits(dataset: str) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from datasets import Dataset, IterableDataset
 
+from .arrow_files import cached_json, file_stamps
 from .files import inside_folder, need, read_json, read_pickle
 from .masks import coco_rle
 from .registry import register_loader
@@ -61,17 +62,11 @@ def load_refcoco(
     Example:
         rows = load_refcoco("REFER", "refcocog", split="test", image_dir="train2014")
     """
-    if name not in SPLIT_BY:
-        raise ValueError(f"name={name!r} is not one of {', '.join(SPLIT_BY)}.")
-    split_by = split_by or SPLIT_BY[name][0]
-    if split_by not in SPLIT_BY[name]:
-        raise ValueError(f"split_by={split_by!r} does not exist for {name}; choose from {', '.join(SPLIT_BY[name])}.")
+    split_by = _split_by(name, split_by)
     expressions([], unit)
-    folder = Path(root) / name
     where = f"{WHERE_GREF if name == 'grefcoco' else WHERE} hold it. `root` is the folder that has {name}/ in it."
-    instances = need(folder / "instances.json", where)
-    refs = folder / (f"grefs({split_by}).json" if name == "grefcoco" else f"refs({split_by}).p")
-    need(refs, where)
+    instances = need(Path(root) / name / "instances.json", where)
+    refs = refs_file(root, name, split_by)
     if image_dir is not None:
         need(Path(image_dir), "`image_dir` is the folder of COCO's train2014 images (train2014.zip).")
     arguments = {
@@ -85,6 +80,53 @@ def load_refcoco(
     }
     where = "They are in COCO's train2014.zip."
     return to_dataset(_rows, arguments, [instances, refs], split, num_samples, where, streaming)
+
+
+def held_out_images(root: str | os.PathLike, name: str, split_by: str | None = None) -> dict[str, list[int]]:
+    """The COCO images of the splits that are not trained on.
+
+    Args:
+        root: see `load_refcoco`.
+        name: see `load_refcoco`.
+        split_by: see `load_refcoco`.
+
+    Returns:
+        {split: image ids in ascending order}, for each split of the refs but "train".
+
+    Raises:
+        FileNotFoundError: the refs are missing.
+        ValueError: they are damaged, or `split_by` does not exist.
+
+    Example:
+        held_out_images("REFER", "refcocog")["val"][:3]
+    """
+    refs = refs_file(root, name, split_by)
+
+    def find() -> dict[str, list[int]]:
+        images: dict[str, set[int]] = {}
+        for ref in all_refs(refs):
+            if ref["split"] != "train":
+                images.setdefault(ref["split"], set()).add(ref["image_id"])
+        return {split: sorted(ids) for split, ids in sorted(images.items())}
+
+    return cached_json(find, ("held-out images", file_stamps([refs])))
+
+
+def _split_by(name: str, split_by: str | None) -> str:
+    """Whose division into splits, the default filled in. Raises ValueError."""
+    if name not in SPLIT_BY:
+        raise ValueError(f"name={name!r} is not one of {', '.join(SPLIT_BY)}.")
+    split_by = split_by or SPLIT_BY[name][0]
+    if split_by not in SPLIT_BY[name]:
+        raise ValueError(f"split_by={split_by!r} does not exist for {name}; choose from {', '.join(SPLIT_BY[name])}.")
+    return split_by
+
+
+def refs_file(root: str | os.PathLike, name: str, split_by: str | None = None) -> Path:
+    """The file of a data set's refs. Raises FileNotFoundError or ValueError, as `load_refcoco`."""
+    split_by = _split_by(name, split_by)
+    where = f"{WHERE_GREF if name == 'grefcoco' else WHERE} hold it. `root` is the folder that has {name}/ in it."
+    return need(Path(root) / name / (f"grefs({split_by}).json" if name == "grefcoco" else f"refs({split_by}).p"), where)
 
 
 def _register(name: str) -> None:
@@ -110,7 +152,7 @@ def _rows(
 ) -> Iterator[dict]:
     found = _read_refs(refs, split)
     images, annotations = _read_instances(instances, found)
-    left_out = LeftOut()
+    left_out, known = LeftOut(), dict[int, dict | None]()
     for ref in found:
         image = images.get(ref["image_id"])
         if image is None:
@@ -120,7 +162,7 @@ def _rows(
                 inside_folder(image_dir, image["file_name"])
             except ValueError as error:
                 raise ValueError(f"{instances}, image {image['id']}: {error}") from error
-        masks = _masks(ref, image, annotations, name, left_out)
+        masks = _masks(ref, image, annotations, name, left_out, known)
         if masks is None:
             continue
         asked = expressions([(str(each["sent_id"]), each["sent"]) for each in ref["sentences"]], unit)
@@ -146,14 +188,20 @@ def _rows(
 
 def _read_refs(path: Path, split: str) -> list[dict]:
     """The refs of a split. Raises ValueError."""
-    refs = read_json(path) if path.suffix == ".json" else read_pickle(path)
-    keys = {"ref_id", "ann_id", "image_id", "split", "sentences"}
-    if not isinstance(refs, list) or not all(isinstance(ref, dict) and keys <= ref.keys() for ref in refs):
-        raise ValueError(f"{path} is not a list of refs with the keys {', '.join(sorted(keys))}.")
+    refs = all_refs(path)
     found = [ref for ref in refs if ref["split"] == split]
     if not found:
         raise ValueError(f"{path} has no split {split!r}; it has {', '.join(sorted({ref['split'] for ref in refs}))}.")
     return found
+
+
+def all_refs(path: Path) -> list[dict]:
+    """The refs of all splits. Raises ValueError."""
+    refs = read_json(path) if path.suffix == ".json" else read_pickle(path)
+    keys = {"ref_id", "ann_id", "image_id", "split", "sentences"}
+    if not isinstance(refs, list) or not all(isinstance(ref, dict) and keys <= ref.keys() for ref in refs):
+        raise ValueError(f"{path} is not a list of refs with the keys {', '.join(sorted(keys))}.")
+    return refs
 
 
 def _read_instances(path: Path, refs: list[dict]) -> tuple[dict, dict]:
@@ -162,20 +210,25 @@ def _read_instances(path: Path, refs: list[dict]) -> tuple[dict, dict]:
     if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
         raise ValueError(f"{path} is not a COCO annotation file: it needs the keys images and annotations.")
     wanted = {ref["image_id"] for ref in refs}
-    named = {name for ref in refs for name in _annotation_ids(ref)}
+    named = {name for ref in refs for name in annotation_ids(ref)}
     images = {image["id"]: image for image in content["images"] if image["id"] in wanted}
     return images, {each["id"]: each for each in content["annotations"] if each["id"] in named}
 
 
-def _annotation_ids(ref: dict) -> list[int]:
+def annotation_ids(ref: dict) -> list[int]:
     """The annotations that a ref is about; [] for no target."""
     ids = ref["ann_id"] if isinstance(ref["ann_id"], list) else [ref["ann_id"]]
     return [] if ids == [-1] else ids
 
 
-def _masks(ref: dict, image: dict, annotations: dict, name: str, left_out: LeftOut) -> list[dict] | None:
-    """One RLE per instance; None when the ref has targets but none with a usable mask. Raises ValueError."""
-    ids = _annotation_ids(ref)
+def _masks(
+    ref: dict, image: dict, annotations: dict, name: str, left_out: LeftOut, known: dict[int, dict | None]
+) -> list[dict] | None:
+    """One RLE per instance; None when the ref has targets but none with a usable mask. Raises ValueError.
+
+    `known` holds the masks of annotations that other refs were about, and is added to.
+    """
+    ids = annotation_ids(ref)
     masks = []
     for annotation_id in ids:
         annotation = annotations.get(annotation_id)
@@ -186,11 +239,12 @@ def _masks(ref: dict, image: dict, annotations: dict, name: str, left_out: LeftO
             )
         if name == "grefcoco" and annotation.get("iscrowd"):
             continue
-        try:
-            rle = coco_rle(annotation["segmentation"], image["height"], image["width"])
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"annotation {annotation_id}: {error}") from error
-        if rle is not None:
+        if annotation_id not in known:
+            try:
+                known[annotation_id] = coco_rle(annotation["segmentation"], image["height"], image["width"])
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"annotation {annotation_id}: {error}") from error
+        if (rle := known[annotation_id]) is not None:
             masks.append(rle)
         elif len(ids) > 1:
             left_out.add("instances without a polygon inside the image", f"annotation {annotation_id}")

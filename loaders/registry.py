@@ -128,3 +128,8 @@ def first_rows(rows: Dataset | IterableDataset, num_samples: int | None) -> Data
     if num_samples is None or (isinstance(rows, Dataset) and len(rows) <= num_samples):
         return rows
     return rows.take(num_samples)
+
+
+def takes_streaming(dataset: str) -> bool:
+    """Whether a registered data set makes its rows while they are read, each by itself, as the scenes are drawn."""
+    return dataset in LOADERS and "streaming" in inspect.signature(LOADERS[dataset]).parameters

@@ -1,16 +1,18 @@
 """The one row schema, and how the loaders fill it: `to_dataset` streams rows into the `datasets` cache."""
 
 import hashlib
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
 from datasets import Dataset, Features, Image, IterableDataset, List, NamedSplit, Value
-from datasets.exceptions import DatasetGenerationError
 
+from .arrow_files import cached_rows, file_stamps
 from .signed import check_signed
 
 RLE = {"size": List(Value("int32"), length=2), "counts": Value("string")}
@@ -213,26 +215,19 @@ def to_dataset(
         raise ValueError(f"num_samples={num_samples} is below 1; ask for at least one row, or None for all.")
     files = list(files)
     check_signed(files)
-    stamps = hashlib.sha256()
-    for path in files:
-        found = path.stat()
-        stamps.update(f"{path} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_size}\n".encode())
     here = Path(__file__).parent
-    readers = [*here.glob("*.py"), *here.glob("reasoning_segmentation/run_lengths.py")]
-    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(readers)))
-    code.update(_image_reader().read_bytes())
+    readers = {*here.glob("*.py"), *here.glob("reasoning_segmentation/run_lengths.py"), _image_reader()}
+    readers.add(Path(inspect.getfile(make_rows)))
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(readers))).hexdigest()
     given = {
         "make_rows": make_rows,
         "arguments": arguments,
         "num_samples": num_samples,
-        "stamp": (stamps.hexdigest(), code.hexdigest()),
+        "stamp": (file_stamps(files), code),
     }
     if streaming:
         return IterableDataset.from_generator(_checked, features=FEATURES, gen_kwargs=given, split=NamedSplit(split))
-    try:
-        rows = Dataset.from_generator(_checked, features=FEATURES, gen_kwargs=given, split=NamedSplit(split))
-    except DatasetGenerationError as error:
-        raise (error.__cause__ or error) from None
+    rows = cached_rows(partial(_checked, **given), FEATURES, split, given)
     _check_images(rows, where)
     return rows
 

@@ -17,6 +17,7 @@ COMMANDS = {
     "explain": ("explain", "Show which concepts made each mask, and which words and patches they came from."),
     "evaluate": ("evaluate", "Score a model, or any model's predictions, on a data set."),
     "prepare-data": ("prepare_data", "Convert a data set once to parquet files that the other commands read."),
+    "write-traces": ("write_traces", "Write the reasoning traces of the cold start, from annotations or by a model."),
     "train sae": ("train_sae", "Train a sparse autoencoder on an MLLM's hidden states."),
     "train sft": ("train_sft", "Cold start: teach the reasoning and the masks from reference traces."),
     "train grpo": ("train_grpo", "Train the reasoning by GRPO and the masks by supervision, together."),

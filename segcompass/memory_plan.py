@@ -11,20 +11,27 @@ from typing import Any
 import torch
 import yaml
 from torch import nn
+from transformers import AutoConfig
 
 from segcompass.modeling_segcompass import SegCompassConfig, SegCompassModel, SparseAutoencoderConfig
-from segcompass.published_backbones import backbone_configs
+from segcompass.published_backbones import PUBLISHED, backbone_configs
+from segcompass.shipped import MODEL as SMALL
+from segcompass.shipped import RECIPES
 from segcompass.trainers import SegCompassGRPOConfig
 from segcompass.trainers.optimization import SEGMENTATION_MODULES
 from segcompass.trainers.policy import freeze, lora_config
+from segcompass.trainers.sae_estimate import estimate_sae_training
 
 STRATEGIES = ("ddp", "zero2", "fsdp2", "zero3")
 MASTER, GRADIENT, MOMENTS, COMPUTE = 4, 4, 8, 2  # bytes per parameter: float32, float32, two of Adam's, bfloat16
+FOUR_BIT = 0.5 + 4 / 64  # bytes per parameter: half a byte, and a float32 scale for each 64
 HEAD_CHUNK = 2048  # positions whose logits exist at once, float32, with their gradient
+PATCHES = 1024  # image tokens that a grounded read-out maps to keys, at most
 SELECTION = 3 * 4 * 2**25  # the SAE's chunk of activations, its running maximum and a temporary, float32
 RESERVE = 0.10  # share of a GPU left to the allocator, NCCL and CUDA
 GB = 1e9
-COMPONENTS = ("mllm vision", "mllm language", "mllm head", "image_encoder", "sae", *SEGMENTATION_MODULES)
+COMPONENTS = ("mllm vision", "mllm language", "mllm head", "image_encoder", "sae")
+COMPONENTS += (*SEGMENTATION_MODULES, "grounded_reading")
 
 
 def recipe_config(path: Path) -> SegCompassConfig:
@@ -34,16 +41,21 @@ def recipe_config(path: Path) -> SegCompassConfig:
         path: the recipe.
 
     Returns:
-        A SegCompassConfig with placeholders for token ids.
+        A SegCompassConfig with placeholders for token ids. The small model's stages that were not run yet have the
+        sizes of the one that ships.
 
     Raises:
         ValueError: the recipe's model does not exist yet, and no sft.yaml names its backbones.
     """
     recipe = yaml.safe_load(path.read_text())
     source = recipe
+    if _is_small(path) and not Path(recipe.get("mllm", path)).exists():
+        return _read(SMALL)
     if "mllm" not in recipe:
         if (Path(recipe["model"]) / "config.json").exists():
-            return SegCompassConfig.from_pretrained(recipe["model"])
+            return _read(recipe["model"])
+        if _is_small(path):
+            return _read(SMALL)
         beside = path.with_name("sft.yaml")
         if not beside.exists():
             raise ValueError(
@@ -63,6 +75,36 @@ def recipe_config(path: Path) -> SegCompassConfig:
         **tokens,
         **fields,
     )
+
+
+def _is_small(path: Path) -> bool:
+    """Whether a recipe is one of the small model's, whose sizes are known before any stage has run."""
+    return path.is_relative_to(RECIPES) and path.parent.name.startswith(SMALL.name)
+
+
+def _read(path: Any) -> SegCompassConfig:
+    """A saved configuration; one from before `<think>`'s id was kept gets a placeholder."""
+    config = SegCompassConfig.from_pretrained(path)
+    config.think_id = 0 if config.think_id is None else config.think_id
+    return config
+
+
+def recipe_choices(training: dict[str, Any]) -> dict[str, Any]:
+    """What a recipe says of adapters and 4 bits.
+
+    Args:
+        training: the recipe's fields.
+
+    Returns:
+        "lora_rank" and "four_bit" for `plan`.
+
+    Raises:
+        ValueError: 4 bits without adapters, which no trainer accepts.
+    """
+    adapted, four_bit = bool(training.get("use_peft")), bool(training.get("load_in_4bit"))
+    if four_bit and not adapted:
+        raise ValueError("the recipe sets load_in_4bit without use_peft; only adapters can train beside 4-bit weights.")
+    return {"lora_rank": training.get("lora_r", 16) if adapted else 0, "four_bit": four_bit}
 
 
 def build(config: SegCompassConfig, lora_rank: int = 0, train_below_sae_layer: bool = False) -> Any:
@@ -87,10 +129,27 @@ def build(config: SegCompassConfig, lora_rank: int = 0, train_below_sae_layer: b
         return get_peft_model(model, lora_config(model, r=lora_rank))
 
 
+def four_bit_parameters(model: Any) -> int:
+    """How many of the MLLM's weights 4-bit loading packs: those of its linear layers, but not the LM head's.
+
+    Args:
+        model: on the meta device, maybe with adapters.
+
+    Returns:
+        Their number.
+    """
+    core = model.get_base_model() if hasattr(model, "get_base_model") else model
+    packed = 0
+    for name, module in core.mllm.named_modules():
+        if isinstance(module, nn.Linear) and "lora_" not in name and "lm_head" not in name:
+            packed += module.weight.numel()
+    return packed
+
+
 def component(name: str, vision: tuple[str, ...]) -> str:
     """Which part of the model a parameter belongs to; `vision` are the names of the MLLM's vision parts in it."""
     parts = name.split(".")
-    for part in (*SEGMENTATION_MODULES, "image_encoder", "sae"):
+    for part in (*SEGMENTATION_MODULES, "grounded_reading", "image_encoder", "sae"):
         if part in parts:
             return part
     if "lm_head" in parts:
@@ -154,15 +213,8 @@ def activation_bytes(model: Any, batch: int, length: int) -> tuple[int, int]:
 
     Returns:
         Bytes of one decoder block, and of the segmentation modules.
-
-    Raises:
-        ValueError: the model's read-out is grounded.
     """
     core = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if core.grounded:
-        raise ValueError(
-            "concept_reading is 'grounded', whose memory is not planned for; plan with concept_reading='feature'."
-        )
     config, text = core.config, core.config.get_text_config()
     meta: dict[str, Any] = dict(device="meta", dtype=torch.bfloat16)
     block = core.backbone.blocks(core.mllm)[-1].to(torch.bfloat16)
@@ -179,8 +231,16 @@ def activation_bytes(model: Any, batch: int, length: int) -> tuple[int, int]:
     keys = torch.empty(batch, width, grid, grid, **meta)
     valid = torch.ones(batch, grid, grid, dtype=torch.bool, device="meta")
     with SavedBytes(core) as of_masks:
-        heatmaps, confidences = core.slot_mapper(e, r, keys, valid)
+        if core.grounded:
+            heatmaps, confidences = keys.new_empty(batch, config.num_slots, grid, grid), e[..., 0].float()
+        else:
+            heatmaps, confidences = core.slot_mapper(e, r, keys, valid)
         core.mask_decoder(keys, keys[:1], heatmaps, confidences, valid)
+    if core.grounded:  # an upper bound: as if every feature fired somewhere
+        features, slots = config.sae_config.d_sae, config.num_slots
+        concepts = 4 * 4 * batch * features * (length + slots)  # codes of words and patches, weights, their gradients
+        concepts += 4 * 4 * batch * grid * grid * PATCHES  # from patches to keys
+        return of_block.bytes, of_masks.bytes + concepts
     concepts = batch * length * min(config.num_concepts, config.sae_config.d_sae) * 4 * 4  # h_j(z_t) and its masks
     concepts += batch * config.num_concepts * text.hidden_size * 4  # gathered columns of W_enc
     return of_block.bytes, of_masks.bytes + concepts
@@ -194,6 +254,7 @@ def plan(
     gpu_memory: float = 80.0,
     lora_rank: int = 0,
     prompt_length: int = 1400,
+    four_bit: bool = False,
 ) -> dict:
     """What each GPU holds, and how many responses it can generate at once.
 
@@ -205,12 +266,14 @@ def plan(
         gpu_memory: of one of them, in GB.
         lora_rank: rank of adapters; 0 trains the weights themselves.
         prompt_length: tokens of image and instruction.
+        four_bit: whether the MLLM's linear layers are of 4 bits, beside adapters.
 
     Returns:
         "counts": see `count`; "static", "update", "rollout": rows of (what, bytes on each GPU); "peak" and "room":
         bytes; "responses" and "responses_that_fit": how many are wanted at once, and for how many there is room.
     """
     model = build(config, lora_rank, training.get("train_below_sae_layer", False))
+    packed = four_bit_parameters(model) if four_bit else 0
     counts = count(model)
     total, learning = (sum(part[index] for part in counts.values()) for index in (0, 1))
     mllm = sum(counts[name][0] for name in counts if name.startswith("mllm"))
@@ -228,7 +291,7 @@ def plan(
     root = total - text.num_hidden_layers * layer - counts["mllm vision"][0] - counts["image_encoder"][0]
     gathered = 0 if shard_all == 1 else COMPUTE * (root + 2 * layer)
     static = [
-        ("master weights", MASTER * total / shard_all),
+        ("master weights", (MASTER * (total - packed) + FOUR_BIT * packed) / shard_all),
         ("reference MLLM", MASTER * mllm / shard_all if reference else 0),
         ("gradients", GRADIENT * learning / shard_states),
         ("optimizer states", MOMENTS * learning / shard_states),
@@ -261,6 +324,59 @@ def plan(
         "responses": responses,
         "responses_that_fit": fit,
     }
+
+
+def plan_sae(path: Path, gpu_memory: float = 80.0) -> dict[str, Any]:
+    """What each process holds while an SAE trains.
+
+    Args:
+        path: an SAE recipe, whose `model` is a published MLLM or a folder.
+        gpu_memory: of one GPU, in GB.
+
+    Returns:
+        "estimate": a SparseAutoencoderEstimate; "peak" and "room": bytes.
+
+    Raises:
+        ValueError: the recipe does not say how large the SAE is.
+        OSError: an MLLM that is not published here and cannot be reached.
+    """
+    training = yaml.safe_load(path.read_text(encoding="utf-8"))
+    source = training["model"]
+    if _is_small(path) and not Path(source).exists():
+        source = SMALL
+    config: Any = PUBLISHED[source]() if source in PUBLISHED else AutoConfig.from_pretrained(source)
+    whole = config.model_type == "segcompass"
+    mllm = config.mllm_config if whole else config
+    fields = config.sae_config.to_dict() if whole else {"layer": mllm.get_text_config().num_hidden_layers // 2}
+    fields |= {name: training[name] for name in ("d_sae", "layer", "activation", "k") if training.get(name) is not None}
+    if "d_sae" not in fields:
+        raise ValueError("the recipe has no d_sae, and its model is no SegCompass model that has one; add it.")
+    sae = SparseAutoencoderConfig(**{**fields, "d_in": mllm.get_text_config().hidden_size})
+    estimate = estimate_sae_training(
+        mllm,
+        sae,
+        samples=training.get("num_samples") or 100_000,
+        epochs=training.get("num_train_epochs", 1),
+        image_tokens=training.get("image_tokens", 576),
+        text_tokens=training.get("text_tokens", 100),
+        tokens_per_batch=training.get("tokens_per_batch", 4096),
+        buffer_size=training.get("buffer_size", 32_768),
+        tflops=training.get("tflops", 300.0),
+        processes=training.get("processes", 1),
+        bf16=training.get("bf16", True),
+    )
+    return {"estimate": estimate, "peak": estimate.memory_gb * GB, "room": gpu_memory * GB * (1 - RESERVE)}
+
+
+def report_sae(result: dict[str, Any], title: str) -> None:
+    """Print the plan of an SAE's training under a title."""
+    estimate = result["estimate"]
+    print(f"{title}\n")
+    print(f"tokens in one pass  {estimate.tokens:>16,}")
+    print(f"steps               {estimate.steps:>16,}")
+    print(f"disk, if cached     {estimate.disk_gb:>16,.0f} GB")
+    print(f"\npeak {estimate.memory_gb:.1f} GB of {result['room'] / GB:.1f} GB usable: ", end="")
+    print("fits" if result["peak"] <= result["room"] else "does NOT fit")
 
 
 def report(result: dict, title: str) -> None:

@@ -21,6 +21,7 @@ from segcompass.journal import claim_folder
 from segcompass.loaders import load_rows
 from segcompass.loaders.folder_lock import folder_lock
 from segcompass.loaders.identity import images_digest, rows_digest
+from segcompass.loaders.mixing import note_held_out
 from segcompass.loaders.obelics import image_name, open_documents
 from segcompass.loaders.published import SPLITS, compare
 from segcompass.loaders.refcoco import SPLIT_BY
@@ -95,6 +96,8 @@ def prepare_data(conversion: Conversion) -> list[dict]:
             claim_split(conversion, split, rows)
             convert(rows, conversion.output, split, conversion.rows_per_file, conversion.images == "bytes")
             table.append(count(conversion, split, rows))
+        if conversion.dataset in SPLIT_BY and conversion.root:
+            note_held_out(conversion.output, conversion.dataset, conversion.root, conversion.split_by)
     report(table)
     return table
 

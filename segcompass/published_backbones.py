@@ -30,20 +30,22 @@ def _llava(hidden: int, intermediate: int, layers: int, heads: int) -> LlavaConf
     return LlavaConfig(vision_config=CLIP, text_config=text, image_token_index=32000, tie_word_embeddings=False)
 
 
-def _qwen() -> Qwen2_5_VLConfig:
+def _qwen(
+    hidden: int, intermediate: int, layers: int, heads: int, groups: int, vocabulary: int, tied: bool
+) -> Qwen2_5_VLConfig:
     text = dict(
-        hidden_size=3584,
-        intermediate_size=18944,
-        num_hidden_layers=28,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        vocab_size=152064,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=groups,
+        vocab_size=vocabulary,
         max_position_embeddings=128000,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
     )
-    vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=3584)
-    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=151655, tie_word_embeddings=False)
+    vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=hidden)
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=151655, tie_word_embeddings=tied)
 
 
 def _sam_huge() -> SamVisionConfig:
@@ -59,7 +61,8 @@ def _sam_huge() -> SamVisionConfig:
 PUBLISHED = {
     "llava-hf/llava-1.5-7b-hf": lambda: _llava(4096, 11008, 32, 32),
     "llava-hf/llava-1.5-13b-hf": lambda: _llava(5120, 13824, 40, 40),
-    "Qwen/Qwen2.5-VL-7B-Instruct": _qwen,
+    "Qwen/Qwen2.5-VL-3B-Instruct": lambda: _qwen(2048, 11008, 36, 16, 2, 151936, True),
+    "Qwen/Qwen2.5-VL-7B-Instruct": lambda: _qwen(3584, 18944, 28, 28, 4, 152064, False),
     "facebook/sam-vit-huge": _sam_huge,
 }
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
@@ -411,6 +413,33 @@ def check_rows(train_dataset: Any, eval_dataset: Any, args: "SegCompassGRPOConfi
             f"train_dataset has {len(train_dataset)} rows, but one generation batch needs {prompts} prompts "
             f"(generation_batch_size {args.generation_batch_size} / num_generations {args.num_generations}), so no "
             "step would be made; use more rows, or lower per_device_train_batch_size or gradient_accumulation_steps."
+        )
+
+
+WRITE_TRACES = "write them with `segcompass write-traces`, and train on its folder"
+
+
+def check_traces(rows: Any) -> None:
+    """Refuse rows for the cold start of which one has no reasoning trace.
+
+    Args:
+        rows: a Dataset; what is streamed is checked when its turn comes.
+
+    Raises:
+        ValueError: with the number of such rows and the first sample.
+    """
+    if not isinstance(rows, datasets.Dataset):
+        return
+    if "reasoning" in rows.column_names:
+        traces = rows.select_columns(["reasoning"]).with_format("arrow")[:].column("reasoning").cast(pa.string())
+        empty = pc.fill_null(pc.equal(pc.utf8_trim_whitespace(traces), ""), True).to_numpy().nonzero()[0]
+    else:
+        empty = range(len(rows))
+    if len(empty):
+        first = rows.select_columns(["sample_id"])[int(empty[0])]["sample_id"] if "sample_id" in rows.features else None
+        raise ValueError(
+            f"{len(empty)} of {len(rows)} rows have no reasoning trace, such as sample {first!r}; the cold start "
+            f"imitates traces: {WRITE_TRACES}."
         )
 
 

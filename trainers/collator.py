@@ -12,7 +12,7 @@ from segcompass.modeling_segcompass.images import read_image
 from segcompass.modeling_segcompass.row_errors import naming_rows
 
 from .alignment import AlignmentTargets
-from .checks import check_masks
+from .checks import WRITE_TRACES, check_masks
 from .image_features import ImageFeatures
 from .targets import mask_targets
 
@@ -64,8 +64,8 @@ class SegCompassCollator:
         for row in rows:
             if not (row.get("reasoning") or "").strip():
                 raise ValueError(
-                    f"row {row.get('sample_id')!r} has no reasoning; supervised training imitates a trace, so fill the "
-                    "column 'reasoning' or train with SegCompassGRPOTrainer, which needs none."
+                    f"row {row.get('sample_id')!r} has no reasoning; supervised training imitates a trace: "
+                    f"{WRITE_TRACES}, or train with SegCompassGRPOTrainer, which needs none."
                 )
             try:
                 check_reasoning(row["reasoning"])

@@ -109,6 +109,21 @@ class SegCompassGRPOConfig(LossWeights, RateMultipliers, GRPOConfig):
             "help": "Folder that `segcompass precompute-features` wrote. Without it images are encoded as they come."
         },
     )
+    close_response: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the sampler closes each response: once </think> or the length limit is reached, the "
+            "concentration tokens and the end follow by force. They are no actions: GRPO's loss leaves them out. For a "
+            "model without cold start, which writes none by itself."
+        },
+    )
+    eval_masks: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether an evaluation also segments its rows: metrics, format share, slots found. The commands "
+            "set it where they have an eval_dataset."
+        },
+    )
     reward_mask_source: RewardMaskSource = field(
         default="policy",
         metadata={
@@ -148,6 +163,11 @@ class SegCompassGRPOConfig(LossWeights, RateMultipliers, GRPOConfig):
             refuse_not_followed(self.generation_kwargs or {})
             refuse_generation_options(self.generation_kwargs)
         self._check_schedule()
+        if self.use_vllm and self.close_response:
+            raise ValueError(
+                "close_response=True forces tokens while transformers samples, which vLLM does not let it do; set "
+                "use_vllm=False, or train on traces first (segcompass train sft)."
+            )
         if self.use_vllm and not is_vllm_available():
             raise ValueError(
                 "use_vllm=True, but vLLM is not installed; pip install 'segcompass[vllm]' on a machine with a GPU, or "

@@ -53,7 +53,9 @@ from .checks import (
     check_precision,
     check_rollout_policy,
 )
+from .closing import closed_generation, closing
 from .grpo_config import SegCompassGRPOConfig
+from .held_out import HeldOutMasks
 from .image_features import ImageFeatures, open_image_features
 from .joint_forward import (
     JointForward,
@@ -81,7 +83,7 @@ UNFORMATTED_ROLLOUTS = 20
 """After so many rollouts without one response of the right format a warning says what to do."""
 
 
-class SegCompassGRPOTrainer(WholeCheckpoints, GRPOTrainer):
+class SegCompassGRPOTrainer(WholeCheckpoints, HeldOutMasks, GRPOTrainer):
     """GRPO on the responses and supervised segmentation on their masks, one forward and one backward.
 
     The rewards are those that `args.reward_funcs` names, then `reward_funcs`, weighted by `args.reward_weights`. Rows
@@ -151,9 +153,12 @@ class SegCompassGRPOTrainer(WholeCheckpoints, GRPOTrainer):
             model, processing_class, args, rewards, train_dataset, eval_dataset, ref_model, with_adapters
         )
         core: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        if args.close_response:
+            closing(core, args.max_completion_length or 0)  # refused here where there is no room
         self.image_features: ImageFeatures | None = None
         if args.image_features:
             self.image_features = open_image_features(args.image_features, core, processing_class)
+        self.held_out_features = self.image_features
         core.config.token_dropout = args.token_dropout
         if not with_adapters:
             freeze(model, train_below_sae_layer=args.train_below_sae_layer)
@@ -261,8 +266,15 @@ class SegCompassGRPOTrainer(WholeCheckpoints, GRPOTrainer):
             self._rollout = None
 
     def _generate(self, *args, **kwargs):
-        with self._timer.phase("rollout"), self.core.reading_states() as recorder, self.accelerator.autocast():
+        closes: Any = nullcontext()
+        if self.args.close_response:
+            closes = closed_generation(self.core, self.max_completion_length)
+        rollout = self._timer.phase("rollout")
+        with rollout, self.core.reading_states() as recorder, self.accelerator.autocast(), closes as close:
             output = super()._generate(*args, **kwargs)
+        if close is not None:
+            prompt_ids, completion_ids, _, *rest = output
+            output = (prompt_ids, completion_ids, [close.actions(ids) for ids in completion_ids], *rest)
         if self.args.mask_truncated_completions:
             lengths = [len(ids) for ids in output[1]]
             self._rollout.segmentation["response_lengths"] = torch.tensor(lengths, device=self.accelerator.device)

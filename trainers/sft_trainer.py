@@ -28,6 +28,7 @@ from .checks import (
     check_quantization,
 )
 from .collator import SegCompassCollator
+from .held_out import HeldOutMasks
 from .image_features import open_image_features
 from .losses import LOG_PREFIX, LossWeights, erasure_loss, segmentation_loss
 from .optimization import RateMultipliers, check_warmup, component_optimizer
@@ -86,6 +87,13 @@ class SegCompassSFTConfig(LossWeights, RateMultipliers, TrainingArguments):
             "help": "Folder that `segcompass precompute-features` wrote. Without it images are encoded as they come."
         },
     )
+    eval_masks: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether an evaluation also segments its rows: metrics, format share, slots found. The commands "
+            "set it where they have an eval_dataset."
+        },
+    )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Must stay False, because the collator needs every column."}
     )
@@ -97,7 +105,7 @@ class SegCompassSFTConfig(LossWeights, RateMultipliers, TrainingArguments):
         refuse_options(self, OPTIONS)
 
 
-class SegCompassSFTTrainer(WholeCheckpoints, Trainer):
+class SegCompassSFTTrainer(WholeCheckpoints, HeldOutMasks, Trainer):
     """Trains a SegCompassModel on rows with reasoning and masks.
 
     Args:
@@ -175,6 +183,12 @@ class SegCompassSFTTrainer(WholeCheckpoints, Trainer):
         super().__init__(model=adapted, args=args, processing_class=processing_class, data_collator=collator, **kwargs)
         self.model_accepts_loss_kwargs = False
         self._parts: dict[str, list[Tensor]] = {}
+        self.held_out_features = features
+
+    def has_loss_on(self, rows: Any) -> bool:
+        """Whether the rows have traces; those of benchmarks have none, and are only segmented."""
+        first = next(iter(rows), None)
+        return first is not None and bool((first.get("reasoning") or "").strip())
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with the segmentation modules' own rates."""

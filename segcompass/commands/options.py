@@ -11,10 +11,14 @@ TRAINING_ROWS = (
     "'scenes', a .jsonl file, a folder of `segcompass prepare-data` or Dataset.save_to_disk, or the dotted path of a "
     "function that returns rows"
 )
+MIXED_ROWS = (
+    f"{TRAINING_ROWS}; or a list of such, and of mappings with dataset and num_samples or weight, split, root, "
+    "image_dir, split_by, unit (JSON on the command line)"
+)
 ROWS = f"a benchmark such as refcoco or reasonseg (with --root), {TRAINING_ROWS}"
 TEXT_ROWS = (
-    "'scenes', a .jsonl file, a folder that Dataset.save_to_disk wrote, the dotted path of a function that returns "
-    "rows, or a Hub id"
+    "'scenes', a .jsonl file, a folder of `segcompass prepare-data` or Dataset.save_to_disk, the dotted path of a "
+    "function that returns rows, or a Hub id"
 )
 MODEL = "SegCompass folder or Hub id"
 
@@ -100,6 +104,44 @@ def add_benchmark(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", help="of a benchmark: the folder with the files its authors released")
     parser.add_argument("--image-dir", help="of the RefCOCO family: COCO's train2014 images")
     parser.add_argument("--split-by", help="of the RefCOCO family: unc, umd or google")
+
+
+def training_rows(arguments: Any, training: Any, streaming: bool = False) -> tuple[Any, Any]:
+    """The rows that a training command trains on and those it holds out, and how they came about, printed.
+
+    Args:
+        arguments: has dataset, split, dataset_seed, num_samples, eval_dataset, eval_split and eval_num_samples.
+        training: the trainer's settings; its `eval_masks` is set where rows are held out.
+        streaming: see `mix_rows`.
+
+    Returns:
+        Rows to train on, and held-out rows or None.
+
+    Raises:
+        ValueError: rows that cannot be mixed, or an evaluation without rows, or rows without an evaluation.
+    """
+    from segcompass.loaders.mixing import mix_rows, report
+
+    evaluates = training.eval_strategy != "no"
+    if evaluates != bool(arguments.eval_dataset):
+        raise ValueError(
+            f"eval_strategy is {getattr(training.eval_strategy, 'value', training.eval_strategy)!r} and eval_dataset "
+            f"is {arguments.eval_dataset!r}; give both (eval_strategy: steps, eval_steps: 500, eval_dataset: …) or "
+            "neither."
+        )
+    held_out = None
+    if evaluates:
+        drawn = mix_rows(
+            arguments.eval_dataset, arguments.eval_split, arguments.dataset_seed, arguments.eval_num_samples
+        )
+        held_out = drawn.rows
+        training.eval_masks = True
+    mixture = mix_rows(
+        arguments.dataset, arguments.split, arguments.dataset_seed, arguments.num_samples, streaming, held_out
+    )
+    if training.process_index == 0:
+        print("\n".join(report(mixture.table)), end="\n" if mixture.table else "")
+    return mixture.rows, held_out
 
 
 class RecipeHelp(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from trl import ModelConfig
 
 from segcompass.adapters import adapters_for, check_model_options, load_for_training
-from segcompass.loaders import load_rows
 from segcompass.modeling_segcompass import SegCompassProcessor
 from segcompass.recipes import parse_with_recipe
 from segcompass.trainers import SegCompassGRPOConfig, SegCompassGRPOTrainer
@@ -28,10 +27,18 @@ class GRPOArguments:
     """What to train, on what."""
 
     model: str = field(metadata={"help": "SegCompass folder or Hub id, after cold start and with a trained SAE"})
-    dataset: str = field(default="scenes", metadata={"help": options.TRAINING_ROWS})
+    dataset: list | str | None = field(default="scenes", metadata={"help": options.MIXED_ROWS})
     split: str = field(default="train", metadata={"help": "split of the data set"})
-    dataset_seed: int = field(default=0, metadata={"help": "seed of the procedural scenes, ignored for other data"})
-    num_samples: int = field(default=10_000, metadata={"help": "use only the first N rows"})
+    dataset_seed: int = field(default=0, metadata={"help": "seed of which rows are drawn, and of procedural scenes"})
+    num_samples: int | None = field(
+        default=10_000, metadata={"help": "how many rows, drawn by the seed; null takes all of them"}
+    )
+    eval_dataset: list | str | None = field(
+        default=None,
+        metadata={"help": "held-out rows that are segmented every eval_steps; their images are never trained on"},
+    )
+    eval_split: str = field(default="val", metadata={"help": "split of eval_dataset"})
+    eval_num_samples: int = field(default=200, metadata={"help": "how many rows of it, drawn by the seed"})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -39,6 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = options.recipe_parser("train grpo", __doc__, (GRPOArguments, SegCompassGRPOConfig, ModelConfig))
     arguments, training, extra = parse_with_recipe(parser, argv)
     check_model_options(extra)
+    rows, held_out = options.training_rows(arguments, training)
     model = load_for_training(arguments.model, extra, training.bf16)
     processor = SegCompassProcessor.from_pretrained(arguments.model)
     if extra.attn_implementation:
@@ -46,7 +54,8 @@ def main(argv: list[str] | None = None) -> None:
     trainer = SegCompassGRPOTrainer(
         model,
         args=training,
-        train_dataset=load_rows(arguments.dataset, arguments.split, arguments.dataset_seed, arguments.num_samples),
+        train_dataset=rows,
+        eval_dataset=held_out,
         processing_class=processor,
         peft_config=adapters_for(model, processor, extra),
     )

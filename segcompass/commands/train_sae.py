@@ -50,11 +50,12 @@ class SAEArguments:
     dataset: str = field(default="scenes", metadata={"help": options.TEXT_ROWS})
     split: str = field(default="train", metadata={"help": "split to train on"})
     evaluation_split: str | None = field(
-        default="val", metadata={"help": "split to score the SAE on; null holds out the first evaluation_samples rows"}
+        default="val",
+        metadata={"help": "split to score the SAE on; null holds out evaluation_samples rows by the seed"},
     )
-    dataset_seed: int = field(default=0, metadata={"help": "seed of the procedural scenes, ignored for other data"})
+    dataset_seed: int = field(default=0, metadata={"help": "seed of which rows are drawn, and of procedural scenes"})
     num_samples: int | None = field(
-        default=100_000, metadata={"help": "use only the first N rows; null takes all of them"}
+        default=100_000, metadata={"help": "how many rows, drawn by the seed; null takes all of them"}
     )
     token_window: int = field(default=3400, metadata={"help": "skip, and count, samples of more tokens than this"})
     d_sae: int | None = field(default=None, metadata={"help": "features; null takes those of the SegCompass model"})
@@ -192,7 +193,7 @@ def read_rows(arguments: SAEArguments) -> tuple[Dataset | IterableDataset, Datas
     """Rows to train on and rows to score on. Raises ValueError where these would be the same."""
 
     def rows(split: str, num_samples: int | None) -> Dataset | IterableDataset:
-        return load_image_text(arguments.dataset, split, arguments.dataset_seed, num_samples)
+        return load_image_text(arguments.dataset, split, arguments.dataset_seed, num_samples, shuffled=True)
 
     if arguments.evaluation_split:
         if not has_splits(arguments.dataset):
@@ -230,7 +231,7 @@ def cached(
         What the trainer reads.
     """
     names = ("model", "dataset", "split", "evaluation_split", "evaluation_samples", "dataset_seed", "token_window")
-    description = {name: getattr(arguments, name) for name in names}
+    description = {name: getattr(arguments, name) for name in names} | {"order": "by the seed"}
     description["weights"] = weights_of(arguments.model)
     if Path(arguments.dataset).exists():  # a file or a folder, whose rows and images may change under its name
         description["content"] = image_text_digest(rows)

@@ -17,12 +17,12 @@ from accelerate import PartialState
 from trl import ModelConfig
 
 from segcompass.adapters import adapters_for, check_model_options, load_for_training
-from segcompass.loaders import load_rows
 from segcompass.loading import load
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
 from segcompass.recipes import parse_with_recipe
 from segcompass.trainers import SegCompassSFTConfig, SegCompassSFTTrainer
 from segcompass.trainers.checkpoints import alone_in_output, last_checkpoint
+from segcompass.trainers.checks import check_traces
 
 from . import options
 
@@ -42,10 +42,18 @@ class SFTArguments:
         default=None,
         metadata={"help": "arguments of SegCompassProcessor.from_backbones (JSON), for a model built from backbones"},
     )
-    dataset: str = field(default="scenes", metadata={"help": options.TRAINING_ROWS})
+    dataset: list | str | None = field(default="scenes", metadata={"help": options.MIXED_ROWS})
     split: str = field(default="train", metadata={"help": "split of the data set"})
-    dataset_seed: int = field(default=0, metadata={"help": "seed of the procedural scenes, ignored for other data"})
-    num_samples: int = field(default=100_000, metadata={"help": "use only the first N rows"})
+    dataset_seed: int = field(default=0, metadata={"help": "seed of which rows are drawn, and of procedural scenes"})
+    num_samples: int | None = field(
+        default=100_000, metadata={"help": "how many rows, drawn by the seed; null takes all of them"}
+    )
+    eval_dataset: list | str | None = field(
+        default=None,
+        metadata={"help": "held-out rows that are segmented every eval_steps; their images are never trained on"},
+    )
+    eval_split: str = field(default="val", metadata={"help": "split of eval_dataset"})
+    eval_num_samples: int = field(default=200, metadata={"help": "how many rows of it, drawn by the seed"})
 
 
 def build(arguments: SFTArguments) -> tuple[SegCompassModel, SegCompassProcessor]:
@@ -105,11 +113,18 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command with these options; None takes the process's own."""
     parser = options.recipe_parser("train sft", __doc__, (SFTArguments, SegCompassSFTConfig, ModelConfig))
     arguments, training, extra = parse_with_recipe(parser, argv)
+    rows, held_out = options.training_rows(arguments, training, streaming=True)
+    check_traces(rows)
     model, processor = start(arguments, training, extra)
     model.set_attn_implementation(extra.attn_implementation or "sdpa")
-    rows = load_rows(arguments.dataset, arguments.split, arguments.dataset_seed, arguments.num_samples, streaming=True)
-    adapters = adapters_for(model, processor, extra)
-    trainer = SegCompassSFTTrainer(model, training, processor, peft_config=adapters, train_dataset=rows)
+    trainer = SegCompassSFTTrainer(
+        model,
+        training,
+        processor,
+        peft_config=adapters_for(model, processor, extra),
+        train_dataset=rows,
+        eval_dataset=held_out,
+    )
     with alone_in_output(training):
         trainer.train(training.resume_from_checkpoint or last_checkpoint(training.output_dir))
         trainer.save_model()

@@ -6,6 +6,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from segcompass.loaders.image_text import image_text, load_image_text
+from segcompass.preparation import Conversion, prepare_data
 from segcompass.trainers.collator import ImageTextCollator, open_image
 from tests.support.tiny import tiny_processor
 
@@ -44,6 +45,24 @@ def test_a_saved_data_set_with_an_image_that_does_not_open_can_still_be_read(tmp
     assert open_image(rows[0]["image"]).size == (28, 28)
     with pytest.raises(OSError, match="cannot be read as an image"):
         open_image(rows[1]["image"])
+
+
+def test_rows_are_drawn_by_the_seed_and_are_not_the_first(tmp_path, picture):
+    lines = [{"image": "mug.png", "instruction": f"mug {number}", "masks": []} for number in range(30)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+    def texts(dataset, seed, **options):
+        rows = load_image_text(str(dataset), seed=seed, num_samples=5, **options)
+        return [image_text(row)["text"] for row in rows]
+
+    prepare_data(Conversion(str(tmp_path / "rows.jsonl"), tmp_path / "folder"))
+    for dataset in (tmp_path / "rows.jsonl", tmp_path / "folder"):
+        assert texts(dataset, 1) == [f"mug {number}" for number in range(5)]
+        drawn = texts(dataset, 1, shuffled=True)
+        assert drawn == texts(dataset, 1, shuffled=True) != texts(dataset, 2, shuffled=True)
+        assert len(set(drawn)) == 5 and drawn != texts(dataset, 1)
+    scenes = [image_text(row)["text"] for row in load_image_text("scenes", num_samples=3, shuffled=True)]
+    assert scenes == [image_text(row)["text"] for row in load_image_text("scenes", num_samples=3)]
 
 
 @pytest.mark.parametrize(

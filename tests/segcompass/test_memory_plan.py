@@ -8,7 +8,7 @@ import yaml
 from trl import TrlParser
 
 from segcompass import memory_plan
-from segcompass.commands import train_grpo, train_sft
+from segcompass.commands import plan_memory, train_grpo, train_sae, train_sft
 from segcompass.modeling_segcompass import SegCompassConfig
 from segcompass.trainers import SegCompassGRPOConfig, SegCompassSFTConfig
 from segcompass.trainers.optimization import SEGMENTATION_MODULES, parameter_groups
@@ -78,6 +78,57 @@ def test_saved_bytes_are_what_autograd_keeps():
     assert saved.bytes == 4 * 7 * 3 + 4 * 7 * 5  # the input, and tanh's output; the weight is a parameter
 
 
+FITS = {"qwen2.5-vl-3b-24gb": ("ddp", 1, 24), "qwen2.5-vl-7b-80gb": ("ddp", 1, 80)}  # the others: 8 of 80 GB
+PARSED_BY = {"sae": train_sae, "grpo": train_grpo, "sft": train_sft, "reason": train_sft, "masks": train_sft}
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_recipe_parses_and_its_memory_is_planned_and_fits(path, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command, seen = PARSED_BY[path.stem], []
+    parse = command.parse_with_recipe
+
+    def parsed(parser, argv):
+        seen.append(parse(parser, argv))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "parse_with_recipe", parsed)
+    options = ["--config", str(path), "--bf16", "false", "--output-dir", str(tmp_path)]
+    with pytest.raises(KeyboardInterrupt):
+        command.main([*options, *(() if path.stem == "sae" else ("--use-cpu", "true"))])
+    assert seen[0][1].output_dir == str(tmp_path)
+    strategy, gpus, memory = FITS.get(path.parent.name, ("fsdp2", 8, 80))
+    choices = ["--recipe", str(path), "--strategy", strategy, "--gpus", str(gpus), "--gpu-memory", str(memory)]
+    result = plan_memory.main(choices)
+    assert 0 < result["peak"] < result["room"] and ": fits" in capsys.readouterr().out
+    header = path.read_text().split("\nmodel")[0].split("\nmllm")[0]
+    if not path.parent.name.startswith("mini"):
+        assert all(word in header for word in ("# Data:", "# Memory:", "# Hours", "# Success:")), header
+
+
+def test_four_bits_and_adapters_take_less(tmp_path):
+    training = yaml.safe_load((RECIPES / "qwen2.5-vl-3b-24gb" / "sft.yaml").read_text())
+    config = memory_plan.recipe_config(RECIPES / "qwen2.5-vl-3b-24gb" / "sft.yaml")
+    assert memory_plan.recipe_choices(training) == {"lora_rank": 32, "four_bit": True}
+    low, high = (memory_plan.plan(config, training, "ddp", 1, 24, 32, four_bit=packed) for packed in (True, False))
+    assert low["peak"] < 24e9 * 0.9 < high["peak"]
+    whole = sum(total for part, (total, _) in low["counts"].items() if part.startswith("mllm"))
+    assert whole == pytest.approx(3.75e9, rel=0.02)  # as published, the LM head once
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({**training, "use_peft": False}))
+    with pytest.raises(ValueError, match="load_in_4bit without use_peft"):
+        plan_memory.main(["--recipe", str(path)])
+
+
+def test_grounded_models_are_planned():
+    training = yaml.safe_load((RECIPES / "llava-1.5-7b" / "sft.yaml").read_text())
+    config = config_of("llava-1.5-7b")
+    plain = memory_plan.plan(config, training)
+    config.concept_reading = "grounded"
+    grounded = memory_plan.plan(config, training)
+    assert grounded["peak"] > plain["peak"] * 0.9 and "grounded_reading" in grounded["counts"]
+
+
 @pytest.mark.parametrize(
     ("stage", "arguments"), [("sft", SegCompassSFTConfig), ("grpo", SegCompassGRPOConfig)], ids=["sft", "grpo"]
 )
@@ -93,7 +144,7 @@ def test_the_recipes_parse(name, stage, arguments, monkeypatch, tmp_path):
 
         classes.append(ModelConfig)
     parsed = TrlParser(classes).parse_args_and_config(["--config", str(path)])
-    assert parsed[1].gradient_checkpointing and parsed[0].dataset.startswith("data/")
+    assert parsed[1].gradient_checkpointing and [each.split("/")[0] for each in parsed[0].dataset] == ["data"] * 4
     if stage == "grpo":
         default = SegCompassGRPOConfig(str(tmp_path), use_cpu=True, bf16=False)
         for field in ("num_generations", "beta", "epsilon", "learning_rate", "lambda_s", "lambda_c", "lambda_d",
