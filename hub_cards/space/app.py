@@ -378,7 +378,14 @@ class Demo:
         columns = weights.topk(min(TOP_CONCEPTS, len(weights))).indices
         columns = columns[weights[columns] > 0].tolist()
         indices = outputs.concept_indices[0].tolist()
-        return [(f"concept {indices[column]}, weight {weights[column]:.2f}", indices[column]) for column in columns]
+        names = self.model.concept_labels
+        return [
+            (
+                f"{names.get(indices[column], f'concept {indices[column]}')}, weight {weights[column]:.2f}",
+                indices[column],
+            )
+            for column in columns
+        ]
 
     def where(self, question: str | None, concept: int | None, request: gr.Request | None = None) -> tuple:
         """Where a concept fired: over the image, and on the tokens of the response. Also its present factor."""
@@ -391,6 +398,8 @@ class Demo:
         start = answer.inputs["input_ids"].shape[1]
         ids = outputs.sequences[0, : len(fired)]
         patches = fired[ids == self.model.config.image_token_id]
+        if outputs.grounding is not None:
+            patches = outputs.grounding.maps[0, :, column].float()  # what it adds to the heatmap, per unit of weight
         heat = self.over_image(answer, (patches / patches.max().clamp_min(1e-6)).cpu().numpy())
         response = fired[start:]
         response = (response / response.max().clamp_min(1e-6)).tolist()
