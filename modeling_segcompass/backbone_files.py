@@ -18,7 +18,11 @@ MIN_PIXELS, MAX_PIXELS = 3136, 705_600
 
 
 def read_mllm(
-    source: str | Path, whole_image: bool = True, min_pixels: int | None = None, max_pixels: int | None = None
+    source: str | Path,
+    whole_image: bool = True,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    stretched: bool = False,
 ) -> dict[str, Any]:
     """The parts of a processor that come from the MLLM.
 
@@ -27,6 +31,7 @@ def read_mllm(
         whole_image: whether an image processor that cuts a square out of the centre pads to a square instead.
         min_pixels: smaller images are enlarged to so many; None takes the paper's limit.
         max_pixels: larger images are reduced to so many; None takes the paper's limit.
+        stretched: whether the image encoder stretches images to its square; then the MLLM's are stretched as well.
 
     Returns:
         dict: arguments of SegCompassProcessor.
@@ -60,7 +65,7 @@ def read_mllm(
             "version, or put its chat_template.jinja into the folder."
         )
     parts = {
-        "image_processor": limit_pixels(see_all(images) if whole_image else images, min_pixels, max_pixels),
+        "image_processor": limit_pixels(see_all(images, stretched) if whole_image else images, min_pixels, max_pixels),
         "tokenizer": tokenizer,
         "chat_template": template,
         "mllm_type": config.model_type,
@@ -99,7 +104,7 @@ def read_image_encoder(source: str | Path) -> Any:
         raise ValueError(f"image_encoder={str(source)!r} cannot be read: {str(error).splitlines()[0]}") from error
 
 
-def see_all(image_processor: Any) -> Any:
+def see_all(image_processor: Any, stretched: bool = False) -> Any:
     """An image processor that leaves nothing out: the longest side fills the square, the rest is padded.
 
     The padding is right and below, as the image encoder's is, so that patches and image keys lie on one frame; it has
@@ -107,6 +112,7 @@ def see_all(image_processor: Any) -> Any:
 
     Args:
         image_processor: the MLLM's; one that does not cut a square out of the centre stays as it is.
+        stretched: fill the square by stretching instead, as the image encoder does.
 
     Returns:
         an image processor of the same class.
@@ -116,12 +122,9 @@ def see_all(image_processor: Any) -> Any:
     side = dict(image_processor.crop_size)
     if side["height"] != side["width"]:
         return image_processor
-    changes = {
-        "do_center_crop": False,
-        "size": {"max_height": side["height"], "max_width": side["width"]},
-        "do_pad": True,
-        "pad_size": {"height": side["height"], "width": side["width"]},
-    }
+    square = {"height": side["height"], "width": side["width"]}
+    size = square if stretched else {"max_height": side["height"], "max_width": side["width"]}
+    changes = {"do_center_crop": False, "size": size, "do_pad": not stretched, "pad_size": square}
     return image_processor.from_dict({**image_processor.to_dict(), **changes})
 
 

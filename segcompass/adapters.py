@@ -3,6 +3,7 @@
 The options are those of TRL's ModelConfig. Knows nothing about recipes or data.
 """
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,36 @@ from trl import ModelConfig, get_quantization_config
 
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
 from segcompass.trainers.policy import lora_config
+
+LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora")
+FOLLOWED = ("attn_implementation", "use_peft", *LORA, "load_in_8bit", "load_in_4bit")
+FOLLOWED += ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
+"""Options of TRL's ModelConfig that the commands follow."""
+
+
+def check_model_options(given: ModelConfig) -> None:
+    """Refuse options of TRL's ModelConfig that would change nothing here, or cannot be.
+
+    Args:
+        given: the command's.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    usual = ModelConfig()
+    for option in fields(ModelConfig):
+        name, value = option.name, getattr(given, option.name)
+        if value == getattr(usual, name):
+            continue
+        if name not in FOLLOWED:
+            raise ValueError(
+                f"{name}={value!r} is not followed: the model is that of --model, or made of the backbones, in "
+                "float32, and its adapters are those of segcompass.trainers.policy.lora_config. Leave it out."
+            )
+        if name in LORA and not given.use_peft:
+            raise ValueError(f"{name}={value!r} is given without use_peft, so there are no adapters; add --use-peft.")
+    if (given.load_in_4bit or given.load_in_8bit) and not given.use_peft:
+        raise ValueError("weights of 4 or 8 bits cannot be trained; add --use-peft, or leave out --load-in-4bit.")
 
 
 def load_for_training(path: str | Path, options: ModelConfig, bf16: bool) -> SegCompassModel:
@@ -47,6 +78,7 @@ def adapters_for(model: SegCompassModel, processor: SegCompassProcessor, options
     if model.config.think_id is None:
         model.config.think_id = processor.think_id
     chosen = {"target_modules": options.lora_target_modules} if options.lora_target_modules else {}
+    chosen |= {"use_rslora": options.use_rslora, "use_dora": options.use_dora}
     return lora_config(
         model, r=options.lora_r, lora_alpha=options.lora_alpha, lora_dropout=options.lora_dropout, **chosen
     )

@@ -17,8 +17,16 @@ from segcompass.loaders.rows import leave_images_encoded
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
 
 from .alignment import AlignmentTargets, WordKind, alignment_loss, any_word
-from .checkpoints import WholeCheckpoints
-from .checks import check_adapters, check_arguments, check_dataset, check_model, check_quantization
+from .checkpoints import WholeCheckpoints, check_pushing
+from .checks import (
+    check_adapters,
+    check_arguments,
+    check_dataset,
+    check_loss,
+    check_model,
+    check_precision,
+    check_quantization,
+)
 from .collator import SegCompassCollator
 from .held_out import HeldOutMasks
 from .image_features import open_image_features
@@ -92,6 +100,7 @@ class SegCompassSFTConfig(LossWeights, RateMultipliers, TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        check_pushing(self)
         refuse_options(self, OPTIONS)
 
 
@@ -109,8 +118,8 @@ class SegCompassSFTTrainer(WholeCheckpoints, HeldOutMasks, Trainer):
     Raises:
         TypeError: model, args, processing_class or train_dataset is of another kind.
         ValueError: processor and model disagree, image features of an encoder that is to be trained, an alignment
-            term with nothing to learn from it, a quantised MLLM without adapters, or adapters that leave out what must
-            learn.
+            term with nothing to learn from it, trainable weights of half precision, a quantised MLLM without adapters,
+            or adapters that leave out what must learn.
 
     Example:
         >>> args = SegCompassSFTConfig("runs/sft", max_steps=100)
@@ -132,6 +141,7 @@ class SegCompassSFTTrainer(WholeCheckpoints, HeldOutMasks, Trainer):
     ):
         check_arguments(args, SegCompassSFTConfig)
         check_model(model, processing_class)
+        processing_class.check_fits(model.config)
         check_dataset(kwargs.get("train_dataset"))
         model.config.token_dropout = args.token_dropout
         parts = ("train_below_sae_layer", "train_vision_tower", "train_image_encoder")
@@ -168,6 +178,7 @@ class SegCompassSFTTrainer(WholeCheckpoints, HeldOutMasks, Trainer):
         collator = SegCompassCollator(processing_class, mask_side, features, alignment)
         for name in ("train_dataset", "eval_dataset"):
             kwargs[name] = leave_images_encoded(kwargs.get(name))
+        check_precision(adapted)
         super().__init__(model=adapted, args=args, processing_class=processing_class, data_collator=collator, **kwargs)
         self.model_accepts_loss_kwargs = False
         self._parts: dict[str, list[Tensor]] = {}
@@ -216,6 +227,7 @@ class SegCompassSFTTrainer(WholeCheckpoints, HeldOutMasks, Trainer):
             loss = loss + self.args.lambda_align * aligned["alignment"]
         parts = {f"{LOG_PREFIX}{name}": value for name, value in parts.items()}
         logged = {"language": outputs.loss, **aligned, **parts}
+        check_loss({"loss": loss, "language": outputs.loss, **aligned})
         for name, value in logged.items() if model.training else ():  # the log of a step holds no evaluation
             self._parts.setdefault(name, []).append(value.detach().float())
         return (loss, outputs) if return_outputs else loss

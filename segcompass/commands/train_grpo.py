@@ -14,7 +14,7 @@ from pathlib import Path
 
 from trl import ModelConfig
 
-from segcompass.adapters import adapters_for, load_for_training
+from segcompass.adapters import adapters_for, check_model_options, load_for_training
 from segcompass.modeling_segcompass import SegCompassProcessor
 from segcompass.recipes import parse_with_recipe
 from segcompass.trainers import SegCompassGRPOConfig, SegCompassGRPOTrainer
@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command with these options; None takes the process's own."""
     parser = options.recipe_parser("train grpo", __doc__, (GRPOArguments, SegCompassGRPOConfig, ModelConfig))
     arguments, training, extra = parse_with_recipe(parser, argv)
+    check_model_options(extra)
     rows, held_out = options.training_rows(arguments, training)
     model = load_for_training(arguments.model, extra, training.bf16)
     processor = SegCompassProcessor.from_pretrained(arguments.model)

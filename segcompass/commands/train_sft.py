@@ -16,7 +16,7 @@ from pathlib import Path
 from accelerate import PartialState
 from trl import ModelConfig
 
-from segcompass.adapters import adapters_for, load_for_training
+from segcompass.adapters import adapters_for, check_model_options, load_for_training
 from segcompass.loading import load
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
 from segcompass.recipes import parse_with_recipe
@@ -89,8 +89,7 @@ def start(
         ValueError: neither a model nor backbones are named, or a quantised MLLM is to be trained without adapters.
     """
     path, quantized = arguments.model, extra.load_in_4bit or extra.load_in_8bit
-    if quantized and not extra.use_peft:
-        raise ValueError("weights of 4 or 8 bits cannot be trained; add --use-peft, or leave out --load-in-4bit.")
+    check_model_options(extra)
     if extra.use_peft and not path:
         path = str(Path(training.output_dir) / "base")
         state = PartialState()

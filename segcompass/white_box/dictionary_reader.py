@@ -37,6 +37,8 @@ class SampleTokens(NamedTuple):
     """long (T,), IMAGE, INSTRUCTION or RESPONSE."""
     activations: torch.Tensor
     """float (T, d_sae), on the CPU."""
+    states: torch.Tensor
+    """float (T, d_π), hidden states at the SAE's layer, on the CPU."""
     grid: tuple[int, int]
     """(rows, columns) of the image tokens, which come row by row."""
 
@@ -85,6 +87,7 @@ class TokenReader:
                 ids=ids[place, chosen].tolist(),
                 types=types[place, chosen].cpu(),
                 activations=self.model.sae.encode(z[place, chosen]).float().cpu(),
+                states=z[place, chosen].float().cpu(),
                 grid=tuple(grids[place].tolist()),
             )
 

@@ -67,7 +67,7 @@ def measure(
             )
             for source in SOURCES
         }
-        targets = mask_targets(row["masks"], row["height"], row["width"], frame.side, side) > 0.5  # (G, 4h, 4w)
+        targets = mask_targets(row["masks"], row["height"], row["width"], frame, side) > 0.5  # (G, 4h, 4w)
         targets = targets.to(model.device)
         slots = []
         for slot in found[query_source][place]["slots"].tolist():
