@@ -31,7 +31,7 @@ from .collator import SegCompassCollator
 from .held_out import HeldOutMasks
 from .image_features import open_image_features
 from .losses import LOG_PREFIX, LossWeights, erasure_loss, segmentation_loss
-from .optimization import RateMultipliers, component_optimizer
+from .optimization import RateMultipliers, check_warmup, component_optimizer
 from .options import OPTIONS, refuse_options
 from .policy import freeze
 
@@ -101,6 +101,7 @@ class SegCompassSFTConfig(LossWeights, RateMultipliers, TrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         check_pushing(self)
+        check_warmup(self)
         refuse_options(self, OPTIONS)
 
 

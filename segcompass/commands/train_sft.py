@@ -33,7 +33,7 @@ class SFTArguments:
 
     model: str | None = field(default=None, metadata={"help": "SegCompass folder or Hub id to continue from"})
     mllm: str | None = field(default=None, metadata={"help": "MLLM to build from: folder or Hub id"})
-    image_encoder: str | None = field(default=None, metadata={"help": "SAM to build from: folder, Hub id or .pth file"})
+    image_encoder: str | None = field(default=None, metadata={"help": "image encoder to build from (docs/encoders.md)"})
     sae: str | None = field(default=None, metadata={"help": "SAE folder or Hub id to put into the model"})
     model_config: dict | str | None = field(
         default=None, metadata={"help": "fields of SegCompassConfig (JSON), for a model built from backbones"}

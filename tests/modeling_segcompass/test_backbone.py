@@ -4,7 +4,8 @@ import re
 
 import pytest
 import torch
-from transformers import AutoProcessor
+from transformers import AutoProcessor, LlavaProcessor
+from transformers import __version__ as version
 
 from segcompass.modeling_segcompass import SegCompassProcessor
 from segcompass.modeling_segcompass.backbone import FAMILIES, GENERIC, Backbone, backbone_of
@@ -165,6 +166,12 @@ def test_seen_extent_is_the_centre_that_the_image_processor_keeps(parts):
     name, _, processor, backbone = parts
     extent = backbone.seen_extent(processor.image_processor, 60, 40)
     assert extent == ((10, 0, 50, 40) if name == "llava" else (0, 0, 60, 40))
+
+
+def test_a_family_whose_processor_does_not_say_its_image_tokens_is_refused(monkeypatch):
+    monkeypatch.delattr(LlavaProcessor, "replace_image_token")  # as in a transformers that is older than this family's
+    with pytest.raises(ValueError, match=f"LlavaProcessor of transformers {version} does not say .* transformers>=5"):
+        tiny_processor("llava")(images=noise_image(30, 44), text="it")
 
 
 @pytest.mark.parametrize("name", BACKBONES)

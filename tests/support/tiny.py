@@ -16,6 +16,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor, SparseAutoencoderConfig
+from segcompass.modeling_segcompass.image_encoder import image_processor_of
 
 BACKBONES = ("llava", "qwen2_5_vl")
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>"]
@@ -132,11 +133,13 @@ def tiny_mllm(backbone, processor, hidden=32, layers=4):
     return mllm
 
 
-def tiny_segcompass(backbone, seed=0, num_slots=3, **config):
+def tiny_segcompass(backbone, seed=0, num_slots=3, image_encoder=None, **config):
     """A whole tiny SegCompass model on a real backbone class, and its processor. Same seed, same weights."""
     torch.manual_seed(seed)
     processor = tiny_processor(backbone, num_slots)
-    sam = SamVisionModel(
+    if image_encoder is not None:
+        processor.encoder_image_processor = image_processor_of(image_encoder)
+    sam = image_encoder or SamVisionModel(
         SamVisionConfig(
             hidden_size=16,
             output_channels=16,
