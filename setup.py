@@ -61,6 +61,7 @@ setup(
         "numpy>=2",
         "packaging>=24",
         "tqdm>=4.66",
+        "filelock>=3.16",
     ],
     extras_require={
         "test": ["pytest>=9", "parameterized", "ruff", "mypy", "pydoclint", "tensorboard", "bitsandbytes>=0.46"],

@@ -112,7 +112,7 @@ def read_json(path: Path) -> Any:
     del content  # a hundred megabytes less while the objects are made
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is truncated or no JSON ({error}); download it again.") from error
 
 
@@ -153,7 +153,7 @@ def read_jsonl(path: Path, journal: bool = False, repair: bool = False) -> Itera
                 row = json.loads(_utf8(line), object_pairs_hook=None if journal else _without_repeats)
                 if not isinstance(row, dict):
                     raise ValueError(f"a line must be a JSON object; this one is a {type(row).__name__}")
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 if journal:
                     message = f"{path}, line {number} is damaged ({error}); delete it and start again."
                 else:

@@ -6,6 +6,7 @@ from pathlib import Path
 from datasets import Dataset, load_dataset, load_from_disk
 
 from .files import check_shards, read_json
+from .signed import check_signed
 
 
 def load_folder(folder: str | os.PathLike, split: str = "train") -> Dataset:
@@ -19,7 +20,7 @@ def load_folder(folder: str | os.PathLike, split: str = "train") -> Dataset:
         The rows as they were written.
 
     Raises:
-        ValueError: the folder holds neither, or only some of the parquet files.
+        ValueError: the folder holds neither, only some of the parquet files, or others than were signed.
 
     Example:
         rows = load_folder("data/refcoco", "val")
@@ -27,6 +28,7 @@ def load_folder(folder: str | os.PathLike, split: str = "train") -> Dataset:
     files = sorted(str(file) for file in Path(folder).glob(f"{split}-*.parquet"))
     if files:
         check_shards(files)
+        check_signed([*files, Path(folder) / f"{split}.json"])
         rows = load_dataset("parquet", data_files={split: files}, split=split)
         note = Path(folder) / f"{split}.json"
         noted = read_json(note).get("rows") if note.exists() else None

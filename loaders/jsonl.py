@@ -88,6 +88,9 @@ def _row(given: dict, path: Path, number: int, split: str, folder: Path) -> dict
     for key in ("image", "instruction"):
         if not isinstance(given.get(key), str) or not given[key].strip():
             raise ValueError(f"{key!r} is missing or blank.")
+    for key, value in given.items():
+        if isinstance(value, str) and not value.isascii() and value != value.encode("utf-8", "replace").decode("utf-8"):
+            raise ValueError(f"{key!r} holds half of a character (a lone surrogate); write the text anew.")
     reasoning = given.get("reasoning")
     if not isinstance(reasoning, (str, type(None))):
         raise ValueError(f"'reasoning' must be text; got a {type(reasoning).__name__}.")

@@ -8,7 +8,7 @@ from pathlib import Path
 from datasets import Dataset, Image, load_dataset
 from pycocotools import mask as coco_mask
 
-from .files import check_shards, need
+from .files import check_shards, inside_folder, need
 from .masks import coco_rle, read_mask
 from .rows import LeftOut, expressions, target_kind, to_dataset
 
@@ -80,7 +80,7 @@ def _ref_rows(source: Dataset, name: str, split: str, image_dir: Path | None, un
     left_out = LeftOut()
     for ref in source:
         info, annotation = json.loads(ref["raw_image_info"]), json.loads(ref["raw_anns"])
-        image = None if image_dir is None else image_dir / info["file_name"]
+        image = None if image_dir is None else inside_folder(image_dir, info["file_name"])
         mask = coco_rle(annotation["segmentation"], info["height"], info["width"])
         if mask is None:
             left_out.add("refs without a usable mask", f"ref {ref['ref_id']}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from datasets import Dataset, IterableDataset
 
 from .arrow_files import cached_json, file_stamps
-from .files import need, read_json, read_pickle
+from .files import inside_folder, need, read_json, read_pickle
 from .masks import coco_rle
 from .registry import register_loader
 from .rows import LeftOut, expressions, target_kind, to_dataset
@@ -157,6 +157,11 @@ def _rows(
         image = images.get(ref["image_id"])
         if image is None:
             raise ValueError(f"ref {ref['ref_id']} is about image {ref['image_id']}, which {instances} does not hold.")
+        if image_dir is not None:
+            try:
+                inside_folder(image_dir, image["file_name"])
+            except ValueError as error:
+                raise ValueError(f"{instances}, image {image['id']}: {error}") from error
         masks = _masks(ref, image, annotations, name, left_out, known)
         if masks is None:
             continue

@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, Image, IterableDataset, List, NamedSplit, Value
 
 from .arrow_files import cached_rows, file_stamps
+from .signed import check_signed
 
 RLE = {"size": List(Value("int32"), length=2), "counts": Value("string")}
 FEATURES = Features(
@@ -99,6 +100,10 @@ def check_reasoning(reasoning: str | None) -> None:
         )
 
 
+ARCHIVES = ("zip", "tar", "gzip", "bz2", "lz4", "xz", "zstd", "hf")
+"""How `datasets` writes that a file lies within an archive; "hf" is the Hub's."""
+
+
 def leave_images_encoded(rows: Any) -> Any:
     """The same rows, whose images are decoded where they are used: there an unreadable one is named by its sample.
 
@@ -136,6 +141,11 @@ def row_image(row: Mapping[str, Any]) -> Any:
     if image is None:
         raise ValueError(f"sample {row.get('sample_id')!r} has no image; give --image-dir.")
     if isinstance(image, Mapping) and image.get("bytes") is None and "::" in str(image.get("path")):
+        for part in str(image["path"]).split("::"):
+            if "://" in part and part.split("://")[0] not in ARCHIVES:
+                raise ValueError(
+                    f"{name} ({image['path']!r:.200}) lies within an archive at an address; download the archive first."
+                )
         try:
             image = Image().decode_example(dict(image))  # within an archive, which `datasets` opens
         except Exception as error:
@@ -198,11 +208,13 @@ def to_dataset(
 
     Raises:
         FileNotFoundError: images of the rows are not on disk; they are named.
-        ValueError: num_samples < 1, a sample id repeats, or there are no rows.
+        ValueError: num_samples < 1, a sample id repeats, there are no rows, or a file is not the one that was signed.
         Exception: whatever `make_rows` raises.
     """
     if num_samples is not None and num_samples < 1:
         raise ValueError(f"num_samples={num_samples} is below 1; ask for at least one row, or None for all.")
+    files = list(files)
+    check_signed(files)
     here = Path(__file__).parent
     readers = {*here.glob("*.py"), *here.glob("reasoning_segmentation/run_lengths.py"), _image_reader()}
     readers.add(Path(inspect.getfile(make_rows)))

@@ -4,11 +4,12 @@ Reads only the labels; the dictionary itself is made and read by `segcompass.whi
 """
 
 import difflib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from transformers.utils import cached_file
+
+from .whole_files import read_signed_json
 
 DICTIONARY = "concepts.json"
 
@@ -38,7 +39,7 @@ def read_labels(source: str | Path, d_sae: int, revision: str | None = None) -> 
     if path is None:
         return {}
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = read_signed_json(path)
         features = content["features"]
         labels = {int(entry["index"]): entry["label"] for entry in content["concepts"] if entry["label"]}
     except (ValueError, KeyError, TypeError) as error:

@@ -43,6 +43,8 @@ def scale_vector(
         if not (concept_scale.isfinite() & (concept_scale >= 0)).all():
             raise ValueError("concept_scale holds factors that are negative or not finite; use 0 or more.")
         return concept_scale.to(z.device, z.dtype)
+    if concept_scale is not None and not isinstance(concept_scale, Mapping):
+        raise ValueError(f"concept_scale is {concept_scale!r:.100}; give {{index or label: factor}}, or a tensor.")
     if not concept_scale:
         return None
     scale = z.new_ones(d_sae)

@@ -15,7 +15,7 @@ from transformers.utils import CONFIG_NAME
 from .backbone import Backbone, backbone_of
 from .backbone_files import holds_processor, read_image_encoder, read_mllm
 from .image_encoder import Frame, frame_of, without_torchvision
-from .images import read_image
+from .images import MAX_PIXELS, read_image
 from .manifest import MANIFEST, READ_BY_PROCESSORS
 from .old_names import with_new_names
 from .row_errors import RowError, check_prompt_lengths
@@ -522,6 +522,12 @@ class SegCompassProcessor(ProcessorMixin):
     def _sizes(self, pred_masks, original_sizes):
         """One (H, W) per prediction, as whole numbers. Raises ValueError."""
         sizes = [tuple(int(n) for n in size) for size in original_sizes]
+        for size in sizes:
+            if len(size) != 2 or min(size) < 1 or size[0] * size[1] > MAX_PIXELS:
+                raise ValueError(
+                    f"a target size is {size}; it is an image's (H, W) in pixels, each at least 1, and at most "
+                    f"{MAX_PIXELS:,} together."
+                )
         if len(sizes) != len(pred_masks):
             raise ValueError(f"{len(pred_masks)} predictions but {len(sizes)} target sizes; give one (H, W) per image.")
         return sizes

@@ -14,6 +14,7 @@ from .configuration_segcompass import SparseAutoencoderConfig
 from .manifest import check, signing
 from .sae_activations import SAE_ACTIVATIONS
 from .weights import check_finite
+from .whole_files import write_whole
 
 if TYPE_CHECKING:
     from .modeling_sparse_autoencoder import SparseAutoencoder
@@ -158,13 +159,11 @@ def _write(sae, folder):
     }
     cfg |= sae.activation.saelens_fields(config)
     names = (*WEIGHTS, *sae.activation.tensors)
-    save_file(
-        {name: getattr(sae, name).detach().cpu().contiguous() for name in names}, folder / "sae_weights.safetensors"
-    )
-    save_file(
-        {"mean_active_activation": sae.mean_active_activation.cpu()}, folder / "mean_active_activation.safetensors"
-    )
-    (folder / "cfg.json").write_text(json.dumps(cfg, indent=2) + "\n")
+    weights = {name: getattr(sae, name).detach().cpu().contiguous() for name in names}
+    strength = {"mean_active_activation": sae.mean_active_activation.cpu()}
+    write_whole(folder / "sae_weights.safetensors", lambda part: save_file(weights, part))
+    write_whole(folder / "mean_active_activation.safetensors", lambda part: save_file(strength, part))
+    write_whole(folder / "cfg.json", json.dumps(cfg, indent=2) + "\n")
 
 
 def _config(folder, theirs, layer):

@@ -9,6 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -23,8 +24,9 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from tqdm import tqdm
 
 from segcompass.gallery import write_gallery
-from segcompass.journal import claim_folder, weights_of, write_text
+from segcompass.journal import claim_folder, weights_of
 from segcompass.loaders import load_rows
+from segcompass.loaders.folder_lock import folder_lock
 from segcompass.loaders.identity import rows_digest
 from segcompass.loaders.masks import encode_mask
 from segcompass.loaders.reasoning_segmentation.reasoning_segmentation import (
@@ -37,6 +39,7 @@ from segcompass.loaders.rows import leave_images_encoded, row_image
 from segcompass.loading import load
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
 from segcompass.modeling_segcompass.row_errors import naming_rows
+from segcompass.modeling_segcompass.whole_files import append_whole, signed_json, write_whole
 from segcompass.predictions import (
     explicit_answer,
     merge_parts,
@@ -124,11 +127,29 @@ def evaluate(run: Evaluation) -> dict:
     Raises:
         ValueError: rows that cannot be loaded or repeat a sample id, an output folder of another run, or predictions
             that do not fit the rows.
-        OSError: a file that cannot be read or written.
+        OSError: a file that cannot be read or written, or another run that writes into the output folder.
     """
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=2))
     if run.predictions is not None and state.num_processes > 1:
         raise ValueError("predictions are scored by one process: start the command without accelerate launch.")
+    with folder_lock(run.output) if state.is_main_process else nullcontext():
+        return evaluate_alone(run, state)
+
+
+def evaluate_alone(run: Evaluation, state: PartialState) -> dict:
+    """The work of `evaluate`, whose processes alone write into the output folder.
+
+    Args:
+        run: what to evaluate.
+        state: which process this is, of how many.
+
+    Returns:
+        The content of metrics.json.
+
+    Raises:
+        ValueError: as `evaluate`.
+        OSError: likewise.
+    """
     with state.main_process_first():
         rows = read_rows(run)
     names = list(rows["sample_id"])
@@ -192,16 +213,18 @@ def predict_rest(run: Evaluation, state: PartialState, rows: Dataset, names: lis
     total = len(done) + sum(names[index] not in done for batch in batches for index in batch)
     rows = leave_images_encoded(rows)
     bar = tqdm(total=total, initial=len(done), unit="sample", dynamic_ncols=True, disable=not state.is_main_process)
-    with part_path(run.output, state.process_index).open("a") as file, bar:
+    part = part_path(run.output, state.process_index)
+    with bar:
         for batch in batches:
+            lines = ""
             for record in predict(run, model, processor, [rows[index] for index in batch], features):
                 if record["sample_id"] in done:
                     continue
-                file.write(json.dumps(record) + "\n")
+                lines += signed_json(record) + "\n"
                 iou = sample_iou(record, run.protocol)
                 ious += [] if iou is None else [iou]
                 bar.update()
-            file.flush()
+            append_whole(part, lines)
             bar.set_postfix(gIoU=f"{sum(ious) / len(ious):.3f}" if ious else "none")
 
 
@@ -363,8 +386,8 @@ def write_results(run: Evaluation, rows: Dataset, records: list[dict], metrics: 
         if metrics[metric] is not None
     ]
     index = eval_results_to_model_index(Path(name).name, results)
-    write_text(run.output / "model-index.yml", yaml.safe_dump({"model-index": index}, sort_keys=False))
-    write_text(run.output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    write_whole(run.output / "model-index.yml", yaml.safe_dump({"model-index": index}, sort_keys=False))
+    write_whole(run.output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
 
 
 def report(metrics: dict, seconds: float) -> None:

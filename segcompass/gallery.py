@@ -13,6 +13,7 @@ from PIL import Image
 from segcompass.loaders.masks import decode_mask
 from segcompass.loaders.reasoning_segmentation.reasoning_segmentation import sample_iou
 from segcompass.loaders.rows import row_image
+from segcompass.modeling_segcompass.whole_files import write_whole
 
 PREDICTED, WANTED, IGNORED = (255, 140, 0), (0, 200, 255), (128, 128, 128)
 SIDE = 320
@@ -49,7 +50,7 @@ def write_gallery(path: Path, rows: Dataset, records: list[dict], protocol: str,
     legend = " &nbsp; ".join(
         f'<b class="swatch" style="background: rgb{colour}"></b> {name}' for name, colour in names.items()
     )
-    path.write_text(PAGE.format(title=escape(title), legend=legend, sections=sections), encoding="utf-8")
+    write_whole(path, PAGE.format(title=escape(title), legend=legend, sections=sections))
 
 
 def _card(row: dict, record: dict, iou: float | None) -> str:

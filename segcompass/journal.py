@@ -8,18 +8,29 @@ import hashlib
 import json
 import os
 import re
+import weakref
 from collections.abc import Iterable
 from pathlib import Path
 
 from transformers.utils import CONFIG_NAME, cached_file
 
 from segcompass.loaders.files import read_jsonl
+from segcompass.loaders.folder_lock import give_folder, take_folder
 from segcompass.modeling_segcompass.concept_labels import DICTIONARY
 from segcompass.modeling_segcompass.manifest import HASH_BELOW, MANIFEST, noted_files, sha256
+from segcompass.modeling_segcompass.whole_files import (
+    append_whole,
+    read_signed_json,
+    signed_json,
+    unsigned,
+    write_whole,
+)
 
 
 class Journal:
     """The finished items of a run, on disk (`items.jsonl`) and in `records` by their `sample_id`.
+
+    As long as it is there, nobody else may write into the folder.
 
     Args:
         folder: made if it does not exist; `run.json` in it says what the items are of.
@@ -27,6 +38,7 @@ class Journal:
 
     Raises:
         ValueError: the folder holds another run, or a damaged line.
+        FolderHeldError: another process writes into the folder; it is named.
 
     Example:
         journal = Journal(Path("runs/curves"), {"model": "mini", "weights": weights_of("mini")})
@@ -35,17 +47,17 @@ class Journal:
     """
 
     def __init__(self, folder: Path, run: dict):
-        folder.mkdir(parents=True, exist_ok=True)
+        take_folder(folder)
+        weakref.finalize(self, give_folder, folder)
         self.path = folder / "items.jsonl"
         claim_folder(folder, run)
         self.records = read_records(self.path, repair=True)
 
     def add(self, records: Iterable[dict]) -> None:
         """Write records to the file and keep them."""
-        with self.path.open("a") as file:
-            for record in records:
-                file.write(json.dumps(record) + "\n")
-                self.records[record["sample_id"]] = record
+        for record in records:
+            append_whole(self.path, signed_json(record) + "\n")
+            self.records[record["sample_id"]] = record
 
 
 def claim_folder(folder: Path, run: dict, file: str = "run.json", holds: str = "results made") -> None:
@@ -63,14 +75,16 @@ def claim_folder(folder: Path, run: dict, file: str = "run.json", holds: str = "
     note = folder / file
     run = json.loads(json.dumps(run))
     if note.exists():
-        theirs = json.loads(note.read_text())
+        theirs = read_signed_json(note)
         for name in run | theirs:
             if theirs.get(name) != run.get(name):
                 raise ValueError(
                     f"{folder} holds {holds} with {name}={theirs.get(name)!r}, this run has {run.get(name)!r}; "
                     "choose another --output, or delete that folder."
                 )
-    write_text(note, json.dumps(run, indent=2) + "\n")
+    text = signed_json(run) + "\n"
+    if not note.exists() or note.read_text(encoding="utf-8") != text:
+        write_whole(note, text)
 
 
 def read_records(path: Path, repair: bool = False) -> dict[str, dict]:
@@ -89,17 +103,14 @@ def read_records(path: Path, repair: bool = False) -> dict[str, dict]:
     records: dict[str, dict] = {}
     if path.exists():
         for number, record in read_jsonl(path, journal=True, repair=repair):
+            try:
+                record = unsigned(record)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number} is damaged ({error}); delete it and start again.") from error
             if "sample_id" not in record:
                 raise ValueError(f"{path}, line {number} is damaged (no sample_id); delete it and start again.")
             records[record["sample_id"]] = record
     return records
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file in one step: a reader sees the old content or the new."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 READ = (".safetensors", ".json", ".jinja", ".txt", ".model")

@@ -4,15 +4,16 @@ A line of any model's predictions is {"sample_id": str} with one of
     "masks"   list of COCO RLE dicts, compressed or not; their union is the prediction, [] is "nothing"
     "mask"    one RLE dict
     "slots"   list of {"segmentation": RLE dict}, as `segcompass evaluate` writes them
-and may have "no_target" (bool: the answer of a separate "nothing there" output) and "text".
+and may have "no_target" (bool: the answer of a separate "nothing there" output) and "text". Lines of ours end with the
+checksum of what stands before it; whoever edits one takes it away.
 """
 
-import json
 from pathlib import Path
 
-from segcompass.journal import read_records, write_text
+from segcompass.journal import read_records
 from segcompass.loaders.files import read_jsonl
 from segcompass.loaders.masks import coco_rle
+from segcompass.modeling_segcompass.whole_files import CHECKSUM, signed_json, unsigned, write_whole
 
 OWN, OTHERS = "predictions.jsonl", "predictions.rank*.jsonl"
 
@@ -33,7 +34,7 @@ def read_parts(folder: Path, repair: bool = False) -> dict[str, dict]:
 def merge_parts(folder: Path, names: list[str], records: dict[str, dict]) -> None:
     """Leave one predictions.jsonl with the records in the order of `names`."""
     if list(read_records(folder / OWN)) != names:
-        write_text(folder / OWN, "".join(json.dumps(records[name]) + "\n" for name in names))
+        write_whole(folder / OWN, "".join(signed_json(records[name]) + "\n" for name in names))
     for path in folder.glob(OTHERS):
         path.unlink()
 
@@ -59,6 +60,11 @@ def read_predictions(path: Path, names: list[str]) -> dict[str, dict]:
     for number, record in read_jsonl(path):
         if "sample_id" not in record:
             raise ValueError(f"{path}, line {number} is no prediction: it has no sample_id.")
+        if CHECKSUM in record:  # a line of ours
+            try:
+                record = unsigned(record)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number} is damaged: {error}.") from error
         name = str(record["sample_id"])
         if name in found:
             raise ValueError(f"{path}, line {number}: the sample id {name!r} repeats.")

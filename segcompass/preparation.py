@@ -4,6 +4,7 @@ Every image's size is compared with its masks', every count with the published o
 """
 
 import hashlib
+import io
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,13 +19,16 @@ from tqdm import tqdm
 
 from segcompass.journal import claim_folder
 from segcompass.loaders import load_rows
+from segcompass.loaders.folder_lock import folder_lock
 from segcompass.loaders.identity import images_digest, rows_digest
 from segcompass.loaders.mixing import note_held_out
 from segcompass.loaders.obelics import image_name, open_documents
 from segcompass.loaders.published import SPLITS, compare
 from segcompass.loaders.refcoco import SPLIT_BY
 from segcompass.modeling_segcompass.images import upright_size
+from segcompass.modeling_segcompass.manifest import signing
 from segcompass.modeling_segcompass.web_images import fetch as fetch_file
+from segcompass.modeling_segcompass.whole_files import write_whole
 
 LARGEST = 20_000_000  # bytes of a downloaded image
 
@@ -68,7 +72,7 @@ class Conversion:
 
 
 def prepare_data(conversion: Conversion) -> list[dict]:
-    """Convert the splits, and print a table of what they hold.
+    """Convert the splits, sign the folder, and print a table of what they hold.
 
     Args:
         conversion: what to convert.
@@ -79,20 +83,21 @@ def prepare_data(conversion: Conversion) -> list[dict]:
     Raises:
         ValueError: a folder with another conversion, a data set that cannot be loaded, or an image of another size
             than its masks.
-        OSError: a file that cannot be read or written.
+        OSError: a file that cannot be read or written, or another run that writes into the folder.
     """
     table = []
-    claim_conversion(conversion)
-    if conversion.download is not None and conversion.root and conversion.image_dir:
-        download(conversion.root, conversion.image_dir, conversion.download)
-    named = {name: getattr(conversion, name) for name in ("root", "split_by", "unit", "image_dir")}
-    for split in conversion.split:
-        rows = load_rows(conversion.dataset, split, 0, conversion.num_samples, **named)
-        claim_split(conversion, split, rows)
-        convert(rows, conversion.output, split, conversion.rows_per_file, conversion.images == "bytes")
-        table.append(count(conversion, split, rows))
-    if conversion.dataset in SPLIT_BY and conversion.root:
-        note_held_out(conversion.output, conversion.dataset, conversion.root, conversion.split_by)
+    with folder_lock(conversion.output), signing(conversion.output):
+        claim_conversion(conversion)
+        if conversion.download is not None and conversion.root and conversion.image_dir:
+            download(conversion.root, conversion.image_dir, conversion.download)
+        named = {name: getattr(conversion, name) for name in ("root", "split_by", "unit", "image_dir")}
+        for split in conversion.split:
+            rows = load_rows(conversion.dataset, split, 0, conversion.num_samples, **named)
+            claim_split(conversion, split, rows)
+            convert(rows, conversion.output, split, conversion.rows_per_file, conversion.images == "bytes")
+            table.append(count(conversion, split, rows))
+        if conversion.dataset in SPLIT_BY and conversion.root:
+            note_held_out(conversion.output, conversion.dataset, conversion.root, conversion.split_by)
     report(table)
     return table
 
@@ -158,9 +163,7 @@ def convert(rows: Dataset, folder: Path, split: str, rows_per_file: int, embed: 
                 check_sizes(table.select(["image", "height", "width", "sample_id"]).to_pylist())
                 if embed:
                     table = embed_table_storage(table)
-                part = path.with_suffix(".part")
-                pq.write_table(table, part)
-                part.replace(path)
+                write_whole(path, lambda part, table=table: pq.write_table(table, part))
             bar.update(stop - start)
 
 
@@ -220,14 +223,11 @@ def download(root: str, folder: Path, documents: int, workers: int = 16) -> None
 
 def fetch(address: str, folder: Path) -> bool:
     """Whether an image could be fetched; only what opens as an image is kept."""
-    path = folder / image_name(address)
-    part = path.with_suffix(".part")
     try:
-        part.write_bytes(fetch_file(address, max_bytes=LARGEST))
-        with Image.open(part) as image:
+        content = fetch_file(address, max_bytes=LARGEST)
+        with Image.open(io.BytesIO(content)) as image:
             image.verify()
     except Exception:  # the web fails in every way
-        part.unlink(missing_ok=True)
         return False
-    part.replace(path)
+    write_whole(folder / image_name(address), content)
     return True

@@ -59,6 +59,13 @@ def parse_with_recipe(parser: Any, argv: list[str] | None) -> tuple:
     if named.config:
         options = ["--config", str(find_recipe(named.config)), *options]
     try:
+        if named.config:
+            text = find_recipe(named.config).read_text(encoding="utf-8")
+            if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text)):
+                raise ValueError(
+                    f"the recipe {named.config} refers to its own parts (&, *), which can grow without end; write the "
+                    "values where they are used."
+                )
         *parsed, from_recipe, from_options = parser.parse_args_and_config(
             options, return_remaining_strings=True, separate_remaining_strings=True
         )

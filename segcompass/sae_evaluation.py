@@ -15,11 +15,13 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from segcompass.loaders.folder_lock import folder_lock
 from segcompass.loaders.image_text import image_text, load_image_text
 from segcompass.loading import load_mllm
 from segcompass.modeling_segcompass import SparseAutoencoder
 from segcompass.modeling_segcompass.backbone import backbone_of
 from segcompass.modeling_segcompass.sae_origin import Origin, check_origin, origin_of
+from segcompass.modeling_segcompass.whole_files import write_whole
 from segcompass.trainers.activations import SPECIAL, TOKEN_TYPES, batch_activations, model_special_tokens, token_types
 from segcompass.trainers.collator import ImageTextCollator
 from segcompass.trainers.sae_quality import evaluate_sae
@@ -57,6 +59,7 @@ def judge_sae(
 
     Raises:
         ValueError: no SAE, or one of another backbone.
+        OSError: a file that cannot be written, or another run that writes into the folder.
     """
     mllm, processor = load_mllm(model)
     mllm.eval()
@@ -71,10 +74,10 @@ def judge_sae(
     quality = evaluate_sae(autoencoder, activations(mllm, autoencoder, batches, collate, sums))
     quality["language_model"] = sums.summary()
     quality["skipped"] = dict(sums.skipped)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "quality.json").write_text(json.dumps(quality, indent=2) + "\n")
-    (output / "quality.md").write_text(table(quality))
-    plot(quality, output / "quality.png")
+    with folder_lock(output):
+        write_whole(output / "quality.json", json.dumps(quality, indent=2) + "\n")
+        write_whole(output / "quality.md", table(quality))
+        write_whole(output / "quality.png", lambda part: plot(quality, part))
     print(table(quality))
     return quality
 

@@ -11,6 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from segcompass.modeling_segcompass.sae_activations import SAE_ACTIVATIONS
+from segcompass.modeling_segcompass.whole_files import write_whole
 
 
 def swept_field(activation: str, values: list[float], d_sae: int) -> str:
@@ -59,8 +60,8 @@ def write_sweep(qualities: dict[float, dict[str, Any]], field: str, folder: Path
         of_kind = [point["by_type"][kind] for point in points]
         summary[kind] = {name: [point[name] for point in of_kind] for name in ("l0", "explained_variance")}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "sweep.json").write_text(json.dumps({field: qualities}, indent=2) + "\n")
-    _draw(summary, folder / "sweep.png")
+    write_whole(folder / "sweep.json", json.dumps({field: qualities}, indent=2) + "\n")
+    write_whole(folder / "sweep.png", lambda part: _draw(summary, part))
     return summary
 
 

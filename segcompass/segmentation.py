@@ -9,12 +9,14 @@ import numpy as np
 from PIL import Image
 
 from segcompass.drawing import draw_overlay, label_image
+from segcompass.loaders.folder_lock import folder_lock
 from segcompass.loaders.masks import encode_mask
 from segcompass.loading import load
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
 from segcompass.modeling_segcompass.explanation import heaviest_concepts
 from segcompass.modeling_segcompass.explanation_page import render_html
 from segcompass.modeling_segcompass.images import read_image
+from segcompass.modeling_segcompass.whole_files import write_whole
 from segcompass.white_box import ConceptDictionary
 
 NO_TOKENS = "no mask: the response had no concentration tokens"
@@ -37,7 +39,7 @@ def segment_image(
         The content of result.json.
 
     Raises:
-        OSError: the image cannot be read.
+        OSError: the image cannot be read, the results cannot be written, or another run writes into the folder.
         ValueError: no such model, or an empty or too long instruction.
     """
     image = read_image(source)
@@ -52,16 +54,16 @@ def segment_image(
     verdict = verdict_of(result, outputs)
     report(result, reasoning, verdict)
 
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "result.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     masks = instances["masks"].cpu().numpy()
     slots, scores = instances["slots"].tolist(), instances["scores"].tolist()
-    label_image(masks, scores, slots).save(output / "masks.png")
     heatmaps = slot_heatmaps(outputs, processor, image, slots)
     shown = [slot for slot, _, _ in heatmaps]
     concepts = concept_heat(outputs, segcompass, processor, image, shown)
     figure = draw_overlay(np.asarray(image), result, reasoning, verdict, masks, heatmaps, concepts)
-    figure.savefig(output / "overlay.png")
+    with folder_lock(output):
+        write_whole(output / "result.json", json.dumps(result, indent=2) + "\n")
+        write_whole(output / "masks.png", label_image(masks, scores, slots).save)
+        write_whole(output / "overlay.png", figure.savefig)
     print(f"wrote overlay.png, masks.png and result.json to {output}")
     if explain:
         dictionary = ConceptDictionary.from_pretrained(model)
@@ -215,8 +217,8 @@ def write_explanation(
     masks = (logits[slots] > 0).cpu().numpy()
     extent = model.backbone.seen_extent(processor.image_processor, *image.size)
     page = render_html(explanations, image, masks, extent, instruction)
-    (folder / "explanation.html").write_text(page, encoding="utf-8")
+    write_whole(folder / "explanation.html", page)
     first = max(range(len(explanations)), key=lambda place: explanations[place].confidence)
     figure = explanations[first].to_figure(image, masks[first], instruction, extent)
-    figure.savefig(folder / "explanation.png", dpi=100)
+    write_whole(folder / "explanation.png", lambda part: figure.savefig(part, dpi=100))
     print(f"wrote explanation.html and explanation.png to {folder}")

@@ -8,14 +8,11 @@ its checksum and is what makes it count. `cache.json` says of what the cache is.
 Gathering tokens anew in every pass costs one MLLM forward up to layer L; a cache costs 2 d_in bytes per token.
 """
 
-import contextlib
-import errno
 import hashlib
-import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 
@@ -25,6 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import IterableDataset
 from tqdm import tqdm
+
+from segcompass.loaders.folder_lock import folder_lock
+from segcompass.modeling_segcompass.whole_files import read_signed_json, signed_json, write_whole
 
 from .activations import (
     SPECIAL,
@@ -37,6 +37,10 @@ from .activations import (
 )
 
 logger = logging.getLogger(__name__)
+
+
+LISTING = "shards.json"
+"""Which shards there are, written when all of them are: one that is lost later is missed."""
 
 
 def cache_activations(
@@ -76,71 +80,76 @@ def cache_activations(
 
     Raises:
         ValueError: the folder holds another cache; no rows; non-finite hidden states with "stop".
-        OSError: the disk is full. Finished shards are kept, and the call can be repeated.
+        OSError: the disk is full; finished shards are kept, and the call can be repeated. Or another run is writing the
+            cache; it is named.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _claim(
-        folder / "cache.json",
-        description
-        | {
-            "layer": layer,
-            "d_in": mllm_of(model).config.get_text_config().hidden_size,
-            "dtype": str(dtype).removeprefix("torch."),
-            "samples_per_batch": samples_per_batch,
-            "samples_per_shard": samples_per_shard,
-        },
-    )
     rank, processes = process_share()
-    special = model_special_tokens(model)
-    model.eval()
-    capped = False
-    with tqdm(desc="caching", unit="shard", disable=rank > 0, dynamic_ncols=True) as bar:
-        for index, part in enumerate(_parts(rows, samples_per_shard, folder, rank, processes)):
-            if part is None:  # written before, or another process's
-                bar.update()
-                continue
-            sizes = [path.stat().st_size for path in folder.glob("shard-*.safetensors")]
-            used = sum(sizes)
-            if used + max(sizes, default=0) > max_gb * 1e9:
-                capped = True
-                logger.warning(
-                    "%s holds %.2f GB and the limit is %.2f GB: caching stops. Train on what is there, or repeat the "
-                    "command with a higher max_gb to resume.",
-                    *(folder, used / 1e9, max_gb),
-                )
-                break
-            chunks: list[tuple[torch.Tensor, torch.Tensor]] = []
-            report: Counter = Counter()
-            for start in range(0, len(part), samples_per_batch):
-                inputs = collate(part[start : start + samples_per_batch])
-                report.update(inputs.get("skipped", ()))
-                if "input_ids" not in inputs:
-                    continue
-                z, types = batch_activations(model, inputs, layer, special, keep_special=True)
-                first = index * samples_per_shard + start
-                if keep_finite(z, f"the batch of samples {first} to {first + samples_per_batch - 1}", on_nonfinite):
-                    report["samples"] += len(inputs["input_ids"])
-                    chunks.append((z.to(dtype).cpu(), types.cpu()))
-                else:
-                    report["not finite"] += len(inputs["input_ids"])
-            _write_shard(folder, index, chunks, report)
-            bar.update()
-            bar.set_postfix(GB=f"{used / 1e9:.2f}")
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
-    total: Counter = Counter()
-    for shard in _shards(folder):
-        total.update(json.loads(shard.with_suffix(".json").read_text())["report"])
-        total["shards"] += 1
-        total["bytes"] += shard.stat().st_size
-    if not total["tokens"]:
-        raise ValueError(
-            f"no token was cached in {folder}: the rows are empty or every sample was skipped ({dict(total)}); give "
-            "other rows."
+    with folder_lock(folder) if rank == 0 else nullcontext():
+        wait_for_all()  # the lock is there before anybody writes
+        _claim(
+            folder / "cache.json",
+            description
+            | {
+                "layer": layer,
+                "d_in": mllm_of(model).config.get_text_config().hidden_size,
+                "dtype": str(dtype).removeprefix("torch."),
+                "samples_per_batch": samples_per_batch,
+                "samples_per_shard": samples_per_shard,
+            },
         )
-    total["capped"] = int(capped)
-    return total
+        special = model_special_tokens(model)
+        model.eval()
+        capped = False
+        with tqdm(desc="caching", unit="shard", disable=rank > 0, dynamic_ncols=True) as bar:
+            for index, part in enumerate(_parts(rows, samples_per_shard, folder, rank, processes)):
+                if part is None:  # written before, or another process's
+                    bar.update()
+                    continue
+                sizes = [path.stat().st_size for path in folder.glob("shard-*.safetensors")]
+                used = sum(sizes)
+                if used + max(sizes, default=0) > max_gb * 1e9:
+                    capped = True
+                    logger.warning(
+                        "%s holds %.2f GB and the limit is %.2f GB: caching stops. Train on what is there, or repeat "
+                        "the command with a higher max_gb to resume.",
+                        *(folder, used / 1e9, max_gb),
+                    )
+                    break
+                chunks: list[tuple[torch.Tensor, torch.Tensor]] = []
+                report: Counter = Counter()
+                for start in range(0, len(part), samples_per_batch):
+                    inputs = collate(part[start : start + samples_per_batch])
+                    report.update(inputs.get("skipped", ()))
+                    if "input_ids" not in inputs:
+                        continue
+                    z, types = batch_activations(model, inputs, layer, special, keep_special=True)
+                    first = index * samples_per_shard + start
+                    if keep_finite(z, f"the batch of samples {first} to {first + samples_per_batch - 1}", on_nonfinite):
+                        report["samples"] += len(inputs["input_ids"])
+                        chunks.append((z.to(dtype).cpu(), types.cpu()))
+                    else:
+                        report["not finite"] += len(inputs["input_ids"])
+                _write_shard(folder, index, chunks, report)
+                bar.update()
+                bar.set_postfix(GB=f"{used / 1e9:.2f}")
+        wait_for_all()
+        total: Counter = Counter()
+        for shard in _shards(folder):
+            total.update(read_signed_json(shard.with_suffix(".json"))["report"])
+            total["shards"] += 1
+            total["bytes"] += shard.stat().st_size
+        if not total["tokens"]:
+            raise ValueError(
+                f"no token was cached in {folder}: the rows are empty or every sample was skipped ({dict(total)}); "
+                "give other rows."
+            )
+        if rank == 0:
+            names = [shard.name for shard in _shards(folder)]
+            write_whole(folder / LISTING, signed_json({"shards": names}) + "\n")
+        total["capped"] = int(capped)
+        return total
 
 
 class CachedActivations(IterableDataset):
@@ -175,13 +184,25 @@ class CachedActivations(IterableDataset):
         self.folder = Path(folder)
         if not (self.folder / "cache.json").exists():
             raise ValueError(f"{folder} holds no cache.json; write a cache there with cache_activations.")
-        self.description = json.loads((self.folder / "cache.json").read_text())
+        self.description = read_signed_json(self.folder / "cache.json")
         if d_in is not None and self.description["d_in"] != d_in:
             raise ValueError(
                 f"{folder} holds hidden states of width {self.description['d_in']}, but {d_in} were asked for; use the "
                 "cache of this backbone."
             )
-        self.shards = _shards(self.folder)[shards]
+        found = _shards(self.folder)
+        if (self.folder / LISTING).exists():
+            listed = read_signed_json(self.folder / LISTING).get("shards", [])
+            missing = sorted({*listed} - {shard.name for shard in found})
+            if missing:
+                raise ValueError(
+                    f"{self.folder} lacks {len(missing)} of its {len(listed)} shards or their .json, the first "
+                    f"{missing[0]} and {Path(missing[0]).with_suffix('.json')}; repeat the caching command, which "
+                    "writes them again and keeps all others."
+                )
+        else:
+            logger.warning("%s has no %s: caching was not finished, and a part is read.", self.folder, LISTING)
+        self.shards = found[shards]
         if not self.shards:
             raise ValueError(f"{folder} holds no finished shard (of those asked for); repeat the caching command.")
         self.batch_size = batch_size
@@ -210,7 +231,7 @@ class CachedActivations(IterableDataset):
 
     def _read(self, path):
         if path not in self._checked:
-            expected = json.loads(path.with_suffix(".json").read_text())["sha256"]
+            expected = read_signed_json(path.with_suffix(".json"))["sha256"]
             found = _checksum(path)
             if found != expected:
                 raise ValueError(
@@ -244,10 +265,16 @@ def _parts(rows, samples_per_shard, folder, rank, processes):
         index += 1
 
 
+def wait_for_all() -> None:
+    """Every process of the run comes here before any goes on."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
 def _claim(path, description):
     """Write cache.json, or compare with the one that is there."""
     if path.exists():
-        theirs = json.loads(path.read_text())
+        theirs = read_signed_json(path)
         for name in description.keys() | theirs.keys():
             if theirs.get(name) != description.get(name):
                 raise ValueError(
@@ -255,7 +282,7 @@ def _claim(path, description):
                     "asked for; choose another folder, or delete that one."
                 )
         return
-    _write(path, lambda part: part.write_text(json.dumps(description, indent=2) + "\n"))
+    write_whole(path, signed_json(description) + "\n")
 
 
 def _shard(folder, index):
@@ -272,33 +299,9 @@ def _write_shard(folder, index, chunks, report):
     z = torch.cat([z for z, _ in chunks]) if chunks else torch.zeros(0, 1)
     types = torch.cat([types for _, types in chunks]) if chunks else torch.zeros(0, dtype=torch.uint8)
     report["tokens"] = len(z)
-    _write(path, lambda part: save_file({"hidden_states": z, "token_types": types}, part))
+    write_whole(path, lambda part: save_file({"hidden_states": z, "token_types": types}, part))
     record = {"sha256": _checksum(path), "report": dict(report)}
-    _write(path.with_suffix(".json"), lambda part: part.write_text(json.dumps(record)))
-
-
-def _write(path, write):
-    """Make a file whole or not at all, on the disk before it has its name."""
-    part = path.with_name(f"{path.name}.part-{os.getpid()}")
-    try:
-        write(part)
-        with part.open("rb") as file:
-            os.fsync(file.fileno())
-        part.rename(path)
-    except Exception as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        if _disk_is_full(error):
-            raise OSError(
-                errno.ENOSPC,
-                f"the disk is full while writing {path}; what was written before is kept: make room, or train on it, "
-                "and repeat the command to resume",
-            ) from error
-        raise
-
-
-def _disk_is_full(error):
-    return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
+    write_whole(path.with_suffix(".json"), signed_json(record) + "\n")
 
 
 def _checksum(path):

@@ -10,12 +10,17 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy, rotate_checkpoints
 
+from segcompass.loaders.folder_lock import folder_lock
 from segcompass.modeling_segcompass.manifest import HASH_BELOW, MANIFEST, check, findings
+from segcompass.modeling_segcompass.whole_files import flush
 
 from .signed_saves import SignedSaves
 
@@ -93,9 +98,11 @@ class WholeCheckpoints(SignedSaves):
 
         Raises:
             ValueError: there is no such checkpoint, or it is not whole.
+            FolderHeldError: another training writes into the output folder; it is named.
         """
-        start = whole_checkpoint(resume_from_checkpoint, self.args.output_dir)
-        return super().train(start, trial, ignore_keys_for_eval)  # type: ignore[misc]  # the Trainer's
+        with alone_in_output(self.args):
+            start = whole_checkpoint(resume_from_checkpoint, self.args.output_dir)
+            return super().train(start, trial, ignore_keys_for_eval)  # type: ignore[misc]  # the Trainer's
 
     def _run_epoch(self, *args, **kwargs):
         if self.state.global_step >= self.state.max_steps:  # a finished training is repeated
@@ -196,12 +203,28 @@ def _with_optimizer(checkpoint):
     return checkpoint
 
 
+@contextmanager
+def alone_in_output(args: TrainingArguments) -> Iterator[None]:
+    """Within it no other training writes into the output folder, see `folder_lock`.
+
+    Args:
+        args: the training's; the process that saves takes the lock.
+
+    Yields:
+        None.
+
+    Raises:
+        FolderHeldError: another training writes there; it is named.
+    """
+    with folder_lock(args.output_dir or "") if args.should_save else nullcontext():
+        yield
+
+
 def _put(written: Path, place: Path) -> None:
     """Rename a whole checkpoint to its place; one that is there already gives way."""
     for path in written.rglob("*"):
         if path.is_file():
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
+            flush(path)
     if place.exists():
         replaced = written.with_name("replaced")
         os.replace(place, replaced)

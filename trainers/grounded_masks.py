@@ -26,6 +26,7 @@ from segcompass.modeling_segcompass.backbone import backbone_of
 from segcompass.modeling_segcompass.grounded_reading import DECODER_CONFIDENCE, centred, concept_spread
 from segcompass.modeling_segcompass.image_encoder import encoder_of
 from segcompass.modeling_segcompass.token_layout import conclusion_mask, gather_positions
+from segcompass.modeling_segcompass.whole_files import write_whole
 
 from .alignment import WordKind, any_word
 from .collator import SegCompassCollator
@@ -124,8 +125,7 @@ def cache_states(
         records = []
         for first in range(0, len(part), batch_size):
             records += _records(model, processor, part[first : first + batch_size], word_kind)
-        torch.save(records, path.with_suffix(".part"))
-        path.with_suffix(".part").replace(path)
+        write_whole(path, lambda part, records=records: torch.save(records, part))
 
 
 def _records(model, processor, rows, word_kind):
@@ -357,8 +357,7 @@ def _save(path, model, optimizer, phase, step):
         "optimizer": optimizer.state_dict(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(state, path.with_suffix(".part"))
-    path.with_suffix(".part").replace(path)
+    write_whole(path, lambda part: torch.save(state, part))
 
 
 def _loss(model, batch, words, detectors, phase, config, generator):

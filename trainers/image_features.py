@@ -8,7 +8,6 @@ by what they show (a hash of their pixels), so a data set may rename, repeat or 
 
 import hashlib
 import json
-import os
 import zlib
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from segcompass.loaders.folder_lock import give_folder, take_folder
 from segcompass.modeling_segcompass.image_encoder import Frame, encoder_of
+from segcompass.modeling_segcompass.whole_files import read_signed_json, signed_json, write_whole
 
 META = "cache.json"
 FORMAT = 1
@@ -52,21 +53,11 @@ def encoder_id(image_encoder: Any, encoder_image_processor: Any) -> str:
     return f"{kind}-{shape}{encoder_of(config).side(config)}px-{digest.hexdigest()[:16]}"
 
 
-def _write_whole(path: Path, text: str) -> None:
-    """Write a text file so that it is there entirely or not at all."""
-    part = path.with_suffix(".part")
-    with part.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-
-
 def _read_meta(folder: Path, encoder: str) -> dict[str, Any]:
-    meta = json.loads((folder / META).read_text())
-    if meta["format"] != FORMAT:
+    meta = read_signed_json(folder / META)
+    if meta.get("format") != FORMAT:
         raise ValueError(
-            f"{folder} is an image feature cache of format {meta['format']}, this version reads {FORMAT}; make it "
+            f"{folder} is an image feature cache of format {meta.get('format')}, this version reads {FORMAT}; make it "
             "again with `segcompass precompute-features`, in another folder."
         )
     if meta["encoder"] != encoder:
@@ -75,6 +66,25 @@ def _read_meta(folder: Path, encoder: str) -> dict[str, Any]:
             "`segcompass precompute-features` with this model and another folder."
         )
     return meta
+
+
+def _read_listing(path: Path) -> dict[str, Any]:
+    """A shard's list. Raises ValueError when it is damaged."""
+    listing = read_signed_json(path)
+    if not {"keys", "shape", "crc32"} <= listing.keys():
+        raise ValueError(f"{path} is no list of a shard (it holds {sorted(listing)}); delete it and make it again.")
+    return listing
+
+
+def _mapped(path: Path) -> np.ndarray:
+    """A shard's values, mapped. Raises ValueError when it is missing or damaged."""
+    try:
+        return np.load(path, mmap_mode="r")
+    except Exception as error:  # numpy reads the header as Python, whose parser raises whatever it likes
+        raise ValueError(
+            f"{path} cannot be read ({error}); delete it and {path.stem}.json and run `segcompass precompute-features` "
+            "again."
+        ) from error
 
 
 class ImageFeatureWriter:
@@ -87,7 +97,8 @@ class ImageFeatureWriter:
         shard_size: images per shard; a killed run loses at most so many.
 
     Raises:
-        ValueError: the folder holds another encoder's features.
+        ValueError: the folder holds another encoder's features, or a damaged list.
+        FolderHeldError: another process writes into the folder; it is named.
 
     Example:
         >>> encoder = encoder_id(model.image_encoder, processor.encoder_image_processor)
@@ -98,17 +109,16 @@ class ImageFeatureWriter:
 
     def __init__(self, folder: str | Path, encoder: str, frame: Frame, shard_size: int = 256):
         self.folder, self.shard_size = Path(folder), shard_size
-        self.folder.mkdir(parents=True, exist_ok=True)
+        take_folder(self.folder)
+        self._alone = True
         if (self.folder / META).exists():
             _read_meta(self.folder, encoder)
         else:
             placing = {"image_size": frame.side, "stretched": frame.stretched}
             meta = {"format": FORMAT, "encoder": encoder, **placing, "dtype": "float16"}
-            _write_whole(self.folder / META, json.dumps(meta, indent=2) + "\n")
-        for unfinished in self.folder.glob("*.part"):
-            unfinished.unlink()
+            write_whole(self.folder / META, signed_json(meta) + "\n")
         listed = sorted(self.folder.glob("shard-*.json"))
-        self.known = {key for path in listed for key in json.loads(path.read_text())["keys"]}
+        self.known = {key for path in listed for key in _read_listing(path)["keys"]}
         self.number = int(listed[-1].stem.split("-")[1]) + 1 if listed else 0
         self.pending: list[tuple[str, np.ndarray]] = []
 
@@ -131,26 +141,26 @@ class ImageFeatureWriter:
         self.known.add(key)
         self.pending.append((key, values))
         if len(self.pending) == self.shard_size:
-            self.close()
+            self._write_shard()
 
     def close(self) -> None:
-        """Write the images added since the last shard; nothing when there are none."""
-        if not self.pending:
-            return
+        """Write the images added since the last shard, and let others write into the folder."""
+        if self.pending:
+            self._write_shard()
+        if self._alone:
+            give_folder(self.folder)
+            self._alone = False
+
+    def _write_shard(self):
         name = f"shard-{self.number:05d}"
         values = np.stack([features for _, features in self.pending])
-        part = self.folder / f"{name}.npy.part"
-        with part.open("wb") as file:
-            np.save(file, values)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(self.folder / f"{name}.npy")
+        write_whole(self.folder / f"{name}.npy", lambda part: np.save(part, values))
         listing = {
             "keys": [key for key, _ in self.pending],
             "shape": list(values.shape),
             "crc32": [zlib.crc32(row) for row in values],
         }
-        _write_whole(self.folder / f"{name}.json", json.dumps(listing) + "\n")
+        write_whole(self.folder / f"{name}.json", signed_json(listing) + "\n")
         self.number += 1
         self.pending = []
 
@@ -184,8 +194,8 @@ class ImageFeatures:
         self._place_of: dict[str, tuple[str, int, int]] = {}
         self._shards: dict[str, np.ndarray] = {}
         for path in sorted(self.folder.glob("shard-*.json")):
-            listing = json.loads(path.read_text())
-            shape = tuple(np.load(path.with_suffix(".npy"), mmap_mode="r").shape)
+            listing = _read_listing(path)
+            shape = tuple(_mapped(path.with_suffix(".npy")).shape)
             if shape != tuple(listing["shape"]):
                 raise ValueError(
                     f"{path.with_suffix('.npy')} has shape {shape}, its list says {listing['shape']}; delete both "
@@ -218,7 +228,7 @@ class ImageFeatures:
             )
         shard, row, crc = self._place_of[key]
         if shard not in self._shards:
-            self._shards[shard] = np.load(self.folder / f"{shard}.npy", mmap_mode="r")
+            self._shards[shard] = _mapped(self.folder / f"{shard}.npy")
         values = np.array(self._shards[shard][row])
         if zlib.crc32(values.data) != crc:
             raise ValueError(

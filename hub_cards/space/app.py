@@ -6,20 +6,28 @@
 As a Space, with this folder as its repository, set SEGCOMPASS_MODEL to a Hub id; elsewhere the small model that ships
 with the project is used. It takes the model as remote code, so it needs transformers and not this project. Moving a
 concept's slider decodes the masks again from the states that generation left behind; the MLLM does not run again.
+
+Visitors are many and memory is not: questions wait in a line of limited length (`Line`), images, texts and waiting have
+limits, and what an answer leaves behind is kept for a while, of the latest visitors alone (`Answers`), and let go when
+its visitor leaves.
 """
 
+import html
 import json
 import os
+import secrets
+import time
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from threading import Event, Thread
+from threading import Condition, Event, Lock, Thread
 from typing import Any
 
 import gradio as gr
 import numpy as np
 import torch
 from matplotlib import colormaps
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoModel, AutoProcessor, TextIteratorStreamer
 
 HERE = Path(__file__).resolve().parent
@@ -37,6 +45,16 @@ COLOURS = np.array(  # those of modeling_segcompass/palette.py, which a Space's 
     ]
 )
 TOP_CONCEPTS = 8
+MAX_TEXT = 1000
+"""Characters of an instruction."""
+MAX_PIXELS = 25_000_000
+"""Of an image; a larger one is refused before it is decoded."""
+MAX_FILE = "20mb"
+"""Of an upload."""
+AT_ONCE, MAX_WAITING, PATIENCE = 1, 16, 120.0
+"""Questions that are answered at a time, that wait for it, and how many seconds they wait at most."""
+MAX_ANSWERS, MAX_BYTES, KEPT_SECONDS = 64, 2**30, 1800.0
+"""How many answers are kept for their visitors to look into, in how many bytes, and for how long."""
 STYLE = (
     "#image img, #overlay img, #fired img {width: 100%; height: 100%; object-fit: contain}"  # small images too
     "#concepts label:has(input:checked) {outline: 2px solid currentcolor}"
@@ -46,6 +64,52 @@ ABOUT = (
     "concepts into one heatmap per slot, and the heatmaps into masks. Choose a concept to see where it fired; move its "
     "slider and the masks follow, while the reasoning stays as it is."
 )
+
+
+def refusal(message: Any) -> gr.Error:
+    """An error that the page shows as text, whatever a visitor wrote into it."""
+    return gr.Error(html.escape(str(message)))
+
+
+class Line:
+    """Questions that wait for the model, first come, first served.
+
+    Args:
+        at_once: how many are answered at a time.
+        waiting: how many may wait.
+    """
+
+    def __init__(self, at_once: int = AT_ONCE, waiting: int = MAX_WAITING):
+        self.at_once, self.waiting = at_once, waiting
+        self._tickets: list[object] = []
+        self._moved = Condition()
+
+    def enter(self) -> object:
+        """A ticket, to be given back with `leave`. Raises gr.Error when the line is full."""
+        with self._moved:
+            if len(self._tickets) >= self.at_once + self.waiting:
+                raise refusal(f"{self.waiting} questions are waiting already, which is the limit; try again later.")
+            ticket = object()
+            self._tickets.append(ticket)
+            return ticket
+
+    def before(self, ticket: object) -> int:
+        """How many must be answered before it is this one's turn."""
+        with self._moved:
+            place = self._tickets.index(ticket) if ticket in self._tickets else 0
+            return max(0, place + 1 - self.at_once)
+
+    def wait(self, ticket: object, seconds: float) -> bool:
+        """Whether it is this one's turn, after so many seconds at most."""
+        with self._moved:
+            return self._moved.wait_for(lambda: ticket not in self._tickets[self.at_once :], seconds)
+
+    def leave(self, ticket: object) -> None:
+        """Make room for the next; nothing where that was done before."""
+        with self._moved:
+            if ticket in self._tickets:
+                self._tickets.remove(ticket)
+                self._moved.notify_all()
 
 
 class Answer:
@@ -61,11 +125,69 @@ class Answer:
         self.states: Any = None  # what masks are decoded from
         self.outputs: Any = None  # of the response as it was written, before any intervention
         self.factors: dict[int, float] = {}
+        self.name, self.used = secrets.token_hex(8), time.monotonic()
 
-    def __deepcopy__(
-        self, memo: dict
-    ) -> "Answer":  # gradio copies a state's first value; this one is large and never shared
-        return self
+    def bytes(self) -> int:
+        """About how much memory it takes."""
+        tensors = [*self.inputs.values(), *(self.states or ()), *(self.outputs or {}).values()]
+        known = {
+            value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
+            for value in tensors
+            if torch.is_tensor(value)
+        }
+        return 3 * self.image.width * self.image.height + sum(known.values())
+
+
+class Answers:
+    """The last answer of each visitor, as long as there is room and the visitor is there.
+
+    Args:
+        limit: how many are kept.
+        limit_bytes: in how much memory; the newest is kept however large.
+        seconds: how long one is kept that is not looked into.
+    """
+
+    def __init__(self, limit: int = MAX_ANSWERS, limit_bytes: int = MAX_BYTES, seconds: float = KEPT_SECONDS):
+        self.limit, self.limit_bytes, self.seconds = limit, limit_bytes, seconds
+        self._kept: OrderedDict[str, Answer] = OrderedDict()  # by visitor, the one used last at the end
+        self._lock = Lock()
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def put(self, visitor: str, answer: Answer) -> None:
+        """Keep an answer in place of the visitor's last one."""
+        with self._lock:
+            self._kept.pop(visitor, None)
+            self._kept[visitor] = answer
+            size = sum(each.bytes() for each in self._kept.values())
+            oldest = time.monotonic() - self.seconds
+            for other, each in list(self._kept.items())[:-1]:
+                if len(self._kept) > self.limit or size > self.limit_bytes or each.used < oldest:
+                    size -= each.bytes()
+                    del self._kept[other]
+
+    def get(self, visitor: str, question: str | None) -> Answer:
+        """The visitor's answer. Raises gr.Error when there is none to this question."""
+        with self._lock:
+            answer = self._kept.get(visitor)
+            if question is None:
+                raise refusal("Ask something first.")
+            if answer is None or answer.name != question:
+                raise refusal("This answer was put away to make room for others; ask again.")
+            answer.used = time.monotonic()
+            self._kept.move_to_end(visitor)
+            return answer
+
+    def forget(self, visitor: str) -> None:
+        """Let go of what a visitor left behind."""
+        with self._lock:
+            self._kept.pop(visitor, None)
+
+
+def visitor_of(request: Any) -> str:
+    """Whose request it is: one open page each."""
+    return getattr(request, "session_hash", None) or ""
 
 
 class Demo:
@@ -79,22 +201,54 @@ class Demo:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = AutoModel.from_pretrained(path, trust_remote_code=True).to(device).eval()
         self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
+        self.line, self.answers = Line(), Answers()
+        self._asking: dict[str, tuple[Event, object]] = {}  # visitor -> (set when the visitor has left, its ticket)
 
     # -- asking ------------------------------------------------------------------------------------------------------
 
-    def ask(self, image: Image.Image | None, instruction: str, threshold: float) -> Iterator[tuple]:
+    def ask(self, image: Any, instruction: str, threshold: float, request: gr.Request | None = None) -> Iterator[tuple]:
         """Yield what the page shows: first the reasoning as it grows, then everything."""
-        if image is None:
-            raise gr.Error("No image yet: upload one, or take an example.")
+        check_question(image, instruction, threshold)
+        visitor, left = visitor_of(request), Event()
+        ticket = self.line.enter()
         try:
-            image = image.convert("RGB")
+            self._asking[visitor] = left, ticket
+            patience = time.monotonic() + PATIENCE
+            while not self.line.wait(ticket, min(1.0, PATIENCE)):
+                if left.is_set():
+                    return
+                if time.monotonic() > patience:
+                    raise refusal(f"No answer within {PATIENCE:.0f} seconds, so many are asking; try again later.")
+                before = self.line.before(ticket)
+                yield f"{before} question{'s' * (before > 1)} before yours …", *[gr.skip()] * 6
+            if left.is_set():
+                return
+            yield from self._answer(image, instruction, threshold, visitor, left)
+        finally:
+            left.set()
+            if self._asking.get(visitor) == (left, ticket):
+                del self._asking[visitor]
+            self.line.leave(ticket)
+
+    def leave(self, request: gr.Request | None = None) -> None:
+        """A visitor has closed the page: the model stops, and what the visitor left behind is let go."""
+        visitor = visitor_of(request)
+        left, ticket = self._asking.pop(visitor, (None, None))
+        if left is not None:
+            left.set()
+            self.line.leave(ticket)  # nobody may ever ask for the rest of the answer
+        self.answers.forget(visitor)
+
+    def _answer(self, image: Any, instruction: str, threshold: float, visitor: str, left: Event) -> Iterator[tuple]:
+        """As `ask`, when it is this question's turn."""
+        try:
+            image = read(image)
             inputs = self.processor(images=image, text=instruction, return_tensors="pt").to(self.model.device)
-        except ValueError as error:  # an empty or too long instruction
-            raise gr.Error(str(error)) from error
+        except (ValueError, OSError) as error:  # an empty or too long instruction, an image that cannot be read
+            raise refusal(error) from error
         answer = Answer(image, inputs)
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         failed = []
-        left = Event()
 
         def stop(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
             return torch.full((len(input_ids),), left.is_set(), dtype=torch.bool, device=input_ids.device)
@@ -118,36 +272,61 @@ class Demo:
         except GeneratorExit:  # the visitor left: the model stops at the next token
             left.set()
             raise
-        writer.join()
+        finally:
+            writer.join()  # before the next is served
+        if left.is_set():
+            return
         if failed:
-            raise gr.Error(f"The model failed: {failed[0]}")
+            raise refusal(f"The model failed: {failed[0]}")
+        self.answers.put(visitor, answer)
         concepts = self.concepts(answer, threshold)
         choices = gr.Radio(choices=concepts, value=None)
-        yield text, *self.show(answer, answer.outputs, threshold), answer, choices, gr.Slider(value=1.0)
+        shown = self.show(answer, answer.outputs, threshold)
+        yield text, *shown, answer.name, choices, gr.Slider(value=1.0)
 
     @torch.no_grad()
-    def decode(self, answer: Answer) -> Any:
-        """The masks with the concepts scaled as they are now: a SegCompassOutput."""
-        return self.model.decode_masks(**answer.states._asdict(), concept_scale=answer.factors)
+    def decode(self, answer: Answer, factors: dict[int, float] | None = None) -> Any:
+        """The masks with concepts scaled by these factors (None: as they are now): a SegCompassOutput."""
+        factors = answer.factors if factors is None else factors
+        return self.model.decode_masks(**answer.states._asdict(), concept_scale=factors)
 
-    def scale(self, answer: Answer | None, concept: int | None, factor: float, threshold: float) -> tuple:
+    def scale(
+        self,
+        question: str | None,
+        concept: int | None,
+        factor: float,
+        threshold: float,
+        request: gr.Request | None = None,
+    ) -> tuple:
         """Masks with the chosen concept scaled, beside those scaled before; the response stays."""
-        if answer is None or concept is None:
-            raise gr.Error("Ask something first, then choose a concept.")
-        answer.factors[int(concept)] = float(factor)
+        answer = self.answers.get(visitor_of(request), question)
+        concept = self.chosen(answer, concept)
+        if not 0 <= within(factor, "the strength") <= 2:
+            raise refusal(f"The strength is {factor!r:.40}; choose a number from 0 to 2.")
+        check_threshold(threshold)
+        answer.factors = {**answer.factors, concept: float(factor)}
         return self.show(answer, self.decode(answer), threshold)
 
-    def restore(self, answer: Answer | None, threshold: float) -> tuple:
+    def chosen(self, answer: Answer, concept: Any) -> int:
+        """The number of a concept of the answer. Raises gr.Error when it is none of them."""
+        known = [] if answer.outputs.concept_indices is None else answer.outputs.concept_indices[0].tolist()
+        if isinstance(concept, bool) or not isinstance(concept, int) or concept not in known:
+            raise refusal(f"The concept {concept!r:.40} is none of this answer's; choose one of the list.")
+        return concept
+
+    def restore(self, question: str | None, threshold: float, request: gr.Request | None = None) -> tuple:
         """The masks with no concept scaled."""
-        if answer is None:
-            raise gr.Error("Ask something first.")
+        answer = self.answers.get(visitor_of(request), question)
+        check_threshold(threshold)
         answer.factors = {}
         return *self.show(answer, answer.outputs, threshold), gr.Slider(value=1.0)
 
-    def rethreshold(self, answer: Answer | None, threshold: float) -> tuple | list:
+    def rethreshold(self, question: str | None, threshold: float, request: gr.Request | None = None) -> tuple | list:
         """The same masks, other slots kept."""
-        if answer is None:
+        if question is None:
             return [gr.skip()] * 3
+        check_threshold(threshold)
+        answer = self.answers.get(visitor_of(request), question)
         return self.show(answer, self.decode(answer) if answer.factors else answer.outputs, threshold)
 
     # -- showing -----------------------------------------------------------------------------------------------------
@@ -201,12 +380,13 @@ class Demo:
         indices = outputs.concept_indices[0].tolist()
         return [(f"concept {indices[column]}, weight {weights[column]:.2f}", indices[column]) for column in columns]
 
-    def where(self, answer: Answer | None, concept: int | None) -> tuple:
+    def where(self, question: str | None, concept: int | None, request: gr.Request | None = None) -> tuple:
         """Where a concept fired: over the image, and on the tokens of the response. Also its present factor."""
-        if answer is None or concept is None:
+        if question is None or concept is None:
             return gr.skip(), gr.skip(), gr.skip()
+        answer = self.answers.get(visitor_of(request), question)
         outputs = answer.outputs
-        column = outputs.concept_indices[0].tolist().index(int(concept))
+        column = outputs.concept_indices[0].tolist().index(self.chosen(answer, concept))
         fired = outputs.concept_activations[0, :, column].float()
         start = answer.inputs["input_ids"].shape[1]
         ids = outputs.sequences[0, : len(fired)]
@@ -237,6 +417,56 @@ class Demo:
         return np.asarray(canvas).clip(0, 1)
 
 
+def within(number: Any, name: str) -> float:
+    """A number that a visitor chose. Raises gr.Error when it is none."""
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or number != number:
+        raise refusal(f"{name.capitalize()} is {number!r:.40}; choose a number.")
+    return number
+
+
+def check_threshold(threshold: Any) -> None:
+    """Raises gr.Error when it is no probability."""
+    if not 0 <= within(threshold, "the confidence") <= 1:
+        raise refusal(f"The confidence is {threshold!r:.40}; choose a number from 0 to 1.")
+
+
+def check_question(image: Any, instruction: Any, threshold: Any) -> None:
+    """What costs nothing to check, before a question waits. Raises gr.Error."""
+    if image is None:
+        raise refusal("No image yet: upload one, or take an example.")
+    if not isinstance(instruction, str) or len(instruction) > MAX_TEXT:
+        found = f"has {len(instruction):,} characters" if isinstance(instruction, str) else "is no text"
+        raise refusal(f"The instruction {found}; the limit is {MAX_TEXT:,}.")
+    check_threshold(threshold)
+
+
+def read(image: Any) -> Image.Image:
+    """A visitor's image.
+
+    Args:
+        image: a file's path, or a PIL image.
+
+    Returns:
+        PIL image of mode "RGB", upright.
+
+    Raises:
+        ValueError: it cannot be read, or has more than `MAX_PIXELS` pixels, which its header says.
+    """
+    try:
+        opened = image if isinstance(image, Image.Image) else Image.open(image)
+        if opened.width * opened.height > MAX_PIXELS:
+            raise ValueError(
+                f"the image has {opened.width} x {opened.height} pixels, the limit is {MAX_PIXELS:,}; make it smaller."
+            )
+        return ImageOps.exif_transpose(opened).convert("RGB")
+    except (OSError, SyntaxError, AttributeError, TypeError, KeyError, MemoryError) as error:
+        raise ValueError(
+            f"the image cannot be read ({type(error).__name__}); save it again, as PNG or JPEG."
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"the image has more than {MAX_PIXELS:,} pixels; make it smaller.") from error
+
+
 def examples() -> list[list[str]]:
     """[[image path, instruction]] of the scene that ships beside this file or with the project."""
     for folder in (HERE, EXAMPLES):
@@ -248,13 +478,13 @@ def examples() -> list[list[str]]:
 
 def page(demo: Demo) -> gr.Blocks:
     """The page, wired to the demo. Elements that a visitor or a test looks for carry an elem_id."""
-    with gr.Blocks(title="SegCompass", analytics_enabled=False) as blocks:
+    with gr.Blocks(title="SegCompass", analytics_enabled=False, delete_cache=(600, 1800)) as blocks:
         gr.Markdown(ABOUT)
-        answer = gr.State()
+        answer = gr.State()  # names the visitor's answer, which the demo keeps
         with gr.Row():
             with gr.Column():
-                image = gr.Image(type="pil", label="Image", height=260, elem_id="image")
-                instruction = gr.Textbox(label="Instruction", elem_id="instruction")
+                image = gr.Image(type="filepath", image_mode=None, label="Image", height=260, elem_id="image")
+                instruction = gr.Textbox(label="Instruction", elem_id="instruction", max_length=MAX_TEXT)
                 threshold = gr.Slider(0, 1, 0.5, step=0.05, label="Confidence from which a slot is kept")
                 ask = gr.Button("Segment", variant="primary", elem_id="ask")
                 if shown := examples():
@@ -275,12 +505,14 @@ def page(demo: Demo) -> gr.Blocks:
 
         shows = [overlay, verdict, slots]
         asked = [reasoning, *shows, answer, concept, factor]
-        gr.on([ask.click, instruction.submit], demo.ask, [image, instruction, threshold], asked)
+        asking = {"concurrency_limit": AT_ONCE + MAX_WAITING, "concurrency_id": "ask"}
+        gr.on([ask.click, instruction.submit], demo.ask, [image, instruction, threshold], asked, **asking)
         concept.input(demo.where, [answer, concept], [fired, tokens, factor])
         factor.release(demo.scale, [answer, concept, factor, threshold], shows)
         restore.click(demo.restore, [answer, threshold], [*shows, factor])
         threshold.release(demo.rethreshold, [answer, threshold], shows)
-    return blocks
+        blocks.unload(demo.leave)
+    return blocks.queue(max_size=4 * (AT_ONCE + MAX_WAITING))
 
 
 def launch(model: str, port: int | None = None) -> None:
@@ -291,7 +523,9 @@ def launch(model: str, port: int | None = None) -> None:
         port: None takes `GRADIO_SERVER_PORT`, or 7860 or the next free one.
     """
     plain = gr.themes.Default(font=["sans-serif"], font_mono=["monospace"])  # no fonts from the network
-    page(Demo(model)).launch(server_port=port, theme=plain, css=STYLE)
+    page(Demo(model)).launch(
+        server_port=port, theme=plain, css=STYLE, max_file_size=MAX_FILE, state_session_capacity=1000
+    )
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     from segcompass.journal import Journal, weights_of
     from segcompass.loaders.identity import rows_digest
     from segcompass.loading import load
+    from segcompass.modeling_segcompass.whole_files import write_whole
     from segcompass.white_box.examination import examine, read_rows
     from segcompass.white_box.faithfulness_records import measure, summarise_records
 
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     if metrics["masks"]:
         write_curves(metrics, args.output)
     metrics = _finite(metrics)
-    (args.output / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    write_whole(args.output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     return metrics
 
 
@@ -118,6 +119,7 @@ def write_curves(metrics: dict[str, Any], folder: Path) -> None:
     """
     from matplotlib.figure import Figure
 
+    from segcompass.modeling_segcompass.whole_files import write_whole
     from segcompass.white_box.faithfulness import FRACTIONS, ORDERS
     from segcompass.white_box.figures import write_csv
 
@@ -135,7 +137,7 @@ def write_curves(metrics: dict[str, Any], folder: Path) -> None:
         ax.set(title=name, xlabel=f"share of concepts {'taken away' if name == 'deletion' else 'put in'}")
         ax.legend(frameon=False)
     figure.supylabel("IoU with the target", fontsize="medium")
-    figure.savefig(folder / "curves.png", dpi=130)
+    write_whole(folder / "curves.png", lambda part: figure.savefig(part, dpi=130))
 
 
 def _interval(values: list[float], digits: int = 3) -> str:

@@ -10,7 +10,6 @@ resume an interrupted run from its last checkpoint.
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from trl import ModelConfig
 
@@ -18,7 +17,7 @@ from segcompass.adapters import adapters_for, check_model_options, load_for_trai
 from segcompass.modeling_segcompass import SegCompassProcessor
 from segcompass.recipes import parse_with_recipe
 from segcompass.trainers import SegCompassGRPOConfig, SegCompassGRPOTrainer
-from segcompass.trainers.checkpoints import last_checkpoint
+from segcompass.trainers.checkpoints import alone_in_output, last_checkpoint
 
 from . import options
 
@@ -60,6 +59,6 @@ def main(argv: list[str] | None = None) -> None:
         processing_class=processor,
         peft_config=adapters_for(model, processor, extra),
     )
-    Path(training.output_dir).mkdir(parents=True, exist_ok=True)
-    trainer.train(training.resume_from_checkpoint or last_checkpoint(training.output_dir))
-    trainer.save_model()
+    with alone_in_output(training):
+        trainer.train(training.resume_from_checkpoint or last_checkpoint(training.output_dir))
+        trainer.save_model()

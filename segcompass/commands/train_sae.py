@@ -24,13 +24,15 @@ from segcompass.journal import weights_of
 from segcompass.loaders.image_text import has_splits, image_text, image_text_digest, load_image_text
 from segcompass.loading import load_mllm
 from segcompass.modeling_segcompass import SparseAutoencoder, SparseAutoencoderConfig
+from segcompass.modeling_segcompass.manifest import signing
 from segcompass.modeling_segcompass.sae_origin import origin_of
+from segcompass.modeling_segcompass.whole_files import write_whole
 from segcompass.recipes import parse_with_recipe
 from segcompass.sae_sweep import swept_field, write_sweep
 from segcompass.trainers import SparseAutoencoderTrainer, SparseAutoencoderTrainerConfig
 from segcompass.trainers.activation_cache import CachedActivations, cache_activations
 from segcompass.trainers.activations import ActivationDataset, take_tokens
-from segcompass.trainers.checkpoints import last_checkpoint
+from segcompass.trainers.checkpoints import alone_in_output, last_checkpoint
 from segcompass.trainers.collator import ImageTextCollator
 from segcompass.trainers.sae_estimate import estimate_sae_training
 from segcompass.trainers.sae_quality import evaluate_sae
@@ -157,15 +159,17 @@ def train_one(
     """
     sae = SparseAutoencoder(sae_config)
     trainer = SparseAutoencoderTrainer(sae, training, train_dataset=train_dataset)
-    trainer.train(training.resume_from_checkpoint or last_checkpoint(training.output_dir))
-    trainer.save_model()
-    if isinstance(train_dataset, ActivationDataset):
-        logger.warning("samples over all passes: %s", dict(train_dataset.report))
-    share = -(-arguments.evaluation_tokens // training.world_size)  # each process streams its own rows
-    quality = evaluate_sae(sae, take_tokens(held_out, share), trainer.accelerator.reduce)
-    if trainer.is_world_process_zero():
-        print(json.dumps(quality, indent=2))
-        Path(training.output_dir, "quality.json").write_text(json.dumps(quality, indent=2))
+    with alone_in_output(training):
+        trainer.train(training.resume_from_checkpoint or last_checkpoint(training.output_dir))
+        trainer.save_model()
+        if isinstance(train_dataset, ActivationDataset):
+            logger.warning("samples over all passes: %s", dict(train_dataset.report))
+        share = -(-arguments.evaluation_tokens // training.world_size)  # each process streams its own rows
+        quality = evaluate_sae(sae, take_tokens(held_out, share), trainer.accelerator.reduce)
+        if trainer.is_world_process_zero():
+            print(json.dumps(quality, indent=2))
+            with signing(training.output_dir):
+                write_whole(Path(training.output_dir, "quality.json"), json.dumps(quality, indent=2) + "\n")
     return quality
 
 

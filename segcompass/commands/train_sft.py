@@ -21,7 +21,7 @@ from segcompass.loading import load
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
 from segcompass.recipes import parse_with_recipe
 from segcompass.trainers import SegCompassSFTConfig, SegCompassSFTTrainer
-from segcompass.trainers.checkpoints import last_checkpoint
+from segcompass.trainers.checkpoints import alone_in_output, last_checkpoint
 from segcompass.trainers.checks import check_traces
 
 from . import options
@@ -125,6 +125,6 @@ def main(argv: list[str] | None = None) -> None:
         train_dataset=rows,
         eval_dataset=held_out,
     )
-    Path(training.output_dir).mkdir(parents=True, exist_ok=True)
-    trainer.train(training.resume_from_checkpoint or last_checkpoint(training.output_dir))
-    trainer.save_model()
+    with alone_in_output(training):
+        trainer.train(training.resume_from_checkpoint or last_checkpoint(training.output_dir))
+        trainer.save_model()

@@ -112,9 +112,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run the command with these options (None takes the process's own) and return the content of metrics.json."""
     args = parse(argv)
-    from segcompass.journal import Journal, weights_of, write_text
+    from segcompass.journal import Journal, weights_of
     from segcompass.loaders.identity import rows_digest
     from segcompass.loading import load
+    from segcompass.modeling_segcompass.whole_files import read_signed_json, signed_json, write_whole
     from segcompass.white_box.concept_access import reading_of
     from segcompass.white_box.criteria import summarise_criteria
     from segcompass.white_box.criteria_records import find_labels, measure_scenes, reference_batches
@@ -138,7 +139,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             scored,
             args.batch_size,
         )
-        write_text(found_file, json.dumps(found.counts, indent=2) + "\n")
+        write_whole(found_file, signed_json(found.counts) + "\n")
         batches = reference_batches(
             model, processor, args.dataset, args.label_seed, args.label_samples, args.batch_size
         )
@@ -165,11 +166,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "scenes": len(records),
         "scenes_with_masks": len(set(images["slots"])),
         "heaviest_concepts": len({slot["heaviest"] for slot in values["slots"]}),
-        "labels": json.loads(found_file.read_text()),
+        "labels": read_signed_json(found_file),
     }
-    write_text(args.output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    write_whole(args.output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     page = report(metrics, f"{args.model}, {args.dataset}, split {args.split}, seed {args.seed}")
-    write_text(args.output / "report.md", page)
+    write_whole(args.output / "report.md", page)
     print(page)
     print("RESULT " + json.dumps({name: metrics[name] for name in KEYS}))
     return metrics

@@ -6,7 +6,6 @@ or images.
 """
 
 import html
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -17,6 +16,7 @@ import torch
 
 from segcompass.modeling_segcompass.manifest import MANIFEST, check, signing
 from segcompass.modeling_segcompass.token_layout import IMAGE, INSTRUCTION, RESPONSE
+from segcompass.modeling_segcompass.whole_files import read_signed_json, signed_json, write_whole
 
 FILE = "concepts.json"
 TOKEN_KINDS = {IMAGE: "image", INSTRUCTION: "instruction", RESPONSE: "response"}
@@ -93,6 +93,15 @@ class ConceptDictionary:
         """{feature index: label} of the features that fired, as `model.explain(labels=...)` takes them."""
         return {entry.index: entry.label for entry in self.entries if entry.label}
 
+    def name(self, names: Mapping[int, str]) -> None:
+        """Give features other labels.
+
+        Args:
+            names: {feature index: label}.
+        """
+        for index, label in names.items():
+            self.entries[index].label = label
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `concepts.json` into the folder of an SAE or a model. Features that never fired are left out.
 
@@ -104,7 +113,7 @@ class ConceptDictionary:
         Path(folder).mkdir(parents=True, exist_ok=True)
         signed = (Path(folder) / MANIFEST).exists()  # the folder of a model or an SAE
         with signing(folder) if signed else nullcontext():
-            (Path(folder) / FILE).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+            write_whole(Path(folder) / FILE, signed_json(content) + "\n")
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> "ConceptDictionary | None":
@@ -132,7 +141,7 @@ class ConceptDictionary:
             return None
         check(Path(path).parent, (FILE,))
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = read_signed_json(path)
             nowhere = dict.fromkeys(TOKEN_KINDS.values(), 0.0)
             entries = [ConceptEntry(index, None, 0.0, 0.0, nowhere, []) for index in range(content["features"])]
             for entry in content["concepts"]:

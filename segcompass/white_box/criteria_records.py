@@ -28,7 +28,7 @@ from .criteria import SHOWS, Labels, Truth, measure_slot
 from .decoding import decode, overlap, single_sample
 from .detectors import score_all
 from .dictionary_reader import TokenReader
-from .scene_attributes import ATTRIBUTES, COVERED
+from .scene_attributes import ATTRIBUTES, COVERED, NAMES_F1, NAMES_LIFT
 from .shared_concepts import Sample, decoder_cosines, exchanged, identity, shared_detectors
 
 PLACES = (
@@ -40,7 +40,6 @@ NAMED = (*ATTRIBUTES, *PLACES)
 """The attributes that concepts may detect."""
 READINGS = ("scene", "patch", "word", "phrase")
 """Where: those of `scene_attributes`, and words of the reasoning that describe an object which has the attribute."""
-NAMES_F1, NAMES_LIFT = 0.8, 0.5
 STEERS_F1, HANDS_F1, DETECTORS = 0.3, 0.5, 10
 CONFIDENT = 0.5
 

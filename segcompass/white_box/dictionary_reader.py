@@ -18,6 +18,7 @@ from tqdm import tqdm
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
 from segcompass.modeling_segcompass.backbone import backbone_of
 from segcompass.modeling_segcompass.token_layout import IMAGE, token_types
+from segcompass.modeling_segcompass.whole_files import write_whole
 from segcompass.trainers.activations import layer_hidden_states
 
 from .concept_dictionary import TOKEN_KINDS, ConceptDictionary, Context, DictionaryBuilder
@@ -179,8 +180,7 @@ def build_dictionary(
 
 def _save_whole(path: Path, state: dict[str, Any]) -> None:
     """Write a file that is never seen half written."""
-    torch.save(state, path.with_suffix(".new"))
-    path.with_suffix(".new").replace(path)
+    write_whole(path, lambda part: torch.save(state, part))
 
 
 def patch_pictures(rows: Dataset, processor: SegCompassProcessor, side: int = 72) -> Callable[[Context], str | None]:

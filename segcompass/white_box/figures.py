@@ -4,6 +4,7 @@ Figures 4, 5 and 8 are drawn from the records of `figure_records.measure`, Figur
 """
 
 import csv
+import io
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
 from segcompass.modeling_segcompass.backbone import backbone_of
 from segcompass.modeling_segcompass.explanation_page import draw_panels
 from segcompass.modeling_segcompass.palette import SLOT_COLOURS, css_colour
+from segcompass.modeling_segcompass.whole_files import write_whole
 
 from .figure_records import KINDS, LEVELS, RANKINGS, SHARES
 
@@ -35,10 +37,9 @@ def write_csv(path: Path, header: Sequence[str], lines: Iterable[Sequence[Any]])
         header: names of the columns.
         lines: of values.
     """
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows(lines)
+    with io.StringIO(newline="") as text:
+        csv.writer(text).writerows([header, *lines])
+        write_whole(path, text.getvalue())
 
 
 def figure4(records: Records, folder: Path) -> dict[str, list[float]]:
@@ -67,7 +68,7 @@ def figure4(records: Records, folder: Path) -> dict[str, list[float]]:
         ax.plot(LEVELS, means[kind], marker="o", label=kind)
     ax.set(xlabel="threshold (mean active activations)", ylabel="active features per token")
     ax.legend(frameon=False)
-    figure.savefig(folder / "figure4.png", dpi=130)
+    write_whole(folder / "figure4.png", lambda part: figure.savefig(part, dpi=130))
     return means
 
 
@@ -97,7 +98,7 @@ def figure5(records: Records, folder: Path) -> dict[str, list[float]]:
         ax.plot(SHARES, means[ranking], marker="o", label=RANKING_NAMES[ranking])
     ax.set(xlabel="top K % of the image tokens", ylabel="instance coverage")
     ax.legend(frameon=False)
-    figure.savefig(folder / "figure5.png", dpi=130)
+    write_whole(folder / "figure5.png", lambda part: figure.savefig(part, dpi=130))
     return means
 
 
@@ -140,7 +141,7 @@ def figure8(records: Records, folder: Path) -> dict[str, dict[str, float]]:
         ax.plot(at, line.intercept + line.slope * at, color=LINE_COLOUR)
         ax.fill_between(at, low, high, color=LINE_COLOUR, alpha=0.2)
         ax.set_title(f"r = {line.rvalue:.2f}, p = {line.pvalue:.1e}, n = {len(x)}")
-    figure.savefig(folder / "figure8.png", dpi=130)
+    write_whole(folder / "figure8.png", lambda part: figure.savefig(part, dpi=130))
     return found
 
 
@@ -212,5 +213,5 @@ def figure9(
     for ax in axes.flat:
         ax.set(xticks=[], yticks=[])
         ax.set_frame_on(False)
-    figure.savefig(path, dpi=110)
+    write_whole(path, lambda part: figure.savefig(part, dpi=110))
     return True

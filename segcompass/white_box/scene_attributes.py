@@ -20,11 +20,13 @@ from segcompass.loaders.scene_drawing import COLOURS, SHAPES, SIZES, Scene
 from segcompass.loaders.scenes import scene_question
 from segcompass.modeling_segcompass.token_layout import IMAGE
 
-from .detectors import best_detectors
+from .detectors import best_detectors, score_all
 from .dictionary_reader import TokenReader
 
 ATTRIBUTES = (*COLOURS, *SHAPES, *SIZES)
 READINGS = ("scene", "patch", "word")
+NAMES_F1, NAMES_LIFT = 0.8, 0.5
+"""What a detector's held-out scores must reach, for the attribute to be its concept's name."""
 COVERED = 0.5  # a patch shows an object from this share of it on
 
 Labelled = dict[str, tuple[torch.Tensor, dict[str, torch.Tensor]]]
@@ -132,3 +134,26 @@ def score_attributes(chosen: Labelled, held_out: Labelled) -> dict[str, dict[str
         found = best_detectors(values, truth, other_values, other_truth) if known else {}
         scores[reading] = {name: asdict(detector) for name, detector in found.items()}
     return scores
+
+
+def detected_attributes(chosen: Labelled, held_out: Labelled) -> dict[int, str]:
+    """The concepts that detect an attribute, by name: what they say on patches counts before words.
+
+    Args:
+        chosen: scenes that thresholds are chosen on.
+        held_out: scenes that F1 and lift are measured on; 0.8 and 0.5 or more of them make a name.
+
+    Returns:
+        {feature index: attribute}.
+    """
+    names: dict[int, str] = {}
+    for reading in ("patch", "word"):
+        (values, truth), (other_values, other_truth) = chosen[reading], held_out[reading]
+        present, other_present = (
+            torch.stack([table[name] for name in ATTRIBUTES], 1) for table in (truth, other_truth)
+        )
+        f1, lift = score_all(values, present, other_values, other_present)  # (A, d_sae)
+        best, rows = torch.where((f1 >= NAMES_F1) & (lift >= NAMES_LIFT), f1, 0).max(0)
+        for index in best.nonzero()[:, 0].tolist():
+            names.setdefault(index, ATTRIBUTES[int(rows[index])])
+    return names

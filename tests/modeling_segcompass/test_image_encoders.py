@@ -66,7 +66,9 @@ DECODER = dict(hidden_size=16, mlp_dim=32, num_attention_heads=4, iou_head_hidde
 def whole(kind):
     torch.manual_seed(0)
     if kind == "sam_hq":
-        parts = dict(vision_config=SAM | {"num_pos_feats": 8}, prompt_encoder_config=PROMPT | {"image_size": 32})
+        parts = dict(
+            vision_config=SAM | {"num_pos_feats": 8}, prompt_encoder_config=PROMPT | {"image_size": 32, "patch_size": 4}
+        )
         model = T.SamHQModel(T.SamHQConfig(**parts, mask_decoder_config=DECODER | {"vit_dim": 16}))
     elif kind == "sam2":
         model = T.Sam2Model(T.Sam2Config(vision_config=SAM2, prompt_encoder_config=PROMPT, mask_decoder_config=DECODER))
@@ -109,7 +111,7 @@ def test_the_mask_decoder_starts_as_that_of_the_whole_model(kind, tmp_path, capl
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING and "mask decoder" in r.getMessage()]
     grid = model.config.key_grid
     pixels = torch.randn(1, 3, model.config.frame.side, model.config.frame.side)
-    tokens, positions = torch.randn(1, 1, 2, 16), model._key_positions((grid, grid))
+    tokens, positions = torch.randn(1, 1, 2, 16), model.key_positions((grid, grid))
     heat = torch.randn(1, 1, 4 * grid, 4 * grid)
     with torch.no_grad():
         keys = model.get_image_embeddings(pixels)

@@ -127,11 +127,9 @@ import importlib.util, json, sys
 sys.path += json.loads(sys.argv[1])
 assert importlib.util.find_spec("segcompass") is None, "segcompass can be imported here"
 from PIL import Image
-from transformers import AutoModel, AutoProcessor, pipeline
+from transformers import pipeline
 folder, image, instruction = sys.argv[2:]
-model = AutoModel.from_pretrained(folder, trust_remote_code=True)
-processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-pipe = pipeline("reasoning-segmentation", model=model, processor=processor, trust_remote_code=True)
+pipe = pipeline("reasoning-segmentation", model=folder, trust_remote_code=True)
 answer = pipe(Image.open(image), instruction)
 print(json.dumps({"text": answer.text, "instances": len(answer)}))
 """

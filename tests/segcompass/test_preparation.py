@@ -49,6 +49,7 @@ def test_converted_rows_are_those_of_the_loader(arguments, tmp_path, images, cap
     prepare_data.main([*arguments, "--images", images, "--rows-per-file", "4", "--output", str(folder)])
     assert sorted(path.name for path in folder.iterdir()) == [
         "held_out.json",
+        "manifest.json",
         "prepared.json",
         "testA-00000-of-00001.parquet",
         "testA.json",

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from segcompass.modeling_segcompass.image_encoder import Frame
+from segcompass.modeling_segcompass.whole_files import PART
 from segcompass.trainers.collator import SegCompassCollator
 from segcompass.trainers.image_features import (
     ImageFeatures,
@@ -121,12 +122,12 @@ def test_a_second_run_adds_only_what_is_new_and_clears_what_was_left(tmp_path):
     model, processor = tiny_segcompass("llava")
     images = pictures(5)
     write(tmp_path, images[:2], model, processor)
-    (tmp_path / "shard-00001.npy.part").write_bytes(b"half a shard")
+    (tmp_path / f"{PART}1-shard-00001.npy").write_bytes(b"half a shard")
     (tmp_path / "shard-00001.npy").write_bytes(b"a shard whose list was never written")
     before = (tmp_path / "shard-00000.npy").stat().st_mtime_ns
     write(tmp_path, images, model, processor)
     assert (tmp_path / "shard-00000.npy").stat().st_mtime_ns == before
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob(f"{PART}*"))
     cache = open_image_features(tmp_path, model, processor)
     assert len(cache) == 5 and all(cache[image].shape == (16, 8, 8) for image in images)
 

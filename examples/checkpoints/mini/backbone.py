@@ -267,6 +267,19 @@ class Backbone:
         half_height = image_processor.crop_size["height"] / scale / 2
         return width / 2 - half_width, height / 2 - half_height, width / 2 + half_width, height / 2 + half_height
 
+    def largest_aspect(self, image_processor: Any) -> float:
+        """How many times longer than wide an image may be, so that something of it is left at the MLLM's size.
+
+        Args:
+            image_processor: the MLLM's.
+
+        Returns:
+            float: the ratio of its sides, at most 200, which is Qwen's own limit.
+        """
+        sides = dict(getattr(image_processor, "size", None) or {})
+        longest = sides.get("max_height") if self.image_view(image_processor) == "frame" else None
+        return min(longest or 200, 200)  # the other side is rounded down
+
     def image_view(self, image_processor: Any) -> str:
         """How the MLLM sees an image, as `Frame.place_patches` takes it.
 
@@ -279,7 +292,7 @@ class Backbone:
         if getattr(image_processor, "do_center_crop", False):
             return "center_crop"
         sides = dict(getattr(image_processor, "size", None) or {})
-        if getattr(image_processor, "do_pad", False) and "longest_edge" in sides:
+        if getattr(image_processor, "do_pad", False) and (sides.get("longest_edge") or sides.get("max_height")):
             return "frame"  # as SAM's: the longest side fills the square, the rest is padded right and below
         return "whole"
 

@@ -121,6 +121,7 @@ class SegCompassConfig(PreTrainedConfig):
         decoder_mlp_dim: hidden width of its feed-forward layers.
         ref_token_id: id of the concentration token in the MLLM's vocabulary; None until a processor's tokens are known.
         think_end_id: id of `</think>`; None until a processor's tokens are known.
+        think_id: id of `<think>`; None until a processor's tokens are known.
         special_token_ids: ids whose hidden states never enter the concept path (BOS, separators, concentration tokens).
         sentence_end_ids: ids after which a new sentence begins (full stops, line ends, `<think>`); "grounded" reads the
             reasoning's last sentence.
@@ -178,6 +179,7 @@ class SegCompassConfig(PreTrainedConfig):
         decoder_mlp_dim: int = 2048,
         ref_token_id: int | None = None,
         think_end_id: int | None = None,
+        think_id: int | None = None,
         special_token_ids: Sequence[int] = (),
         sentence_end_ids: Sequence[int] = (),
         image_view: str = "whole",
@@ -234,6 +236,7 @@ class SegCompassConfig(PreTrainedConfig):
         self.decoder_mlp_dim = decoder_mlp_dim
         self.ref_token_id = ref_token_id
         self.think_end_id = think_end_id
+        self.think_id = think_id
         self.special_token_ids = list(special_token_ids)
         self.sentence_end_ids = list(sentence_end_ids)
         self.image_view = image_view
@@ -259,7 +262,12 @@ class SegCompassConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As transformers', and reads what earlier versions saved."""
-        return super().from_dict(with_new_names(config_dict), **kwargs)
+        fields = {name: value for name, value in with_new_names(config_dict).items() if name != "tie_word_embeddings"}
+        return super().from_dict(fields, **kwargs)  # the MLLM's own configuration says whether it is tied
+
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers', with `tie_word_embeddings`: PEFT looks for it here."""
+        return {**super().to_dict(), "tie_word_embeddings": self.tie_word_embeddings}
 
     def check_sae(self, sae_config: SparseAutoencoderConfig) -> None:
         """Refuse an SAE of another width than the MLLM's, or of a layer that it lacks. Raises ValueError."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from .weights import check_safetensors
+from .whole_files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ FORMAT_VERSION = 1
 
 MANIFEST = "manifest.json"
 UNSIGNED = (MANIFEST, "README.md", ".gitattributes")
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".npy")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".npy", ".parquet")
 """Endings of files whose bytes become numbers: one that differs is an error."""
 
 READ_BY_PROCESSORS = (".json", ".jinja", ".txt", ".model", ".py")
@@ -218,12 +219,7 @@ def _write(folder: Path, kept: dict[str, dict[str, Any]]) -> None:
 
     with ThreadPoolExecutor() as pool:
         files = dict(zip(names, pool.map(entry, names), strict=True))
-    beside = folder / f".{MANIFEST}.{os.getpid()}"
-    with open(beside, "w", encoding="utf-8", newline="\n") as file:
-        file.write(_text(files))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, folder / MANIFEST)
+    write_whole(folder / MANIFEST, _text(files))
 
 
 def _text(files: dict[str, dict[str, Any]]) -> str:
@@ -247,7 +243,7 @@ def _read(folder: Path) -> dict[str, dict[str, Any]]:
             )
     except FileNotFoundError as error:
         raise ValueError(f"{folder} has no {MANIFEST}; sign it with: segcompass verify {folder} --sign") from error
-    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, RecursionError, json.JSONDecodeError) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
     if text != _text(files):
         raise _damaged(path, "it is not as it was written")

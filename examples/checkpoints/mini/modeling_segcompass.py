@@ -71,6 +71,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
+    _tied_weights_keys: Any = {}  # none but the MLLM's own, which PEFT then looks for in it
 
     def __init__(
         self,
@@ -276,6 +277,9 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             if patch_grid is None:
                 patch_grid = self.backbone.patch_grid(self.config.mllm_config, input_ids)
             image_xy = self.backbone.patch_positions(types == IMAGE, patch_grid)  # (B, T, 2)
+            image_xy, _, _ = self.config.frame.place_patches(  # where the image keys have their positions
+                image_xy, reshaped_input_sizes, self.config.image_view
+            )
             distance = distance_to_slots(attention_mask, positions, slot_mask).to(image_xy.dtype)  # (B, T)
             concepts = self.query_codebook(
                 self.sae,

@@ -13,10 +13,12 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import CONFIG_NAME
 
 from .backbone import Backbone, backbone_of
+from .backbone_files import holds_processor, read_image_encoder, read_mllm
 from .image_encoder import Frame, frame_of, without_torchvision
-from .images import read_image
+from .images import MAX_PIXELS, read_image
 from .manifest import MANIFEST, READ_BY_PROCESSORS
 from .old_names import with_new_names
+from .row_errors import RowError, check_prompt_lengths
 from .saved_folders import check_saved, signing_saved
 from .tokens import (
     PROBE,
@@ -107,7 +109,7 @@ class SegCompassProcessor(ProcessorMixin):
         self.image_token = self.backbone.image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         self.ref_token_id = tokenizer.convert_tokens_to_ids(REF_TOKEN)
-        self.think_end_id = tokenizer.convert_tokens_to_ids(THINK_END)
+        self.think_id, self.think_end_id = tokenizer.convert_tokens_to_ids([THINK, THINK_END])
         super().__init__(image_processor, tokenizer, encoder_image_processor, chat_template=chat_template)
 
     @classmethod
@@ -121,6 +123,48 @@ class SegCompassProcessor(ProcessorMixin):
         if not local:  # now its files are in the Hub's cache
             check_saved(pretrained_model_name_or_path, keywords, READ_BY_PROCESSORS, TOKENIZER_CONFIG)
         return processor
+
+    @classmethod
+    def from_backbones(
+        cls,
+        mllm: Any,
+        image_encoder: Any,
+        whole_image: bool = True,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        **settings: Any,
+    ) -> "SegCompassProcessor":
+        """The processor of a model that is built from a plain MLLM and a plain image encoder.
+
+        Args:
+            mllm: folder or Hub id. If the folder was saved with a SegCompassProcessor, that one is returned as it is.
+            image_encoder: folder, Hub id or original `.pth` file.
+            whole_image: where the MLLM's own image processor keeps only a square out of the image's centre
+                (LLaVA-1.5), pad the image to a square instead, or stretch it to one if the image encoder stretches.
+                False lets the MLLM see less than is segmented.
+            min_pixels: where the MLLM's family limits pixels (Qwen2.5-VL), smaller images are enlarged to so many; None
+                takes the paper's 3,136.
+            max_pixels: likewise, larger images are reduced to so many; None takes the paper's 705,600.
+            **settings: of the class, such as `num_slots`, `prompt_template` and `max_prompt_length`.
+
+        Returns:
+            SegCompassProcessor: to be handed to `SegCompassModel.from_backbones` as well.
+
+        Raises:
+            ValueError: no MLLM, no image encoder, a file that is missing, or limits that the family does not know.
+        """
+        if os.path.isdir(mllm) and holds_processor(mllm, cls.__name__):
+            given = {"whole_image": not whole_image, "min_pixels": min_pixels, "max_pixels": max_pixels, **settings}
+            given = {name: value for name, value in given.items() if value}
+            if given:
+                raise ValueError(
+                    f"{', '.join(given)} cannot be set: {str(mllm)!r} was saved with a SegCompassProcessor, whose "
+                    "settings stand in its processor_config.json; change them there."
+                )
+            return cls.from_pretrained(mllm)
+        encoder = read_image_encoder(image_encoder)
+        parts = read_mllm(mllm, whole_image, min_pixels, max_pixels, frame_of(encoder).stretched)
+        return cls(encoder_image_processor=encoder, **{**parts, **settings})
 
     def save_pretrained(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
         """As transformers'; a model's folder is signed anew.
@@ -195,6 +239,7 @@ class SegCompassProcessor(ProcessorMixin):
         return {
             "ref_token_id": self.ref_token_id,
             "think_end_id": self.think_end_id,
+            "think_id": self.think_id,
             "special_token_ids": sorted(special),
             "sentence_end_ids": self._sentence_ends(),
             "image_view": self.backbone.image_view(self.image_processor),
@@ -305,6 +350,7 @@ class SegCompassProcessor(ProcessorMixin):
                 )
             return super().__call__(images=_read_all(images), text=text, **kwargs)
         images = self._check_images(images)
+        self._check_aspects(images, self.backbone.largest_aspect(self.image_processor), "the MLLM")
         if len(images) != len(texts):
             raise ValueError(
                 f"{len(images)} images but {len(texts)} instructions; give one instruction per image (repeat the image "
@@ -318,11 +364,14 @@ class SegCompassProcessor(ProcessorMixin):
         padding = {"padding": self.tokenizer.init_kwargs.get("padding", True), "padding_side": "left"}
         kwargs |= {name: value for name, value in padding.items() if name not in given}
         inputs = super().__call__(images=images, text=prompts, return_tensors="pt", **kwargs)
-        longest = int(inputs["attention_mask"].sum(-1).max())
-        if longest > self.max_prompt_length:
-            raise ValueError(
-                f"a prompt has {longest} tokens, the limit is {self.max_prompt_length}; shorten the instruction or "
-                "raise processor.max_prompt_length."
+        lengths = inputs["attention_mask"].sum(-1).tolist()
+        if max(lengths) > self.max_prompt_length:
+            ids = [row[mask.bool()] for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
+            check_prompt_lengths(
+                [row.tolist() for row in ids],
+                self.max_prompt_length,
+                self.image_token_id,
+                [image.size for image in images],
             )
         if image_encoder is not False:
             inputs.update(self.encoder_inputs(images))
@@ -344,19 +393,25 @@ class SegCompassProcessor(ProcessorMixin):
             OSError: an image that cannot be read.
         """
         images = self._check_images(images)
-        frame, side = self.frame, self.frame.side
-        for number, image in enumerate(images):
-            if not frame.stretched and max(image.size) > 2 * side * min(image.size):
-                raise ValueError(
-                    f"image {number} is {image.size[0]} x {image.size[1]} pixels; the limit is a ratio of {2 * side} "
-                    f"(its longest side becomes {side} pixels, and nothing would be left of the other): crop it."
-                )
+        frame = self.frame
+        if not frame.stretched:
+            self._check_aspects(images, 2 * frame.side, "the image encoder")
         sizes = [(image.height, image.width) for image in images]
         return {
             "encoder_pixel_values": self.encoder_image_processor(images, return_tensors="pt")["pixel_values"],
             "original_sizes": torch.tensor(sizes),  # (B, 2)
             "reshaped_input_sizes": torch.tensor([frame.reshaped_size(*size) for size in sizes]),
         }
+
+    @staticmethod
+    def _check_aspects(images, limit, reader):
+        for row, image in enumerate(images):
+            if max(image.size) > limit * min(image.size):
+                raise RowError(
+                    row,
+                    f"the image is {image.size[0]} x {image.size[1]} pixels; the limit is a ratio of {limit}, beyond "
+                    f"which nothing of its shorter side would be left for {reader}: crop it.",
+                )
 
     def _check_images(self, images):
         if images is None or (isinstance(images, (list, tuple)) and not images):
@@ -467,6 +522,12 @@ class SegCompassProcessor(ProcessorMixin):
     def _sizes(self, pred_masks, original_sizes):
         """One (H, W) per prediction, as whole numbers. Raises ValueError."""
         sizes = [tuple(int(n) for n in size) for size in original_sizes]
+        for size in sizes:
+            if len(size) != 2 or min(size) < 1 or size[0] * size[1] > MAX_PIXELS:
+                raise ValueError(
+                    f"a target size is {size}; it is an image's (H, W) in pixels, each at least 1, and at most "
+                    f"{MAX_PIXELS:,} together."
+                )
         if len(sizes) != len(pred_masks):
             raise ValueError(f"{len(pred_masks)} predictions but {len(sizes)} target sizes; give one (H, W) per image.")
         return sizes

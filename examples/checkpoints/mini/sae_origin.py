@@ -3,6 +3,7 @@
 The commit on the Hub decides where both are known: a folder's name says nothing about what is in it.
 """
 
+import hashlib
 import logging
 import os
 import re
@@ -12,6 +13,9 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedConfig
 
 logger = logging.getLogger(__name__)
+
+PRINT = "weights-"
+"""How a revision begins that is no commit."""
 
 
 class Origin(NamedTuple):
@@ -25,10 +29,11 @@ class Origin(NamedTuple):
     name: str | None
     """Hub id or folder, None when unknown."""
     revision: str | None
-    """commit on the Hub, None when unknown."""
+    """commit on the Hub; of a folder that knows none, the print of its weights; None when unknown."""
 
     def __str__(self) -> str:
-        return f"{self.name!r}" + (f" at {self.revision[:7]}" if self.revision else "")
+        short = self.revision and self.revision.removeprefix(PRINT)[:7]
+        return f"{self.name!r}" + (f" at {short}" if short else "")
 
     def same(self, other: "Origin") -> bool:
         """Whether both are one MLLM: one commit, or one name. Of two commits of one name the later may differ little,
@@ -50,7 +55,7 @@ def origin_of(mllm_config: PreTrainedConfig) -> Origin:
 
     Returns:
         Its origin. The commit is known of what was read from the Hub, from the Hub's cache by path, or from a folder
-        that the Hub's client downloaded to.
+        that the Hub's client downloaded to. Any other folder is known by a print of its weights, wherever it lies.
     """
     name = mllm_config._name_or_path or None
     revision = getattr(mllm_config, "_commit_hash", None)
@@ -63,7 +68,21 @@ def origin_of(mllm_config: PreTrainedConfig) -> Origin:
         noted = Path(name, ".cache", "huggingface", "download", "config.json.metadata").read_text().split()
     except OSError:
         noted = []
-    return Origin(name, revision or (noted[0] if noted else None))
+    return Origin(name, revision or (noted[0] if noted else _print_of(Path(name))))
+
+
+def _print_of(folder):
+    """A hash of 64 pieces of each file of weights, which any training changes; None without weights."""
+    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")])
+    made = hashlib.sha256()
+    for path in weights:
+        size = path.stat().st_size
+        made.update(str(size).encode())
+        with path.open("rb") as file:
+            for piece in range(64):
+                file.seek(size * piece // 64)
+                made.update(file.read(4096))
+    return PRINT + made.hexdigest() if weights else None
 
 
 def check_origin(sae_config: Any, *backbones: Origin) -> None:

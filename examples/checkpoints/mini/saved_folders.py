@@ -14,7 +14,7 @@ from typing import Any
 from transformers.utils import CONFIG_NAME, cached_file
 
 from .manifest import MANIFEST, READ_BY_MODELS, check, listed, signing
-from .weights import check_finite
+from .weights import check_finite, check_types
 
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token")
 """Keywords of `from_pretrained` that say how to reach the Hub."""
@@ -130,7 +130,7 @@ def check_loaded(model: Any, info: dict[str, Any], source: Any, unexpected: bool
         unexpected: whether weights that the model has no place for are a fault; others' checkpoints may hold more.
 
     Raises:
-        ValueError: weights are missing, unexpected, of another shape, or not finite.
+        ValueError: weights are missing, unexpected, of another shape, whole numbers, or not finite.
     """
     kinds = (
         ("missing_keys", "unexpected_keys", "mismatched_keys") if unexpected else ("missing_keys", "mismatched_keys")
@@ -142,6 +142,8 @@ def check_loaded(model: Any, info: dict[str, Any], source: Any, unexpected: bool
             f"{source or 'state_dict'} does not match this model ({found}); nothing was loaded. Use the folder that "
             "save_pretrained wrote, with its own config.json."
         )
+    if source is not None and os.path.isdir(source):
+        check_types(model, source)
     check_finite(model, source or "state_dict")
 
 

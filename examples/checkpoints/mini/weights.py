@@ -41,8 +41,13 @@ def check_safetensors(folder: str | os.PathLike) -> None:
         try:
             places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
             wrong = [f"{name} in {file}" for name, file in places.items() if file in names and name not in names[file]]
+            outside = [file for file in places.values() if Path(file).name != file]
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"{path} is no index of weights ({error!r}); fetch or copy the folder again.") from error
+        if outside:
+            raise ValueError(
+                f"{path} names {outside[0]!r}, which is no file of its folder; fetch or copy the folder again."
+            )
         if wrong:
             raise ValueError(
                 f"{path} names {len(wrong)} tensors that are not where it says ({', '.join(wrong[:3])}); fetch or copy "
@@ -63,6 +68,36 @@ def tensor_names(path: str | os.PathLike) -> list[str]:
         ValueError: the file is cut, or its header is no JSON, names a tensor twice, or has offsets, shapes or dtypes
             that do not fit the file.
     """
+    return list(_header(path))
+
+
+def check_types(module: nn.Module, folder: str | os.PathLike) -> None:
+    """Refuse files that hold whole numbers where the module has real ones: they would be taken for weights.
+
+    Args:
+        module: the module that was loaded.
+        folder: the folder that it was loaded from; names that the module does not have are not looked at.
+
+    Raises:
+        ValueError: with the file and the first tensor.
+    """
+    state = module.state_dict()
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        wrong = [
+            name
+            for name, field in _header(path).items()
+            if field["dtype"][0] in "IUB" and field["dtype"] != "BF16" and name in state
+            if state[name].is_floating_point()
+        ]
+        if wrong:
+            raise ValueError(
+                f"{path} holds whole numbers in {len(wrong)} tensors of real ones ({', '.join(wrong[:3])}); fetch or "
+                "copy the folder again."
+            )
+
+
+def _header(path):
+    """The fields of a safetensors file's header by tensor, checked. Raises ValueError as `tensor_names`."""
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -81,11 +116,19 @@ def tensor_names(path: str | os.PathLike) -> list[str]:
             if start != end or (stop - start) * 8 != math.prod(shape) * BITS[dtype]:
                 raise _broken(path, f"{name!r}, {dtype} {shape}, cannot lie at bytes {start} to {stop}")
             end = stop
-    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError, _TwiceError) as error:
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        UnicodeDecodeError,
+        RecursionError,
+        json.JSONDecodeError,
+        _TwiceError,
+    ) as error:
         raise _broken(path, f"its header cannot be read: {error!r}") from error
     if end != size - 8 - length:
         raise _broken(path, f"its tensors take {end} bytes, but {size - 8 - length} are there")
-    return list(header)
+    return header
 
 
 @torch.no_grad()
@@ -112,9 +155,15 @@ def check_finite(module: nn.Module, source: Any) -> None:
     ]
     if wrong:
         raise ValueError(
-            f"{source} holds NaN or infinity in {len(wrong)} tensors ({', '.join(wrong[:3])}); fetch or copy the "
-            "weights again, or take a checkpoint from before training diverged."
+            f"{_with_files(source)} holds NaN or infinity in {len(wrong)} tensors ({', '.join(wrong[:3])}); fetch or "
+            "copy the weights again, or take a checkpoint from before training diverged."
         )
+
+
+def _with_files(source):
+    """A folder with the names of its weights files, one of which is at fault; anything else as it is."""
+    names = sorted(path.name for path in Path(str(source)).glob("*.safetensors"))
+    return f"{source} ({', '.join(names[:3])})" if names else source
 
 
 class _TwiceError(ValueError):

@@ -1,0 +1,199 @@
+"""Every state that a crash can leave on the disk, of everything that writes files: does repeating the command mend it?
+
+    python benchmarks/reliability/crash_states.py [--quick]
+
+A writer runs once while each of its openings, renamings and removals is watched; before each, what is on the disk is a
+state that a kill leaves. What was written in between is also left out, cut to nothing and cut in half, with everything
+later absent. A renaming happens or does not. Each state is laid out, the writer runs again, and what it leaves must be
+the same bytes as without the crash. Keys of RESULT: crash_states, crash_exact, and both by writer.
+"""
+
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.reliability import writers  # noqa: E402
+from benchmarks.reliability.children import in_child, options, say  # noqa: E402
+from segcompass.journal import Journal  # noqa: E402
+
+State = dict[str, str]
+"""Relative path -> name of its content among the blobs."""
+
+
+class Watch:
+    """Notes what lies in a folder before each change of it, from the interpreter's own audit events.
+
+    Args:
+        folder: whose states are noted.
+        blobs: where contents are kept, each once.
+    """
+
+    EVENTS = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree")
+
+    def __init__(self, folder: Path, blobs: Path):
+        self.folder, self.blobs = folder, blobs
+        self.states: list[tuple[State, dict[str, int]]] = []
+        self._known: dict[tuple, str] = {}
+        self._looking = False
+        sys.addaudithook(self._hear)
+
+    def _hear(self, event, args):
+        if self._looking or (event != "open" and event not in self.EVENTS):
+            return
+        if event == "open":
+            path, mode, flags = args
+            writes = any(letter in (mode or "") for letter in "wax+") or (flags or 0) & (os.O_WRONLY | os.O_RDWR)
+            if not writes or isinstance(path, int) or not str(os.fspath(path)).startswith(str(self.folder)):
+                return
+        self.look()
+
+    def look(self) -> None:
+        """Note the present state, if it is another than the last."""
+        self._looking = True
+        try:
+            state, times = {}, {}
+            for path in sorted(self.folder.rglob("*")) if self.folder.exists() else ():
+                name = path.relative_to(self.folder).as_posix()
+                if not path.is_file() or name.startswith(("runs/", ".writing.")):
+                    continue
+                stat = path.stat()
+                key = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+                if key not in self._known:
+                    content = path.read_bytes()
+                    self._known[key] = hashlib.sha256(content).hexdigest()
+                    (self.blobs / self._known[key]).write_bytes(content)
+                state[name], times[name] = self._known[key], stat.st_mtime_ns
+            if not self.states or self.states[-1][0] != state:
+                self.states.append((state, times))
+        finally:
+            self._looking = False
+
+
+def crash_states(seen: list[tuple[State, dict[str, int]]], blobs: Path) -> list[State]:
+    """The states that a crash can leave, each once, from those that were seen.
+
+    Args:
+        seen: consecutive states, with the times of their files.
+        blobs: the contents; halves are added.
+
+    Returns:
+        The states, in the order of the run.
+    """
+    found: list[State] = []
+
+    def add(state):
+        if state not in found:
+            found.append(dict(state))
+
+    for (before, _), (after, times) in zip(seen, seen[1:], strict=False):
+        add(before)
+        gone = {content for name, content in before.items() if after.get(name) != content}
+        written = [name for name in after if before.get(name) != after[name] and after[name] not in gone]
+        state = dict(before)
+        for name in sorted(written, key=lambda name: times[name]):
+            add(state)  # without it
+            content, old = (blobs / after[name]).read_bytes(), b""
+            if name in before:
+                old = (blobs / before[name]).read_bytes()
+            appended = bool(old) and content.startswith(old)
+            cuts = [] if appended else [b""]
+            cuts.append(content[: (len(old) if appended else 0) + (len(content) - len(old) * appended) // 2])
+            for cut in cuts:
+                number = hashlib.sha256(cut).hexdigest()
+                (blobs / number).write_bytes(cut)
+                add({**state, name: number})
+            state[name] = after[name]
+        add(after)
+    return found
+
+
+def lay_out(state: State, folder: Path, blobs: Path) -> None:
+    """Make a folder hold a state and nothing else."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for name, content in state.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(blobs / content, path)
+        time.sleep(0)  # files of one state may share a time, as after a power cut
+
+
+def examine(name: str, work: Path, journal: Journal, quick: bool, end: float) -> None:
+    """All crash states of one writer.
+
+    Args:
+        name: of the writer.
+        work: folder to work in.
+        journal: of the cases.
+        quick: only a few states.
+        end: when to stop, on the monotonic clock.
+    """
+    folder, blobs = work / name / "run", work / name / "blobs"
+    blobs.mkdir(parents=True, exist_ok=True)
+
+    def watched():
+        watch = Watch(folder, blobs)
+        writers.run_quietly(name, folder)
+        watch.look()
+        return watch.states
+
+    shutil.rmtree(folder, ignore_errors=True)
+    outcome = in_child(lambda: writers.run_quietly(name, folder))
+    assert outcome.kind == "done", f"{name} does not run: {outcome}"
+    whole = writers.result(name, folder)
+    shutil.copytree(folder, work / name / "first", dirs_exist_ok=True)
+    shutil.rmtree(folder)
+    outcome = in_child(watched)
+    assert outcome.kind == "done", f"{name} does not run while it is watched: {outcome}"
+    alike = writers.compared(name, [work / name / "first", folder])
+    states = crash_states(outcome.value, blobs)
+    if quick:
+        states = states[1 :: max(1, len(states) // 3)][:3]
+    for number, state in enumerate(states):
+        case = f"{name} {number}"
+        if case in journal.records or time.monotonic() > end:
+            continue
+        lay_out(state, folder, blobs)
+        outcome = in_child(lambda: writers.run_quietly(name, folder))
+        left = writers.result(name, folder)
+        wrong = sorted(path for path in alike if left.get(path) != whole[path])
+        exact = outcome.kind == "done" and not wrong
+        record = {"sample_id": case, "writer": name, "exact": exact, "of": len(states)}
+        if not exact:
+            last = sorted(state)[-3:]
+            record |= {"how": outcome.kind, "said": outcome.text[:300], "wrong": wrong[:5], "state": last}
+            print(f"NOT EXACT {case}: {outcome.kind} {outcome.text[:200]} {wrong[:5]}", flush=True)
+        journal.add([record])
+    print(f"{name}: {len(states)} states, {len(alike)} files compared", flush=True)
+
+
+QUICK = ("sae", "evaluate", "feature_cache", "prepare", "converted_sae", "journal")
+"""Writers of the quick form; the others' crash states are among tests/trainers/test_checkpoints.py."""
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Run the harness and return what its RESULT says."""
+    args = options(__doc__, argv)
+    journal = Journal(args.output / ("crash_states_quick" if args.quick else "crash_states"), {"quick": args.quick})
+    with tempfile.TemporaryDirectory() as work:
+        writers.work_in(Path(work))
+        for name in QUICK if args.quick else writers.WRITERS:
+            if time.monotonic() < args.end:
+                examine(name, Path(work).resolve(), journal, args.quick, args.end)
+    records = list(journal.records.values())
+    by = {
+        name: [sum(r["exact"] for r in records if r["writer"] == name), sum(r["writer"] == name for r in records)]
+        for name in writers.WRITERS
+    }
+    exact = sum(record["exact"] for record in records)
+    return say({"crash_states": len(records), "crash_exact": exact, "by_writer": by})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""The short form of benchmarks/reliability: a few cases of each harness, of which none may fail.
+
+It takes minutes: SEGCOMPASS_RELIABILITY=1 python -m pytest -q FILE.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.skipif(not os.environ.get("SEGCOMPASS_RELIABILITY"), reason="takes minutes: SEGCOMPASS_RELIABILITY=1")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the harnesses fork; Windows cannot")
+def test_the_short_form_finds_nothing(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "reliability" / "run.py"), "--quick"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--output", str(tmp_path)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800
+    )
+    shown = done.stdout[-6000:] + done.stderr[-3000:]
+    assert done.returncode == 0, shown
+    result = json.loads(done.stdout.splitlines()[-1].removeprefix("RESULT "))
+    assert result["crash_states"] >= 12 and result["crash_exact"] == result["crash_states"], shown
+    assert result["kills"] >= 3 and result["kills_exact"] == result["kills"], shown
+    assert result["corrupt_cases"] >= 60 and result["corrupt_silent"] == 0, shown
+    assert result["errors_naming_file"] >= 0.95 * result["errors"] > 0, shown
+    assert result["fuzz_cases"] >= 200, shown
+    assert result["fuzz_hangs"] == result["fuzz_crashes"] == result["fuzz_silent"] == 0, shown
+    assert result["attacks"] >= 25 and result["attacks_through"] == 0, shown
+    assert result["sessions"] == 20, shown
