@@ -87,7 +87,8 @@ def load_image_text(
 def has_splits(dataset: str) -> bool:
     """Whether a data set of `load_image_text` may be divided into splits: a file and an undivided folder are not."""
     path = Path(dataset)
-    return dataset in LOADERS or not (path.is_file() or (path.is_dir() and not (path / "dataset_dict.json").exists()))
+    divided = (path / "dataset_dict.json").exists() or any(path.glob("*.parquet"))
+    return dataset in LOADERS or not (path.is_file() or (path.is_dir() and not divided))
 
 
 def image_text(row: Mapping) -> dict:

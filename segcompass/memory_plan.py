@@ -50,12 +50,12 @@ def recipe_config(path: Path) -> SegCompassConfig:
     recipe = yaml.safe_load(path.read_text())
     source = recipe
     if _is_small(path) and not Path(recipe.get("mllm", path)).exists():
-        return _read(SMALL)
+        return SegCompassConfig.from_pretrained(SMALL)
     if "mllm" not in recipe:
         if (Path(recipe["model"]) / "config.json").exists():
-            return _read(recipe["model"])
+            return SegCompassConfig.from_pretrained(recipe["model"])
         if _is_small(path):
-            return _read(SMALL)
+            return SegCompassConfig.from_pretrained(SMALL)
         beside = path.with_name("sft.yaml")
         if not beside.exists():
             raise ValueError(
@@ -80,13 +80,6 @@ def recipe_config(path: Path) -> SegCompassConfig:
 def _is_small(path: Path) -> bool:
     """Whether a recipe is one of the small model's, whose sizes are known before any stage has run."""
     return path.is_relative_to(RECIPES) and path.parent.name.startswith(SMALL.name)
-
-
-def _read(path: Any) -> SegCompassConfig:
-    """A saved configuration; one from before `<think>`'s id was kept gets a placeholder."""
-    config = SegCompassConfig.from_pretrained(path)
-    config.think_id = 0 if config.think_id is None else config.think_id
-    return config
 
 
 def recipe_choices(training: dict[str, Any]) -> dict[str, Any]:
@@ -118,6 +111,8 @@ def build(config: SegCompassConfig, lora_rank: int = 0, train_below_sae_layer: b
     Returns:
         A SegCompassModel, or a PeftModel around one.
     """
+    if config.think_id is None:  # saved before it was kept; each row counts alike
+        config.think_id = 0
     with torch.device("meta"):
         model = SegCompassModel(config)
     if not lora_rank:

@@ -200,7 +200,7 @@ def read_rows(arguments: SAEArguments) -> tuple[Dataset | IterableDataset, Datas
             raise ValueError(
                 f"evaluation_split is {arguments.evaluation_split!r}, but {arguments.dataset} is not divided into "
                 "splits, and the SAE would be scored on the rows that it was trained on; set evaluation_split to null, "
-                "which holds out the first evaluation_samples rows."
+                "which holds out evaluation_samples rows."
             )
         return rows(arguments.split, arguments.num_samples), rows(arguments.evaluation_split, arguments.num_samples)
     everything = rows(arguments.split, arguments.num_samples)
