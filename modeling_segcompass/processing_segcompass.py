@@ -474,7 +474,9 @@ class SegCompassProcessor(ProcessorMixin):
                     f"{MAX_PIXELS:,} together."
                 )
             if min(self.frame.reshaped_size(*size)) < 1:
-                raise ValueError(f"a target size is {size}, so narrow that nothing is left of it in the encoder's frame.")
+                raise ValueError(
+                    f"a target size is {size}, so narrow that nothing of it is left in the encoder's square."
+                )
         if len(sizes) != len(pred_masks):
             raise ValueError(f"{len(pred_masks)} predictions but {len(sizes)} target sizes; give one (H, W) per image.")
         return sizes
