@@ -111,8 +111,8 @@ def build(config: SegCompassConfig, lora_rank: int = 0, train_below_sae_layer: b
     Returns:
         A SegCompassModel, or a PeftModel around one.
     """
-    if config.think_id is None:  # saved before it was kept; each row counts alike
-        config.think_id = 0
+    if config.think_id is None:  # saved before it was kept; which row it is does not matter to a plan
+        config.think_id = config.think_end_id
     with torch.device("meta"):
         model = SegCompassModel(config)
     if not lora_rank:

@@ -68,7 +68,7 @@ def test_the_cold_start_teaches_think_whether_or_not_embedding_and_head_are_one(
     model, processor = build(hub, mllm)
     assert is_tied(model) == (mllm == QWEN_TIED)
     before = model.get_input_embeddings().weight.clone()
-    args = SegCompassSFTConfig(**settings(tmp_path, max_steps=60, lambda_s=0.0, lambda_c=0.0))
+    args = SegCompassSFTConfig(**settings(tmp_path, max_steps=80, lambda_s=0.0, lambda_c=0.0))
     adapters = lora_config(model, r=rank) if rank else None
     trainer = SegCompassSFTTrainer(model, args, processor, peft_config=adapters, train_dataset=rows.select(range(2)))
     trainer.train()
