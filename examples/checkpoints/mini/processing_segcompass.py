@@ -528,6 +528,10 @@ class SegCompassProcessor(ProcessorMixin):
                     f"a target size is {size}; it is an image's (H, W) in pixels, each at least 1, and at most "
                     f"{MAX_PIXELS:,} together."
                 )
+            if min(self.frame.reshaped_size(*size)) < 1:
+                raise ValueError(
+                    f"a target size is {size}, so narrow that nothing of it is left in the encoder's square."
+                )
         if len(sizes) != len(pred_masks):
             raise ValueError(f"{len(pred_masks)} predictions but {len(sizes)} target sizes; give one (H, W) per image.")
         return sizes
