@@ -77,7 +77,9 @@ def tiny_encoder(name):
 def tiny_model(name):
     from tests.support.tiny import tiny_segcompass
 
-    return tiny_segcompass("llava", image_encoder=tiny_encoder(name))
+    encoder = tiny_encoder(name)
+    stretched = encoder_of(encoder).frame(encoder.config).stretched
+    return tiny_segcompass("qwen2_5_vl" if stretched else "llava", image_encoder=encoder)  # LLaVA sees a square only
 
 
 def teacher_forced(processor, image):
@@ -142,6 +144,9 @@ def segment(name, folder):
     response = torch.zeros_like(ids, dtype=torch.bool)
     response[:, prompt["input_ids"].shape[1] :] = True
     inputs = {key: value for key, value in prompt.items() if key not in ("input_ids", "attention_mask")}
+    if "mm_token_type_ids" in inputs:  # of the prompt; what was written are words
+        kinds = inputs["mm_token_type_ids"]
+        inputs["mm_token_type_ids"] = torch.nn.functional.pad(kinds, (0, ids.shape[1] - kinds.shape[1]))
     with torch.no_grad():
         again = model(input_ids=ids, attention_mask=(ids != 0).long(), response_mask=response, **inputs)
     assert written.slot_mask[:3].all() and torch.equal(again.slot_mask, written.slot_mask)
