@@ -146,5 +146,5 @@ def test_the_cold_start_refuses_the_processor_of_another_model(tmp_path):
     model, processor = tiny_segcompass("llava")
     model.config.ref_token_id += 1
     args = SegCompassSFTConfig(str(tmp_path), use_cpu=True, report_to=[])
-    with pytest.raises(ValueError, match="ref_token_id is .* load both from one folder"):
+    with pytest.raises(ValueError, match="id of <REF_POS> is .* load both from one folder"):
         SegCompassSFTTrainer(model, args, processor, train_dataset=scenes(4))
