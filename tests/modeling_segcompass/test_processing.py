@@ -390,3 +390,14 @@ def test_target_sizes_of_another_shape_than_the_images_are_refused(processor):
         assert len(processor.post_process_instance_segmentation(outputs, target_sizes=sizes)) == 2
     with pytest.raises(ValueError, match=r"target size 1 is \(1200, 800\) .* the shape of \(21, 32\).*original_sizes"):
         processor.post_process_semantic_segmentation(outputs, target_sizes=[(40, 40), (1200, 800)])
+
+
+def test_sizes_from_the_mllms_own_image_processor_are_no_inputs_of_the_mllm():
+    embedded = Path(__file__).parents[2] / "examples" / "checkpoints" / "mini"  # SAM's image processor for the MLLM too
+    processor = SegCompassProcessor.from_pretrained(embedded)
+    messages = processor.build_messages("the box")
+    finished = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    inputs = processor(images=[noise_image(40, 56)], text=[finished], return_tensors="pt")
+    assert set(inputs) == {"input_ids", "attention_mask", "pixel_values"}
+    without = processor(images=[noise_image(40, 56)], text=["the box"], image_encoder=False)
+    assert set(without) == set(inputs)

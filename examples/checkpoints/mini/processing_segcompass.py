@@ -207,7 +207,8 @@ class SegCompassProcessor(ProcessorMixin):
         """What a call without `response` returns, by name."""
         names = [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
         names += ["mm_token_type_ids"] if self.return_mm_token_type_ids else []
-        return [name for name in [*names, *ENCODER_INPUTS] if name not in self.unused_input_names]
+        names = dict.fromkeys([*names, *ENCODER_INPUTS])
+        return [name for name in names if name not in self.unused_input_names]
 
     @property
     def frame(self) -> Frame:
@@ -348,7 +349,7 @@ class SegCompassProcessor(ProcessorMixin):
                     "a response was given with a finished prompt, which already holds the image token; give the plain "
                     "instruction as text, and the processor makes the prompt."
                 )
-            return super().__call__(images=_read_all(images), text=text, **kwargs)
+            return _of_mllm(super().__call__(images=_read_all(images), text=text, **kwargs))
         images = self._check_images(images)
         self._check_aspects(images, self.backbone.largest_aspect(self.image_processor), "the MLLM")
         if len(images) != len(texts):
@@ -363,7 +364,7 @@ class SegCompassProcessor(ProcessorMixin):
         given = {**kwargs.get("text_kwargs", {}), **kwargs}
         padding = {"padding": self.tokenizer.init_kwargs.get("padding", True), "padding_side": "left"}
         kwargs |= {name: value for name, value in padding.items() if name not in given}
-        inputs = super().__call__(images=images, text=prompts, return_tensors="pt", **kwargs)
+        inputs = _of_mllm(super().__call__(images=images, text=prompts, return_tensors="pt", **kwargs))
         lengths = inputs["attention_mask"].sum(-1).tolist()
         if max(lengths) > self.max_prompt_length:
             ids = [row[mask.bool()] for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
@@ -610,6 +611,13 @@ class SegCompassProcessor(ProcessorMixin):
         """
         results = self.post_process_instance_segmentation(outputs, threshold, mask_threshold, target_sizes)
         return [result["masks"].any(0) for result in results]
+
+
+def _of_mllm(inputs):
+    """The MLLM's own inputs: where SAM's image processor prepares them, it also gives sizes that no MLLM takes."""
+    for name in ENCODER_INPUTS:
+        inputs.pop(name, None)
+    return inputs
 
 
 def _read_all(images):

@@ -15,7 +15,7 @@ done_or mllm/model.safetensors $two examples/recipes/mini/make_backbones.py mllm
     --minutes 48
 done_or joined/model.safetensors python $recipe/stages.py join --mllm $runs/mllm --weights $start --output $runs/joined
 done_or sae/quality.json env OMP_NUM_THREADS=2 segcompass train sae --config $recipe/sae.yaml
-done_or masks/masks.pt $two $recipe/stages.py masks --model $runs/joined --output $runs/masks --minutes 25
+done_or masks/masks.pt $two $recipe/stages.py masks --model $runs/joined --output $runs/masks --minutes 15
 done_or read/model.safetensors env OMP_NUM_THREADS=2 python $recipe/stages.py read --model $runs/joined \
     --sae $runs/sae --masks $runs/masks/masks.pt --output $runs/read
 for dataset in scenes mixed-scenes; do

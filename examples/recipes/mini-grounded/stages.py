@@ -1,7 +1,7 @@
 """The stages of the grounded model that no command has: put together, sharpen the masks, read.
 
     python examples/recipes/mini-grounded/stages.py join --mllm M --weights W --output J
-    torchrun --nproc_per_node 2 examples/recipes/mini-grounded/stages.py masks --model J --output E --minutes 20
+    torchrun --nproc_per_node 2 examples/recipes/mini-grounded/stages.py masks --model J --output E --minutes 15
     python examples/recipes/mini-grounded/stages.py read --model J --sae SAE --masks E/masks.pt --output O
 
 `masks` is what SAM's own pretraining is: image encoder and mask decoder learn to turn a disturbed, coarse map of one
@@ -172,11 +172,11 @@ def main():
             part.add_argument(f"--{option}", type=Path, required=True)
         part.set_defaults(run=stage)
         if stage is masks:
-            part.add_argument("--minutes", type=float, default=20)
+            part.add_argument("--minutes", type=float, default=15)
         if stage is read:
             part.add_argument("--scenes", type=int, default=2800)
-            part.add_argument("--patch-steps", type=int, default=2000)
-            part.add_argument("--mask-steps", type=int, default=2500)
+            part.add_argument("--patch-steps", type=int, default=1200)
+            part.add_argument("--mask-steps", type=int, default=2200)
     args = parser.parse_args()
     args.run(args)
 
