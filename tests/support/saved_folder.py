@@ -1,6 +1,6 @@
 """Write a tiny saved folder of today's format, with what it answers, for tests of all later versions to load.
 
-    python -m tests.support.saved_folder tests/modeling_segcompass/saved/format-N
+    python -m tests.support.saved_folder FOLDER     # a new one beside tests/modeling_segcompass/saved/format-1
 
 Whoever raises `FORMAT_VERSION` in modeling_segcompass/manifest.py runs this once, at the commit that raises it, and
 commits the folder and the `.safetensors` beside it. Neither is ever written again: they are what users have on disk.
