@@ -14,7 +14,7 @@ from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
 from segcompass.trainers.policy import lora_config
 
 LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora")
-FOLLOWED = ("attn_implementation", "use_peft", *LORA, "load_in_8bit", "load_in_4bit")
+FOLLOWED: tuple[str, ...] = ("attn_implementation", "use_peft", *LORA, "load_in_8bit", "load_in_4bit")
 FOLLOWED += ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
 """Options of TRL's ModelConfig that the commands follow."""
 
@@ -77,7 +77,7 @@ def adapters_for(model: SegCompassModel, processor: SegCompassProcessor, options
         return None
     if model.config.think_id is None:
         model.config.think_id = processor.think_id
-    chosen = {"target_modules": options.lora_target_modules} if options.lora_target_modules else {}
+    chosen: dict[str, Any] = {"target_modules": options.lora_target_modules} if options.lora_target_modules else {}
     chosen |= {"use_rslora": options.use_rslora, "use_dora": options.use_dora}
     return lora_config(
         model, r=options.lora_r, lora_alpha=options.lora_alpha, lora_dropout=options.lora_dropout, **chosen

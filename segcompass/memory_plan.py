@@ -30,7 +30,7 @@ PATCHES = 1024  # image tokens that a grounded read-out maps to keys, at most
 SELECTION = 3 * 4 * 2**25  # the SAE's chunk of activations, its running maximum and a temporary, float32
 RESERVE = 0.10  # share of a GPU left to the allocator, NCCL and CUDA
 GB = 1e9
-COMPONENTS = ("mllm vision", "mllm language", "mllm head", "image_encoder", "sae")
+COMPONENTS: tuple[str, ...] = ("mllm vision", "mllm language", "mllm head", "image_encoder", "sae")
 COMPONENTS += (*SEGMENTATION_MODULES, "grounded_reading")
 
 

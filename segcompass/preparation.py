@@ -8,6 +8,7 @@ import io
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -163,7 +164,7 @@ def convert(rows: Dataset, folder: Path, split: str, rows_per_file: int, embed: 
                 check_sizes(table.select(["image", "height", "width", "sample_id"]).to_pylist())
                 if embed:
                     table = embed_table_storage(table)
-                write_whole(path, lambda part, table=table: pq.write_table(table, part))
+                write_whole(path, partial(pq.write_table, table))
             bar.update(stop - start)
 
 

@@ -90,7 +90,7 @@ class ServerTeacher:
             {"type": "image_url", "image_url": {"url": data_url(image)}},
             {"type": "text", "text": text},
         ]
-        body = {"model": self.model, "messages": [{"role": "user", "content": content}]}
+        body: dict[str, Any] = {"model": self.model, "messages": [{"role": "user", "content": content}]}
         body |= {"max_tokens": self.max_tokens, "temperature": 0}
         failure = "no answer"
         for attempt in range(self.retries + 1):
@@ -155,9 +155,9 @@ class BackboneTeacher:
             ValueError: a question that the processor refuses, such as one that is too long.
         """
         images, texts = zip(*questions, strict=True)
-        inputs = self.processor(images=list(images), text=list(texts), image_encoder=False)
+        batch = self.processor(images=list(images), text=list(texts), image_encoder=False)
         mllm: Any = getattr(self.model, "mllm", self.model)
-        inputs = {name: value.to(mllm.device) for name, value in inputs.items() if name not in NOT_OF_MLLM}
+        inputs = {name: value.to(mllm.device) for name, value in batch.items() if name not in NOT_OF_MLLM}
         made = mllm.generate(**inputs, max_new_tokens=self.max_tokens, do_sample=False)
         return self.processor.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 

@@ -22,13 +22,14 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from segcompass.gallery import PAGE, SIDE
-from segcompass.journal import Journal, write_text
+from segcompass.journal import Journal
 from segcompass.loaders.files import read_json
 from segcompass.loaders.identity import rows_digest
 from segcompass.loaders.mixing import HELD_OUT, mix_rows, note_held_out, read_parts
 from segcompass.loaders.refcoco import SPLIT_BY
 from segcompass.loaders.rows import check_reasoning, leave_images_encoded, row_image
 from segcompass.loaders.surroundings import Surroundings, masks_alone, read_surroundings
+from segcompass.modeling_segcompass.whole_files import write_whole
 from segcompass.trace_questions import (
     Check,
     checking_question,
@@ -330,7 +331,7 @@ def finish(
         "not answered": len(rows) - len(done),
         "last failure": unanswered[-1] if unanswered else None,
     }
-    write_text(run.output / f"{run.split}-report.json", json.dumps(report, indent=2) + "\n")
+    write_whole(run.output / f"{run.split}-report.json", json.dumps(report, indent=2) + "\n")
     write_gallery(run, rows, records, names, kept, dropped)
     if not kept:
         raise ValueError(f"no trace was kept: {report}. {run.output}/{run.split}-gallery.html shows what was written.")
@@ -356,7 +357,7 @@ def save_rows(run: Writing, rows: Dataset, kept: Sequence[tuple[int, str]]) -> N
             place = table.schema.get_field_index("reasoning")
             writer.write_table(table.set_column(place, "reasoning", pa.array(traces, pa.string())))
     part.replace(path)
-    write_text(run.output / f"{run.split}.json", json.dumps({"rows": len(kept)}, indent=2) + "\n")
+    write_whole(run.output / f"{run.split}.json", json.dumps({"rows": len(kept)}, indent=2) + "\n")
     if run.dataset in SPLIT_BY:
         note_held_out(run.output, run.dataset, str(run.root), run.split_by)
     elif (beside := Path(run.dataset) / HELD_OUT).is_file():
@@ -389,7 +390,7 @@ def write_gallery(
     title = f"Traces of {run.dataset} {run.split}, by {run.mllm or run.server_model or 'annotations'}"
     legend = "The red line is the target; whoever checks a trace sees the image without it."
     page = PAGE.format(title=escape(title), legend=legend, sections=sections)
-    write_text(run.output / f"{run.split}-gallery.html", page)
+    write_whole(run.output / f"{run.split}-gallery.html", page)
 
 
 def _card(row: dict, record: dict) -> str:

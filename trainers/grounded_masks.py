@@ -125,7 +125,7 @@ def cache_states(
         records = []
         for first in range(0, len(part), batch_size):
             records += _records(model, processor, part[first : first + batch_size], word_kind)
-        write_whole(path, lambda part, records=records: torch.save(records, part))
+        write_whole(path, partial(torch.save, records))
 
 
 def _records(model, processor, rows, word_kind):

@@ -74,7 +74,8 @@ class HeldOutMasks(Trainer):
             output = super().evaluation_loop(*own)
         else:
             self.model.eval()  # type: ignore[union-attr]
-            output = EvalLoopOutput(predictions=None, label_ids=None, metrics={}, num_samples=len(rows))
+            nothing: Any = None  # what Trainer itself gives as predictions where it keeps none
+            output = EvalLoopOutput(predictions=nothing, label_ids=None, metrics={}, num_samples=len(rows))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.segment_held_out(rows).items()}
         return output._replace(metrics={**(output.metrics or {}), **metrics})
 

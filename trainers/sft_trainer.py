@@ -141,8 +141,9 @@ class SegCompassSFTTrainer(WholeCheckpoints, HeldOutMasks, Trainer):
         **kwargs: Any,
     ):
         check_arguments(args, SegCompassSFTConfig)
-        if args.accelerator_config.dispatch_batches is None:  # with streamed rows it would cut a batch's patches short
-            args.accelerator_config.dispatch_batches = False
+        accelerator: Any = args.accelerator_config  # an AcceleratorConfig, which TrainingArguments makes of the others
+        if accelerator.dispatch_batches is None:  # with streamed rows it would cut a batch's patches short
+            accelerator.dispatch_batches = False
         check_model(model, processing_class)
         processing_class.check_fits(model.config)
         check_dataset(kwargs.get("train_dataset"))

@@ -157,10 +157,11 @@ def train_one(
     Returns:
         What `evaluate_sae` found, which is also written to `quality.json`.
     """
+    output = Path(training.output_dir or "")
     sae = SparseAutoencoder(sae_config)
     trainer = SparseAutoencoderTrainer(sae, training, train_dataset=train_dataset)
     with alone_in_output(training):
-        trainer.train(training.resume_from_checkpoint or last_checkpoint(training.output_dir))
+        trainer.train(training.resume_from_checkpoint or last_checkpoint(output))
         trainer.save_model()
         if isinstance(train_dataset, ActivationDataset):
             logger.warning("samples over all passes: %s", dict(train_dataset.report))
@@ -168,8 +169,8 @@ def train_one(
         quality = evaluate_sae(sae, take_tokens(held_out, share), trainer.accelerator.reduce)
         if trainer.is_world_process_zero():
             print(json.dumps(quality, indent=2))
-            with signing(training.output_dir):
-                write_whole(Path(training.output_dir, "quality.json"), json.dumps(quality, indent=2) + "\n")
+            with signing(output):
+                write_whole(output / "quality.json", json.dumps(quality, indent=2) + "\n")
     return quality
 
 

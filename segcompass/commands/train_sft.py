@@ -88,13 +88,14 @@ def start(
     Raises:
         ValueError: neither a model nor backbones are named, or a quantised MLLM is to be trained without adapters.
     """
+    output = Path(training.output_dir or "")
     path, quantized = arguments.model, extra.load_in_4bit or extra.load_in_8bit
     check_model_options(extra)
     if extra.use_peft and not path:
-        path = str(Path(training.output_dir) / "base")
+        path = str(output / "base")
         state = PartialState()
         with state.main_process_first():
-            if state.is_main_process and last_checkpoint(training.output_dir) is None:
+            if state.is_main_process and last_checkpoint(output) is None:
                 model, processor = build(arguments)
                 model.save_pretrained(path)
                 processor.save_pretrained(path)

@@ -83,7 +83,7 @@ def identity(samples: Sequence[Sample], exchange: Mapping[str, str] | None = Non
     """
     areas = []
     for sample in samples:
-        clear = sample.cover.max(0) >= SHARED_F1  # (P,) patches of one object
+        clear: np.ndarray = sample.cover.max(0) >= SHARED_F1  # (P,) patches of one object
         maps = centred(sample.patch_codes[None], torch.ones(1, len(sample.patch_codes), dtype=torch.bool))[0]
         has = (sample.has.T[:, :, None] & (sample.cover >= SHARED_F1)[None]).any(1)  # (A, P)
         for word, code in zip(sample.words, sample.word_codes, strict=True):
@@ -109,7 +109,8 @@ def decoder_cosines(samples: Sequence[Sample], best: Mapping[str, int], decoder:
     Returns:
         The mean over looks on patches, and on words; nan without any.
     """
-    patches, words = {look: [] for look in LOOKS}, {look: [] for look in LOOKS}
+    patches: dict[str, list[torch.Tensor]] = {look: [] for look in LOOKS}  # each (any number, d_π)
+    words: dict[str, list[torch.Tensor]] = {look: [] for look in LOOKS}  # each (1, d_π)
     for sample in samples:
         for thing, cover in zip(sample.has, sample.cover, strict=True):
             inside = sample.patch_states[torch.from_numpy(cover >= SHARED_F1)]
