@@ -77,7 +77,7 @@ def decode_grounded(
 
     # K, A, H_k in the image encoder's grid
     dtype = reading.concept_bias.dtype
-    keys = states.image_embeddings.to(dtype).expand(len(ids), -1, -1, -1)  # (B, d_k, h, w)
+    keys = states.image_embeddings.to(dtype).expand(len(ids), -1, -1, -1)  # type: ignore[union-attr]  # (B, d_k, h, w)
     key_positions = model.key_positions(keys.shape[-2:]).to(dtype)  # (1, d_k, h, w)
     cell_mask = model.cell_mask(keys, states.reshaped_input_sizes)  # (B, h, w)
     patch_size = seen / grid.flip(-1)[:, None]  # (B, 1, 2), (x, y)

@@ -37,6 +37,10 @@ class Segments(list):
 class ReasoningSegmentationPipeline(Pipeline):
     """Segments what instructions mean. Built by `transformers.pipeline`; needs the model's SegCompassProcessor.
 
+    Args:
+        *args: transformers' `Pipeline`'s.
+        **kwargs: transformers' `Pipeline`'s: `model`, `processor`, and what else it knows.
+
     Raises:
         ValueError: the processor is another model's.
 

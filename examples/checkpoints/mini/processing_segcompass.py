@@ -285,6 +285,7 @@ class SegCompassProcessor(ProcessorMixin):
             ValueError: naming the token.
         """
         text = response
+        token: str | None
         for token in (THINK, THINK_END, REF_TOKEN):
             text = text.replace(token, " ")
         token = reserved_in(self.tokenizer, text, self.image_token)
