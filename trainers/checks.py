@@ -162,8 +162,11 @@ def check_kinds(model: Any, processor: Any) -> None:
             f"model is {given}; pass a SegCompassModel (SegCompassModel.from_pretrained(path), or from_backbones to "
             "build one)."
         )
-    segments = hasattr(processor, "num_slots") and hasattr(processor, "encoder_image_processor")
-    if not isinstance(processor, ProcessorMixin) or not segments:
+    if not (
+        isinstance(processor, ProcessorMixin)
+        and hasattr(processor, "num_slots")
+        and hasattr(processor, "encoder_image_processor")
+    ):
         raise TypeError(f"processing_class is {type(processor).__name__}; pass the model's SegCompassProcessor.")
     check_slots(config, processor)
     check_frame(config, processor.encoder_image_processor)

@@ -83,9 +83,9 @@ def identity(samples: Sequence[Sample], exchange: Mapping[str, str] | None = Non
     """
     areas = []
     for sample in samples:
-        clear: np.ndarray = sample.cover.max(0) >= SHARED_F1  # (P,) patches of one object
+        clear = sample.cover.max(0) >= SHARED_F1  # (P,) patches of one object
         maps = centred(sample.patch_codes[None], torch.ones(1, len(sample.patch_codes), dtype=torch.bool))[0]
-        has = (sample.has.T[:, :, None] & (sample.cover >= SHARED_F1)[None]).any(1)  # (A, P)
+        has = np.asarray((sample.has.T[:, :, None] & (sample.cover >= SHARED_F1)[None]).any(1))  # (A, P)
         for word, code in zip(sample.words, sample.word_codes, strict=True):
             if word not in LOOKS:
                 continue
