@@ -45,7 +45,7 @@ SMALLER = {
     "--samples_per_batch 8 --tokens_per_batch 512 --buffer_size 1024 --max_steps 30 --logging_steps 5 "
     "--learning_rate 3e-3 --save_steps 30",
     "train sft": f"{CPU} --max_steps 60 --per_device_train_batch_size 4 --gradient_accumulation_steps 1 "
-    "--learning_rate 5e-3 --lr_scheduler_type constant --logging_steps 5 --save_steps 60 "
+    "--learning_rate 5e-3 --lr_scheduler_type constant --warmup_steps 0 --logging_steps 5 --save_steps 60 "
     f"--gradient_checkpointing false --token_dropout 0 --model_config {shlex.quote(json.dumps(MODEL))}",
     "train grpo": f"{CPU} --max_steps 2 --per_device_train_batch_size 2 --gradient_accumulation_steps 1 "
     "--num_generations 2 --max_completion_length 48 --logging_steps 1 --learning_rate 1e-5 --save_steps 2 "
