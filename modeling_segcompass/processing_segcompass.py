@@ -207,8 +207,8 @@ class SegCompassProcessor(ProcessorMixin):
         """What a call without `response` returns, by name."""
         names = [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
         names += ["mm_token_type_ids"] if self.return_mm_token_type_ids else []
-        names = dict.fromkeys([*names, *ENCODER_INPUTS])
-        return [name for name in names if name not in self.unused_input_names]
+        once = dict.fromkeys([*names, *ENCODER_INPUTS])
+        return [name for name in once if name not in self.unused_input_names]
 
     @property
     def frame(self) -> Frame:
