@@ -11,7 +11,7 @@ from segcompass import memory_plan
 from segcompass.commands import plan_memory, train_grpo, train_sae, train_sft
 from segcompass.modeling_segcompass import SegCompassConfig
 from segcompass.trainers import SegCompassGRPOConfig, SegCompassSFTConfig
-from segcompass.trainers.optimization import SEGMENTATION_MODULES, parameter_groups
+from segcompass.trainers.optimization import parameter_groups, segmentation_modules
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "examples" / "recipes"
@@ -36,7 +36,7 @@ def test_the_model_builds_on_meta_and_its_groups_have_the_papers_rates(name, cap
     assert capsys.readouterr().out.count(name) == len(counts)
     for part in ("image_encoder", "sae", "mllm vision"):
         assert counts[part][1] == 0
-    for part in (*SEGMENTATION_MODULES, "mllm language"):
+    for part in (*segmentation_modules(model), "mllm language"):
         assert counts[part][1] > 0
     if name in MLLM:
         whole = sum(total for part, (total, _) in counts.items() if part.startswith("mllm"))
@@ -46,7 +46,7 @@ def test_the_model_builds_on_meta_and_its_groups_have_the_papers_rates(name, cap
     layer = config.sae_config.layer
     for number, block in enumerate(model.mllm.model.language_model.layers, 1):
         assert all(p.requires_grad == (number > layer) for p in block.parameters())
-    groups = parameter_groups(model, 2e-6, 0.01, set(), {part: 10 for part in SEGMENTATION_MODULES})
+    groups = parameter_groups(model, 2e-6, 0.01, set(), {part: 10 for part in segmentation_modules(model)})
     assert sum(p.numel() for group in groups for p in group["params"]) == sum(part[1] for part in counts.values())
 
 
