@@ -236,9 +236,9 @@ def note_held_out(folder: Path, name: str, root: str | os.PathLike, split_by: st
         ValueError: they are damaged.
     """
     note = {"name": name, "split_by": split_by or SPLIT_BY[name][0], "images": held_out_images(root, name, split_by)}
-    part = folder / f"{HELD_OUT}.part"
-    part.write_text(json.dumps(note), encoding="utf-8")
-    part.replace(folder / HELD_OUT)
+    from segcompass.modeling_segcompass.whole_files import write_whole  # here, since its package brings torch along
+
+    write_whole(folder / HELD_OUT, json.dumps(note))
 
 
 # -- the parts ---------------------------------------------------------------------------------------------------------

@@ -347,16 +347,17 @@ def save_rows(run: Writing, rows: Dataset, kept: Sequence[tuple[int, str]]) -> N
         rows: all rows.
         kept: (number of a row, its trace).
     """
-    path = run.output / f"{run.split}-00000-of-00001.parquet"
-    part = path.with_suffix(".part")
     arrow = rows.with_format("arrow")
-    with pq.ParquetWriter(part, rows.features.arrow_schema) as writer:
-        for start in range(0, len(kept), 1000):
-            numbers, traces = zip(*kept[start : start + 1000], strict=True)
-            table = arrow[list(numbers)]
-            place = table.schema.get_field_index("reasoning")
-            writer.write_table(table.set_column(place, "reasoning", pa.array(traces, pa.string())))
-    part.replace(path)
+
+    def write(path):
+        with pq.ParquetWriter(path, rows.features.arrow_schema) as writer:
+            for start in range(0, len(kept), 1000):
+                numbers, traces = zip(*kept[start : start + 1000], strict=True)
+                table = arrow[list(numbers)]
+                place = table.schema.get_field_index("reasoning")
+                writer.write_table(table.set_column(place, "reasoning", pa.array(traces, pa.string())))
+
+    write_whole(run.output / f"{run.split}-00000-of-00001.parquet", write)
     write_whole(run.output / f"{run.split}.json", json.dumps({"rows": len(kept)}, indent=2) + "\n")
     if run.dataset in SPLIT_BY:
         note_held_out(run.output, run.dataset, str(run.root), run.split_by)

@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from segcompass.loading import load
 from tests.support.hub_client import ROOT
 from tests.support.scripted import INSTRUCTIONS, Script, lively_segcompass, noise_images
 from tests.support.tiny import BACKBONES
@@ -95,6 +96,23 @@ def test_a_closed_page_stops_its_answer_and_frees_what_it_left(demo):
     gc.collect()
     assert answer() is None and len(demo.answers) == 0
     assert not [thread for thread in threading.enumerate() if "write" in thread.name]
+
+
+def test_concepts_of_a_grounded_model_have_names_and_their_own_place(app):
+    demo = app.Demo.__new__(app.Demo)
+    demo.model, demo.processor = load(ROOT / "examples" / "checkpoints" / "mini")
+    demo.line, demo.answers, demo._asking = app.Line(), app.Answers(), {}
+    image = Image.open(ROOT / "examples" / "scene.png").convert("RGB")
+    *_, verdict, _, question, radio, _ = list(demo.ask(image, "find the blue star", 0.5))[-1]
+    assert verdict.startswith("1 instance")
+    choices = radio["choices"] if isinstance(radio, dict) else radio.choices
+    name, concept = choices[0]
+    assert name.startswith("blue, weight 0.")
+    heat = np.asarray(demo.where(question, concept)[0], float)
+    added = (heat - 0.35 * np.asarray(image, float)).sum(-1)  # what is drawn over the image
+    y, x = np.unravel_index(added.argmax(), added.shape)
+    assert 81 <= x <= 121 and 64 <= y <= 96, "on the star, whose box this is"
+    assert demo.scale(question, concept, 0.0, 0.5)[1].startswith("no target")
 
 
 def test_each_visitor_decodes_from_an_answer_of_its_own(demo, app):

@@ -88,8 +88,8 @@ def test_training_reconstructs_raw_hidden_states_of_any_scale_and_offset(tmp_pat
     quality = evaluate_sae(sae, Mixtures(8, scale=scale, offset=offset, seed=1))
     # 300 steps are few for thresholds, which learn from what comes near them.
     least, most_dead = (0.85, 0.4) if hasattr(sae, "threshold") else (0.9, 0.3)
-    if options.get("activation") == "matryoshka":  # the first features alone must do, which costs the whole; of 64
-        least, most_dead = 0.8, 0.8  # features for 32 atoms, the last group of 34 has little left to explain
+    if options.get("activation") == "matryoshka":  # looser: 0.836 was measured at both scales; why, is not known
+        least, most_dead = 0.8, 0.8
     assert quality["explained_variance"] > least
     assert quality["l0_share"] < 0.3
     assert quality["dead_share"] < most_dead  # of 64 features, for 32 atoms
