@@ -33,9 +33,9 @@ MINI = HERE.parents[1] / "examples" / "checkpoints" / "mini" if len(HERE.parents
 SMALL = 20_000_000
 """Parameters up to which a model is taken for the one that ships: it knows drawn scenes and nothing else."""
 ABOUT = (
-    "# Why this mask?\nAsk for something in an image. The model writes down what it sees, its words fire concepts, "
-    "each concept adds heat where it finds itself in the image, and the heat becomes the mask. Point at any of them "
-    "and see what it is linked with; then change a concept and see the mask move."
+    "# Why this mask?\nAsk for something in an image. The model writes what it sees; its words fire concepts; each "
+    "concept adds heat where it finds itself; the heat becomes the mask. Point at any of them to see what it is linked "
+    "with, then change a concept and watch the mask move."
 )
 KNOWS = (
     "The small model that runs here ({millions:.1f} million parameters) has only ever seen drawn scenes like the "
@@ -142,7 +142,7 @@ def page(demo: Demo) -> gr.Blocks:
                 )
                 with gr.Row():
                     threshold = gr.Slider(
-                        0, 1, 0.5, step=0.05, label="Confidence that a mask needs", elem_id="threshold", min_width=200
+                        0, 1, 0.5, step=0.05, label="Confidence needed", elem_id="threshold", min_width=200
                     )
                     ask = gr.Button("Segment", variant="primary", elem_id="ask", min_width=120)
         chosen = None

@@ -23,7 +23,11 @@ function choose(number) {
   for (const row of all('.concept[data-c]')) {
     const chosen = row.dataset.c === number && !row.closest('[hidden]');
     row.setAttribute('aria-pressed', chosen);
-    if (chosen) for (const name of all('.chosen')) name.textContent = row.dataset.name;
+    if (!chosen) continue;
+    for (const name of all('.chosen')) name.textContent = row.dataset.name;
+    const other = element.querySelector('.other');
+    if (other && other.value === row.dataset.name)
+      other.value = ([...other.options].find(option => option.value !== other.value) || other).value;
   }
 }
 

@@ -97,8 +97,8 @@ class Why:
             return f"{count} mask{'s' * (count > 1)}, {pixels:,} pixels."
         surest = self.slots[0].confidence
         return (
-            f"No target: not sure enough. The surest of {self.found} slots reached a confidence of "
-            f"{confidence(surest)}, a mask needs {self.threshold:.2f}. It looked here."
+            f"No target: not sure enough. Confidence {confidence(surest)}, a mask needs {self.threshold:.2f}. "
+            "It looked here."
         )
 
 
@@ -275,6 +275,8 @@ def lost_by_name(model: Any, answer: Any, slot: int, groups: list[tuple[Key, lis
 def needed(slot: Slot) -> str:
     """Which concept the mask needs most, in a sentence."""
     known = [concept for concept in slot.concepts if concept.lost is not None]
+    if not slot.kept:
+        return "There is no mask to move. Would one appear? Double a concept, or put another in its place."
     if not known:
         return ""
     most = max(known, key=lambda concept: concept.lost or 0)
@@ -300,4 +302,6 @@ def moved(before: Slot, after: Slot, threshold: float) -> str:
         return f"The mask stays where it was ({sure})."
     stays = both / max(before.mask.sum(), 1)
     new = int(after.mask.sum() - both)
+    if stays < 0.01:
+        return f"The mask has moved away: all of its {new:,} pixels are new ({sure})."
     return f"{stays:.0%} of the mask stays, {new:,} pixels are new ({sure})."

@@ -13,7 +13,7 @@ from html import escape
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFilter
 from why import TOP_CONCEPTS, Concept, Key, Slot, Why, confidence, moved, needed
 
 COLOURS = (  # those of modeling_segcompass/palette.py, which a Space's own repository does not hold
@@ -34,6 +34,7 @@ WORDS_NAMED = 2
 """How many of its words a concept names."""
 SPOTS = 16
 """The places that one can point at, in each direction."""
+KINDS = {"look": "how a thing looks", "place": "where a thing is"}
 MARKS = re.compile(r"\s*(</?think>|<REF_POS>)")
 """What the response says to the program and not to its reader."""
 
@@ -127,14 +128,14 @@ def _chain(words: str, rows: str, heat: str, mask: str, captions: tuple[str, str
         ("mask", "Heat becomes the mask", mask),
     )
     return "<div class='chain'>" + "".join(
-        f"<div class='step {kind}'><h3><b>{number}</b>{title}</h3>{body}<p class='caption'>{caption}</p></div>"
+        f"<div class='step {kind}'><h2><b>{number}</b>{title}</h2>{body}<p class='caption'>{caption}</p></div>"
         for number, ((kind, title, body), caption) in enumerate(zip(steps, captions, strict=True), 1)
     ) + "</div>"  # fmt: skip
 
 
 def _lower(controls: str, pairs: str) -> str:
     return (
-        f"<div class='lower'><div class='step controls'><h3><b>5</b>What would move it</h3>{controls}</div>"
+        f"<div class='lower'><div class='step controls'><h2><b>5</b>What would move it</h2>{controls}</div>"
         f"<div class='step pairs'>{pairs}</div></div>"
     )
 
@@ -144,17 +145,18 @@ def _section(why: Why, slot: Slot, image: Image.Image, numbers: dict[Key, int]) 
     parts = "".join(_part(why, slot, concept, numbers, strongest, image) for concept in slot.concepts)
     rows = "".join(_row(why, slot, concept, numbers[concept.key], image) for concept in slot.concepts)
     rows += "<div class='concept blank'></div>" * (TOP_CONCEPTS - len(slot.concepts))
-    total = _layer(slot.heat, slot, image, kind="total")
+    total = _layer(_total(slot), slot, image, kind="total")
     spots = json.dumps(_spots(slot, numbers, strongest))
     heat = _picture(image, f"{parts}{total}", "heatmap", grey=True, more=f"data-spots='{spots}'")
     others = [other for other in why.kept if other.number != slot.number]
     drawn = "".join(_mask(other, image, fill=0) for other in others) + _drawn(slot, image)
     mask = _picture(image, drawn + _uses(slot, numbers), "mask", more=f"data-spots='{spots}'")
-    place = "all of them together" if why.additive else "the heatmap; in this read-out the places do not add up to it"
+    place = "all together" if why.additive else "the heatmap; in this read-out the places do not add up to it"
+    place += "" if slot.kept or not slot.concepts else ", brightened: the heat is low"
     drawn_as = "drawn where the heat is" if slot.kept else "what it would have drawn, faint: not kept"
     captions = (
-        "the stronger the colour, the more this mask reads the word; a word also carries what stood before it",
-        f"the share of the heat each brings, and how much of the mask goes without it; all others: {slot.rest:.0%}",
+        "stronger colour: the mask reads more of the word, and of what led to it",
+        f"share of the heat, and what goes without it; all others {slot.rest:.0%}",
         f"<span class='place' data-all='{escape(place)}'>{escape(place)}</span>",
         drawn_as,
     )
@@ -197,7 +199,7 @@ def _row(why: Why, slot: Slot, concept: Concept, number: int, image: Image.Image
         f"<svg class='thumb' viewBox='0 0 {image.width} {image.height}' aria-hidden='true'>"
         f"<use href='#why-photo' class='grey'/><use href='#why-{slot.number}-{number}'/></svg>"
     )
-    kind = f"<small>{concept.kind}</small>" if concept.kind else ""
+    kind = f"<small title='{KINDS[concept.kind]}'>{concept.kind}</small>" if concept.kind else ""
     return (
         f"<button type='button' class='concept' data-c='{number}' data-name='{escape(concept.name)}' "
         f"data-share='{concept.share:.0%}' aria-pressed='false'>{thumb}<span class='about'>"
@@ -218,7 +220,18 @@ def _said(change: float | str) -> str:
 def _controls(why: Why, concepts: list[Key], swaps: list[str]) -> str:
     if not concepts:
         return "<p class='hint'>There are no concepts to change in this answer.</p>"
-    options = "".join(f"<option value='{escape(name)}'>{escape(name)}</option>" for name in swaps)
+    said = {word.strip().casefold() for word in why.words}
+    groups = {
+        "in this answer": [name for name in swaps if name.casefold() in said],
+        "others": [name for name in swaps if name.casefold() not in said],
+    }
+    options = "".join(
+        f"<optgroup label='{group}'>"
+        + "".join(f"<option value='{escape(name)}'>{escape(name)}</option>" for name in names)
+        + "</optgroup>"
+        for group, names in groups.items()
+        if names
+    )
     swap = (
         f"<label class='swap'>or put <select class='other' aria-label='the concept in its place'>{options}</select> "
         "in its place</label><button type='button' data-do='swap'>Swap</button>"
@@ -276,6 +289,14 @@ def _blank(hint: str) -> str:
     return f"<div class='picture blank'><span>{escape(hint)}</span></div>"
 
 
+def _total(slot: Slot) -> np.ndarray:
+    """The heatmap; of a slot that is not kept, brightened, so that one sees where it looked."""
+    if slot.kept or not slot.concepts:
+        return slot.heat
+    heat = np.sum([concept.heat for concept in slot.concepts], axis=0)
+    return np.clip(heat / max(float(heat.max()), 1e-9), 0, 1) ** 0.6
+
+
 def _part(why: Why, slot: Slot, concept: Concept, numbers: dict[Key, int], strongest: float, image: Image.Image) -> str:
     """The place of one concept, as bright as it is beside the slot's strongest; shown when it is pointed at."""
     number = numbers[concept.key]
@@ -324,11 +345,9 @@ def _mask(slot: Slot, image: Image.Image, fill: int = 120, outline: int = 255) -
         return ""
     mask = Image.fromarray(slot.mask.astype(np.uint8) * 255).resize(_twice(image), Image.Resampling.BILINEAR)
     inside = np.asarray(mask) >= 128
-    padded = np.pad(inside, 2)
-    core = np.ones_like(inside)
-    for down in range(5):
-        for right in range(5):
-            core &= padded[down : down + inside.shape[0], right : right + inside.shape[1]]
+    edge = max(2, round(max(inside.shape) / 110))
+    bordered = Image.fromarray(np.pad(inside, edge).astype(np.uint8))
+    core = np.asarray(bordered.filter(ImageFilter.MinFilter(2 * edge + 1)))[edge:-edge, edge:-edge] > 0
     pixels = np.zeros((*inside.shape, 4), np.uint8)
     pixels[..., :3] = _colour(slot)
     pixels[inside, 3] = fill
