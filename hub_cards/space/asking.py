@@ -418,7 +418,9 @@ class Tools:
         }
 
 
-def _listed(names: str) -> list[str]:
+def _listed(names: Any) -> list[str]:
+    if not isinstance(names, str):
+        raise refusal(f"The names of concepts are {names!r:.40}; give them as text, with commas between them.")
     return [name.strip() for name in names.split(",") if name.strip()]
 
 

@@ -2,7 +2,6 @@
 
 import html
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 from segcompass.gallery import write_gallery
 from segcompass.hub_cards.cards import dataset_card
@@ -108,18 +107,11 @@ def attacks() -> Iterator[Attack]:
 
         def refused(folder, payload=payload):
             """The Space shows errors as markup; what a visitor wrote must not be any."""
-            import sys
-            from importlib import util
-            from pathlib import Path
+            from tests.support.space import space_modules
 
-            words = {"skip": lambda: None, "Radio": dict, "Slider": dict, "Error": RuntimeError, "Blocks": object}
-            sys.modules.setdefault("gradio", SimpleNamespace(**words, Request=object))
-            place = Path(__file__).resolve().parents[3] / "hub_cards" / "space" / "app.py"
-            spec = util.spec_from_file_location("space_app", place)
-            app = util.module_from_spec(spec)
-            spec.loader.exec_module(app)
+            visitors = space_modules().visitors
             try:
-                app.check_threshold(payload)
+                visitors.check_threshold(payload)
             except Exception as error:
                 return payload[:30] not in str(error)
 
