@@ -65,8 +65,8 @@ setup(
     ],
     extras_require={
         "test": ["pytest>=9", "parameterized", "ruff", "mypy", "pydoclint", "tensorboard", "bitsandbytes>=0.46"],
-        "demo": ["gradio>=6"],
-        "browser": ["gradio>=6", "selenium>=4.40"],  # the Space's test; also Debian's chromium and chromium-driver
+        "demo": ["gradio>=6", "mcp"],
+        "browser": ["gradio>=6", "mcp", "selenium>=4.40"],  # tests of the Space; and chromium, chromium-driver
         "qlora": ["bitsandbytes>=0.46"],
         "vllm": ["vllm>=0.27,<0.31"],  # TRL 1.16 stops at 0.31, and 0.31 wants an older transformers
         "sam": ["segment-anything", "torchvision"],

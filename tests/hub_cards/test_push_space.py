@@ -1,7 +1,6 @@
 """The Space's repository: what is pushed, and what its front matter says."""
 
 import re
-from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 import yaml
@@ -35,10 +34,6 @@ def test_the_front_matter_is_what_the_hub_reads():
     assert len(front["short_description"]) <= 60 and front["models"] == ["me/mine"]
     constraints = (ROOT / "constraints.txt").read_text()
     assert re.search(rf"^gradio=={re.escape(front['sdk_version'])}$", constraints, re.M), "tested with another gradio"
-    try:
-        assert version("gradio") == front["sdk_version"]
-    except PackageNotFoundError:
-        pass
     text = (FOLDER / "README.md").read_text().split("---")[1]
     assert yaml.safe_load(text)["preload_from_hub"] == ["USER/segcompass-mini"]
 
