@@ -16,6 +16,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import wraps
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -164,17 +165,27 @@ def page(demo: Demo) -> gr.Blocks:
     return blocks.queue(max_size=4 * (AT_ONCE + MAX_WAITING))
 
 
+def as_json(function: Callable) -> Callable:
+    """The function with its name and description, answering in JSON; gradio would hand MCP clients Python."""
+
+    @wraps(function)
+    def called(*given: Any) -> str:
+        return json.dumps(function(*given))
+
+    return called
+
+
 def add_api(tools: Tools) -> None:
     """The functions that programs call: as an API, and as MCP tools."""
     with gr.Row(visible=False):
         image = gr.Image(type="filepath", image_mode=None, label="image")
         instruction, threshold = gr.Textbox(label="instruction"), gr.Number(0.5, label="threshold")
         names = [gr.Textbox("", label=label) for label in ("switch_off", "double", "swap")]
-        result = gr.JSON(label="result")
+        result = gr.Textbox(label="result, as JSON")
 
         def add(function: Callable, inputs: list) -> None:
             gr.Button().click(
-                function,
+                as_json(function),
                 inputs,
                 result,
                 api_name=function.__name__,

@@ -65,7 +65,8 @@ def waiting_page(text: str = "", note: str = "") -> str:
     )
     verdict = "writing …" if text else ""
     busy = " data-busy" if text or note else ""
-    return f"<div class='why' data-answer=''{busy}>{_top(verdict, '')}<div class='slot'>{steps}</div>{lower}</div>"
+    shown = f"<div><div class='slot'>{steps}</div></div>"  # nested as an answer is: gradio changes the page in place
+    return f"<div class='why' data-answer=''{busy}>{_top(verdict, '')}{shown}{lower}</div>"
 
 
 def answer_page(why: Why, image: Image.Image, concepts: list[Key], swaps: list[str], name: str) -> str:
@@ -98,7 +99,7 @@ def answer_page(why: Why, image: Image.Image, concepts: list[Key], swaps: list[s
     needs = "".join(f"<p class='note' data-slot='{slot.number}'>{escape(needed(slot))}</p>" for slot in why.slots)
     lower = _lower(f"{needs}{_controls(why, concepts, swaps)}", pairs)
     head = _top(why.verdict, tabs)
-    return f"<div class='why' data-answer='{escape(name)}'>{defs}{head}{sections}{lower}</div>"
+    return f"<div class='why' data-answer='{escape(name)}'>{head}<div>{sections}</div>{lower}{defs}</div>"
 
 
 # -- the parts ---------------------------------------------------------------------------------------------------------
