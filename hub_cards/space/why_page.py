@@ -193,7 +193,7 @@ def _row(why: Why, slot: Slot, concept: Concept, number: int, image: Image.Image
     named = sorted(concept.words, key=lambda word: -concept.words[word])
     named = list(dict.fromkeys(why.words[word].strip() for word in named if why.words[word].strip()))[:WORDS_NAMED]
     source = "from " + ", ".join(f"“{escape(word)}”" for word in named) if named else "from no single word"
-    lost = "" if concept.lost is None else f"without it −{concept.lost:.0%}"
+    lost = "" if concept.lost is None else f"without it −{concept.lost:.0%}" if concept.lost >= 0.005 else "not needed"
     change = why.changes.get(concept.key)
     badge = "" if change is None else f"<em class='badge'>{escape(_said(change))}</em>"
     thumb = (
