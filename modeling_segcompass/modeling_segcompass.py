@@ -9,6 +9,7 @@ the language loss live with the trainers.
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,7 +29,7 @@ from .generation_options import OUR_INPUTS, check_generation, one_generation_at_
 from .grounded_decoding import decode_grounded, lost_without
 from .grounded_reading import GroundedReading
 from .image_encoder import check_keys, encoder_of
-from .interventions import QUERY_SOURCES, kept_sources, scale_vector, without_heaviest
+from .interventions import QUERY_SOURCES, kept_sources, scale_vector, steer, without_heaviest
 from .mask_decoder import MaskDecoder
 from .modeling_sparse_autoencoder import SparseAutoencoder
 from .outputs import SegCompassOutput
@@ -579,6 +580,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         query_source: str = "both",
         concept_add: Mapping[int | str, float] | None = None,
         concept_replace: Mapping[int | str, int | str] | None = None,
+        steer_reasoning: bool = False,
         **inputs: Any,
     ) -> SegCompassOutput:
         """Reason about the image, then decode masks from the states that generation left behind.
@@ -589,6 +591,8 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             query_source: see `decode_masks`.
             concept_add: see `decode_masks`.
             concept_replace: see `decode_masks`.
+            steer_reasoning: let factors, additions and replacements act while the response is written too, see
+                `reason`; False leaves the response as it is.
             **inputs: the processor's other outputs and options, see `reason`.
 
         Returns:
@@ -599,15 +603,10 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             ValueError: neither encoder_pixel_values nor image_embeddings; inputs that hold a response; an option of
                 `generate` that masks cannot follow (docs/generation.md); NaN or infinity.
         """
-        sequences, states = self.reason(input_ids, **inputs)
+        told = dict(concept_scale=concept_scale, concept_add=concept_add, concept_replace=concept_replace)
+        sequences, states = self.reason(input_ids, **inputs, **(told if steer_reasoning else {}))
         with torch.no_grad():
-            output = self.decode_masks(
-                **states._asdict(),
-                concept_scale=concept_scale,
-                query_source=query_source,
-                concept_add=concept_add,
-                concept_replace=concept_replace,
-            )
+            output = self.decode_masks(**states._asdict(), **told, query_source=query_source)
         output.sequences = sequences
         output.prompt_length = input_ids.shape[1]
         return output
@@ -622,9 +621,16 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         original_sizes: torch.Tensor | None = None,
         reshaped_input_sizes: torch.Tensor | None = None,
         do_sample: bool | None = None,
+        concept_scale: Mapping[int | str, float] | torch.Tensor | None = None,
+        concept_add: Mapping[int | str, float] | None = None,
+        concept_replace: Mapping[int | str, int | str] | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, ReasoningStates]:
         """Write the response and keep what masks are decoded from, so that they can be decoded again and again.
+
+        With factors, additions or replacements the MLLM reads image, instruction and its own words as if concepts
+        fired otherwise: after the SAE's layer every hidden state gets the difference in decoder directions
+        (`Steering.on_states`). The states that are kept are those before that change.
 
         Args:
             input_ids: long (B, T), the prompts.
@@ -634,6 +640,9 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             original_sizes: accepted and ignored, so that a processor's output can be passed whole.
             reshaped_input_sizes: long (B, 2), the image's (H, W) inside F_enc's frame; None = the whole frame.
             do_sample: None = as a `generation_config` argument says, and greedy without one.
+            concept_scale: {feature index or label: factor on h_j}, or all factors, float (B, d_sae) or (d_sae,).
+            concept_add: {feature index or label: what is added to h_j, in its mean active activations}.
+            concept_replace: {feature index or label: the one that takes over its strength}.
             **kwargs: the MLLM's other inputs and options of `generate` (`max_new_tokens`, `streamer`, ...).
 
         Returns:
@@ -661,7 +670,12 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         asked = [kwargs.get(name, getattr(given, name, None)) for name in lengths]
         if asked == [None, None] and self.generation_config.max_new_tokens is None:
             kwargs["max_new_tokens"] = self.config.max_response_length
+        labels = self.labels_for(concept_scale, concept_add, concept_replace)
+        like, d_sae = self.sae.W_enc.new_empty(len(input_ids), 0), self.config.sae_config.d_sae
+        steering = steer(concept_scale, concept_add, concept_replace, like, d_sae, labels)
         with self.reading_states() as recorder:
+            if steering is not None:
+                recorder.steer = partial(steering.on_states, self.sae)
             output = self.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         keys = self._image_keys(encoder_pixel_values, image_embeddings)
         states = recorder.states._replace(image_embeddings=keys, reshaped_input_sizes=reshaped_input_sizes)

@@ -5,7 +5,7 @@ on one model keep their states apart. Its hooks are gone when the call is over. 
 written; `generation_options.py` says which options of `generate` can be followed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -84,6 +84,9 @@ class StateRecorder:
         """whether the passes heard are those of a generation."""
         self.whole_passes = False
         """whether each pass holds the whole sequence so far (no key-value cache), so that only the last one counts."""
+        self.steer: Callable[[torch.Tensor], torch.Tensor] | None = None
+        """what the blocks after block L get in the place of its output, float (B, t, d_π); None changes nothing. `z`
+        keeps the output as it was, so that what is steered here is not steered again where masks are decoded."""
 
     def __enter__(self) -> "StateRecorder":
         self._hooks = [
@@ -116,7 +119,12 @@ class StateRecorder:
             kept.append(states)
 
     def _keep_z(self, module, inputs, output):
-        self._keep(self.z, output[0] if isinstance(output, tuple) else output)
+        z = output[0] if isinstance(output, tuple) else output
+        self._keep(self.z, z)
+        if self.steer is None or _OPEN.get() is not self:
+            return None
+        steered = self.steer(z)
+        return (steered, *output[1:]) if isinstance(output, tuple) else steered
 
     def _keep_last_hidden(self, module, inputs, output):
         self._keep(self.last_hidden, output.last_hidden_state)

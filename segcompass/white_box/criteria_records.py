@@ -30,6 +30,7 @@ from .detectors import score_all
 from .dictionary_reader import TokenReader
 from .scene_attributes import ATTRIBUTES, COVERED, NAMES_F1, NAMES_LIFT
 from .shared_concepts import Sample, decoder_cosines, exchanged, identity, shared_detectors
+from .steered_reasoning import measure_steered_reasoning
 
 PLACES = (
     *(column + row for column in "ABCD" for row in "1234"),
@@ -42,6 +43,8 @@ READINGS = ("scene", "patch", "word", "phrase")
 """Where: those of `scene_attributes`, and words of the reasoning that describe an object which has the attribute."""
 STEERS_F1, HANDS_F1, DETECTORS = 0.3, 0.5, 10
 CONFIDENT = 0.5
+STEERED = 100
+"""Of so many first scenes the response is written again under steering, six times each."""
 
 _PHRASE = re.compile(
     rf"\b([A-D][1-4])(?:(?: small| large)?(?: {'| '.join(COLOURS)}) (?:{'|'.join(SHAPES)}))?",
@@ -274,7 +277,8 @@ def measure_scenes(
     Yields:
         One record per row, of types that JSON knows: `sample_id`; `slots`, what `measure_slot` says of each right mask
         (None for nan), with its `slot` and `heaviest` concept; `twins`, of each target whose looks another object has
-        too, whether a right mask shows it; `moves`, of each ordered pair of questions whose own masks were right.
+        too, whether a right mask shows it; `moves`, of each ordered pair of questions whose own masks were right;
+        `steered`, of each response that was written again, see `measure_steered_reasoning`.
     """
     reading_class = reading_of(model)
     scenes = [scene_question(split, seed, number, **STYLES[dataset]) for number in numbers]
@@ -298,6 +302,11 @@ def measure_scenes(
         right = _right_slots(outputs, place, masks, question.targets)
         shown = {target for _, target in right}
         record["twins"] = [float(t in shown) for t in question.targets if looks.count(looks[t]) > 1]
+        record["steered"] = []
+        if numbers[place] < STEERED:
+            rng = np.random.default_rng([seed, numbers[place]])
+            steered = measure_steered_reasoning(model, processor, row, labels.hands, rng)
+            record["steered"] = [] if steered is None else [steered]
         if right:
             reading = reading_class(model, single_sample(states, place), means)
             rows_columns = outputs.patch_grid[place].tolist()
