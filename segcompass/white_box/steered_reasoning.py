@@ -109,9 +109,7 @@ def _write(
     asked = {name: value for name, value in inputs.items() if name != "encoder_pixel_values"}
     with model.reading_states() as recorder:
         recorder.steer = steer
-        sequences = model.generate(
-            **asked, do_sample=False, max_new_tokens=model.config.max_response_length
-        )
+        sequences = model.generate(**asked, do_sample=False, max_new_tokens=model.config.max_response_length)
     written = sequences[0, inputs["input_ids"].shape[1] :]
     codes = model.sae.encode(recorder.states.z[0]).amax(0)
     return processor.tokenizer.decode(written, skip_special_tokens=True), codes
