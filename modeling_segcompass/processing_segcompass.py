@@ -1,22 +1,28 @@
 """From images and instructions to model inputs, and from model outputs to masks at the image's own size.
 
 One processor for all backbones: it expands image tokens as the MLLM's own processor does (`backbone.py`), without a
-video part, so it works without torchvision. It knows nothing about weights.
+video part, so it works without torchvision, and says which part of the image each of them shows (`patch_boxes.py`). It
+knows nothing about weights.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
+from transformers.image_utils import make_flat_list_of_images
 from transformers.utils import CONFIG_NAME
 
-from .backbone import Backbone, backbone_of
+from .backbone import TOKEN_TYPE_INPUTS, Backbone, backbone_of
 from .image_encoder import Frame, image_side, without_torchvision
 from .images import read_image
 from .manifest import MANIFEST, READ_BY_PROCESSORS
 from .old_names import with_new_names
+from .patch_boxes import REMEMBERED, Views, pad_boxes
 from .saved_folders import check_saved, signing_saved
 from .tokens import (
     PROBE,
@@ -31,6 +37,9 @@ from .tokens import (
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SENTENCE_ENDS = ".!?。！？\n"
+
+UNUSED = ("batch_num_images",)
+"""Inputs left out because a sample has one image, which MLLMs take for granted where nothing is said."""
 
 STRIP = 1 << 18
 """Pixels of a mask that are resized at once: small enough to stay in a processor's cache."""
@@ -58,11 +67,13 @@ class SegCompassProcessor(ProcessorMixin):
         num_additional_image_tokens: as in LlavaProcessor; unused for Qwen.
         mllm_type: `model_type` of the MLLM's configuration; None = LLaVA-1.5 or Qwen2.5-VL, as the image processor
             shows.
+        family_settings: settings of the family's own processor that differ from its defaults, such as
+            `{"image_seq_length": 64}` of InternVL (`family_processor.py`).
         **kwargs: as ProcessorMixin's.
 
     Raises:
-        ValueError: the prompt template contains `<REF_POS>`, other fields, or no `{instruction}`; or the tokenizer does
-            not find the tokens of a well-formed response.
+        ValueError: the prompt template contains `<REF_POS>`, other fields, or no `{instruction}`; the tokenizer does
+            not find the tokens of a well-formed response; or the family's own processor cannot be made.
 
     Example:
         processor = SegCompassProcessor.from_pretrained(path)
@@ -85,6 +96,7 @@ class SegCompassProcessor(ProcessorMixin):
         vision_feature_select_strategy: str = "default",
         num_additional_image_tokens: int = 1,
         mllm_type: str | None = None,
+        family_settings: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ):
         check_prompt_template(prompt_template)
@@ -95,13 +107,29 @@ class SegCompassProcessor(ProcessorMixin):
         self.vision_feature_select_strategy = vision_feature_select_strategy
         self.num_additional_image_tokens = num_additional_image_tokens
         self.mllm_type = mllm_type
+        self.family_settings = dict(family_settings or {})
         self.image_processor = image_processor  # which tells the family, where mllm_type does not
-        self.return_mm_token_type_ids = self.backbone.returns_token_types
+        self.tokenizer = tokenizer
+        self.own = self.backbone.own_processor(self)
+        """the family's own processor, None for a family of which transformers has none."""
+        self._known_boxes: dict[tuple[int, int], torch.Tensor] = {}
+        self.views = Views(image_processor)
+        """which parts of an image the MLLM's pictures of it show."""
+        self.token_types = self.backbone.token_types_of(mllm_type)
+        """the name under which the MLLM takes token types, None if it takes none."""
+        self.return_mm_token_type_ids = self.token_types is not None
         self.new_tokens = add_response_tokens(tokenizer)
         """the tokens of a response that the tokenizer lacked when this processor was made."""
         check_response_tokens(tokenizer, self.format_response(PROBE), num_slots)
-        self.image_token = self.backbone.image_token
-        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.image_token = self.backbone.image_token or getattr(self.own, "image_token", None)
+        """the text that stands for an image in a prompt."""
+        if self.image_token is None:
+            raise ValueError(
+                f"{mllm_type!r} is a family for which transformers has no processor with an image token; choose "
+                "another MLLM, or define one in a class of this family (docs/extending.md)."
+            )
+        self.image_token_id = self._image_token_id()
+        """the token that stands once per image token in a prompt's ids."""
         self.ref_token_id = tokenizer.convert_tokens_to_ids(REF_TOKEN)
         self.think_end_id = tokenizer.convert_tokens_to_ids(THINK_END)
         super().__init__(image_processor, tokenizer, encoder_image_processor, chat_template=chat_template)
@@ -177,6 +205,20 @@ class SegCompassProcessor(ProcessorMixin):
                 ends.append(number)
         return sorted(ends)
 
+    def _image_options(self):
+        """What the family asks of its image processor on every call."""
+        return {} if self.own is None else self.own.image_options
+
+    def _image_token_id(self):
+        """In some families an image is written by one token in a prompt and by another one, many times, in its ids."""
+        known = self.tokenizer.convert_tokens_to_ids(self.image_token)
+        if self.own is None or self.backbone.image_token is not None or self.backbone.processor_fields:
+            return known
+        text = self._process_images([[Image.new("RGB", (64, 64))]])[1][0]
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        runs = [(len(list(run)), token) for token, run in groupby(ids)]
+        return max(runs)[1]  # the one that stands most often in a row
+
     # -- prompts and responses ---------------------------------------------------------------------------------------
 
     def prompt_text(self, instruction: str) -> str:
@@ -237,14 +279,16 @@ class SegCompassProcessor(ProcessorMixin):
 
         Returns:
             BatchFeature: input_ids, attention_mask (B, T) long, prompts padded left, responses right; pixel_values
-            (and image_grid_thw, mm_token_type_ids for Qwen2.5-VL); encoder_pixel_values float (B, 3, S, S);
-            original_sizes and reshaped_input_sizes (B, 2) long, (H, W); labels (B, T) long and response_mask (B, T)
-            bool with `response`.
+            and what else the family takes (image_grid_thw, token types); patch_boxes float (B, P, 4), see
+            `patch_boxes`, except with finished prompts; encoder_pixel_values float (B, 3, S, S); original_sizes and
+            reshaped_input_sizes (B, 2) long, (H, W); labels (B, T) long and response_mask (B, T) bool with `response`.
 
         Raises:
             ValueError: no or empty image, empty or too long text, lengths that differ.
             OSError: an image that cannot be read.
         """
+        if kwargs.get("videos") is not None:
+            raise ValueError("videos are given; masks are made of one image: pass a frame as images=.")
         texts = [text] if isinstance(text, str) else list(text or [])
         if texts and all(map(self._is_finished_prompt, texts)):
             if response is not None:
@@ -252,7 +296,7 @@ class SegCompassProcessor(ProcessorMixin):
                     "a response was given with a finished prompt, which already holds the image token; give the plain "
                     "instruction as text, and the processor makes the prompt."
                 )
-            return super().__call__(images=_read_all(images), text=text, return_tensors=return_tensors, **kwargs)
+            return self._finished(_read_all(images), texts, return_tensors, kwargs)
         images = self._check_images(images)
         if len(images) != len(texts):
             raise ValueError(
@@ -263,7 +307,7 @@ class SegCompassProcessor(ProcessorMixin):
             self.apply_chat_template(self.build_messages(t), tokenize=False, add_generation_prompt=True) for t in texts
         ]
         kwargs = {"padding": True, "padding_side": "left", **kwargs}
-        inputs = super().__call__(images=images, text=prompts, return_tensors="pt", **kwargs)
+        inputs = self._named(super().__call__(images=images, text=prompts, return_tensors="pt", **kwargs))
         longest = int(inputs["attention_mask"].sum(-1).max())
         if longest > self.max_prompt_length:
             raise ValueError(
@@ -275,6 +319,54 @@ class SegCompassProcessor(ProcessorMixin):
         if response is not None:
             self._append_responses(inputs, [response] if isinstance(response, str) else list(response))
         return BatchFeature(dict(inputs), tensor_type=return_tensors or "pt")
+
+    def _finished(self, images, texts, return_tensors, kwargs):
+        """The MLLM's own inputs of finished prompts, as its own processor makes them."""
+        several = max(text.count(self.image_token) for text in texts)
+        if several > 1:
+            raise ValueError(
+                f"a prompt holds {several} images; masks are made of one image per prompt: ask about one at a time."
+            )
+        inputs = self._named(super().__call__(images=images, text=texts, return_tensors=return_tensors, **kwargs))
+        inputs.pop("patch_boxes", None)  # the MLLM does not take them
+        return inputs
+
+    def _named(self, inputs):
+        """Token types under the name that the MLLM takes."""
+        for name in TOKEN_TYPE_INPUTS:
+            if name in inputs and name != self.token_types:
+                value = inputs.pop(name)
+                if name == "mm_token_type_ids" and self.token_types is not None:
+                    inputs[self.token_types] = value
+        taken = self.backbone.taken_inputs(self.mllm_type)
+        for name in set(inputs) - {"input_ids", "attention_mask", "patch_boxes"}:  # others only count tokens
+            if name in UNUSED or taken is not None and name not in taken:
+                inputs.pop(name)
+        return inputs
+
+    def patch_boxes(self, images: Any) -> torch.Tensor:
+        """Which part of its image each image token shows.
+
+        Args:
+            images: one image or a list, as for the call.
+
+        Returns:
+            float (B, P, 4), (left, top, right, bottom) in fractions of the image's width and height, of the image
+            tokens in order. A box without area is a token that shows no patch: the end of a row, or none at all where
+            an image has fewer tokens than P.
+
+        Raises:
+            ValueError: no or an empty image, or a family of which it cannot be told.
+            OSError: an image that cannot be read.
+        """
+        images = self._check_images(images)
+        new = {image.size: image for image in images if image.size not in self._known_boxes}
+        if len(self._known_boxes) + len(new) > REMEMBERED:
+            self._known_boxes.clear()
+            new = {image.size: image for image in images}
+        for size, image in new.items():
+            self._known_boxes[size] = self._process_images([[image]], return_tensors="pt")[0]["patch_boxes"][0]
+        return pad_boxes([self._known_boxes[image.size] for image in images])
 
     def encoder_inputs(self, images: Any) -> dict[str, torch.Tensor]:
         """The image encoder's part of the inputs.
@@ -328,6 +420,38 @@ class SegCompassProcessor(ProcessorMixin):
         inputs["input_ids"] = torch.cat([inputs["input_ids"], rows["input_ids"]], 1)
         inputs["attention_mask"] = torch.cat([inputs["attention_mask"], rows["attention_mask"]], 1)
         self.backbone.append_text(inputs, mask.shape[1])
+
+    def _process_images(self, images, **kwargs):
+        """Called by ProcessorMixin: the image processor's tensors with `patch_boxes`, and each image's tokens."""
+        flat = make_flat_list_of_images(images)
+        kwargs = {**self._image_options(), **kwargs}
+        processed = self.image_processor([[image] for image in flat], **kwargs)  # one per sample
+        written = [self.replace_image_token(processed, place, **kwargs) for place in range(len(flat))]
+        if hasattr(self, "image_token_id"):
+            token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+            options = {name: value for name, value in kwargs.items() if name != "return_tensors"}
+            boxes = []
+            for place, (image, text) in enumerate(zip(flat, written, strict=True)):
+                views = partial(self.views.of, *image.size, options)
+                boxes.append(self.backbone.image_boxes(self, processed, place, image.size, text.count(token), views))
+            processed["patch_boxes"] = pad_boxes(boxes)
+        return processed, written
+
+    def create_mm_token_type_ids(self, input_ids: Any) -> list[list[int]]:
+        """The token types of prompts, as the family has them."""
+        return self.backbone.prompt_types(self, [row if isinstance(row, list) else row.tolist() for row in input_ids])
+
+    def _check_special_mm_tokens(self, text, text_inputs, modalities):
+        """As ProcessorMixin's, of the token that stands once per image token."""
+        token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+        for number, (words, ids) in enumerate(zip(text, text_inputs["input_ids"], strict=True)):
+            if words.count(token) != list(ids).count(self.image_token_id):
+                raise ValueError(f"prompt {number} lost image tokens when it was cut; shorten it, or do not cut it.")
+
+    @property
+    def unused_input_names(self) -> list[str]:
+        """What the image processor returns only to count tokens by."""
+        return [] if self.own is None else self.own.unused_input_names
 
     def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
         """The image placeholder repeated once per image token of the backbone (called by ProcessorMixin)."""

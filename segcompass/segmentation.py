@@ -15,6 +15,7 @@ from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
 from segcompass.modeling_segcompass.explanation import heaviest_concepts
 from segcompass.modeling_segcompass.explanation_page import render_html
 from segcompass.modeling_segcompass.images import read_image
+from segcompass.modeling_segcompass.patch_boxes import has_area
 from segcompass.white_box import ConceptDictionary
 
 NO_TOKENS = "no mask: the response had no concentration tokens"
@@ -59,7 +60,7 @@ def segment_image(
     label_image(masks, scores, slots).save(output / "masks.png")
     heatmaps = slot_heatmaps(outputs, processor, image, slots)
     shown = [slot for slot, _, _ in heatmaps]
-    concepts = concept_heat(outputs, segcompass, processor, image, shown)
+    concepts = concept_heat(outputs, segcompass, shown)
     figure = draw_overlay(np.asarray(image), result, reasoning, verdict, masks, heatmaps, concepts)
     figure.savefig(output / "overlay.png")
     print(f"wrote overlay.png, masks.png and result.json to {output}")
@@ -149,36 +150,33 @@ def slot_heatmaps(
 def concept_heat(
     outputs: Any,
     model: SegCompassModel,
-    processor: SegCompassProcessor,
-    image: Image.Image,
     slots: list[int],
-) -> tuple[np.ndarray, tuple[float, float, float, float]] | None:
-    """How strongly the slots' top concepts fire at each image patch, and the part of the image the patches cover.
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """How strongly the slots' top concepts fire at each image patch, and the part of the image that each shows.
 
     Args:
         outputs: SegCompassOutput of `model.segment` for one image.
         model: the model.
-        processor: its processor.
-        image: the image.
         slots: the slots whose concepts are added up.
 
     Returns:
-        None when no slot is shown or no concepts were used, or (float (rows, columns), (left, top, right, bottom)).
+        None when no slot is shown or no concepts were used, or (float (P,), float (P, 4) boxes of `patch_boxes`).
     """
     if not slots or outputs.concept_weights is None:
         return None
-    rows, columns = outputs.patch_grid[0].tolist()
-    seen = model.backbone.seen_extent(processor.image_processor, *image.size)
+    shows = has_area(outputs.patch_boxes[0])  # (P,)
+    boxes = outputs.patch_boxes[0][shows].float().cpu().numpy()  # (patches, 4)
     if outputs.grounding is not None:  # what is shown is what the heatmap is the sum of
-        heat = sum(outputs.grounding.on_patches(0, slot).sum(0) for slot in slots)[: rows * columns]
-        return heat.view(rows, columns).float().cpu().numpy(), seen
+        heat = sum(outputs.grounding.on_patches(0, slot).sum(0) for slot in slots)[: len(boxes)]
+        return heat.float().cpu().numpy(), boxes
     activations = outputs.concept_activations[0]  # (T, M)
-    activations = activations[outputs.sequences[0, : len(activations)] == model.config.image_token_id]  # (patches, M)
+    activations = activations[outputs.sequences[0, : len(activations)] == model.config.image_token_id]
+    activations = activations[shows[: len(activations)]]  # (patches, M)
     heat = activations.new_zeros(len(activations))
     for slot in slots:
         heaviest = [concept.column for concept in heaviest_concepts(outputs, slot)]
         heat += activations[:, heaviest] @ outputs.concept_weights[0, slot, heaviest]
-    return heat.view(rows, columns).cpu().numpy(), seen
+    return heat.float().cpu().numpy(), boxes
 
 
 # -- explanation -------------------------------------------------------------------------------------------------------
@@ -213,10 +211,9 @@ def write_explanation(
     explanations = [model.explain(outputs, slot=slot, labels=labels, processor=processor) for slot in slots]
     logits = processor.post_process_masks(outputs.pred_masks, [(image.height, image.width)])[0]  # (K, H, W)
     masks = (logits[slots] > 0).cpu().numpy()
-    extent = model.backbone.seen_extent(processor.image_processor, *image.size)
-    page = render_html(explanations, image, masks, extent, instruction)
+    page = render_html(explanations, image, masks, instruction)
     (folder / "explanation.html").write_text(page, encoding="utf-8")
     first = max(range(len(explanations)), key=lambda place: explanations[place].confidence)
-    figure = explanations[first].to_figure(image, masks[first], instruction, extent)
+    figure = explanations[first].to_figure(image, masks[first], instruction)
     figure.savefig(folder / "explanation.png", dpi=100)
     print(f"wrote explanation.html and explanation.png to {folder}")

@@ -226,15 +226,14 @@ class Demo:
         return words
 
     def over_image(self, answer: Answer, patches: np.ndarray) -> np.ndarray:
-        """Values of the MLLM's patches (row by row) as float (H, W) over the image; 0 where it did not look."""
+        """Values of the MLLM's image tokens as float (H, W) over the image; 0 where it did not look."""
         width, height = answer.image.size
-        extent = self.model.backbone.seen_extent(self.processor.image_processor, width, height)
-        left, top, right, bottom = map(round, extent)
-        rows, columns = answer.outputs.patch_grid[0].tolist()
-        seen = Image.fromarray(patches.reshape(rows, columns).astype(np.float32))
-        canvas = Image.new("F", (width, height))
-        canvas.paste(seen.resize((right - left, bottom - top), Image.Resampling.BILINEAR), (left, top))
-        return np.asarray(canvas).clip(0, 1)
+        boxes = answer.outputs.patch_boxes[0, : len(patches)].float().cpu().numpy()  # in fractions of the image
+        edges = np.rint(boxes * [width, height, width, height]).astype(int).clip(0, [width, height, width, height])
+        canvas = np.zeros((height, width), np.float32)
+        for value, (left, top, right, bottom) in zip(patches, edges, strict=True):
+            canvas[top:bottom, left:right] = np.maximum(canvas[top:bottom, left:right], value)
+        return canvas.clip(0, 1)
 
 
 def examples() -> list[list[str]]:

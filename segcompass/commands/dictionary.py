@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
         scores = score_attributes(chosen, held_out)
         (args.output / "scores.json").write_text(json.dumps(scores, indent=2) + "\n")
         report(scores)
-    page = dictionary.to_html(patch_pictures(rows, processor), scores=scores)
+    page = dictionary.to_html(patch_pictures(rows), scores=scores)
     (args.output / "dictionary.html").write_text(page, encoding="utf-8")
     print(f"wrote concepts.json and dictionary.html to {args.output}")
     return scores

@@ -18,6 +18,7 @@ from segcompass.loaders import load_rows
 from segcompass.loaders.scene_drawing import COLOURS, SHAPES, Scene
 from segcompass.loaders.scenes import scene_question
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
+from segcompass.modeling_segcompass.patch_boxes import grid_shape
 from segcompass.modeling_segcompass.states import ReasoningStates
 from segcompass.modeling_segcompass.token_layout import IMAGE, RESPONSE, find_slots
 
@@ -260,10 +261,9 @@ def measure_scenes(
         right = _right_slots(outputs, place, masks, question.targets)
         if right:
             reading = reading_class(model, single_sample(states, place), means)
-            rows_columns = outputs.patch_grid[place].tolist()
             truth = Truth(
                 masks=masks,
-                cover=patch_cover(scene.masks, tuple(rows_columns)),
+                cover=patch_cover(scene.masks, grid_shape(outputs.patch_boxes[place])),
                 looks=[{"colour": x.colour, "shape": x.shape, "size": x.size} for x in scene.objects],
                 places=[tuple(_attributes(thing)[3:]) for thing in scene.objects],
                 targets=list(question.targets),

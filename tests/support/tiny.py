@@ -132,11 +132,9 @@ def tiny_mllm(backbone, processor, hidden=32, layers=4):
     return mllm
 
 
-def tiny_segcompass(backbone, seed=0, num_slots=3, **config):
-    """A whole tiny SegCompass model on a real backbone class, and its processor. Same seed, same weights."""
-    torch.manual_seed(seed)
-    processor = tiny_processor(backbone, num_slots)
-    sam = SamVisionModel(
+def tiny_sam():
+    """SAM's vision encoder with a frame of 32 pixels and a grid of 8 x 8 keys."""
+    return SamVisionModel(
         SamVisionConfig(
             hidden_size=16,
             output_channels=16,
@@ -149,6 +147,12 @@ def tiny_segcompass(backbone, seed=0, num_slots=3, **config):
             mlp_dim=32,
         )
     )
+
+
+def tiny_segcompass(backbone, seed=0, num_slots=3, **config):
+    """A whole tiny SegCompass model on a real backbone class, and its processor. Same seed, same weights."""
+    torch.manual_seed(seed)
+    processor = tiny_processor(backbone, num_slots)
     defaults = dict(
         sae_config=SparseAutoencoderConfig(d_in=32, d_sae=128, layer=2),
         d_c=16,
@@ -160,6 +164,7 @@ def tiny_segcompass(backbone, seed=0, num_slots=3, **config):
         decoder_mlp_dim=32,
         max_response_length=24,
     )
+    sam = tiny_sam()  # before the MLLM, so that a seed keeps giving the same weights
     model = SegCompassModel.from_backbones(
         tiny_mllm(backbone, processor), sam, processor=processor, **{**defaults, **config}
     )
