@@ -8,6 +8,7 @@ entry in `FAMILIES`. No family's model code is repeated here. It knows nothing a
 """
 
 import inspect
+import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import TransformersKwargs
+from transformers.utils import PROCESSOR_NAME, TransformersKwargs
 
-from .family_processor import model_class, own_processor_class
+from .family_processor import known_obstacle, model_class, own_processor_class
 from .patch_boxes import Box, View, grid_boxes, pad_boxes
 
 PER_TOKEN_INPUTS = ("input_ids", "attention_mask", "labels", "token_type_ids", "mm_token_type_ids")
@@ -312,6 +313,8 @@ class Backbone:
         Raises:
             ValueError: its class cannot be used here, or lacks a setting.
         """
+        if not self.model_types and (obstacle := known_obstacle(processor.mllm_type)) is not None:
+            raise ValueError(f"mllm_type={processor.mllm_type!r} cannot be used: {obstacle}; see docs/families.md.")
         name = processor.mllm_type or (self.model_types[0] if self.model_types else None)
         family = None if name is None else own_processor_class(name)
         if family is None:
@@ -462,6 +465,9 @@ class Backbone:
             folder: the MLLM's folder.
         """
         processor.image_processor.save_pretrained(folder)  # AutoProcessor finds the class by the model's type
+        if processor.family_settings:
+            named = {"processor_class": type(processor.own).plain.__name__, **processor.family_settings}
+            (Path(folder) / PROCESSOR_NAME).write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
 
 
 class Llava(Backbone):

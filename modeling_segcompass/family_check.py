@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from .family_processor import known_obstacle
 from .patch_boxes import has_area
 from .token_layout import find_slots
 
@@ -49,6 +50,9 @@ def check_parts(mllm: Any, processor: Any, backbone: Any) -> None:
         raise ValueError(
             f"{name} is an encoder-decoder, whose reasoning never stands in one sequence with the image; {SUPPORTED}."
         )
+    obstacle = None if backbone.model_types else known_obstacle(mllm.config.model_type)
+    if obstacle is not None:
+        raise ValueError(f"{name} cannot be used: {obstacle}; {SUPPORTED}.")
     backbone.blocks(mllm)
     if mllm.get_output_embeddings() is None:
         raise ValueError(f"{name} has no LM head to write a response with; {SUPPORTED}.")

@@ -83,13 +83,17 @@ def own_processor_class(mllm_type: str) -> Any:
         A class, with transformers' own as `plain`; None if transformers names none that tells how many tokens an image
         has.
     """
-    name = PROCESSOR_MAPPING_NAMES.get(mllm_type)
-    family = None if name is None else processor_class_from_name(name)
+    family = _family(mllm_type)
     if family is None or not issubclass(family, ProcessorMixin):  # transformers' stand-in for what is not installed
         return None
     if family.replace_image_token is ProcessorMixin.replace_image_token:
         return None
     return type(family.__name__, (family, _Quiet), {"plain": family})
+
+
+def _family(mllm_type):
+    name = PROCESSOR_MAPPING_NAMES.get(mllm_type)
+    return None if name is None else processor_class_from_name(name)
 
 
 @cache
@@ -118,8 +122,11 @@ def known_obstacle(mllm_type: str) -> str | None:
     images = IMAGE_PROCESSOR_MAPPING_NAMES.get(mllm_type)
     if isinstance(images, dict) and "pil" not in images:
         return "transformers has its image processor for torchvision only"
-    if PROCESSOR_MAPPING_NAMES.get(mllm_type) is None:
+    family = _family(mllm_type)
+    if family is None:
         return "transformers has no processor for it"
+    if not issubclass(family, ProcessorMixin):
+        return f"its processor ({PROCESSOR_MAPPING_NAMES[mllm_type]}) needs a package that is not installed"
     if own_processor_class(mllm_type) is None:
         return "its processor does not say which tokens stand for an image (replace_image_token)"
     return None

@@ -641,7 +641,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             ends = (option(name, kwargs, self.mllm) for name in ("eos_token_id", "pad_token_id"))
             prompt, mask = kwargs["input_ids"], kwargs.get("attention_mask")
             states = recorder.states_of_generation(sequences, prompt, mask, *ends)
-            if boxes is None:
+            if boxes is None and self.backbone.one_grid:  # in other families whoever decodes must have them
                 boxes = self._patch_boxes({**kwargs, "input_ids": states.input_ids}, sizes)
             recorder.states = states._replace(patch_boxes=boxes)
         return output

@@ -262,9 +262,7 @@ def _known_view(view, width, height):
     for across, down in squares.values():
         known.append(((1 - across) / 2, (1 - down) / 2, (1 + across) / 2, (1 + down) / 2))
     known.append((0.0, 0.0, *squares["pad"]))
-    distances = [
-        max(abs(a - b) / size for a, b, size in zip(view, box, _sizes(box), strict=True)) for box in known
-    ]
+    distances = [max(abs(a - b) / size for a, b, size in zip(view, box, _sizes(box), strict=True)) for box in known]
     nearest = int(np.argmin(distances))
     return known[nearest] if distances[nearest] < NEAR + 0.5 / short else view
 

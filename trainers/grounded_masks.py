@@ -149,9 +149,7 @@ def _records(model, processor, rows, word_kind):
     records = []
     for index, row in enumerate(rows):
         places = words[index][word_mask[index]]
-        cover = partial(
-            patch_coverage, height=row["height"], width=row["width"], boxes=boxes[index][is_patch[index]]
-        )
+        cover = partial(patch_coverage, height=row["height"], width=row["width"], boxes=boxes[index][is_patch[index]])
         records.append(
             {
                 "image": row["image_id"],

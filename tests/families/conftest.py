@@ -1,5 +1,6 @@
 """Which families are tried, and the table of all of them."""
 
+import json
 from collections import defaultdict
 from datetime import date
 from pathlib import Path
@@ -71,6 +72,6 @@ def pytest_terminal_summary(terminalreporter, config):
         for family, found in RESULTS.items()
         if family not in whole
     }
-    import json
-
-    terminalreporter.write_line("RESULT " + json.dumps({"families": len(RESULTS), "pass": len(whole), "failed": failed}))
+    terminalreporter.write_line(
+        "RESULT " + json.dumps({"families": len(RESULTS), "pass": len(whole), "failed": failed})
+    )

@@ -140,7 +140,8 @@ def test_saved_parts_give_the_same_masks(family, parts, tmp_path):
     same = reloaded(images=IMAGES, text=TEXTS, response=[RESPONSE] * 2)
     assert set(inputs) == set(same) and all(torch.equal(inputs[name], same[name]) for name in inputs)
     with torch.no_grad():
-        assert torch.equal(model(**inputs).pred_masks, again(**same).pred_masks)
+        ours, theirs = model(**inputs).pred_masks, again(**same).pred_masks
+    assert (ours - theirs).abs().max() <= 1e-5 * ours.abs().max()  # the same numbers, at other places in memory
 
 
 @column("LoRA step")
@@ -247,7 +248,7 @@ def test_the_token_whose_pixels_changed_is_the_one_that_stands_there(family, par
     assert len(edges) >= 3
     inputs = processor(images=painted, text=["it"] * len(painted))
     inputs.pop("patch_boxes")
-    embedded = _embedded(model, inputs)
+    embedded = _embedded(model, inputs).detach()
     change = (embedded[1:] - embedded[:1]).norm(dim=-1).numpy()  # (n, P)
     corners = boxes.numpy() * scale
     area = np.maximum((corners[:, 2:] - corners[:, :2]).prod(1), 1e-9)
@@ -267,8 +268,8 @@ def test_the_token_whose_pixels_changed_is_the_one_that_stands_there(family, par
         outputs = model(**processor(images=image, text="it", response=RESPONSE))
     explanation = model.explain(outputs, slot=0, processor=processor)
     assert np.allclose(explanation.patch_boxes, boxes[shown].numpy())
-    assert all(hit.box == tuple(explanation.patch_boxes[hit.number].tolist())
-               for concept in explanation.concepts for hit in concept.patches)
+    hits = [hit for concept in explanation.concepts for hit in concept.patches]
+    assert hits and all(hit.box == tuple(explanation.patch_boxes[hit.number].tolist()) for hit in hits)
 
 
 def test_every_family_of_the_table_is_built_here():

@@ -169,6 +169,7 @@ def _internvl(ids, text):
         image_token_id=ids("<IMG_CONTEXT>"),
         image_seq_length=4,
         downsample_ratio=0.5,
+        tie_word_embeddings=False,
     )
     return transformers.InternVLForConditionalGeneration(config)
 

@@ -129,9 +129,7 @@ def test_misnamed_words_change_the_pairs_and_nothing_else(parts):
     model, processor, rows = parts
     batch = SegCompassCollator(processor)(rows)
     right = AlignmentTargets(processor, word_kind)(rows, batch)
-    wrong = AlignmentTargets(processor, word_kind, {"small": "large", "large": "small"})(
-        rows, batch
-    )
+    wrong = AlignmentTargets(processor, word_kind, {"small": "large", "large": "small"})(rows, batch)
     assert torch.equal(right.shown, wrong.shown)
     assert len(right.words) == len(wrong.words) and not torch.equal(right.meanings, wrong.meanings)
 
@@ -151,9 +149,7 @@ def test_a_few_steps_raise_the_cosine_of_words_and_their_patches_over_others(par
 
     def gap():
         """Mean cosine of centred word and patch over pairs that match, minus over those that do not."""
-        batch = SegCompassCollator(
-            processor, alignment=AlignmentTargets(processor, word_kind)
-        )(rows)
+        batch = SegCompassCollator(processor, alignment=AlignmentTargets(processor, word_kind))(rows)
         alignment = batch.pop("alignment_targets")
         with torch.no_grad():
             states = model(**batch, output_hidden_states=True).hidden_states[model.config.sae_config.layer]
