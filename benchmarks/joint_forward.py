@@ -80,7 +80,7 @@ def theirs(model, inputs, prompt, args):
     positions = (ids == model.config.ref_token_id).nonzero()[:, 1].view(batch, slots)
     e = first.hidden_states[-1][torch.arange(batch)[:, None], positions]
     keys = model.get_image_embeddings(inputs["encoder_pixel_values"])
-    grid_positions = model._key_positions(keys.shape[-2:])
+    grid_positions = model.key_positions(keys.shape[-2:])
     cells = torch.ones(batch, *keys.shape[-2:], dtype=torch.bool)
     heatmaps, confidences = model.slot_mapper(e, r, keys + grid_positions, cells)
     masks = torch.cat(  # a loop over the samples

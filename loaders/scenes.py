@@ -23,6 +23,8 @@ from .rows import FEATURES, NUM_SHARDS, PHRASES
 from .scene_drawing import MIXED, Scene, Size, check_split_and_size, choose_size, draw_scene
 from .scene_questions import KINDS, Question, ask, check_answers
 
+STYLES: dict[str, dict] = {"scenes": {}, "mixed-scenes": {"size": MIXED, "answers": "fitting", "twins": 0.04}}
+"""How each registered set of scenes is drawn: arguments of `load_scenes` and `scene_question`."""
 FOLDER = Path(__file__).resolve().parent
 SOURCES = ("scene_drawing.py", "scene_questions.py", "scenes.py")
 """The files that decide what a row holds."""
@@ -189,4 +191,4 @@ def load_mixed_scenes(
     Returns:
         `load_scenes(size="mixed", answers="fitting", twins=0.04)`.
     """
-    return load_scenes(split, seed, num_samples, MIXED, streaming, answers="fitting", twins=0.04)
+    return load_scenes(split, seed, num_samples, streaming=streaming, **STYLES["mixed-scenes"])

@@ -7,7 +7,7 @@ heatmaps (`grounded_reading.py`): only then does another path than the paper's l
 the language loss live with the trainers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -25,9 +25,10 @@ from .configuration_segcompass import SegCompassConfig
 from .explanation import Explanation, explain_slot
 from .finite import refuse_non_finite
 from .generation_options import OUR_INPUTS, check_generation, one_generation_at_a_time, option
-from .grounded_reading import DECODER_CONFIDENCE, GroundedReading, Grounding
+from .grounded_decoding import decode_grounded, lost_without
+from .grounded_reading import GroundedReading
 from .image_encoder import encoder_of
-from .interventions import QUERY_SOURCES, kept_sources, scale_vector, steer, without_heaviest
+from .interventions import QUERY_SOURCES, kept_sources, scale_vector, without_heaviest
 from .mask_decoder import MaskDecoder
 from .modeling_sparse_autoencoder import SparseAutoencoder
 from .outputs import SegCompassOutput
@@ -39,10 +40,8 @@ from .states import ReasoningStates, StateRecorder, open_recorder
 from .token_layout import (
     IMAGE,
     concept_token_mask,
-    conclusion_mask,
     distance_to_slots,
     find_slots,
-    gather_positions,
     token_position_features,
     token_types,
 )
@@ -240,7 +239,8 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
                     "query_source is 'tokens', but this model's read-out is grounded and reads no concentration "
                     "token's state; use 'both' or 'concepts'."
                 )
-            return self._decode_grounded(
+            return decode_grounded(
+                self,
                 ReasoningStates(
                     input_ids,
                     attention_mask,
@@ -276,7 +276,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         else:
             types = token_types(input_ids, response_mask, self.config.image_token_id)  # (B, T)
             if patch_boxes is None:
-                patch_boxes = self._patch_boxes({"input_ids": input_ids}, reshaped_input_sizes)
+                patch_boxes = self.boxes_without_processor({"input_ids": input_ids}, reshaped_input_sizes)
             boxes = boxes_of_tokens(patch_boxes, types == IMAGE)  # (B, T, 4)
             image_xy = centres_in_view(boxes).to(last_hidden.device)  # (B, T, 2)
             distance = distance_to_slots(attention_mask, positions, slot_mask).to(image_xy.dtype)  # (B, T)
@@ -285,13 +285,13 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
                 z,
                 self.concept_token_mask(input_ids, attention_mask),
                 token_position_features(types, image_xy, distance, has_area(boxes)),
-                scale_vector(concept_scale, z, self.config.sae_config.d_sae, self._labels_for(concept_scale)),
+                scale_vector(concept_scale, z, self.config.sae_config.d_sae, self.labels_for(concept_scale)),
             )
 
         # Q, K, S, (H_k, c_k)
         keys = image_embeddings.to(e.dtype).expand(batch, -1, -1, -1)  # (B, d_k, h, w)
-        key_positions = self._key_positions(keys.shape[-2:]).to(e.dtype)  # (1, d_k, h, w)
-        cell_mask = self._cell_mask(keys, reshaped_input_sizes)  # (B, h, w)
+        key_positions = self.key_positions(keys.shape[-2:]).to(e.dtype)  # (1, d_k, h, w)
+        cell_mask = self.cell_mask(keys, reshaped_input_sizes)  # (B, h, w)
         dropout = self.config.token_dropout if self.training and torch.is_grad_enabled() else 0.0
         keep_tokens, keep_concepts = kept_sources(query_source, e, dropout)
         heatmaps, confidences = self.slot_mapper(  # (B, K_s, h, w), (B, K_s)
@@ -317,81 +317,22 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             reshaped_input_sizes=reshaped_input_sizes,
         )
 
-    def _decode_grounded(self, states, concept_scale, concept_add, concept_replace):
-        """From hidden states to masks, by the concepts' own places: the grounded form of `decode_masks`."""
-        reading, config = self.grounded_reading, self.config
-        ids, d_sae = states.input_ids, config.sae_config.d_sae
-        labels = self._labels_for(concept_scale, concept_add, concept_replace)
-        steering = steer(concept_scale, concept_add, concept_replace, states.z, d_sae, labels)
-        _, slot_mask = find_slots(ids, states.response_mask, config)  # (B, K_s)
+    def boxes_without_processor(
+        self, inputs: Mapping[str, Any], reshaped_input_sizes: torch.Tensor | None, rows: list[int] | None = None
+    ) -> torch.Tensor:
+        """The `patch_boxes` of inputs that lack the processor's, where an image's tokens are one grid.
 
-        # what is read: the words of the conclusion, and the patches
-        types = token_types(ids, states.response_mask, config.image_token_id)  # (B, T)
-        conclusion = conclusion_mask(ids, states.attention_mask, states.response_mask, config)
-        word_positions, word_mask = gather_positions(conclusion & (types != IMAGE))  # (B, R)
-        given = states.patch_boxes
-        if given is None:
-            given = self._patch_boxes({"input_ids": ids}, states.reshaped_input_sizes)
-        boxes = boxes_of_tokens(given, types == IMAGE)  # (B, T, 4)
-        shows = has_area(boxes) & states.attention_mask.bool()
-        patch_positions, is_patch = gather_positions(shows)  # (B, P)
-        boxes = _rows_of(boxes, patch_positions)  # (B, P, 4)
-        patch_xy = (boxes[..., :2] + boxes[..., 2:]) / 2  # (B, P, 2)
-        patch_xy = patch_xy.masked_fill(~is_patch[..., None], -1e3)  # far off, so that nothing takes it for the nearest
-        patch_xy, image, on_image = config.frame.place_patches(patch_xy, states.reshaped_input_sizes, "whole")
-        patch_mask = on_image & is_patch
-        if not patch_mask.any(1).all():
-            raise ValueError(
-                "a sample has no image token, and the grounded read-out is made of what image tokens show; give each "
-                "sample one image."
-            )
+        Args:
+            inputs: of the MLLM, `input_ids` among them.
+            reshaped_input_sizes: long (B, 2), the image's (H, W) inside F_enc's frame; None = the whole frame.
+            rows: of these samples only; the sizes then belong to these.
 
-        # ĥ, α, t, s, w, H_k, c_k
-        indices, confidences, activations, account = reading.ground(
-            self.sae,
-            _rows_of(states.z, word_positions),
-            _rows_of(states.last_hidden, word_positions),
-            word_mask,
-            _rows_of(states.z, patch_positions),
-            patch_mask,
-            steering,
-        )
+        Returns:
+            float (B, P, 4).
 
-        # K, A, H_k in the image encoder's grid
-        dtype = reading.concept_bias.dtype
-        keys = states.image_embeddings.to(dtype).expand(len(ids), -1, -1, -1)  # (B, d_k, h, w)
-        key_positions = self._key_positions(keys.shape[-2:]).to(dtype)  # (1, d_k, h, w)
-        cell_mask = self._cell_mask(keys, states.reshaped_input_sizes)  # (B, h, w)
-        patch_size = (boxes[..., 2:] - boxes[..., :2]) * image  # (B, P, 2), (x, y)
-        patch_size = patch_size.masked_fill(~is_patch[..., None], 1)
-        upsampling = reading.upsampling(keys, patch_xy, patch_size, patch_mask)  # (B, h, w, P)
-        heatmaps = reading.to_keys(account["patch_heatmaps"], upsampling).to(dtype)  # (B, K_s, h, w)
-
-        # M̂ = F_dec(K, H_k); the confidence says whether a slot counts, not what it shows
-        shown = torch.full_like(confidences, DECODER_CONFIDENCE)
-        masks = self.mask_decoder(keys, key_positions, heatmaps, shown, cell_mask)  # (B, K_s, 4h, 4w)
-        refuse_non_finite({"heatmaps": heatmaps, "pred_logits": confidences, "pred_masks": masks}, self)
-        places = torch.cat([word_positions, patch_positions], 1)[..., None].expand_as(activations)  # (B, R + P, M)
-        at_tokens = activations.new_zeros(*ids.shape, indices.shape[1])  # (B, T, M)
-        weighs = account["weights"].detach().amax(1) > 0  # (B, M)
-        return SegCompassOutput(
-            pred_masks=masks,
-            pred_logits=confidences,
-            heatmaps=heatmaps,
-            slot_mask=slot_mask,
-            concept_indices=indices,
-            concept_values=activations[:, word_positions.shape[1] :].amax(1) * weighs,
-            concept_weights=account["weights"],
-            concept_activations=at_tokens.scatter_add(1, places, activations),
-            grounding=Grounding(patch_xy=patch_xy, upsampling=upsampling, word_positions=word_positions, **account),
-            token_types=types,
-            patch_boxes=given,
-            sequences=ids,
-            reshaped_input_sizes=states.reshaped_input_sizes,
-        )
-
-    def _patch_boxes(self, inputs, reshaped_input_sizes, rows=None):
-        """Where image tokens are, of inputs without the processor's `patch_boxes`: (B, P, 4). Raises ValueError."""
+        Raises:
+            ValueError: of this family only the processor can say it.
+        """
         seen = self.backbone.seen_boxes(self.config.mllm_config, inputs["input_ids"], inputs)
         seen = seen if rows is None else seen[rows]
         frame, corners = self.config.frame, seen.unflatten(2, (2, 2)).flatten(1, 2)  # (B, 2 P, 2)
@@ -413,20 +354,20 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
     def concept_labels(self, labels: Mapping[int, str]) -> None:
         self._concept_labels = dict(labels)
 
-    def _labels_for(self, *asked):
-        """The labels, if any of the mappings names a concept by its label; read from disk only then."""
+    def labels_for(self, *asked: Any) -> dict[int, str] | None:
+        """The labels, if any of the mappings `asked` names a concept by its label; read from disk only then."""
         named = [name for given in asked if isinstance(given, Mapping) for name in given]
         named += [name for given in asked if isinstance(given, Mapping) for name in given.values()]
         return self.concept_labels if any(isinstance(name, str) for name in named) else None
 
-    def _key_positions(self, grid):
-        """The positional code of the image keys, (1, d_k, h, w)."""
+    def key_positions(self, grid: Sequence[int]) -> torch.Tensor:
+        """The positional code of image keys on a grid of (h, w) cells, float (1, d_k, h, w)."""
         y, x = (torch.arange(side, device=self.image_positions.positional_embedding.device) for side in grid)
         y, x = torch.meshgrid((y + 0.5) / grid[0], (x + 0.5) / grid[1], indexing="ij")
         return self.image_positions(torch.stack([x, y], -1)).permute(2, 0, 1)[None]
 
-    def _cell_mask(self, keys, reshaped_input_sizes):
-        """The cells of the key grid that show some of the image, bool (B, h, w)."""
+    def cell_mask(self, keys: torch.Tensor, reshaped_input_sizes: torch.Tensor | None) -> torch.Tensor:
+        """The cells of the keys' grid (keys: (B, d_k, h, w)) that show some of the image, bool (B, h, w)."""
         if reshaped_input_sizes is None:
             return torch.ones(len(keys), *keys.shape[-2:], dtype=torch.bool, device=keys.device)
         return self.config.frame.cell_mask(reshaped_input_sizes.to(keys.device), keys.shape[-1])
@@ -570,7 +511,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         if wants_masks:
             states = recorder.states_of_pass(input_ids, attention_mask, response_mask)
             if patch_boxes is None and query_source != "tokens":
-                patch_boxes = self._patch_boxes(inputs, reshaped_input_sizes, mask_rows)
+                patch_boxes = self.boxes_without_processor(inputs, reshaped_input_sizes, mask_rows)
             states = (states if mask_rows is None else states.rows(mask_rows))._replace(
                 patch_boxes=patch_boxes,
                 image_embeddings=self._image_keys(encoder_pixel_values, image_embeddings),
@@ -642,7 +583,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             prompt, mask = kwargs["input_ids"], kwargs.get("attention_mask")
             states = recorder.states_of_generation(sequences, prompt, mask, *ends)
             if boxes is None and self.backbone.one_grid:  # in other families whoever decodes must have them
-                boxes = self._patch_boxes({**kwargs, "input_ids": states.input_ids}, sizes)
+                boxes = self.boxes_without_processor({**kwargs, "input_ids": states.input_ids}, sizes)
             recorder.states = states._replace(patch_boxes=boxes)
         return output
 
@@ -779,42 +720,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         lost = self.lost_without(outputs, slot, sample, image_embeddings)
         return explain_slot(outputs, slot, sample, top, labels, processor, self.config.frame.side, lost)
 
-    @torch.no_grad()
-    def lost_without(self, outputs: Any, slot: int, sample: int, image_embeddings: torch.Tensor) -> dict[int, float]:
-        """What a grounded slot's mask loses when one of its concepts is taken out of the sum, and nothing put in.
-
-        Args:
-            outputs: SegCompassOutput of a grounded read-out.
-            slot: k, from 0.
-            sample: its place in the batch.
-            image_embeddings: float (B, d_k, h, w) or (1, d_k, h, w) that the masks were decoded with.
-
-        Returns:
-            {feature index: share of the mask's pixels that are gone, in [0, 1]}; 0 where there was no mask.
-
-        Raises:
-            ValueError: outputs of another read-out.
-        """
-        grounding = outputs.grounding
-        if grounding is None:
-            raise ValueError(
-                f"these outputs are not grounded (concept_reading is {self.config.concept_reading!r}), so their "
-                "heatmap is no sum; decode again with decode_masks(..., concept_scale={index: 0}) and compare."
-            )
-        columns = grounding.weights[sample, slot].nonzero()[:, 0]  # (n,)
-        heat = outputs.heatmaps[sample, slot]  # (h, w)
-        kept = torch.cat([heat[None], heat - grounding.on_keys(sample, slot)[columns].to(heat.dtype)])  # (1 + n, h, w)
-        keys = image_embeddings[sample : sample + 1] if len(image_embeddings) > 1 else image_embeddings
-        keys = keys.to(heat.device, heat.dtype)
-        sizes = outputs.reshaped_input_sizes
-        cell_mask = self._cell_mask(keys, None if sizes is None else sizes[sample : sample + 1])
-        shown = heat.new_full((1, len(kept)), DECODER_CONFIDENCE)
-        positions = self._key_positions(keys.shape[-2:]).to(heat.dtype)
-        masks = self.mask_decoder(keys, positions, kept[None], shown, cell_mask)[0] > 0  # (1 + n, 4h, 4w)
-        masks = (masks & cell_mask[0].repeat_interleave(4, 0).repeat_interleave(4, 1)).flatten(1)
-        gone = (masks[0] & ~masks[1:]).sum(1) / masks[0].sum().clamp_min(1)
-        return dict(zip(outputs.concept_indices[sample, columns].tolist(), gone.tolist(), strict=True))
-
+    lost_without = lost_without
     predict_forward = predict_forward
 
     def get_input_embeddings(self) -> nn.Module:
@@ -927,12 +833,6 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
                 before it is signed.
         """
         save_whole(self, super().save_pretrained, save_directory, args, references, kwargs)
-
-
-def _rows_of(values, positions):
-    """The tokens at these positions: (B, T, ...) and long (B, N) -> (B, N, ...)."""
-    rows = torch.arange(len(values), device=values.device)[:, None]
-    return values[rows, positions]
 
 
 SegCompassConfig.register_for_auto_class()

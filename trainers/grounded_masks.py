@@ -67,7 +67,7 @@ class GroundedMasksConfig:
     decoder_rate: float = 5e-4
     guide_rate: float = 2e-3
     """of the map from patches to the image encoder's grid."""
-    lambda_hand_over: float = 0.5
+    lambda_hand_over: float = 1.0
     """of the handed-over heatmaps in phase 1."""
     lambda_name: float = 0.0
     """of naming by phrases, in both phases; shared firing of words and patches needs none."""
@@ -361,7 +361,7 @@ def _loss(model, batch, words, detectors, phase, config, generator):
     confidence = confidence_loss(read.confidences, pairs)
     things = [records[b]["things"][t] for b, t in zip(samples.tolist(), pairs.targets.tolist(), strict=True)]
     given = hand_over(
-        reading, read, pairs, [record["image"] for record in records], things, generator, 6 if phase else 48
+        reading, read, pairs, [record["image"] for record in records], things, generator, 10 if phase else 48
     )
     spoken = [records[b]["names"][t] for b, t in zip(samples.tolist(), pairs.targets.tolist(), strict=True)]
     names = torch.tensor([[float(word in said) for word in words] for said in spoken]).view(len(spoken), len(words))
@@ -419,6 +419,6 @@ def _masks(model, weights, maps, records, inputs, samples):
     upsampling = reading.upsampling(keys, stacked["patch_xy"], stacked["patch_size"], patch_mask)
     heatmaps = reading.to_keys(_heat(reading, weights, maps[samples])[:, None], upsampling)  # (n, 1, h, w)
     cells = model.config.frame.cell_mask(stacked["reshaped"], keys.shape[-1])
-    positions = model._key_positions(keys.shape[-2:])
+    positions = model.key_positions(keys.shape[-2:])
     sure = torch.full((len(rows), 1), DECODER_CONFIDENCE)
     return heatmaps[:, 0], model.mask_decoder(keys, positions, heatmaps, sure, cells)[:, 0]

@@ -131,9 +131,10 @@ def make_sae_config(arguments: SAEArguments, model_config: PreTrainedConfig) -> 
     named = {name: getattr(arguments, name) for name in ("d_sae", "layer", "activation", "k")}
     fields |= {name: value for name, value in named.items() if value is not None}
     fields |= {"d_in": text.hidden_size, "dataset": arguments.dataset, "token_window": arguments.token_window}
-    if not segcompass:
-        fields["backbone_revision"] = origin_of(mllm_config).revision
-    fields["backbone"] = fields.get("backbone") or (mllm_config.model_type if segcompass else arguments.model)
+    if not fields.get("backbone"):
+        origin = origin_of(mllm_config)
+        fields["backbone"] = origin.name if segcompass else arguments.model
+        fields["backbone_revision"] = origin.revision
     return SparseAutoencoderConfig(**fields)
 
 

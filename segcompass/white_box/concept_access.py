@@ -259,8 +259,8 @@ class PlacesReading:
         heat = weights @ maps + grounding.offset  # (patches,)
         heat = grounding.key_scale * (grounding.upsampling[0] @ heat) + grounding.key_shift  # (h, w)
         keys = self.states.image_embeddings.to(heat)
-        positions = model._key_positions(keys.shape[-2:]).to(keys)
-        cell_mask = model._cell_mask(keys, self.states.reshaped_input_sizes)
+        positions = model.key_positions(keys.shape[-2:]).to(keys)
+        cell_mask = model.cell_mask(keys, self.states.reshaped_input_sizes)
         confidence = torch.full((1, 1), DECODER_CONFIDENCE, device=keys.device, dtype=keys.dtype)
         mask = model.mask_decoder(keys, positions, heat[None, None].to(keys.dtype), confidence, cell_mask)[0, 0]
         return (mask > 0) & (self.outputs.pred_logits[0, slot] >= 0)

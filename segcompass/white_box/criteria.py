@@ -274,6 +274,8 @@ def summarise_criteria(
     groups: Sequence[str],
     moves: Sequence[Mapping[str, float]] = (),
     move_groups: Sequence[str] = (),
+    twins: Sequence[float] = (),
+    twin_groups: Sequence[str] = (),
     seed: int = 0,
 ) -> dict[str, Any]:
     """The criteria with 95 % bootstrap intervals over images.
@@ -283,6 +285,8 @@ def summarise_criteria(
         groups: the image of each slot.
         moves: of each pair of questions, `move` and `move_control`, 0 or 1.
         move_groups: the image of each pair.
+        twins: of each target whose looks another object has too, 1 if a right mask shows it, else 0.
+        twin_groups: the image of each of those.
         seed: of the bootstrap.
 
     Returns:
@@ -324,6 +328,7 @@ def summarise_criteria(
         "steer_flip": interval(column("steer_flip")),
         "content": interval(pair(lost("mean_top"), lost("without_top")), _mean_ratio),
         "shown": interval(pair(lost("without_shown"), column("iou_full")), _mean_ratio),
+        "twins": interval(np.array(twins, float), of=twin_groups),
         "sum_error": float(f"{errors.max():.3g}") if len(errors) else None,
         "controls": controls,
         "iou": {

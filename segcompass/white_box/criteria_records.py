@@ -15,12 +15,13 @@ import torch
 from tqdm import tqdm
 
 from segcompass.loaders import load_rows
+from segcompass.loaders.masks import encode_mask
 from segcompass.loaders.scene_drawing import COLOURS, SHAPES, Scene
-from segcompass.loaders.scenes import scene_question
+from segcompass.loaders.scenes import STYLES, scene_question
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
-from segcompass.modeling_segcompass.patch_boxes import grid_shape
 from segcompass.modeling_segcompass.states import ReasoningStates
 from segcompass.modeling_segcompass.token_layout import IMAGE, RESPONSE, find_slots
+from segcompass.trainers.targets import patch_coverage
 
 from .concept_access import reading_of
 from .criteria import SHOWS, Labels, Truth, measure_slot
@@ -28,6 +29,7 @@ from .decoding import decode, overlap, single_sample
 from .detectors import score_all
 from .dictionary_reader import TokenReader
 from .scene_attributes import ATTRIBUTES, COVERED
+from .shared_concepts import Sample, decoder_cosines, exchanged, identity, shared_detectors
 
 PLACES = (
     *(column + row for column in "ABCD" for row in "1234"),
@@ -60,34 +62,36 @@ def _attributes(thing: Any) -> list[str]:
     return [thing.colour, thing.shape, thing.size, thing.place, f"column {column}", f"row {row}"]
 
 
-def patch_cover(masks: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """How much of each image patch shows each object.
+def patch_cover(scene: Scene, boxes: torch.Tensor) -> np.ndarray:
+    """How much of each patch that the MLLM sees shows each object.
 
     Args:
-        masks: bool (n, H, W).
-        grid: (rows, columns) of the image patches.
+        scene: with n objects.
+        boxes: float (P, 4), the part of the image that each patch shows.
 
     Returns:
-        float (n, rows * columns).
+        float (n, P).
     """
-    areas = torch.nn.functional.adaptive_avg_pool2d(torch.from_numpy(masks)[None].float(), grid)[0]
-    return areas.flatten(1).numpy()
+    height, width = scene.image.shape[:2]
+    return patch_coverage([encode_mask(mask) for mask in scene.masks], height, width, boxes).numpy()
 
 
-def _read_labelled(reader, split, seed, count, batch_size):
-    """reading -> (activations float (N, d_sae), present bool (N, A)) of scenes."""
+def _read_labelled(reader, dataset, split, seed, count, batch_size):
+    """reading -> (activations float (N, d_sae), present bool (N, A)) of scenes; and a Sample of each scene."""
     values: dict[str, list[torch.Tensor]] = {reading: [] for reading in READINGS}
     truths: dict[str, list[torch.Tensor]] = {reading: [] for reading in READINGS}
     place_of = {name: number for number, name in enumerate(NAMED)}
-    rows = load_rows("scenes", split, seed, count)
+    samples = []
+    usual = reader.model.sae.mean_active_activation.clamp_min(1e-6).cpu()
+    rows = load_rows(dataset, split, seed, count)
     for start in tqdm(range(0, count, batch_size), unit="batch", desc=f"labels, {split}", dynamic_ncols=True):
         batch = [rows[index] for index in range(start, min(start + batch_size, count))]
         for number, tokens in enumerate(reader.read(batch), start):
-            scene, _ = scene_question(split, seed, number)
+            scene, _ = scene_question(split, seed, number, **STYLES[dataset])
             has = np.zeros((len(scene.objects), len(NAMED)), bool)  # (n, A)
             for row, thing in enumerate(scene.objects):
                 has[row, [place_of[name] for name in _attributes(thing)]] = True
-            cover = patch_cover(scene.masks, tokens.grid)  # (n, patches)
+            cover = patch_cover(scene, tokens.boxes)  # (n, patches)
             clear = ((cover.max(0) >= COVERED) | (cover.sum(0) == 0)).nonzero()[0]
             image = tokens.activations[tokens.types == IMAGE]  # (patches, d_sae)
             values["scene"].append(image.amax(0, keepdim=True))
@@ -103,7 +107,19 @@ def _read_labelled(reader, split, seed, count, batch_size):
             truths["word"].append(word)
             values["phrase"].append(activations[torch.tensor(written)])
             truths["phrase"].append(phrase[torch.tensor(written)])
-    return {reading: (torch.cat(values[reading]).float(), torch.cat(truths[reading])) for reading in READINGS}
+            said = tokens.types == RESPONSE
+            samples.append(
+                Sample(
+                    patch_codes=image / usual,
+                    patch_states=tokens.states[tokens.types == IMAGE],
+                    word_codes=tokens.activations[said] / usual,
+                    word_states=tokens.states[said],
+                    words=[name for name, mine in zip(words, written, strict=True) if mine],
+                    cover=cover,
+                    has=has[:, : len(ATTRIBUTES)],
+                )
+            )
+    return samples, {reading: (torch.cat(values[reading]).float(), torch.cat(truths[reading])) for reading in READINGS}
 
 
 def _said(words, written, scene: Scene, has, place_of):
@@ -133,6 +149,7 @@ def _said(words, written, scene: Scene, has, place_of):
 def find_labels(
     model: SegCompassModel,
     processor: SegCompassProcessor,
+    dataset: str,
     held_out: str,
     seed: int,
     chosen: int,
@@ -144,6 +161,7 @@ def find_labels(
     Args:
         model: in evaluation mode.
         processor: the model's.
+        dataset: "scenes" or "mixed-scenes".
         held_out: split of the held-out scenes.
         seed: of the training scenes; the held-out ones have the next.
         chosen: how many training scenes.
@@ -154,8 +172,8 @@ def find_labels(
         The labels.
     """
     reader = TokenReader(model, processor)
-    train = _read_labelled(reader, "train", seed, chosen, batch_size)
-    other = _read_labelled(reader, held_out, seed + 1, scored, batch_size)
+    _, train = _read_labelled(reader, dataset, "train", seed, chosen, batch_size)
+    samples, other = _read_labelled(reader, dataset, held_out, seed + 1, scored, batch_size)
     scores = {name: score_all(*train[name], *other[name]) for name in READINGS}  # F1 and lift, (A, d_sae)
     good = torch.stack([(f1 >= NAMES_F1) & (lift >= NAMES_LIFT) for f1, lift in scores.values()]).any(0).numpy()
     f1, lift = scores["patch"]
@@ -166,6 +184,16 @@ def find_labels(
         return tuple(int(place) for place, value in zip(places, best, strict=True) if value >= least)
 
     looks = list(enumerate(ATTRIBUTES))
+    said = torch.maximum(scores["word"][0], scores["phrase"][0])  # (A, d_sae)
+    shared = shared_detectors(f1[: len(ATTRIBUTES)], said[: len(ATTRIBUTES)])
+    on_patch, on_word = decoder_cosines(samples, shared["best"], model.sae.W_dec.detach().float().cpu())
+    shared |= {
+        "identity": identity(samples),
+        "control identity": identity(samples, exchanged()),
+        "cosine on patches": on_patch,
+        "cosine on words": on_word,
+    }
+    shared = {name: None if value != value else value for name, value in shared.items()}
     labels = Labels(
         names={name: good[row] for row, name in enumerate(NAMED)},
         steers={name: detectors(row, STEERS_F1) for row, name in looks},
@@ -175,6 +203,7 @@ def find_labels(
         "concepts": good.shape[1],
         "name something": int(good.any(0).sum()),
         "name a look": int(good[: len(ATTRIBUTES)].any(0).sum()),
+        "shared": shared,
         "looks without a name": [name for row, name in looks if not good[row].any()],
         "training scenes": chosen,
         "held-out scenes": scored,
@@ -184,13 +213,14 @@ def find_labels(
 
 
 def reference_batches(
-    model: SegCompassModel, processor: SegCompassProcessor, seed: int, count: int, batch_size: int
+    model: SegCompassModel, processor: SegCompassProcessor, dataset: str, seed: int, count: int, batch_size: int
 ) -> Iterator[dict[str, Any]]:
     """Training scenes with their reference reasoning, as inputs of the model's forward.
 
     Args:
         model: for its device.
         processor: the model's.
+        dataset: "scenes" or "mixed-scenes".
         seed: of the scenes.
         count: how many.
         batch_size: scenes at a time.
@@ -198,7 +228,7 @@ def reference_batches(
     Yields:
         One batch.
     """
-    rows = load_rows("scenes", "train", seed, count)
+    rows = load_rows(dataset, "train", seed, count)
     for start in tqdm(range(0, count, batch_size), unit="batch", desc="mean contents", dynamic_ncols=True):
         batch = [rows[index] for index in range(start, min(start + batch_size, count))]
         inputs = processor(
@@ -218,6 +248,7 @@ def measure_scenes(
     processor: SegCompassProcessor,
     rows: list[dict[str, Any]],
     numbers: list[int],
+    dataset: str,
     split: str,
     seed: int,
     labels: Labels,
@@ -230,6 +261,7 @@ def measure_scenes(
         processor: the model's.
         rows: of `load_scenes`.
         numbers: of the rows.
+        dataset: "scenes" or "mixed-scenes".
         split: of the scenes.
         seed: of the scenes.
         labels: from other scenes.
@@ -237,11 +269,11 @@ def measure_scenes(
 
     Yields:
         One record per row, of types that JSON knows: `sample_id`; `slots`, what `measure_slot` says of each right mask
-        (None for nan), with its `slot` and `heaviest` concept; `moves`, of each ordered pair of questions whose own
-        masks were right.
+        (None for nan), with its `slot` and `heaviest` concept; `twins`, of each target whose looks another object has
+        too, whether a right mask shows it; `moves`, of each ordered pair of questions whose own masks were right.
     """
     reading_class = reading_of(model)
-    scenes = [scene_question(split, seed, number) for number in numbers]
+    scenes = [scene_question(split, seed, number, **STYLES[dataset]) for number in numbers]
     inputs = processor(images=[row["image"] for row in rows], text=[row["instruction"] for row in rows])
     _, states = model.reason(**inputs.to(model.device))
     pairs = [(place, two_questions(scene)) for place, (scene, _) in enumerate(scenes)]
@@ -257,14 +289,17 @@ def measure_scenes(
     outputs: Any = decode(model, states)
     for place, (row, (scene, question)) in enumerate(zip(rows, scenes, strict=True)):
         record: dict[str, Any] = {"sample_id": row["sample_id"], "slots": [], "moves": moves.get(place, [])}
+        looks = [{"colour": x.colour, "shape": x.shape, "size": x.size} for x in scene.objects]
         masks = _on_frame(model, scene)  # (n, 4h, 4w)
         right = _right_slots(outputs, place, masks, question.targets)
+        shown = {target for _, target in right}
+        record["twins"] = [float(t in shown) for t in question.targets if looks.count(looks[t]) > 1]
         if right:
             reading = reading_class(model, single_sample(states, place), means)
             truth = Truth(
                 masks=masks,
-                cover=patch_cover(scene.masks, grid_shape(outputs.patch_boxes[place])),
-                looks=[{"colour": x.colour, "shape": x.shape, "size": x.size} for x in scene.objects],
+                cover=patch_cover(scene, outputs.patch_boxes[place]),
+                looks=looks,
                 places=[tuple(_attributes(thing)[3:]) for thing in scene.objects],
                 targets=list(question.targets),
             )
@@ -278,10 +313,12 @@ def measure_scenes(
 
 
 def _on_frame(model, scene):
-    """bool (n, 4h, 4w): a scene's masks on the frame of the mask logits; scenes are square and fill it."""
-    side = 4 * model.config.key_grid
+    """bool (n, 4h, 4w): a scene's masks on the frame of the mask logits, False in its padding."""
+    side, frame = 4 * model.config.key_grid, model.config.frame
+    height, width = (round(length * side / frame.side) for length in frame.reshaped_size(*scene.masks.shape[1:]))
     masks = torch.from_numpy(scene.masks)[:, None].float().to(model.device)
-    return torch.nn.functional.interpolate(masks, size=(side, side), mode="area")[:, 0] > 0.5
+    masks = torch.nn.functional.interpolate(masks, size=(height, width), mode="area")[:, 0] > 0.5
+    return torch.nn.functional.pad(masks, (0, side - width, 0, side - height))
 
 
 def _right_slots(outputs, place, masks, targets):

@@ -37,6 +37,8 @@ class SampleTokens(NamedTuple):
     """long (T,), IMAGE, INSTRUCTION or RESPONSE."""
     activations: torch.Tensor
     """float (T, d_sae), on the CPU."""
+    states: torch.Tensor
+    """float (T, d_π), hidden states at the SAE's layer, on the CPU."""
     boxes: torch.Tensor
     """float (P, 4), the part of the image that each image token shows, see `patch_boxes`; on the CPU."""
 
@@ -90,6 +92,7 @@ class TokenReader:
                 ids=ids[place, chosen].tolist(),
                 types=types[place, chosen].cpu(),
                 activations=self.model.sae.encode(z[place, chosen]).float().cpu(),
+                states=z[place, chosen].float().cpu(),
                 boxes=inputs["patch_boxes"][place, : counts[place]].cpu(),
             )
 

@@ -103,11 +103,11 @@ def test_mask_decoder_starts_as_sams_own(tmp_path):
         image = torch.randn(1, 3, 64, 64)
         torch.testing.assert_close(model.get_image_embeddings(image), sam.vision_encoder(image).last_hidden_state)
         torch.testing.assert_close(
-            model._key_positions((8, 8)), sam.get_image_wide_positional_embeddings(), atol=1e-6, rtol=1e-5
+            model.key_positions((8, 8)), sam.get_image_wide_positional_embeddings(), atol=1e-6, rtol=1e-5
         )
         assert not model.image_positions.positional_embedding.requires_grad
         tokens, keys = torch.randn(1, 1, 2, WIDTH), torch.randn(1, WIDTH, 8, 8)
-        positions = model._key_positions((8, 8))
+        positions = model.key_positions((8, 8))
         for ours, theirs in zip(
             decoder.transformer(tokens, keys, positions, None),
             sam.mask_decoder.transformer(tokens, keys, positions, None),
@@ -200,7 +200,7 @@ def test_pth_file_gives_what_the_package_gives(original, tmp_path):
     keys, dense = sam.image_encoder(image), sam.prompt_encoder(None, None, mask)[1]
     torch.testing.assert_close(model.mask_decoder.mask_embed(mask), dense, atol=1e-5, rtol=1e-4)
     positions = sam.prompt_encoder.get_dense_pe()
-    torch.testing.assert_close(model._key_positions((8, 8)), positions, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(model.key_positions((8, 8)), positions, atol=1e-5, rtol=1e-4)
     tokens = torch.randn(1, 2, WIDTH)
     point, spread = sam.mask_decoder.transformer(keys + dense, positions, tokens)
     ours = model.mask_decoder.transformer(tokens[:, None], keys + dense, positions, None)

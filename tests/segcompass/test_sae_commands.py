@@ -8,6 +8,7 @@ import torch
 from segcompass.commands import evaluate_sae, train_sae
 from segcompass.loaders.image_text import image_text, load_image_text
 from segcompass.modeling_segcompass import SparseAutoencoder
+from segcompass.modeling_segcompass.sae_origin import check_origin, origin_of
 from segcompass.sae_evaluation import language_losses, next_token_loss
 from segcompass.trainers.activations import TOKEN_TYPES, token_types
 from segcompass.trainers.collator import ImageTextCollator
@@ -77,6 +78,8 @@ def test_only_the_named_tokens_are_replaced(parts):
 
 def test_commands_train_cache_and_judge(tmp_path):
     model, processor = tiny_segcompass("llava")
+    model.config.mllm_config._name_or_path = "someone/llava"
+    model.config.sae_config.backbone = None  # as a model has it whose SAE is not trained yet
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     options = {
@@ -104,7 +107,8 @@ def test_commands_train_cache_and_judge(tmp_path):
     sae = SparseAutoencoder.from_pretrained(tmp_path / "sae")
     config = sae.config
     assert (config.activation, config.k, config.d_sae, config.layer) == ("batchtopk", 8, 64, 2)
-    assert (config.dataset, config.token_window, config.backbone) == ("scenes", 3400, "llava")
+    assert (config.dataset, config.token_window, config.backbone) == ("scenes", 3400, "someone/llava")
+    check_origin(config, origin_of(model.config.mllm_config))  # it may be put into the model that it was trained on
     quality = json.loads((tmp_path / "sae" / "quality.json").read_text())
     assert {"image", "instruction", "response"} == quality["by_type"].keys()
     assert len(list((tmp_path / "cache").glob("shard-*.safetensors"))) == 2

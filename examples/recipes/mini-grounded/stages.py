@@ -1,6 +1,6 @@
 """The stages of the grounded model that no command has: put together, sharpen the masks, read.
 
-    python examples/recipes/mini-grounded/stages.py join --mllm M --image-encoder S --output J
+    python examples/recipes/mini-grounded/stages.py join --mllm M --weights W --output J
     torchrun --nproc_per_node 2 examples/recipes/mini-grounded/stages.py masks --model J --output E --minutes 20
     python examples/recipes/mini-grounded/stages.py read --model J --sae SAE --masks E/masks.pt --output O
 
@@ -33,12 +33,13 @@ COARSE = 8  # patches of the MLLM along a side
 
 
 def join(args):
-    """Put the backbones together."""
+    """Put the aligned MLLM and the start's image encoder and mask decoder together."""
     processor = SegCompassProcessor.from_pretrained(args.mllm)
+    start = SegCompassModel.from_pretrained(args.weights, dtype="float32")
     torch.manual_seed(0)
     model = SegCompassModel.from_backbones(
         str(args.mllm),
-        str(args.image_encoder),
+        start.image_encoder,
         processor=processor,
         sae_config={"d_in": 192, "d_sae": 1024, "layer": 4, "activation": "topk", "k": 32},
         concept_reading="grounded",
@@ -51,6 +52,7 @@ def join(args):
         max_response_length=128,
         grounded_rank=0,  # words and patches share concepts; a map between them overfitted
     )
+    model.mask_decoder.load_state_dict(start.mask_decoder.state_dict())
     model.save_pretrained(args.output)
     processor.save_pretrained(args.output)
 
@@ -102,7 +104,7 @@ class Prompted(nn.Module):
         self.encoder, self.decoder = model.image_encoder, model.mask_decoder
         self.requires_grad_(True)
         grid = model.config.key_grid
-        self.register_buffer("positions", model._key_positions((grid, grid)).detach(), persistent=False)
+        self.register_buffer("positions", model.key_positions((grid, grid)).detach(), persistent=False)
         self.grid, self.frame = grid, model.config.frame
 
     def learning_rates(self):
@@ -161,7 +163,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     stages = parser.add_subparsers(required=True)
     for stage, options in (
-        (join, ("mllm", "image-encoder")),
+        (join, ("mllm", "weights")),
         (masks, ("model",)),
         (read, ("model", "sae", "masks")),
     ):

@@ -7,9 +7,9 @@ then taught to talk about scenes: several questions on each image, which is run 
     torchrun --nproc_per_node 2 examples/recipes/mini/make_backbones.py image_encoder --output runs/mini/sam --minutes 8
     torchrun --nproc_per_node 2 examples/recipes/mini/make_backbones.py mllm --output runs/mini/mllm --minutes 50
 
-With --grounded they are those of examples/recipes/mini-grounded: scenes of any aspect, which the MLLM sees as the image
-encoder does (longest side to 128, padded right and below), answers by look or by place, and the alignment term while
-it learns to talk.
+With --grounded WEIGHTS the MLLM of a small model goes on as that of examples/recipes/mini-grounded: scenes of any
+aspect, which the MLLM sees as the image encoder does (longest side to 128, padded right and below), answers by look or
+by place, and the alignment term.
 
 Repeat the command to resume an interrupted run from its last state, at most two minutes old.
 """
@@ -41,7 +41,7 @@ from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPi
 from segcompass.loaders.masks import encode_mask
 from segcompass.loaders.scene_drawing import BOARD, COLOURS, SHAPES, SIZES, choose_size, draw_scene
 from segcompass.loaders.scene_questions import KINDS, ask, word_kind
-from segcompass.modeling_segcompass import SegCompassProcessor
+from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
 from segcompass.modeling_segcompass.image_encoder import Frame
 from segcompass.trainers.alignment import Alignment, AlignmentTargets, alignment_loss
 
@@ -64,11 +64,11 @@ def answers(grounded):
     return "fitting" if grounded else "place"
 
 
-def make_tokenizer(num_scenes=4000, grounded=False):
+def make_tokenizer(num_scenes=4000):
     """A byte-level BPE tokenizer whose merges come from the scenes' own words; it can encode any text."""
     rng = np.random.default_rng(0)
-    scenes = (draw(rng, grounded) for _ in range(num_scenes))
-    questions = [ask(rng, scene, answers=answers(grounded)) for scene in scenes for _ in range(4)]
+    scenes = (draw_scene(rng, "train") for _ in range(num_scenes))
+    questions = [ask(rng, scene, answers="place") for scene in scenes for _ in range(4)]
     texts = [f"USER: {q.instruction} ASSISTANT: {q.reasoning}" for q in questions]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -344,14 +344,19 @@ class Seeing(nn.Module):
 class Talking(Seeing):
     """A LLaVA that sees and answers: the language loss, plus a little of the patch loss."""
 
-    def __init__(self, mllm, head):
+    def __init__(self, mllm, head=None, rates=(3e-4, 3e-4, 1.5e-3)):
         super().__init__(mllm, lambda pixels: torch.stack(mllm.model.get_image_features(pixels).pooler_output), WIDTH)
-        self.head = head
+        self.head, self.rates = head or self.head, rates
 
     def learning_rates(self):
         core = self.tower.model  # what sees learns slowly here, or it forgets while the language part is still random
-        seeing = [(part, 3e-4) for part in (core.vision_tower, core.multi_modal_projector, self.head)]
-        return [*seeing, (core.language_model, 1.5e-3)]
+        sees, head, speaks = self.rates
+        return [
+            (core.vision_tower, sees),
+            (core.multi_modal_projector, sees),
+            (self.head, head),
+            (core.language_model, speaks),
+        ]
 
     def forward(self, pixel_values, attributes, fine, prefix_ids, input_ids, labels, attention_mask, alignment=None):
         model, repeats = self.tower.model.language_model, len(input_ids) // len(pixel_values)
@@ -451,26 +456,33 @@ def main():
     parser.add_argument("backbone", choices=["mllm", "image_encoder"])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--grounded", action="store_true", help="those of examples/recipes/mini-grounded")
+    parser.add_argument("--grounded", type=Path, metavar="WEIGHTS", help="a small model whose MLLM goes on")
     args = parser.parse_args()
     if "RANK" in os.environ:
         distributed.init_process_group("gloo")
     torch.manual_seed(0)
     args.output.mkdir(parents=True, exist_ok=True)
-    processor = make_processor(make_tokenizer(grounded=args.grounded), args.grounded)
+    trained = SegCompassProcessor.from_pretrained(args.grounded) if args.grounded else None
+    processor = make_processor(trained.tokenizer if trained else make_tokenizer(), args.grounded is not None)
     states = [args.output / "seeing.pt", args.output / "talking.pt"]
     if args.backbone == "mllm":
         model, cells = make_mllm(processor), IMAGE_SIZE // PATCH
         model.set_attn_implementation("eager")  # the fastest on a CPU
         core = nn.ModuleList([model.model.vision_tower, model.model.multi_modal_projector])
-        seeing = Seeing(core, lambda pixels: torch.stack(model.model.get_image_features(pixels).pooler_output), WIDTH)
-        train(
-            seeing,
-            lambda seed: LabelledScenes(processor.image_processor, cells, 32, seed, args.grounded),
-            SEEING_SHARE * args.minutes,
-            states[0],
-        )
-        talking, minutes = Talking(model, seeing.head), (1 - SEEING_SHARE) * args.minutes
+        if args.grounded:
+            model.load_state_dict(SegCompassModel.from_pretrained(args.grounded, dtype="float32").mllm.state_dict())
+            talking, minutes = Talking(model, rates=(2.5e-4, 1e-3, 7e-4)), args.minutes
+        else:
+            seeing = Seeing(
+                core, lambda pixels: torch.stack(model.model.get_image_features(pixels).pooler_output), WIDTH
+            )
+            train(
+                seeing,
+                lambda seed: LabelledScenes(processor.image_processor, cells, 32, seed),
+                SEEING_SHARE * args.minutes,
+                states[0],
+            )
+            talking, minutes = Talking(model, seeing.head), (1 - SEEING_SHARE) * args.minutes
         align = AlignmentTargets(processor, word_kind) if args.grounded else None
         images = 8 if args.grounded else 4
         train(talking, lambda seed: Conversations(processor, align, cells, images, seed), minutes, states[1])
@@ -478,7 +490,7 @@ def main():
         model, cells = make_sam(), IMAGE_SIZE // SAM_PATCH
         seeing = Seeing(model, lambda pixels: model(pixels).last_hidden_state.flatten(2).mT, SAM_WIDTH)
         scenes = processor.encoder_image_processor
-        train(seeing, lambda seed: LabelledScenes(scenes, cells, 32, seed, args.grounded), args.minutes, states[0])
+        train(seeing, lambda seed: LabelledScenes(scenes, cells, 32, seed), args.minutes, states[0])
     if distributed.is_initialized() and distributed.get_rank() > 0:
         return
     print(f"{args.backbone}: {sum(p.numel() for p in model.parameters()):,} parameters")
