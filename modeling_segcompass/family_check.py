@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import nn
 
 from .family_processor import known_obstacle
+from .images import read_image
 from .patch_boxes import has_area
 from .token_layout import find_slots
 
@@ -85,6 +85,10 @@ def check_family(model: Any, processor: Any) -> None:
     """
     if any(weight.is_meta for weight in model.mllm.parameters()):
         return  # it has no numbers
+    settings = processor.image_processor.to_json_string(), processor.chat_template, processor.tokenizer.get_vocab()
+    key = hash((type(model.mllm), model.mllm.config.to_json_string(), type(model.backbone), str(settings)))
+    if key in _TRIED:
+        return
     training = model.training
     model.eval()
     try:
@@ -93,6 +97,11 @@ def check_family(model: Any, processor: Any) -> None:
         raise ValueError(f"{type(model.mllm).__name__} cannot be used: {error}") from error
     finally:
         model.train(training)
+    _TRIED.add(key)
+
+
+_TRIED: set[int] = set()
+"""What passed in this process: the trials ask for structure, and weights of the same structure pass as well."""
 
 
 def _check(model, processor):
@@ -164,7 +173,7 @@ def _check_boxes(model, processor):
             continue  # of a patch of padding
         painted = np.array(image)
         painted[place[1] : place[3], place[0] : place[2]] = 255 - painted[place[1] : place[3], place[0] : place[2]]
-        images.append(Image.fromarray(painted))
+        images.append(read_image(painted))
         places.append(place)
     inputs = processor(images=images, text=[TEXTS[0]] * len(images), image_encoder=False).to(model.mllm.device)
     inputs.pop("patch_boxes")
@@ -223,4 +232,4 @@ def _silence(module, args, output):
 def _noise(width, height):
     """Coarse noise, so that resizing leaves something of it."""
     small = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
-    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+    return read_image(small).resize((width, height))

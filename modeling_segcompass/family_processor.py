@@ -27,10 +27,14 @@ PARTS = (
 class _Quiet(ProcessorMixin):
     """Stands behind a family's constructor in place of ProcessorMixin's, which would ask for a video processor."""
 
+    plain: Any
+    mllm_type: str
+
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, *args: Any, **kwargs: Any):
         self.image_processor, self.tokenizer = image_processor, tokenizer
 
-    plain: Any
+    def __reduce__(self) -> Any:  # its class is made when it is asked for, so that pickle cannot find it by name
+        return _made_again, (self.mllm_type, self.image_processor, self.tokenizer, self.given)
 
     @classmethod
     def setting_names(cls) -> tuple[str, ...]:
@@ -58,12 +62,14 @@ class _Quiet(ProcessorMixin):
             raise ValueError(f"{name} has no {', '.join(unknown)}; it has {', '.join(cls.setting_names()) or 'none'}.")
         parts = {part: None for part in inspect.signature(cls.plain.__init__).parameters if part in PARTS[3:6]}
         try:
-            return cls(**{**parts, "image_processor": image_processor, "tokenizer": tokenizer, **settings})
+            made = cls(**{**parts, "image_processor": image_processor, "tokenizer": tokenizer, **settings})
         except (ImportError, AttributeError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{name} cannot be made of these parts ({type(error).__name__}: {error}); use the MLLM's own tokenizer "
                 "and image processor, and install the package that it names."
             ) from error
+        made.given = dict(settings)
+        return made
 
     @property
     def image_options(self) -> dict[str, Any]:
@@ -88,7 +94,26 @@ def own_processor_class(mllm_type: str) -> Any:
         return None
     if family.replace_image_token is ProcessorMixin.replace_image_token:
         return None
-    return type(family.__name__, (family, _Quiet), {"plain": family})
+    return type(family.__name__, (family, _Quiet), {"plain": family, "mllm_type": mllm_type})
+
+
+def _made_again(mllm_type, image_processor, tokenizer, settings):
+    return own_processor_class(mllm_type).around(image_processor, tokenizer, settings)
+
+
+def saved_settings(mllm_type: str, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what a family's own processor was saved with, the settings: `family_settings` of a SegCompassProcessor.
+
+    Args:
+        mllm_type: `model_type` of the MLLM's configuration.
+        saved: its processor_config.json, or the attributes of the processor itself.
+
+    Returns:
+        dict: {} for a family without a processor of its own.
+    """
+    family = own_processor_class(mllm_type)
+    names = () if family is None else family.setting_names()
+    return {name: saved[name] for name in names if isinstance(saved.get(name), (str, int, float, list, dict))}
 
 
 def _family(mllm_type):

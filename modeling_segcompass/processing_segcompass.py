@@ -11,8 +11,8 @@ from functools import partial
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 from transformers.image_utils import make_flat_list_of_images
 from transformers.utils import CONFIG_NAME
@@ -175,6 +175,14 @@ class SegCompassProcessor(ProcessorMixin):
             fields["encoder_image_processor"] = without_torchvision(fields["encoder_image_processor"])
         return fields, kwargs
 
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers', which would copy the family's own processor with its tokenizer."""
+        own, self.own = self.own, None
+        try:
+            return super().to_dict()
+        finally:
+            self.own = own
+
     @property
     def backbone(self) -> Backbone:
         """The MLLM's family."""
@@ -214,7 +222,7 @@ class SegCompassProcessor(ProcessorMixin):
         known = self.tokenizer.convert_tokens_to_ids(self.image_token)
         if self.own is None or self.backbone.image_token is not None or self.backbone.processor_fields:
             return known
-        text = self._process_images([[Image.new("RGB", (64, 64))]])[1][0]
+        text = self._process_images([[read_image(np.zeros((64, 64, 3), np.uint8))]])[1][0]
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         runs = [(len(list(run)), token) for token, run in groupby(ids)]
         return max(runs)[1]  # the one that stands most often in a row

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
 from segcompass.modeling_segcompass.backbone import backbone_of
+from segcompass.modeling_segcompass.family_processor import saved_settings
 
 
 def load(path: str | Path, device: str | torch.device | None = None) -> tuple[SegCompassModel, SegCompassProcessor]:
@@ -51,6 +52,7 @@ def load_mllm(
         return model.to(device), SegCompassProcessor.from_pretrained(path)
     parts = AutoProcessor.from_pretrained(path)
     names = backbone_of(config).processor_fields
+    own = saved_settings(config.model_type, vars(parts))
     processor = SegCompassProcessor(
         image_processor=parts.image_processor,
         tokenizer=parts.tokenizer,
@@ -58,6 +60,7 @@ def load_mllm(
         chat_template=parts.chat_template,
         prompt_template="{instruction}",
         mllm_type=config.model_type,
+        family_settings={name: value for name, value in own.items() if name not in names},
         **{field: getattr(parts, field) for field in names if getattr(parts, field, None) is not None},
     )
     mllm: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)

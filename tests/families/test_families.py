@@ -25,12 +25,14 @@ from segcompass.trainers import (
     SparseAutoencoderTrainerConfig,
 )
 from segcompass.trainers.activations import ActivationDataset
+from segcompass.trainers.checks import check_carried_inputs
 from segcompass.trainers.collator import SegCompassCollator
 from segcompass.trainers.grpo_trainer import SegCompassGRPOTrainer
 from segcompass.trainers.policy import freeze, lora_config
 from tests.support.families import TINY_FAMILIES, tiny_family
 from tests.support.grpo import scenes, settings
 from tests.support.scripted import Script
+from tests.support.tiny import tiny_processor
 
 from .conftest import coarse_noise
 
@@ -270,6 +272,14 @@ def test_the_token_whose_pixels_changed_is_the_one_that_stands_there(family, par
     assert np.allclose(explanation.patch_boxes, boxes[shown].numpy())
     hits = [hit for concept in explanation.concepts for hit in concept.patches]
     assert hits and all(hit.box == tuple(explanation.patch_boxes[hit.number].tolist()) for hit in hits)
+
+
+def test_inputs_that_trl_would_lose_are_refused():
+    processor = tiny_processor("llava")
+    make = processor.image_processor.preprocess
+    processor.image_processor.preprocess = lambda *images, **options: {**make(*images, **options), "depth": [[1.0]]}
+    with pytest.raises(ValueError, match="need depth, which TRL does not hand on from the rollout; train it with"):
+        check_carried_inputs(processor)
 
 
 def test_every_family_of_the_table_is_built_here():

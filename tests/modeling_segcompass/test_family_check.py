@@ -1,9 +1,11 @@
 """What is refused when a model is built of its parts: nothing is accepted and wrong."""
 
+import pickle
+
 import pytest
 import torch
 
-from segcompass.modeling_segcompass import SegCompassModel
+from segcompass.modeling_segcompass import SegCompassModel, family_check
 from segcompass.modeling_segcompass.backbone import FAMILIES, Backbone
 from segcompass.modeling_segcompass.family_check import check_family
 from segcompass.modeling_segcompass.family_processor import known_obstacle, own_processor_class
@@ -79,8 +81,9 @@ def test_trying_leaves_modes_random_numbers_and_weights_alone():
     model = build(tiny_mllm("llava", processor), processor)
     assert all(module.training for module in model.mllm.modules())
     before, state = {name: weight.clone() for name, weight in model.state_dict().items()}, torch.get_rng_state()
+    family_check._TRIED.clear()
     check_family(model, processor)
-    assert torch.equal(torch.get_rng_state(), state)
+    assert family_check._TRIED and torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
     assert all(module.training for module in model.mllm.modules())
     assert not any(module._forward_pre_hooks for module in model.mllm.modules())
@@ -121,3 +124,12 @@ def test_several_images_and_videos_are_refused():
 def test_settings_that_a_family_does_not_have_are_refused():
     with pytest.raises(ValueError, match="InternVLProcessor has no image_seq_len; it has image_seq_length"):
         own_processor_class("internvl").around(None, None, {"image_seq_len": 4})
+
+
+def test_a_familys_own_processor_can_be_copied_and_sent_to_other_processes():
+    processor = family_processor("internvl")
+    again = pickle.loads(pickle.dumps(processor))
+    image = torch.zeros(40, 56, 3, dtype=torch.uint8).numpy()
+    ours, theirs = processor(images=image, text="it"), again(images=image, text="it")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours) and again.own is not processor.own
+    assert again.own.tokenizer is again.tokenizer
