@@ -1,4 +1,4 @@
-"""The two tables of docs/families.md: what was tried of each family, and what is known of every MLLM of transformers."""
+"""The tables of docs/families.md: what was tried of each family, and what is known of every MLLM of transformers."""
 
 from collections.abc import Mapping
 from datetime import date
