@@ -62,7 +62,7 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "test": ["pytest>=9", "ruff", "mypy", "pydoclint", "tensorboard", "bitsandbytes>=0.46"],
+        "test": ["pytest>=9", "parameterized", "ruff", "mypy", "pydoclint", "tensorboard", "bitsandbytes>=0.46"],
         "demo": ["gradio>=6"],
         "browser": ["gradio>=6", "selenium>=4.40"],  # the Space's test; also Debian's chromium and chromium-driver
         "qlora": ["bitsandbytes>=0.46"],

@@ -5,8 +5,11 @@
 
 Both start from the same hidden states and run forward and backward, with gradients to the hidden states and to the
 codebook, up to the codes that the encoder blocks would read. The dense path holds every activation of every token, as
-the authors' released code does; ours selects M concepts and decodes these, with where they fired. Each runs in a
-process of its own, in turn. Memory is the peak above what is held before the step (weights, hidden states), so it
+the authors' released code does; ours selects M concepts and decodes these, with where they fired. Beside them the two
+read-outs whole, from hidden states and image keys to heatmaps and confidences: "attention" is query codebook and slot
+mapper on the sparse path, "grounded" what replaces both with `concept_reading="grounded"` (576 of the tokens are image
+patches, 40 are words of the conclusion, keys on 64 x 64 cells). Each runs in a process of its own, in turn. Memory is
+the peak above what is held before the step (weights, hidden states), so it
 includes the two gradients that both hand back, kept apart in the result. Ends with a line `RESULT {json}`.
 """
 
@@ -23,10 +26,13 @@ import torch
 from tqdm import tqdm
 
 from segcompass.modeling_segcompass import SegCompassConfig, SparseAutoencoder, SparseAutoencoderConfig
+from segcompass.modeling_segcompass.grounded_reading import GroundedReading
 from segcompass.modeling_segcompass.query_codebook import QueryCodebook
+from segcompass.modeling_segcompass.slot_mapper import SlotMapper
 from segcompass.modeling_segcompass.token_layout import INSTRUCTION, token_position_features
 
-PATHS = ("dense", "sparse")
+PATHS = ("dense", "sparse", "attention", "grounded")
+SIDE, WORDS, CELLS = 24, 40, 64  # image patches along a side; words of the conclusion; cells of the keys along a side
 
 
 def parse(argv=None):
@@ -44,7 +50,7 @@ def parse(argv=None):
 
 
 def build(args):
-    """SAE, codebook and hidden states (1, T, d_π): about `active` of a token's features are above zero."""
+    """SAE, read-outs and hidden states (1, T, d_π): about `active` of a token's features are above zero."""
     torch.manual_seed(0)
     text = {"hidden_size": args.d_in, "num_hidden_layers": 1}
     config = SegCompassConfig(
@@ -52,48 +58,82 @@ def build(args):
         sae_config=SparseAutoencoderConfig(d_in=args.d_in, d_sae=args.d_sae, layer=1),
         num_concepts=args.concepts,
         d_c=args.d_c,
+        concept_reading="grounded" if args.path == "grounded" else "feature",
     )
     with torch.device(args.device):
-        sae, codebook = SparseAutoencoder(config.sae_config), QueryCodebook(config)
-        z = torch.randn(1, args.tokens, args.d_in)
+        sae, z = SparseAutoencoder(config.sae_config), torch.randn(1, args.tokens, args.d_in)
+        if args.path == "grounded":
+            parts = torch.nn.ModuleList([GroundedReading(config)])
+        else:
+            parts = torch.nn.ModuleList([QueryCodebook(config), SlotMapper(config)])
+        keys = torch.randn(1, config.key_channels, CELLS, CELLS)
     with torch.no_grad():
-        torch.nn.init.normal_(codebook.codebook, std=0.02)
-        torch.nn.init.normal_(codebook.slot_queries, std=0.02)
+        for weight in parts.parameters():
+            torch.nn.init.normal_(weight, std=0.02)
+        if args.path == "grounded":
+            parts[0].init_weights()
         sae.b_enc.fill_(-torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(1 - args.active / args.d_sae)))
-    sae.W_dec = None  # neither path decodes
-    return sae.requires_grad_(False), codebook, z.requires_grad_()
+    sae.W_dec = None  # no path decodes
+    return sae.requires_grad_(False), parts, z.requires_grad_(), keys
 
 
-def dense_step(sae, codebook, z, mask, where):
-    h = sae.encode(z) * mask[..., None]
-    (h @ codebook.codebook).square().mean().backward()
+def dense_step(sae, parts, z, keys):
+    (sae.encode(z) @ parts[0].codebook).square().mean().backward()
 
 
-def sparse_step(sae, codebook, z, mask, where):
-    codebook.concept_tokens(sae, z, mask, where)[0].square().mean().backward()
+def sparse_step(sae, parts, z, keys):
+    parts[0].concept_tokens(sae, z, *_positions(z))[0].square().mean().backward()
+
+
+def attention_step(sae, parts, z, keys):
+    codebook, mapper = parts
+    concepts = codebook(sae, z, *_positions(z))
+    e = z[:, -concepts.representations.shape[1] :]
+    cells = torch.ones(1, CELLS, CELLS, dtype=torch.bool, device=z.device)
+    heatmaps, confidences = mapper(e, concepts.representations, keys, cells)
+    (heatmaps.square().mean() + confidences.square().mean()).backward()
+
+
+def grounded_step(sae, parts, z, keys):
+    reading, patches = parts[0], SIDE**2
+    words, inside = (torch.ones(1, count, dtype=torch.bool, device=z.device) for count in (WORDS, patches))
+    said = z[:, -WORDS:]
+    _, confidences, _, account = reading.ground(sae, said, said, words, z[:, :patches], inside)
+    axis = (torch.arange(SIDE, device=z.device) + 0.5) / SIDE
+    xy = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).view(1, patches, 2)
+    upsampling = reading.upsampling(keys, xy, xy.new_full((1, 1, 2), 1 / SIDE), inside)
+    heatmaps = reading.to_keys(account["patch_heatmaps"], upsampling)
+    (heatmaps.square().mean() + confidences.square().mean()).backward()
+
+
+def _positions(z):
+    """Which tokens may fire (all), and their position features."""
+    kinds = torch.full(z.shape[:2], INSTRUCTION, device=z.device)
+    where = token_position_features(kinds, z.new_zeros(*z.shape[:2], 2), z.new_zeros(z.shape[:2]))
+    return torch.ones(z.shape[:2], dtype=torch.bool, device=z.device), where
 
 
 def measure(args):
     """Seconds (median) and peak bytes of one path, and the mean number of active features."""
-    sae, codebook, z = build(args)
-    mask = torch.ones(z.shape[:2], dtype=torch.bool, device=z.device)
-    kinds = torch.full(z.shape[:2], INSTRUCTION, device=z.device)
-    where = token_position_features(kinds, z.new_zeros(*z.shape[:2], 2), z.new_zeros(z.shape[:2]))
+    sae, parts, z, keys = build(args)
     with torch.no_grad():
         active = float((sae.encode(z[:, :32]) > 0).sum(-1).float().mean())
-    step = {"dense": dense_step, "sparse": sparse_step}[args.path]
+    step = {"dense": dense_step, "sparse": sparse_step, "attention": attention_step, "grounded": grounded_step}[
+        args.path
+    ]
     seconds, peak = [], 0
     for repeat in range(args.repeats + 1):
-        z.grad = codebook.codebook.grad = None
+        z.grad = None
+        parts.zero_grad()
         held = restart_peak(args.device)
         began = time.perf_counter()
-        step(sae, codebook, z, mask, where)
+        step(sae, parts, z, keys)
         if z.is_cuda:
             torch.cuda.synchronize()
         if repeat:  # the first step warms up: threads start, code is read from disk
             seconds.append(time.perf_counter() - began)
             peak = max(peak, peak_memory(args.device) - held)
-    gradients = sum(leaf.grad.nbytes for leaf in (z, codebook.codebook))
+    gradients = sum(leaf.grad.nbytes for leaf in (z, *parts.parameters()) if leaf.grad is not None)
     return {"seconds": statistics.median(seconds), "peak": peak, "gradients": gradients, "active": active}
 
 
@@ -131,8 +171,9 @@ def main(argv=None):
     dense, sparse = measured["dense"], measured["sparse"]
     print(f"d_sae {args.d_sae}, d_in {args.d_in}, d_c {args.d_c}, {args.tokens} tokens, {sparse['active']:.0f} active")
     for path in PATHS:
-        print(f"{path:8}{measured[path]['seconds']:9.3f} s {measured[path]['peak'] / 2**20:9.0f} MiB")
-    print(f"of both, gradients of codebook and hidden states: {sparse['gradients'] / 2**20:.0f} MiB")
+        print(f"{path:10}{measured[path]['seconds']:9.3f} s {measured[path]['peak'] / 2**20:9.0f} MiB")
+    print(f"of the first two, gradients of codebook and hidden states: {sparse['gradients'] / 2**20:.0f} MiB")
+    attention, grounded = measured["attention"], measured["grounded"]
     result = {
         "speedup": dense["seconds"] / sparse["seconds"],
         "memory_ratio": dense["peak"] / sparse["peak"],
@@ -140,6 +181,8 @@ def main(argv=None):
         "sparse_seconds": sparse["seconds"],
         "dense_peak_mib": dense["peak"] / 2**20,
         "sparse_peak_mib": sparse["peak"] / 2**20,
+        "grounded_speedup": attention["seconds"] / grounded["seconds"],
+        "grounded_memory_ratio": attention["peak"] / grounded["peak"],
         "gradients_mib": sparse["gradients"] / 2**20,
         "active_features": sparse["active"],
         "device": args.device,

@@ -18,6 +18,7 @@ from PIL import Image
 from transformers import SamVisionConfig, SamVisionModel
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
+from segcompass.modeling_segcompass.image_encoder import Frame
 from segcompass.trainers.image_features import ImageFeatures, ImageFeatureWriter, encoder_id, image_key
 
 
@@ -41,7 +42,7 @@ def main(argv=None):
     images = [Image.fromarray(rng.integers(0, 255, (480, 640, 3), dtype=np.uint8)) for _ in range(args.images)]
     with tempfile.TemporaryDirectory() as folder:
         sam_id = encoder_id(sam, processor)
-        writer = ImageFeatureWriter(folder, sam_id, args.side)
+        writer = ImageFeatureWriter(folder, sam_id, Frame(args.side))
         began = time.perf_counter()
         features = [sam(processor(image, return_tensors="pt")["pixel_values"]).last_hidden_state[0] for image in images]
         encoded = args.images / (time.perf_counter() - began)

@@ -149,7 +149,7 @@ def read_jsonl(path: Path, journal: bool = False, repair: bool = False) -> Itera
             if not line.strip():
                 continue
             try:
-                row = json.loads(_utf8(line))
+                row = json.loads(_utf8(line), object_pairs_hook=None if journal else _without_repeats)
                 if not isinstance(row, dict):
                     raise ValueError(f"a line must be a JSON object; this one is a {type(row).__name__}")
             except ValueError as error:
@@ -161,6 +161,15 @@ def read_jsonl(path: Path, journal: bool = False, repair: bool = False) -> Itera
             yield number, row
     if journal and repair and read < path.stat().st_size:
         os.truncate(path, read)
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object of which no key repeats: Python would keep the last one's value alone. Raises ValueError."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        repeated = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {repeated!r} repeats; give it once, with a list where there are several values")
+    return made
 
 
 def _utf8(line: bytes) -> str:

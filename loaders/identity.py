@@ -5,6 +5,7 @@ Two files may have one name and two folders one `sample_id`. Knows nothing about
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def images_digest(rows: Dataset) -> str:
     known: dict[Any, bytes] = {}  # a path -> what it holds; files that several rows name are read once
     digest = hashlib.sha256()
     for row in column:
-        digest.update(_content(row["image"], known))
+        digest.update(image_content(row["image"], known))
     return digest.hexdigest()
 
 
@@ -100,16 +101,26 @@ def check_sample_ids(rows: Dataset, name: str) -> None:
             )
 
 
-def _content(image: Any, known: dict[Any, bytes]) -> bytes:
-    """32 bytes that stand for an image as a row holds it."""
+def image_content(image: Any, known: dict[Any, bytes]) -> bytes:
+    """32 bytes that stand for an image as a row holds it: for the bytes of its file, wherever that lies.
+
+    Args:
+        image: {"bytes", "path"}, a path or an address, or a decoded image.
+        known: path -> its 32 bytes; files that several rows name are read once.
+
+    Returns:
+        32 bytes. An address counts by its text.
+    """
     if isinstance(image, Mapping) and image.get("bytes") is not None:
         return hashlib.sha256(image["bytes"]).digest()
     path = image.get("path") if isinstance(image, Mapping) else image
     if path is None:
         return b"no image".ljust(32)
-    if hasattr(path, "tobytes"):  # a decoded image
-        return hashlib.sha256(f"{path.mode} {path.size}".encode() + path.tobytes()).digest()
-    if path not in known:
-        file = Path(str(path))
-        known[path] = hashlib.sha256(file.read_bytes() if file.is_file() else str(path).encode()).digest()
-    return known[path]
+    if hasattr(path, "tobytes"):  # a decoded image, or an array
+        form = f"{path.mode} {path.size}" if hasattr(path, "mode") else f"{path.dtype} {path.shape}"
+        return hashlib.sha256(form.encode() + path.tobytes()).digest()
+    name = str(path)
+    if name not in known:
+        content = Path(name).read_bytes() if os.path.isfile(name) else name.encode()
+        known[name] = hashlib.sha256(content).digest()
+    return known[name]

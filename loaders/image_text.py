@@ -6,12 +6,16 @@ order), JSON lines, and tables with an image and a text column. Every row become
 This module knows nothing about models or tokens, and it opens no image: see `trainers.collator.ImageTextCollator`.
 """
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, Image, IterableDataset, Sequence, load_dataset, load_from_disk
 
 from .files import inside_folder
+from .identity import image_content
 from .registry import LOADERS, call_loader, first_rows, import_loader
 
 IMAGE_COLUMNS = ("image", "image_path", "img_path", "path", "image_url", "url")
@@ -67,6 +71,12 @@ def load_image_text(
     return first_rows(_undecoded(rows), num_samples)
 
 
+def has_splits(dataset: str) -> bool:
+    """Whether a data set of `load_image_text` may be divided into splits: a file and an undivided folder are not."""
+    path = Path(dataset)
+    return dataset in LOADERS or not (path.is_file() or (path.is_dir() and not (path / "dataset_dict.json").exists()))
+
+
 def image_text(row: Mapping) -> dict:
     """The image and the text of a row of any of the forms above.
 
@@ -93,6 +103,27 @@ def image_text(row: Mapping) -> dict:
         raise ValueError(f"the row has no {missing}; it has {sorted(row)}, looked for were {names}.")
     response = next((row[name] for name in RESPONSE_COLUMNS if row.get(name)), None)
     return {"image": image, "text": text, "response": response, "reasoning": row.get("reasoning")}
+
+
+def image_text_digest(rows: Iterable[Mapping]) -> str:
+    """A hash of what `image_text` reads of rows: their texts and, by the bytes of their files, their images.
+
+    Args:
+        rows: rows in any form that `image_text` reads; each image file is read once.
+
+    Returns:
+        64 hex digits. An image on the web counts by its address.
+    """
+    digest, known = hashlib.sha256(), dict[Any, bytes]()
+    for row in rows:
+        try:
+            read = image_text(row)
+        except ValueError:  # such a row is left out
+            digest.update(b"no image or text")
+            continue
+        digest.update(json.dumps([read["text"], read["response"], read["reasoning"]], default=str).encode())
+        digest.update(image_content(read["image"], known))
+    return digest.hexdigest()
 
 
 def _first_image_with_text(images, texts):

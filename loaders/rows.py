@@ -184,7 +184,7 @@ def to_dataset(
     Args:
         make_rows: a module's generator of rows (dicts of `FEATURES`).
         arguments: its keyword arguments.
-        files: what it reads; when one has changed (its time or size), all rows are made again.
+        files: what it reads; when one has changed (its times or size), all rows are made again.
         split: name of the split.
         num_samples: take the first so many, or None for all.
         where: the end of an error about missing images: where they are found.
@@ -203,7 +203,7 @@ def to_dataset(
     stamps = hashlib.sha256()
     for path in files:
         found = path.stat()
-        stamps.update(f"{path} {found.st_mtime_ns} {found.st_size}\n".encode())
+        stamps.update(f"{path} {found.st_mtime_ns} {found.st_ctime_ns} {found.st_size}\n".encode())
     here = Path(__file__).parent
     readers = [*here.glob("*.py"), *here.glob("reasoning_segmentation/run_lengths.py")]
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(readers)))

@@ -183,6 +183,7 @@ def explain_slot(
     processor: "SegCompassProcessor | None" = None,
     frame: int | None = None,
     lost: Mapping[int, float] | None = None,
+    pad_token_id: int | None = None,
 ) -> Explanation:
     """Read the explanation of a slot out of what `segment` or `forward` returned.
 
@@ -195,6 +196,7 @@ def explain_slot(
         processor: SegCompassProcessor, for the words' text.
         frame: side of the image encoder's frame in pixels, to cut its padding off the heatmap.
         lost: {feature index: share of the mask that is gone without it}, see `SegCompassModel.lost_without`.
+        pad_token_id: of the padding, which is no word; None takes the processor's.
 
     Returns:
         The explanation.
@@ -216,7 +218,9 @@ def explain_slot(
         word_strengths, fired_words, fired_patches = _grounded_parts(outputs, sample, slot, len(boxes))
         on_keys = outputs.grounding.on_keys(sample, slot).detach().float().cpu().numpy()  # (M, h, w)
         height, width = _extent(outputs, sample, frame, on_keys.shape[1:])
-    words = _words(outputs.sequences[sample], types, word_strengths, processor)
+    if processor is not None:
+        pad_token_id = processor.tokenizer.pad_token_id
+    words = _words(outputs.sequences[sample], types, word_strengths, processor, pad_token_id)
     concepts = []
     for heavy in heaviest_concepts(outputs, slot, sample, top):
         fired = fired_patches[:, heavy.column]  # (patches,)
@@ -303,10 +307,11 @@ def _grounded_parts(outputs: Any, sample: int, slot: int, patches: int) -> tuple
     return shares, logits, on_patches
 
 
-def _words(sequence: "torch.Tensor", types: np.ndarray, strengths: np.ndarray, processor: Any | None) -> list[TokenHit]:
+def _words(
+    sequence: "torch.Tensor", types: np.ndarray, strengths: np.ndarray, processor: Any, padding: int | None
+) -> list[TokenHit]:
     """Every text token but the padding as a TokenHit; its text is what it adds to its predecessor's, with spaces."""
     ids = sequence.tolist()
-    padding = None if processor is None else processor.tokenizer.pad_token_id
     kept = [position for position in range(len(types)) if ids[position] != padding]  # padding stands at the ends
     words = []
     for position in range(kept[0], kept[-1] + 1) if kept else ():

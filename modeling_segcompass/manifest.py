@@ -172,7 +172,12 @@ def unlisted(folder: str | os.PathLike) -> list[str]:
 
 def listed(folder: str | os.PathLike) -> list[str]:
     """Files that the folder's manifest lists; [] for a folder without one. Raises ValueError as `findings` does."""
-    return list(_read(Path(folder))) if (Path(folder) / MANIFEST).exists() else []
+    return list(noted_files(folder))
+
+
+def noted_files(folder: str | os.PathLike) -> dict[str, dict[str, Any]]:
+    """What the folder's manifest notes: file -> {"size", "sha256"}; {} for a folder without one. Raises likewise."""
+    return _read(Path(folder)) if (Path(folder) / MANIFEST).exists() else {}
 
 
 def sha256(path: str | os.PathLike) -> str:

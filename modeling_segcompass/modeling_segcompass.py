@@ -27,7 +27,7 @@ from .finite import refuse_non_finite
 from .generation_options import OUR_INPUTS, check_generation, one_generation_at_a_time, option
 from .grounded_decoding import decode_grounded, lost_without
 from .grounded_reading import GroundedReading
-from .image_encoder import encoder_of
+from .image_encoder import check_keys, encoder_of
 from .interventions import QUERY_SOURCES, kept_sources, scale_vector, without_heaviest
 from .mask_decoder import MaskDecoder
 from .modeling_sparse_autoencoder import SparseAutoencoder
@@ -173,7 +173,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
 
     def get_image_embeddings(self, encoder_pixel_values: torch.Tensor) -> torch.Tensor:
         """K = F_enc(x_img), to be shared by many questions: float (B, 3, S, S) -> (B, d_k, h, w)."""
-        return encoder_of(self.config).encode(self.image_encoder, encoder_pixel_values)
+        return check_keys(self.config, encoder_of(self.config).encode(self.image_encoder, encoder_pixel_values))
 
     def _image_keys(self, encoder_pixel_values, image_embeddings):
         return self.get_image_embeddings(encoder_pixel_values) if image_embeddings is None else image_embeddings
@@ -581,11 +581,27 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             sequences = getattr(output, "sequences", output)
             ends = (option(name, kwargs, self.mllm) for name in ("eos_token_id", "pad_token_id"))
             prompt, mask = kwargs["input_ids"], kwargs.get("attention_mask")
+            if (sequences[:, -1] == self.config.ref_token_id).any():
+                self._read_whole(recorder, sequences, kwargs)
             states = recorder.states_of_generation(sequences, prompt, mask, *ends)
             if boxes is None and self.backbone.one_grid:  # in other families whoever decodes must have them
                 boxes = self.boxes_without_processor({**kwargs, "input_ids": states.input_ids}, sizes)
             recorder.states = states._replace(patch_boxes=boxes)
         return output
+
+    @torch.no_grad()
+    def _read_whole(self, recorder, sequences, inputs):
+        """One pass over sequences that end in a concentration token, which no pass of their generation has read."""
+        recorder.start_generation(whole_passes=True)
+        inputs = self.backbone.mllm_inputs(self.mllm, inputs)
+        written = sequences.shape[1] - inputs["input_ids"].shape[1]
+        mask = inputs.get("attention_mask")
+        if mask is not None:
+            inputs["attention_mask"] = torch.cat([mask, mask.new_ones(len(mask), written)], 1)
+        self.backbone.append_text(inputs, written)
+        of_generation = ("use_cache", "output_attentions", "output_hidden_states", "return_dict", "logits_to_keep")
+        inputs = {name: value for name, value in inputs.items() if name not in of_generation}
+        self.backbone.without_head(self.mllm)(**{**inputs, "input_ids": sequences}, use_cache=False)
 
     def segment(
         self,
@@ -714,11 +730,12 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         """
         if labels is None and self.grounded:
             labels = self.concept_labels
-        explanation = explain_slot(outputs, slot, sample, top, labels, processor, self.config.frame.side)
+        side, padding = self.config.frame.side, self.generation_config.pad_token_id
+        explanation = explain_slot(outputs, slot, sample, top, labels, processor, side, None, padding)
         if image_embeddings is None:
             return explanation
         lost = self.lost_without(outputs, slot, sample, image_embeddings)
-        return explain_slot(outputs, slot, sample, top, labels, processor, self.config.frame.side, lost)
+        return explain_slot(outputs, slot, sample, top, labels, processor, side, lost, padding)
 
     lost_without = lost_without
     predict_forward = predict_forward
@@ -759,8 +776,9 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
 
         Args:
             mllm: model id, folder or loaded model.
-            image_encoder: model id, folder, original segment-anything `.pth` file or loaded model. A whole SAM gives
-                the mask decoder its start where shapes match.
+            image_encoder: model id, folder, original segment-anything `.pth` file or loaded model (docs/encoders.md
+                lists the kinds). A whole SAM, SAM-HQ, SAM 2 or SAM 3 gives the mask decoder its start where shapes
+                match; otherwise it starts from nothing. The log says which.
             sae: model id, folder or loaded SAE; without it an untrained one is made.
             processor: a SegCompassProcessor; its new tokens get embedding rows (the mean of the others), and its
                 token ids enter the config.
@@ -773,9 +791,9 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             SegCompassModel: in training mode, with untrained segmentation modules.
 
         Raises:
-            ValueError: no or an unknown image encoder; an SAE of another width, layer or backbone; an MLLM that cannot
-                serve. With a processor it is tried on a generated image (`family_check.py`), which takes as long as
-                some ten questions.
+            ValueError: no or an unknown image encoder, or a processor that prepares images for another; an SAE of
+                another width, layer or backbone; an MLLM that cannot serve. With a processor it is tried on a generated
+                image (`family_check.py`), which takes as long as some ten questions.
         """
         return build_from_backbones(cls, mllm, image_encoder, sae, processor, dtype, config)
 
@@ -801,7 +819,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         their repositories, at the revisions noted when it was saved.
 
         Args:
-            pretrained_model_name_or_path: folder or Hub id.
+            pretrained_model_name_or_path: folder or Hub id, or None with `config` and `state_dict`.
             *args: as transformers'.
             output_loading_info: also return transformers' report on the weights.
             **kwargs: as transformers' (`dtype`, `device_map`, `revision`, ...); `quantization_config` quantises the
@@ -826,11 +844,11 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             *args: as transformers'.
             references: {"mllm" | "image_encoder" | "sae": {"repo_id", "revision"}}, parts to leave out of the weights
                 because they are kept elsewhere, unchanged. Loading fetches them from there.
-            **kwargs: as transformers', but for `push_to_hub`.
+            **kwargs: as transformers', but for `push_to_hub` and `save_original_format`.
 
         Raises:
             ValueError: a reference to another part, or without a revision; `push_to_hub`, which would upload the folder
-                before it is signed.
+                before it is signed; `save_original_format`.
         """
         save_whole(self, super().save_pretrained, save_directory, args, references, kwargs)
 

@@ -35,7 +35,10 @@ class Segments(list):
 
 
 class ReasoningSegmentationPipeline(Pipeline):
-    """Segments what instructions mean. Built by `transformers.pipeline`; needs a SegCompassProcessor.
+    """Segments what instructions mean. Built by `transformers.pipeline`; needs the model's SegCompassProcessor.
+
+    Raises:
+        ValueError: the processor is another model's.
 
     Example:
         pipe = pipeline("reasoning-segmentation", model=path, trust_remote_code=True)
@@ -47,6 +50,10 @@ class ReasoningSegmentationPipeline(Pipeline):
     _load_processor = True  # type: ignore[assignment]
     _load_tokenizer = _load_image_processor = _load_feature_extractor = _load_video_processor = False  # type: ignore[assignment]
     _pipeline_calls_generate = False  # `segment` decides how to generate
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.processor.check_fits(self.model.config)
 
     def __call__(self, images: Any, instructions: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """Ask one or many questions.

@@ -32,7 +32,7 @@ def predict_forward(
         arrays (1, H, W), one per instance. The list is empty when nothing is found.
 
     Raises:
-        ValueError: no processor, a conversation, mask prompts or a video.
+        ValueError: no processor or another model's, a conversation, mask prompts or a video.
     """
     for name, value in (("past_text", past_text), ("mask_prompts", mask_prompts), ("video", video)):
         if value:
@@ -43,6 +43,7 @@ def predict_forward(
             f"processor is {type(processor).__name__}; pass AutoProcessor.from_pretrained(<this model>, "
             "trust_remote_code=True)."
         )
+    processor.check_fits(model.config)
     text = text.removeprefix("<image>") if isinstance(text, str) else text
     inputs = processor(images=image, text=text, return_tensors="pt").to(model.device)
     outputs = model.segment(**inputs)

@@ -33,6 +33,9 @@ class Code(NamedTuple):
     """float32 (...,), features active at each token."""
     fired: torch.Tensor
     """float32 (d_sae,), tokens at which each feature is active; without gradient."""
+    nested: torch.Tensor | None = None
+    """Float (..., G, d_in), what each of G nested dictionaries makes of z alone, the whole one last; None where only ẑ
+    is fitted."""
 
 
 class TrainingCost(NamedTuple):
@@ -277,17 +280,32 @@ class _KeepLargest(SparseActivation):
             on = (values > 0).float()
             active = on.new_zeros(tokens).index_add_(0, rows, on)  # (N,)
             fired = on.new_zeros(d_sae).index_add_(0, features, on)  # (d_sae,)
-            offsets = torch.searchsorted(rows, torch.arange(tokens, device=z.device))  # (N,) each token's first pair
         values = _Kept.apply(flat, sae.W_enc, sae.b_enc, values, rows, features)  # (P,) with gradient
-        z_hat = nn.functional.embedding_bag(
-            features, sae.W_dec, offsets, mode="sum", per_sample_weights=values.to(sae.W_dec.dtype)
-        )
-        z_hat = (z_hat + sae.b_dec).view(z.shape)  # (N, d_in) -> (..., d_in)
+        z_hat, nested = self.decode_kept(sae, values.to(sae.W_dec.dtype), rows, features, tokens)
+        z_hat = z_hat.view(z.shape)  # (N, d_in) -> (..., d_in)
+        nested = None if nested is None else nested.view(*z.shape[:-1], *nested.shape[1:])  # (..., G, d_in)
         h = None
         if output_feature_acts:
             h = values.new_zeros(tokens * d_sae).scatter(0, rows * d_sae + features, values)
             h = h.view(*z.shape[:-1], d_sae)  # (..., d_sae)
-        return Code(z_hat, h, active.view(z.shape[:-1]), fired)
+        return Code(z_hat, h, active.view(z.shape[:-1]), fired, nested)
+
+    def decode_kept(
+        self, sae: "SparseAutoencoder", values: torch.Tensor, rows: torch.Tensor, features: torch.Tensor, tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Reconstruct hidden states from the kept pairs.
+
+        Args:
+            sae: the autoencoder.
+            values: float (P,), the pairs' activations.
+            rows: long (P,), their tokens, in order.
+            features: long (P,), their features.
+            tokens: N.
+
+        Returns:
+            ẑ, float (N, d_in), and what nested dictionaries make of it, float (N, G, d_in), or None.
+        """
+        return _sums_of_atoms(sae, values, rows, features, tokens) + sae.b_dec, None
 
 
 class TopK(_KeepLargest):
@@ -344,7 +362,7 @@ class BatchTopK(_KeepLargest):
 
     def add_tensors(self, sae: "SparseAutoencoder") -> None:
         """The buffer `threshold` (d_sae,)."""
-        sae.register_buffer("threshold", torch.empty(sae.config.d_sae))
+        sae.register_buffer("threshold", torch.zeros(sae.config.d_sae))
 
     def init_tensors(self, sae: "SparseAutoencoder") -> None:
         """Zero, which means that no batch has set it."""
@@ -388,6 +406,40 @@ class BatchTopK(_KeepLargest):
         smallest = values.amin().clamp(min=0).to(threshold.dtype)
         followed = threshold.lerp(smallest.expand_as(threshold), THRESHOLD_RATE)
         threshold.copy_(torch.where(threshold > 0, followed, smallest))
+
+
+class Matryoshka(BatchTopK):
+    """ "batchtopk" whose first features must do without the later ones: each nested dictionary is fitted to z alone.
+
+    The nested dictionaries are the first `nested_widths` features. Early features stay general, where a plain
+    dictionary splits them into special cases that hide the general one.
+    """
+
+    @classmethod
+    def widths(cls, config: "SparseAutoencoderConfig") -> list[int]:
+        """How many features each nested dictionary has, ascending; 1/32, 3/32, 7/32, 15/32 and all, if not said."""
+        return config.nested_widths or sorted({max(1, config.d_sae * share // 32) for share in (1, 3, 7, 15, 32)})
+
+    @classmethod
+    def check_config(cls, config: "SparseAutoencoderConfig") -> None:
+        """Refuse widths that do not grow up to the number of features."""
+        super().check_config(config)
+        widths = cls.widths(config)
+        if widths != sorted({width for width in widths if width > 0}) or widths[-1] != config.d_sae:
+            raise ValueError(
+                f"nested_widths is {widths}; they must grow, from at least 1 to d_sae={config.d_sae}, the whole "
+                "dictionary."
+            )
+
+    def decode_kept(
+        self, sae: "SparseAutoencoder", values: torch.Tensor, rows: torch.Tensor, features: torch.Tensor, tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Each nested dictionary's reconstruction is the one before it plus the atoms that it adds."""
+        widths = torch.tensor(self.widths(sae.config), device=features.device)  # (G,)
+        places, order = (rows * len(widths) + torch.bucketize(features, widths, right=True)).sort(stable=True)
+        added = _sums_of_atoms(sae, values[order], places, features[order], tokens * len(widths))  # (N G, d_in)
+        nested = added.view(tokens, len(widths), -1).cumsum(1) + sae.b_dec  # (N, G, d_in)
+        return nested[:, -1], nested
 
 
 class JumpRelu(SparseActivation):
@@ -453,6 +505,7 @@ SAE_ACTIVATIONS: dict[str, type[SparseActivation]] = {
     "relu": Relu,
     "topk": TopK,
     "batchtopk": BatchTopK,
+    "matryoshka": Matryoshka,
     "jumprelu": JumpRelu,
 }
 """`SparseAutoencoderConfig.activation` -> its class."""
@@ -482,6 +535,14 @@ def max_over_encoded_tokens(
         h = h.masked_fill(~token_mask[:, start : start + step, None], 0)
         strongest = torch.maximum(strongest, h.amax(1))
     return strongest, torch.cat(smallest, 1)  # (B, d_sae), (B, T)
+
+
+def _sums_of_atoms(
+    sae: "SparseAutoencoder", values: torch.Tensor, places: torch.Tensor, features: torch.Tensor, count: int
+) -> torch.Tensor:
+    """Σ value x atom over the pairs of each place: values and features (P,), places (P,) in order -> (count, d_in)."""
+    starts = torch.searchsorted(places, torch.arange(count, device=places.device))  # (count,) each place's first pair
+    return nn.functional.embedding_bag(features, sae.W_dec, starts, mode="sum", per_sample_weights=values)
 
 
 def _activation_function(saelens_config: dict[str, Any]) -> str | None:

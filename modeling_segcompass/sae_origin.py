@@ -81,7 +81,7 @@ def check_origin(sae_config: Any, *backbones: Origin) -> None:
     if trained_on.name and known and not any(trained_on.same(backbone) for backbone in known):
         raise ValueError(
             f"the SAE was trained on {trained_on}, but the MLLM is {' or '.join(dict.fromkeys(map(str, known)))}; load "
-            "an SAE of this backbone, or set sae.config.backbone=None to overrule."
+            "an SAE of this backbone, or set sae.config.backbone=None (in its config.json: null) to overrule."
         )
 
 

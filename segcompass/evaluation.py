@@ -36,7 +36,14 @@ from segcompass.loaders.reasoning_segmentation.reasoning_segmentation import (
 from segcompass.loaders.rows import leave_images_encoded, row_image
 from segcompass.loading import load
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
-from segcompass.predictions import merge_parts, part_path, predicted_masks, read_parts, read_predictions
+from segcompass.predictions import (
+    explicit_answer,
+    merge_parts,
+    part_path,
+    predicted_masks,
+    read_parts,
+    read_predictions,
+)
 from segcompass.trainers.image_features import ImageFeatures, open_image_features
 from segcompass.trainers.rewards import format_score
 
@@ -245,9 +252,17 @@ def predict(
             "text": text,
             "format": format_score(text, processor.num_slots),
             "slots": slots,
-            **sample_counts([s["segmentation"] for s in slots], row["masks"], row.get("ignore"), run.protocol),
+            **counts_of(row, [s["segmentation"] for s in slots], run.protocol),
             "seconds": seconds,
         }
+
+
+def counts_of(row: dict, masks: list[dict], protocol: str, answer: bool | None = None) -> dict:
+    """What a row adds to the metrics, see `sample_counts`; its errors name the sample. Raises ValueError."""
+    try:
+        return sample_counts(masks, row["masks"], row.get("ignore"), protocol, answer)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"sample {row['sample_id']!r}: {error}") from error
 
 
 def score_predictions(path: Path, rows: Dataset, names: list[str], protocol: str) -> dict[str, dict]:
@@ -266,14 +281,14 @@ def score_predictions(path: Path, rows: Dataset, names: list[str], protocol: str
     done = {}
     for row in tqdm(rows.remove_columns("image"), unit="sample", dynamic_ncols=True):
         given = predictions[row["sample_id"]]
-        masks, answer = predicted_masks(given, row["height"], row["width"]), given.get("no_target")
+        masks, answer = predicted_masks(given, row["height"], row["width"]), explicit_answer(given)
         done[row["sample_id"]] = {
             "sample_id": row["sample_id"],
             **({"kind": row["kind"]} if row.get("kind") else {}),
             "instruction": row["instruction"],
             **{name: given[name] for name in ("text", "no_target") if name in given},
             "slots": [{"segmentation": mask} for mask in masks],
-            **sample_counts(masks, row["masks"], row.get("ignore"), protocol, answer),
+            **counts_of(row, masks, protocol, answer),
         }
     return done
 
@@ -282,7 +297,7 @@ def score_predictions(path: Path, rows: Dataset, names: list[str], protocol: str
 
 
 def describe_run(run: Evaluation, rows: Dataset) -> dict:
-    """What the predictions depend on: the arguments, the weights (newest file), the questions, masks and images."""
+    """What the predictions depend on: the arguments, the model's files, the questions, masks and images."""
     if run.predictions is not None:
         source: dict[str, Any] = {"predictions": hashlib.sha256(run.predictions.read_bytes()).hexdigest()}
     else:

@@ -4,11 +4,18 @@ A command that is killed resumes where it was when it is started again with the 
 what the items are.
 """
 
+import hashlib
 import json
+import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from transformers.utils import CONFIG_NAME, cached_file
+
 from segcompass.loaders.files import read_jsonl
+from segcompass.modeling_segcompass.concept_labels import DICTIONARY
+from segcompass.modeling_segcompass.manifest import HASH_BELOW, MANIFEST, noted_files, sha256
 
 
 class Journal:
@@ -95,6 +102,38 @@ def write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def weights_of(model: str) -> int | None:
-    """When the weights in a folder last changed, so that a run knows its model; None for a Hub id."""
-    return max((file.stat().st_mtime_ns for file in Path(model).glob("*.safetensors")), default=None)
+READ = (".safetensors", ".json", ".jinja", ".txt", ".model")
+"""Endings of the files that a model and its processor are made of; what else lies beside them changes no result."""
+
+
+def weights_of(model: str) -> str | None:
+    """What a model is, so that a run knows it again: its weights, its configuration and its processor, by content.
+
+    Of files of 1 GiB and more whose size is that in the folder's manifest, the manifest's hash is taken.
+
+    Args:
+        model: folder or Hub id.
+
+    Returns:
+        64 hex digits of a folder, whenever its files were written; of a Hub id the commit that would be loaded now;
+        None for neither.
+    """
+    if not os.path.isdir(model):
+        lenient = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
+        try:
+            found = cached_file(model, CONFIG_NAME, **lenient)
+        except (OSError, ValueError):  # no such repository: loading it says so
+            return None
+        commit = re.search(r"snapshots[/\\]([0-9a-f]{40})", str(found))
+        return commit[1] if commit else None
+    try:
+        noted = noted_files(model)
+    except ValueError:  # a damaged manifest, of which loading the model says more
+        noted = {}
+    digest = hashlib.sha256()
+    for path in sorted(Path(model).iterdir()):
+        if path.name.endswith(READ) and path.name not in (MANIFEST, DICTIONARY) and path.is_file():
+            size, known = path.stat().st_size, noted.get(path.name, {})
+            trusted = size >= HASH_BELOW and known.get("size") == size
+            digest.update(f"{path.name} {size} {known['sha256'] if trusted else sha256(path)}\n".encode())
+    return digest.hexdigest()

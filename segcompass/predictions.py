@@ -96,3 +96,11 @@ def predicted_masks(record: dict, height: int, width: int) -> list[dict]:
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"sample {record['sample_id']!r}: {error}") from error
     return [rle for rle in rles if rle is not None]
+
+
+def explicit_answer(record: dict) -> bool | None:
+    """A prediction's own answer whether nothing is there; None without one. Raises ValueError if it is no bool."""
+    answer = record.get("no_target")
+    if not isinstance(answer, (bool, type(None))):
+        raise ValueError(f"sample {record['sample_id']!r}: no_target is {answer!r}; write true, false or null.")
+    return answer

@@ -19,6 +19,7 @@ from segcompass.loaders.image_text import image_text, load_image_text
 from segcompass.loading import load_mllm
 from segcompass.modeling_segcompass import SparseAutoencoder
 from segcompass.modeling_segcompass.backbone import backbone_of
+from segcompass.modeling_segcompass.sae_origin import Origin, check_origin, origin_of
 from segcompass.trainers.activations import SPECIAL, TOKEN_TYPES, batch_activations, model_special_tokens, token_types
 from segcompass.trainers.collator import ImageTextCollator
 from segcompass.trainers.sae_quality import evaluate_sae
@@ -79,7 +80,8 @@ def judge_sae(
 
 
 def check(sae: SparseAutoencoder, model: PreTrainedModel) -> None:
-    """Raises ValueError when the SAE is not of this model's width and depth."""
+    """Raises ValueError when the SAE is not of this model's width and depth, or was trained on another backbone."""
+    config: Any = model.config
     mllm = getattr(model, "mllm", model)
     width, depth = mllm.config.get_text_config().hidden_size, len(backbone_of(mllm).blocks(mllm))
     if sae.config.d_in != width or sae.config.layer > depth:
@@ -87,6 +89,11 @@ def check(sae: SparseAutoencoder, model: PreTrainedModel) -> None:
             f"the SAE reads {sae.config.d_in} numbers of layer {sae.config.layer}, but the MLLM is {width} wide and "
             f"{depth} blocks deep; give the SAE of this backbone."
         )
+    if mllm is model:
+        check_origin(sae.config, origin_of(config))
+    elif sae is not model.sae:
+        own = config.sae_config
+        check_origin(sae.config, Origin(own.backbone, own.backbone_revision), origin_of(config.mllm_config))
 
 
 def activations(

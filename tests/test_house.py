@@ -101,7 +101,7 @@ def test_nothing_imports_a_part_as_a_top_level_name(path):
 
 
 DECIDED_IN = {
-    r"SamVision|Dinov2": {"image_encoder.py", "sam_weights.py", "published_backbones.py"},
+    r"SamVision|Sam2Vision|Sam3Vision|Dinov2|DINOv3": {"image_encoder.py", "sam_weights.py", "published_backbones.py"},
     r"Llava|Qwen|InternVL": {"backbone.py", "published_backbones.py"},
 }
 """Classes of transformers (a pattern) -> the files that may know them; everybody else asks the first."""

@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import HubStrategy, rotate_checkpoints
 
 from segcompass.modeling_segcompass.manifest import HASH_BELOW, MANIFEST, check, findings
 
@@ -74,7 +74,6 @@ class WholeCheckpoints(SignedSaves):
     """
 
     _writing: Path | None = None
-    _unpushed = False
 
     def train(
         self,
@@ -114,7 +113,7 @@ class WholeCheckpoints(SignedSaves):
         if self.args.should_save:
             shutil.rmtree(run / WRITING, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        self._writing, self._unpushed = run / WRITING, False
+        self._writing = run / WRITING
         try:
             super()._save_checkpoint(model, trial)  # signed within, after save_beside
         except Exception as error:
@@ -131,8 +130,6 @@ class WholeCheckpoints(SignedSaves):
             limits = self.args.save_total_limit, self.state.best_model_checkpoint
             rotate_checkpoints(str(run), *limits, use_mtime=True)
         self.accelerator.wait_for_everyone()
-        if self._unpushed:
-            self._push_from_checkpoint(str(run / name))
 
     def save_beside(self, folder: Path) -> None:
         """Write what else belongs to a checkpoint, as `SignedSaves.save_beside`; called before it is signed."""
@@ -144,11 +141,22 @@ class WholeCheckpoints(SignedSaves):
             if self.args.should_save:
                 self.state.save_to_json(str(folder / "trainer_state.json"))
 
-    def _push_from_checkpoint(self, checkpoint_folder):
-        if self._writing is not None:
-            self._unpushed = True  # from its place, once it is there
-        else:
-            super()._push_from_checkpoint(checkpoint_folder)  # type: ignore[misc]
+
+def check_pushing(args: Any) -> None:
+    """Refuse pushes to the Hub while training goes on: the Trainer uploads an output folder that it never signs.
+
+    Args:
+        args: transformers' TrainingArguments.
+
+    Raises:
+        ValueError: `push_to_hub` with another `hub_strategy` than "end".
+    """
+    if args.push_to_hub and args.hub_strategy != HubStrategy.END:
+        raise ValueError(
+            f"push_to_hub=True with hub_strategy={str(args.hub_strategy.value)!r} uploads a folder at each checkpoint "
+            "whose manifest is not the one of its files, and without the model's code; set hub_strategy='end', which "
+            "pushes the whole folder when training is over, or push a checkpoint with `segcompass push`."
+        )
 
 
 def whole_checkpoint(asked: str | bool | None, output_dir: str | Path | None) -> str | None:
@@ -162,7 +170,7 @@ def whole_checkpoint(asked: str | bool | None, output_dir: str | Path | None) ->
         The checkpoint's path; None to train from the start.
 
     Raises:
-        ValueError: there is no such checkpoint, or it is not whole.
+        ValueError: there is no such checkpoint, it is not whole, or it holds weights alone.
     """
     if not asked:
         return None
@@ -170,12 +178,22 @@ def whole_checkpoint(asked: str | bool | None, output_dir: str | Path | None) ->
         newest = last_checkpoint(output_dir or "")
         if newest is None:
             raise ValueError(f"{output_dir} holds no whole checkpoint to resume from; train without.")
-        return newest
+        return _with_optimizer(newest)
     fault = fault_of(asked)
     if fault is not None:
         raise ValueError(f"{asked} is no whole checkpoint: {fault}. Resume from another, or train without.")
     check(asked)
-    return str(asked)
+    return _with_optimizer(str(asked))
+
+
+def _with_optimizer(checkpoint):
+    """The checkpoint; raises ValueError when it has no state of an optimizer, which transformers then starts anew."""
+    if not any(any(Path(checkpoint).glob(pattern)) for pattern in ("optimizer*", "*-optimizer*", "global_step*")):
+        raise ValueError(
+            f"{checkpoint} holds weights alone (save_only_model=True), and a resumed training would go on with a new "
+            "optimizer and schedule; load its weights with from_pretrained, and train into another folder."
+        )
+    return checkpoint
 
 
 def _put(written: Path, place: Path) -> None:

@@ -19,6 +19,7 @@ from trl import GRPOTrainer
 from segcompass.loaders.identity import check_sample_ids
 from segcompass.loaders.masks import has_pixels
 from segcompass.loaders.reasoning_segmentation.run_lengths import checked_rle
+from segcompass.modeling_segcompass.image_encoder import check_frame
 from segcompass.modeling_segcompass.processing_segcompass import REF_TOKEN
 
 from .optimization import segmentation_modules
@@ -180,7 +181,7 @@ def check_kinds(model: Any, processor: Any) -> None:
 
     Raises:
         TypeError: one of them is of another kind.
-        ValueError: they disagree on the number of slots.
+        ValueError: they disagree on the number of slots, or on where an image lies in the image encoder's input.
     """
     config = getattr(model, "config", None)
     if getattr(config, "model_type", None) != "segcompass":
@@ -192,6 +193,7 @@ def check_kinds(model: Any, processor: Any) -> None:
     if not isinstance(processor, ProcessorMixin) or not hasattr(processor, "num_slots"):
         raise TypeError(f"processing_class is {type(processor).__name__}; pass the model's SegCompassProcessor.")
     check_slots(config, processor)
+    check_frame(config, processor.encoder_image_processor)
 
 
 def check_slots(config: Any, processor: Any) -> None:
@@ -331,6 +333,28 @@ def check_reward_weights(rewards: Sequence[RewardFunction], weights: Sequence[fl
             f"reward_weights is {list(weights)}, but the rewards are {', '.join(map(reward_name, rewards))}; give one "
             "weight for each, in that order."
         )
+
+
+def check_loss(parts: Mapping[str, Any]) -> None:
+    """Refuse to learn from NaN or infinity: one step would spread it over all weights, and the log would not show it.
+
+    Under fp16 a gradient that overflows is no fault, the gradient scaler leaves that step out; the loss is not scaled.
+
+    Args:
+        parts: the loss and what it is made of, tensors of one number, by name.
+
+    Raises:
+        ValueError: naming the parts that are not finite.
+    """
+    values = {name: value.detach().float() for name, value in parts.items()}
+    finite = torch.stack(list(values.values())).isfinite()
+    if finite.all():
+        return
+    wrong = ", ".join(f"{name}={value.item()}" for name, value in values.items() if not value.isfinite())
+    raise ValueError(
+        f"the loss is not finite ({wrong}), and a step on it would spoil every weight; nothing was learned from it. "
+        "Lower the learning rate, clip gradients (max_grad_norm), or train in float32 or bfloat16, not float16."
+    )
 
 
 def check_rollout_policy(batch: Mapping[str, Any]) -> None:

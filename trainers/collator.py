@@ -68,6 +68,7 @@ class SegCompassCollator:
                 )
             try:
                 check_reasoning(row["reasoning"])
+                self.processor.check_response(row["reasoning"])
             except ValueError as error:
                 raise ValueError(f"row {row.get('sample_id')!r}: {error}") from error
             if self.mask_side is not None:
@@ -86,7 +87,7 @@ class SegCompassCollator:
         if self.image_features is not None:
             batch.update(self.image_features.inputs(images))
         batch["mask_targets"] = [
-            mask_targets(row["masks"], row["height"], row["width"], self.processor.frame.side, self.mask_side)
+            mask_targets(row["masks"], row["height"], row["width"], self.processor.frame, self.mask_side)
             for row in rows
         ]
         return batch
@@ -135,8 +136,9 @@ class ImageTextCollator:
                 row = self.read(row)
                 image = open_image(row["image"])
                 prompt = self.processor.prompt_text(row["text"])
+                self.processor.check_response(f"{row['response'] or ''} {row['reasoning'] or ''}")
             except (ValueError, OSError) as error:
-                reason = "image does not open" if isinstance(error, OSError) else "no image or text"
+                reason = "image does not open" if isinstance(error, OSError) else "no image or usable text"
                 skipped[reason] += 1
                 logger.warning("a sample is skipped, %s: %s", reason, error)
                 continue

@@ -8,6 +8,7 @@ from trl.import_utils import is_vllm_available
 
 from segcompass.modeling_segcompass.generation_options import refuse_not_followed
 
+from .checkpoints import check_pushing
 from .losses import LossWeights
 from .optimization import FINAL_DIV_FACTOR, RateMultipliers, rate_multiplier
 from .options import GRPO_OPTIONS, OPTIONS, refuse_generation_options, refuse_options
@@ -126,6 +127,7 @@ class SegCompassGRPOConfig(LossWeights, RateMultipliers, GRPOConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        check_pushing(self)
         for name, choices in (("training_mode", TrainingMode), ("reward_mask_source", RewardMaskSource)):
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {get_args(choices)}.")

@@ -48,6 +48,7 @@ from .checks import (
     check_arguments,
     check_before_training,
     check_kinds,
+    check_loss,
     check_precision,
     check_prompt_lengths,
     check_rollout_policy,
@@ -349,7 +350,9 @@ class SegCompassGRPOTrainer(WholeCheckpoints, GRPOTrainer):
     def _compute_loss(self, model, inputs):
         self._response_lengths = inputs.get("response_lengths")
         if self.args.training_mode == "rl":
-            return super()._compute_loss(TrimmedForward(model), inputs)
+            grpo_loss = super()._compute_loss(TrimmedForward(model), inputs)
+            check_loss({"grpo_loss": grpo_loss})
+            return grpo_loss
         rows = self._supervised_rows(inputs["mask_scores"])
         forward = JointForward(model, inputs, rows=rows)
         grpo_loss = super()._compute_loss(forward, inputs)
@@ -359,6 +362,7 @@ class SegCompassGRPOTrainer(WholeCheckpoints, GRPOTrainer):
         frame, side = self.core.config.frame, output.pred_masks.shape[-1]
         extent = frame.valid_extent(inputs["reshaped_input_sizes"][rows], side)  # (rows, 2)
         segmentation, parts = segmentation_loss(output, targets, extent, self.args)
+        check_loss({"grpo_loss": grpo_loss, "segmentation": segmentation})
         # TRL's loss comes divided by the accumulation steps (loss_is_scaled_for_ga), and Trainer divides no further.
         accumulation = self.current_gradient_accumulation_steps if self.mode == "train" else 1
         logged = {f"{LOG_PREFIX}{name}": value for name, value in parts.items()}

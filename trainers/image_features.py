@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from segcompass.modeling_segcompass.image_encoder import Frame
+from segcompass.modeling_segcompass.image_encoder import Frame, encoder_of
 
 META = "cache.json"
 FORMAT = 1
@@ -47,7 +47,9 @@ def encoder_id(image_encoder: Any, encoder_image_processor: Any) -> str:
         digest.update(value.detach().float().cpu().contiguous().numpy())
     config = image_encoder.config
     kind = config.model_type.removesuffix("_vision_model")
-    return f"{kind}-{config.num_hidden_layers}x{config.hidden_size}-{config.image_size}px-{digest.hexdigest()[:16]}"
+    layers, width = getattr(config, "num_hidden_layers", None), getattr(config, "hidden_size", None)
+    shape = f"{layers}x{width}-" if layers and width else ""  # not every kind has one depth and one width
+    return f"{kind}-{shape}{encoder_of(config).side(config)}px-{digest.hexdigest()[:16]}"
 
 
 def _write_whole(path: Path, text: str) -> None:
@@ -81,7 +83,7 @@ class ImageFeatureWriter:
     Args:
         folder: made if absent; resumes a folder written by the same encoder.
         encoder: `encoder_id(...)`.
-        image_size: side of the encoder's frame in pixels.
+        frame: where an image lies in the encoder's input.
         shard_size: images per shard; a killed run loses at most so many.
 
     Raises:
@@ -89,18 +91,19 @@ class ImageFeatureWriter:
 
     Example:
         >>> encoder = encoder_id(model.image_encoder, processor.encoder_image_processor)
-        >>> writer = ImageFeatureWriter("runs/features", encoder, model.config.frame.side)
+        >>> writer = ImageFeatureWriter("runs/features", encoder, model.config.frame)
         >>> writer.add(image_key(image), model.get_image_embeddings(pixels)[0])
         >>> writer.close()
     """
 
-    def __init__(self, folder: str | Path, encoder: str, image_size: int, shard_size: int = 256):
+    def __init__(self, folder: str | Path, encoder: str, frame: Frame, shard_size: int = 256):
         self.folder, self.shard_size = Path(folder), shard_size
         self.folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / META).exists():
             _read_meta(self.folder, encoder)
         else:
-            meta = {"format": FORMAT, "encoder": encoder, "image_size": image_size, "dtype": "float16"}
+            placing = {"image_size": frame.side, "stretched": frame.stretched}
+            meta = {"format": FORMAT, "encoder": encoder, **placing, "dtype": "float16"}
             _write_whole(self.folder / META, json.dumps(meta, indent=2) + "\n")
         for unfinished in self.folder.glob("*.part"):
             unfinished.unlink()
@@ -176,7 +179,8 @@ class ImageFeatures:
                 f"{self.folder} is no image feature cache (it has no {META}); make one with "
                 "`segcompass precompute-features`."
             )
-        self.image_size = _read_meta(self.folder, encoder)["image_size"]
+        meta = _read_meta(self.folder, encoder)
+        self.frame = Frame(meta["image_size"], meta.get("stretched", False))  # caches of before knew padding only
         self._place_of: dict[str, tuple[str, int, int]] = {}
         self._shards: dict[str, np.ndarray] = {}
         for path in sorted(self.folder.glob("shard-*.json")):
@@ -232,12 +236,11 @@ class ImageFeatures:
         Returns:
             image_embeddings float16 (B, d_k, h, w); original_sizes and reshaped_input_sizes long (B, 2), (H, W).
         """
-        frame = Frame(self.image_size)
         sizes = [(image.height, image.width) for image in images]
         return {
             "image_embeddings": torch.stack([self[image] for image in images]),  # (B, d_k, h, w)
             "original_sizes": torch.tensor(sizes),  # (B, 2)
-            "reshaped_input_sizes": torch.tensor([frame.reshaped_size(*size) for size in sizes]),
+            "reshaped_input_sizes": torch.tensor([self.frame.reshaped_size(*size) for size in sizes]),
         }
 
 

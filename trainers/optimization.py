@@ -4,6 +4,7 @@ One AdamW gives each component its own rate; one cycle without warm-up lowers th
 all is decided in policy.py, or, with PEFT, by the adapters, which checks.py looks at.
 """
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -125,11 +126,27 @@ def component_optimizer(trainer: Any, model: nn.Module | None = None) -> torch.o
 
     Returns:
         The optimizer that the arguments name, over `parameter_groups`.
+
+    Raises:
+        ValueError: that optimizer makes groups of its own (GaLore, Apollo, LOMO and their like), or does not read
+            `optim_args`.
     """
     model, args = trainer.model if model is None else model, trainer.args
     decayed = set(trainer.get_decay_parameter_names(model)) - partly_frozen(model)
     groups = parameter_groups(model, args.learning_rate, args.weight_decay, decayed, args.rate_multipliers())
     optimizer_class, settings = trainer.get_optimizer_cls_and_kwargs(args, model)
+    if settings.keys() & {"params", "model", "optimizer_dict"}:
+        raise ValueError(
+            f"optim={args.optim!s} makes parameter groups of its own, without the components' learning rates; "
+            "set optim='adamw_torch', or another that takes groups."
+        )
+    without = copy.copy(args)
+    without.optim_args = None
+    if args.optim_args and trainer.get_optimizer_cls_and_kwargs(without, model)[1] == settings:
+        raise ValueError(
+            f"optim_args={args.optim_args!r} changes nothing of optim={args.optim!s}, which reads fields of its own "
+            "(adam_beta1, adam_beta2, adam_epsilon); leave it out."
+        )
     return optimizer_class(groups, **settings)
 
 

@@ -1,7 +1,8 @@
 """Options of transformers' and TRL's configs that the trainers cannot honour: refused by name before the first step.
 
 What is not listed works as transformers and TRL document it; `python -m pytest tests/trainers/test_trl_options.py
---all-options` tries it. Silence is neither, so an option that would be dropped without a word belongs here.
+--all-options` tries it. Silence is neither, so an option that would be dropped without a word belongs here. A test
+(`tests/trainers/test_every_option.py`) says of each field of both configs where it belongs, and notices new ones.
 """
 
 from collections.abc import Mapping
@@ -13,6 +14,10 @@ OPTIONS = {
     "use_liger_kernel": "its fused loss passes over the forward that makes the masks",
     "torch_compile": "shapes change with every batch, and compiling did not end within minutes",
     "auto_find_batch_size": "it repeats a step with other batches after the first ran out of memory",
+    "bf16_full_eval": "it would leave the weights that are trained rounded; with bf16=True evaluation runs in bf16 too",
+    "fp16_full_eval": "it would leave the weights that are trained rounded; with fp16=True evaluation runs in fp16 too",
+    "optim_target_modules": "it is for optimizers with parameter groups of their own, not the components' rates",
+    "label_names": "the loss reads the labels that the trainer makes, under their own names",
 }
 """{option: why} of both trainers; each is off by default."""
 
@@ -22,8 +27,15 @@ GRPO_OPTIONS = {
     "model_init_kwargs": "the model is passed loaded; give these to SegCompassModel.from_pretrained",
     "router_aux_loss_coef": "the supported MLLMs have no experts to balance",
     "use_transformers_continuous_batching": "it leaves no hidden states to decode masks from",
+    "chat_template_kwargs": "prompts would differ from those the model is used with; set them in the chat template",
+    "data_seed": "TRL shuffles rows by seed",
+    "train_sampling_strategy": "TRL repeats each prompt for its group; shuffle_dataset says in which order",
+    "enable_jit_checkpoint": "it saves in the middle of a step, and rollouts are resumed at whole steps",
 }
 """{option: why} of joint training."""
+
+NEUTRAL: dict[str, tuple] = {"data_seed": (None,), "train_sampling_strategy": ("random",)}
+"""{option: values that change nothing}, where these are other than False, 0, None and empty."""
 
 TRAINER_OPTIONS = {
     "quantization_config": "the model is passed loaded; give it to SegCompassModel.from_pretrained",
@@ -52,9 +64,10 @@ def refuse_options(args: Any, options: Mapping[str, str]) -> None:
     """
     for name, reason in options.items():
         value = getattr(args, name, None)
-        if value:
-            neutral = False if value is True else 0.0 if isinstance(value, float) else None
-            raise ValueError(f"{name}={value!r} is not supported: {reason}. Set {name}={neutral}.")
+        harmless = NEUTRAL.get(name, ())
+        if value not in harmless if harmless else value:
+            neutral = harmless[0] if harmless else False if value is True else 0.0 if isinstance(value, float) else None
+            raise ValueError(f"{name}={value!r} is not supported: {reason}. Set {name}={neutral!r}.")
 
 
 def refuse_generation_options(kwargs: Mapping[str, Any] | None) -> None:

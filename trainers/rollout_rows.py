@@ -88,7 +88,7 @@ def segmentation_batch(trainer: "SegCompassGRPOTrainer", rows: Sequence[Row]) ->
         (G_i, s, s); all on the device.
     """
     config = trainer.core.config
-    frame, side = config.frame.side, 4 * config.key_grid
+    frame, side = config.frame, 4 * config.key_grid
     images = {id(row["image"]): row["image"] for row in rows}
     embedded = dict(zip(images, embed_images(trainer, list(images.values())), strict=True))
     targets: dict[tuple, Tensor] = {}

@@ -9,7 +9,7 @@ import torch
 
 from segcompass.modeling_segcompass.modeling_sparse_autoencoder import SparseAutoencoder
 
-from .activations import SPECIAL, TOKEN_TYPES, Batch, split_batch
+from .activations import SPECIAL, TOKEN_TYPES, Batch, keep_finite, split_batch
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
@@ -35,7 +35,7 @@ def evaluate_sae(sae: SparseAutoencoder, activations: Iterable[Batch], reduce: R
         tokens, which no SAE here is trained on, count only there.
 
     Raises:
-        ValueError: `activations` is empty, or of another width than the autoencoder's.
+        ValueError: `activations` is empty, of another width than the autoencoder's, or not finite.
     """
     groups_there_are = 1 + len(TOKEN_TYPES)
     # In the shape of any batch's sums, so that a process whose share is empty takes part.
@@ -43,8 +43,9 @@ def evaluate_sae(sae: SparseAutoencoder, activations: Iterable[Batch], reduce: R
     sums = moments(none, none, none.sum(1), none.new_zeros(0, groups_there_are))
     fired = none.new_zeros(groups_there_are, sae.config.d_sae)
     typed = False
-    for batch in activations:
+    for number, batch in enumerate(activations):
         z, types = split_batch(batch)
+        keep_finite(z, f"batch {number} of the hidden states", "stop")
         z = z.to(sae.device)
         h = sae.encode(z)  # (N, d_sae)
         groups = token_groups(types, z, torch.float64)  # (N, 1 + len(TOKEN_TYPES)), or (N, 1) without types

@@ -24,7 +24,8 @@ from transformers.trainer_utils import TrainOutput
 from segcompass.modeling_segcompass.modeling_sparse_autoencoder import SparseAutoencoder
 
 from .activations import TOKEN_TYPES, keep_finite, split_batch, take_tokens
-from .checkpoints import WholeCheckpoints, whole_checkpoint
+from .checkpoints import WholeCheckpoints, check_pushing, whole_checkpoint
+from .checks import check_loss, check_precision
 from .sae_frame import Frame, put_back, tensors_in_frame
 from .sae_quality import (
     add_moments,
@@ -91,6 +92,10 @@ class SparseAutoencoderTrainerConfig(TrainingArguments):
     strength_tokens: int = field(
         default=262_144, metadata={"help": "Tokens over which `mean_active_activation` is measured after training."}
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_pushing(self)
 
 
 class _Endless(IterableDataset):
@@ -163,6 +168,7 @@ class SparseAutoencoderTrainer(WholeCheckpoints, Trainer):
         eval_dataset: IterableDataset | None = None,
         **kwargs,
     ):
+        check_precision(model)
         if train_dataset is not None:
             train_dataset = _Endless(train_dataset, model.config.d_in, args.on_nonfinite)
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
@@ -225,10 +231,11 @@ class SparseAutoencoderTrainer(WholeCheckpoints, Trainer):
         outputs = model(hidden_states=z, output_feature_acts=return_outputs)
         warmup = self.args.l1_warmup * self.state.max_steps
         grown = min(1.0, (self.state.global_step + 1) / max(warmup, 1))
-        loss = outputs.mse
+        loss = outputs.misfit
         if self.model.activation.coefficient is not None:
             loss = loss + getattr(self.args, self.model.activation.coefficient) * grown * outputs.penalty
         self._follow(z, inputs.get("token_types"), outputs)
+        check_loss({"mse": outputs.mse, "loss": loss})
         loss = loss / self.model.config.d_in  # the variance: the loss is the unexplained share plus the penalty
         return (loss, outputs) if return_outputs else loss
 

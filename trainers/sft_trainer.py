@@ -15,8 +15,8 @@ from segcompass.loaders.rows import leave_images_encoded
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
 
 from .alignment import AlignmentTargets, WordKind, alignment_loss, any_word
-from .checkpoints import WholeCheckpoints
-from .checks import check_arguments, check_dataset, check_kinds
+from .checkpoints import WholeCheckpoints, check_pushing
+from .checks import check_arguments, check_dataset, check_kinds, check_loss, check_precision
 from .collator import SegCompassCollator
 from .image_features import open_image_features
 from .losses import LOG_PREFIX, LossWeights, erasure_loss, segmentation_loss
@@ -82,6 +82,7 @@ class SegCompassSFTConfig(LossWeights, RateMultipliers, TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        check_pushing(self)
         refuse_options(self, OPTIONS)
 
 
@@ -97,8 +98,8 @@ class SegCompassSFTTrainer(WholeCheckpoints, Trainer):
 
     Raises:
         TypeError: model, args, processing_class or train_dataset is of another kind.
-        ValueError: processor and model disagree, image features of an encoder that is to be trained, or an alignment
-            term with nothing to learn from it.
+        ValueError: processor and model disagree, image features of an encoder that is to be trained, an alignment term
+            with nothing to learn from it, or trainable weights of half precision.
 
     Example:
         >>> args = SegCompassSFTConfig("runs/sft", max_steps=100)
@@ -119,6 +120,7 @@ class SegCompassSFTTrainer(WholeCheckpoints, Trainer):
     ):
         check_arguments(args, SegCompassSFTConfig)
         check_kinds(model, processing_class)
+        processing_class.check_fits(model.config)
         check_dataset(kwargs.get("train_dataset"))
         model.config.token_dropout = args.token_dropout
         freeze(
@@ -148,6 +150,7 @@ class SegCompassSFTTrainer(WholeCheckpoints, Trainer):
         collator = SegCompassCollator(processing_class, mask_side, features, alignment)
         for name in ("train_dataset", "eval_dataset"):
             kwargs[name] = leave_images_encoded(kwargs.get(name))
+        check_precision(model)
         super().__init__(model=model, args=args, processing_class=processing_class, data_collator=collator, **kwargs)
         self.model_accepts_loss_kwargs = False
         self._parts: dict[str, list[Tensor]] = {}
@@ -190,6 +193,7 @@ class SegCompassSFTTrainer(WholeCheckpoints, Trainer):
             loss = loss + self.args.lambda_align * aligned["alignment"]
         parts = {f"{LOG_PREFIX}{name}": value for name, value in parts.items()}
         logged = {"language": outputs.loss, **aligned, **parts}
+        check_loss({"loss": loss, "language": outputs.loss, **aligned})
         for name, value in logged.items() if model.training else ():  # the log of a step holds no evaluation
             self._parts.setdefault(name, []).append(value.detach().float())
         return (loss, outputs) if return_outputs else loss

@@ -1,4 +1,4 @@
-"""Ground-truth masks as the model sees them: soft coverage of a square grid laid over the image encoder's padded frame.
+"""Ground-truth masks as the model sees them: soft coverage of a square grid laid over the image encoder's frame.
 
 Knows nothing about models or trainers; rows carry masks as COCO RLE, and a collator or a rollout turns them into
 targets here. No mask is ever resampled twice: coverage is computed from the original pixels.
@@ -12,17 +12,17 @@ from segcompass.loaders.reasoning_segmentation.run_lengths import checked_rle
 from segcompass.modeling_segcompass.image_encoder import Frame
 
 
-def mask_targets(masks: list[dict], height: int, width: int, image_size: int, grid_size: int) -> torch.Tensor:
-    """Coverage of each cell of the image encoder's padded square frame by each mask.
+def mask_targets(masks: list[dict], height: int, width: int, frame: Frame, grid_size: int) -> torch.Tensor:
+    """Coverage of each cell of the image encoder's square frame by each mask.
 
-    The frame is the image scaled so that its longest side is `image_size`, padded at the right and the bottom. A
-    cell's value is the exact fraction of it the mask covers, so area is conserved and the padding is 0.
+    A cell's value is the exact fraction of it the mask covers, so area is conserved (as the frame scales it) and the
+    padding is 0.
 
     Args:
         masks: G compressed RLE dicts `{"size": [height, width], "counts": str or bytes}`, one per instance.
         height: of the image (and of every mask) in pixels.
         width: of the image (and of every mask) in pixels.
-        image_size: side S of the encoder's frame in pixels.
+        frame: where the image lies in the encoder's input.
         grid_size: side s of the grid, `4 * config.key_grid` for the model's `pred_masks`.
 
     Returns:
@@ -32,8 +32,8 @@ def mask_targets(masks: list[dict], height: int, width: int, image_size: int, gr
         ValueError: a mask's size is not `[height, width]`, or its counts are damaged.
     """
     targets = torch.zeros(len(masks), grid_size, grid_size)
-    frame_height, frame_width = Frame(image_size).reshaped_size(height, width)
-    cell = image_size / grid_size
+    frame_height, frame_width = frame.reshaped_size(height, width)
+    cell = frame.side / grid_size
     cell_height, cell_width = cell * height / frame_height, cell * width / frame_width  # in source pixels
     for index, mask in enumerate(masks):
         if list(mask["size"]) != [height, width]:

@@ -7,6 +7,7 @@ and `summarise` are plain functions that need no metric object. Another protocol
 """
 
 import functools
+import inspect
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -45,6 +46,7 @@ PROTOCOLS = {
     "segcompass_released": Protocol(unit="ref", ignore="background", matched=True),
 }
 PRECISION_THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
+_MORE = ("ignore", "sample_ids", "sample_id", "no_target")  # what a sample may have beside its two masks
 RELEASED_SLOTS = 4  # the released code leaves out samples with more instances than its model has slots
 
 _DESCRIPTION = """
@@ -64,7 +66,8 @@ _CITATION = """
 _INPUTS = """
 Args:
     predictions: one mask per sample: a COCO RLE dict {"size": [h, w], "counts": str or list}, a list of them (their
-        union is the mask, [] is an empty one), a 2-D bool or integer array, or a PIL image (not 0 = inside).
+        union is the mask, [] is an empty one), a 2-D bool or integer array, or a PIL image in black and white (0
+        outside, one other value inside).
     references: as predictions. The `masks` column of a data set will do.
     ignore: None, or one per sample: None, or a mask in any of these forms (the protocol says what its pixels do).
     sample_ids: None, or one str per sample. A repeated id is an error, except for the copies that a distributed sampler
@@ -127,6 +130,8 @@ def measure(prediction: Any, reference: Any, ignore: Any = None, no_target: bool
         shown = ", ".join(f"{name} {size}" for name, size in sizes.items())
         raise ValueError(f"masks of one sample differ in size (height, width): {shown}. Resize to the original image.")
     (_, prediction), (_, reference), (_, ignore) = masks.values()
+    if not (no_target is None or isinstance(no_target, (bool, np.bool_))):
+        raise ValueError(f"no_target is {no_target!r}; it must be True, False or None.")
     no_target = None if no_target is None else bool(no_target)
     if all(isinstance(mask, np.ndarray) or not mask for mask in (prediction, reference, ignore)):
         areas = Areas(*_array_areas(prediction, reference, ignore))
@@ -152,6 +157,8 @@ def _form(mask) -> tuple[tuple[int, int] | None, np.ndarray | list[dict]]:
             raise ValueError(f"the masks of one list differ in size (height, width): {sorted(sizes)}.")
         # A mask without a pixel is no instance.
         return next(iter(sizes), None), [rle for rle in rles if coco_mask.area(rle)]
+    if hasattr(mask, "getexif") and hasattr(mask, "mode"):
+        _check_picture(mask)
     array = np.asarray(mask)
     if array.dtype.kind not in "bui":
         holds = " with NaN" if array.dtype.kind == "f" and np.isnan(array).any() else ""
@@ -162,13 +169,29 @@ def _form(mask) -> tuple[tuple[int, int] | None, np.ndarray | list[dict]]:
     if array.ndim != 2:
         raise ValueError(f"a mask must be 2-D (height, width), got shape {array.shape}; merge instances first.")
     if array.dtype.kind != "b":
-        if array.size and (array.min() < 0 or ((array == 1).any() and (array == 255).any())):
+        inside = array != 0
+        values = array[inside]
+        if values.size and (values.min() != values.max() or values.min() < 0):
+            found = np.unique(values)
+            shown = ", ".join(map(str, found[:4].tolist())) + (", ..." if len(found) > 4 else "")
             raise ValueError(
-                "an integer mask holds negative values, or both 1 and 255: those usually mark ignored pixels. Pass "
-                "these as ignore=, and the mask as bool."
+                f"an integer mask must be 0 outside and one other value inside; this one holds {shown} beside 0. "
+                "Threshold it, choose one label (array == label), or, where 255 marks ignored pixels, pass these as "
+                "ignore= and the mask as bool."
             )
-        array = array != 0
+        array = inside
     return array.shape, array
+
+
+def _check_picture(mask: Any) -> None:
+    """Refuse a PIL image whose numbers do not say what is inside. Raises ValueError."""
+    if mask.mode not in ("1", "L") and not mask.mode.startswith("I"):
+        raise ValueError(
+            f"a mask is a PIL image of mode {mask.mode!r}, whose numbers are no black and white; convert it to 'L' or "
+            "'1', and look at what became of it."
+        )
+    if mask.getexif().get(0x0112, 1) != 1:
+        raise ValueError("a mask is a PIL image that its EXIF orientation turns; give ImageOps.exif_transpose(mask).")
 
 
 def _rle(rle: dict) -> dict:
@@ -277,7 +300,8 @@ def sample_counts(
         under "segcompass_released" also "pairs" ([I, U] each) and "instances".
 
     Raises:
-        ValueError: the masks differ in size, one is not 2-D, mixes 1 and 255, or the protocol is unknown.
+        ValueError: the masks differ in size, one is not 2-D or holds several values beside 0, an answer that is no
+            bool, or the protocol is unknown.
         TypeError: a mask in none of these forms; floating-point masks are not.
 
     Example:
@@ -373,9 +397,6 @@ def _rules(protocol: str) -> Protocol:
 class ReasoningSegmentation(evaluate.Metric):
     """The metric object. Masks are checked and measured when they are added; ids are checked at the end.
 
-    `evaluate.combine` passes predictions and references on when samples are added, and drops all else without a word;
-    where ignored pixels or ids count, hand them all to `compute`, or add to this object itself.
-
     Example:
         metric = evaluate.load(segcompass.METRIC)
         metric.add_batch(predictions=masks, references=rows["masks"], ignore=rows["ignore"])
@@ -405,6 +426,15 @@ class ReasoningSegmentation(evaluate.Metric):
             ),
             reference_urls=["https://github.com/henghuiding/ReLA"],
         )
+
+    def _feature_names(self) -> list[str]:
+        # `evaluate.combine` hands each metric what this returns, and drops all else that was added without a word;
+        # there, the names of ours that were added belong to it too.
+        names = super()._feature_names()
+        caller = inspect.currentframe().f_back
+        if isinstance(caller.f_locals.get("self"), evaluate.CombinedEvaluations):
+            names += [name for name in caller.f_locals["kwargs"] if name in _MORE]
+        return names
 
     def add_batch(
         self,

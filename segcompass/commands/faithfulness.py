@@ -90,9 +90,10 @@ def report(metrics: dict[str, Any]) -> None:
 
     top = metrics["top"]
     print(f"\n{metrics['scenes']} scenes; queries built from  gIoU    cIoU    N-acc   T-acc")
+    names = SOURCE_NAMES if len(metrics["ablation"]) > 1 else {"both": "none: grounded"}
     for source, scores in metrics["ablation"].items():
         values = "  ".join("  –   " if score is None else f"{score:.4f}" for score in scores.values())
-        print(f"  {SOURCE_NAMES[source]:<32}{values}")
+        print(f"  {names[source]:<32}{values}")
     print(f"\n{metrics['masks']} right masks in {metrics['scenes_with_masks']} scenes")
     if not metrics["masks"]:
         return

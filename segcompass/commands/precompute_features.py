@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = load_rows(args.dataset, args.split, args.seed, args.num_samples)
     model, processor = load(args.model)
     encoder = encoder_id(model.image_encoder, processor.encoder_image_processor)
-    writer = ImageFeatureWriter(args.output, encoder, model.config.frame.side, args.shard_size)
+    writer = ImageFeatureWriter(args.output, encoder, model.config.frame, args.shard_size)
     found = len(writer.known)
     batch: dict[str, Any] = {}  # key -> image
 

@@ -102,6 +102,7 @@ def push_model_with_card(args: argparse.Namespace, where: dict) -> "CommitInfo":
     from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
     from segcompass.modeling_segcompass.images import read_image
 
+    check_evaluation(args)
     metrics = _read(args.evaluation)
     measured = (args.evaluation_name, args.evaluation_data, args.evaluation_split, args.evaluation_command)
     card = {
@@ -121,6 +122,26 @@ def push_model_with_card(args: argparse.Namespace, where: dict) -> "CommitInfo":
         **card,
         **where,
     )
+
+
+def check_evaluation(args: argparse.Namespace) -> None:
+    """Refuse metrics of another model, or of another split than the card would name. Raises ValueError."""
+    from segcompass.journal import weights_of
+
+    note = Path(args.evaluation or "").with_name("run.json") if args.evaluation else None
+    if note is None or not note.exists():
+        return
+    run = json.loads(note.read_text(encoding="utf-8"))
+    if run.get("weights") is not None and run["weights"] != weights_of(args.source):
+        raise ValueError(
+            f"{args.evaluation} was measured on the model {run.get('model')!r} as it was then, and {args.source} holds "
+            "other files; evaluate what you push."
+        )
+    if run.get("split") not in (None, args.evaluation_split):
+        raise ValueError(
+            f"{args.evaluation} was measured on split {run['split']!r}, the card would say {args.evaluation_split!r}; "
+            f"give --evaluation-split {run['split']}."
+        )
 
 
 def _read(path: str | None) -> dict | None:

@@ -9,7 +9,7 @@ A recipe is a YAML file, or a name that `segcompass recipes` lists; options repl
 resume an interrupted run from its last checkpoint.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -36,10 +36,33 @@ class GRPOArguments:
     num_samples: int = field(default=10_000, metadata={"help": "use only the first N rows"})
 
 
+LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora")
+FOLLOWED = ("attn_implementation", "use_peft", *LORA, "load_in_8bit", "load_in_4bit")
+FOLLOWED += ("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage")
+"""Options of TRL's ModelConfig that this command follows."""
+
+
+def check_model_options(given: ModelConfig) -> None:
+    """Refuse options of TRL's ModelConfig that would change nothing here. Raises ValueError."""
+    usual = ModelConfig()
+    for option in fields(ModelConfig):
+        name, value = option.name, getattr(given, option.name)
+        if value == getattr(usual, name):
+            continue
+        if name not in FOLLOWED:
+            raise ValueError(
+                f"{name}={value!r} is not followed: the model is the SegCompass folder or Hub id of --model, loaded in "
+                "float32, and its adapters are those of segcompass.trainers.policy.lora_config. Leave it out."
+            )
+        if name in LORA and not given.use_peft:
+            raise ValueError(f"{name}={value!r} is given without use_peft, so there are no adapters; add --use-peft.")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the command with these options; None takes the process's own."""
     parser = options.recipe_parser("train grpo", __doc__, (GRPOArguments, SegCompassGRPOConfig, ModelConfig))
     arguments, training, extra = parse_with_recipe(parser, argv)
+    check_model_options(extra)
     quantization = get_quantization_config(extra)
     if quantization is not None and extra.load_in_4bit and training.bf16:
         quantization.bnb_4bit_compute_dtype = torch.bfloat16  # TRL takes the weights' dtype, which is float32 here
@@ -49,6 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     adapters = None
     if extra.use_peft:
         chosen = {"target_modules": extra.lora_target_modules} if extra.lora_target_modules else {}
+        chosen |= {"use_rslora": extra.use_rslora, "use_dora": extra.use_dora}
         adapters = lora_config(
             model, r=extra.lora_r, lora_alpha=extra.lora_alpha, lora_dropout=extra.lora_dropout, **chosen
         )

@@ -2,13 +2,14 @@
 
     segcompass train sae --config mini/sae
     segcompass train sae --config llava-1.5-7b/sae --estimate    # what it will take
+    segcompass train sae --config mini/sae --sweep 8 16 32 64    # quality over sparsity, as a curve
 
 A recipe is a YAML file, or a name that `segcompass recipes` lists; options replace its values. The hidden states are
 streamed from the model while the SAE trains, or gathered once into a folder (--cache-dir). Repeat the command to resume
 an interrupted run: both gathering and training continue where they stopped.
 """
 
-import hashlib
+import copy
 import json
 import logging
 from dataclasses import asdict, dataclass, field
@@ -19,11 +20,13 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from segcompass.loaders.image_text import image_text, load_image_text
+from segcompass.journal import weights_of
+from segcompass.loaders.image_text import has_splits, image_text, image_text_digest, load_image_text
 from segcompass.loading import load_mllm
 from segcompass.modeling_segcompass import SparseAutoencoder, SparseAutoencoderConfig
 from segcompass.modeling_segcompass.sae_origin import origin_of
 from segcompass.recipes import parse_with_recipe
+from segcompass.sae_sweep import swept_field, write_sweep
 from segcompass.trainers import SparseAutoencoderTrainer, SparseAutoencoderTrainerConfig
 from segcompass.trainers.activation_cache import CachedActivations, cache_activations
 from segcompass.trainers.activations import ActivationDataset, take_tokens
@@ -54,8 +57,8 @@ class SAEArguments:
     token_window: int = field(default=3400, metadata={"help": "skip, and count, samples of more tokens than this"})
     d_sae: int | None = field(default=None, metadata={"help": "features; null takes those of the SegCompass model"})
     layer: int | None = field(default=None, metadata={"help": "L: the SAE reads the output of the L-th decoder block"})
-    activation: str | None = field(default=None, metadata={"help": "relu, topk, batchtopk or jumprelu"})
-    k: int | None = field(default=None, metadata={"help": "features that a token keeps (topk, batchtopk)"})
+    activation: str | None = field(default=None, metadata={"help": "relu, topk, batchtopk, matryoshka or jumprelu"})
+    k: int | None = field(default=None, metadata={"help": "features that a token keeps (topk, batchtopk, matryoshka)"})
     samples_per_batch: int = field(default=64, metadata={"help": "samples that the MLLM reads at once"})
     tokens_per_batch: int = field(default=4096, metadata={"help": "tokens in one step of the SAE, per process"})
     buffer_size: int = field(default=32_768, metadata={"help": "tokens that are shuffled together"})
@@ -66,6 +69,13 @@ class SAEArguments:
     )
     cache_gb: float = field(default=100.0, metadata={"help": "stop gathering when the cache has this size"})
     samples_per_shard: int = field(default=128, metadata={"help": "samples in each file of the cache"})
+    sweep: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "train one SAE for each of these values of k (relu, jumprelu: of the penalty's coefficient), in "
+            "folders of their own, and draw quality over L0"
+        },
+    )
     estimate: bool = field(
         default=False, metadata={"help": "only print the tokens, disk, memory and hours that training will take"}
     )
@@ -73,6 +83,10 @@ class SAEArguments:
     text_tokens: int = field(default=100, metadata={"help": "for the estimate: other tokens per sample"})
     tflops: float = field(default=300.0, metadata={"help": "for the estimate: 10^12 operations per second and process"})
     processes: int = field(default=1, metadata={"help": "for the estimate: number of processes"})
+
+    def __post_init__(self):
+        if self.evaluation_split == "null":  # as a command line says it
+            self.evaluation_split = None
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -84,6 +98,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.estimate:
         print_estimate(arguments, training, model_config, sae_config)
         return
+    field = swept_field(sae_config.activation, arguments.sweep, sae_config.d_sae) if arguments.sweep else None
     model, processor = load_mllm(arguments.model, "bfloat16" if training.bf16 else "float32", training.device)
     collate = ImageTextCollator(processor, image_text, arguments.token_window)
     rows, held_out = read_rows(arguments)
@@ -102,13 +117,43 @@ def main(argv: list[str] | None = None) -> None:
             on_nonfinite=training.on_nonfinite,
         )
 
-    train_dataset: CachedActivations | ActivationDataset
+    gathered = None
     if arguments.cache_dir:
-        train_dataset = cached(arguments.cache_dir, arguments, training, model, collate, rows, sae_config)
-    else:
-        train_dataset = stream(rows)
+        gathered = cached(arguments.cache_dir, arguments, training, model, collate, rows, sae_config)
     if training.max_steps <= 0:
         training.max_steps = count_steps(arguments, training, rows, collate)
+    if field is None:
+        train_one(arguments, training, sae_config, gathered or stream(rows), stream(held_out))
+        return
+    qualities = {}
+    for value in arguments.sweep or []:
+        one, of_one = copy.copy(training), copy.deepcopy(sae_config)
+        one.output_dir = str(Path(training.output_dir, f"{field}-{value:g}"))
+        setattr(of_one if field == "k" else one, field, int(value) if field == "k" else value)
+        qualities[value] = train_one(arguments, one, of_one, gathered or stream(rows), stream(held_out))
+    if training.process_index == 0:
+        print("RESULT", json.dumps(write_sweep(qualities, field, Path(training.output_dir))))
+
+
+def train_one(
+    arguments: SAEArguments,
+    training: SparseAutoencoderTrainerConfig,
+    sae_config: SparseAutoencoderConfig,
+    train_dataset: CachedActivations | ActivationDataset,
+    held_out: ActivationDataset,
+) -> dict:
+    """Train an autoencoder, save it, and score it.
+
+    Args:
+        arguments: the command's options.
+        training: the trainer's.
+        sae_config: of the autoencoder.
+        train_dataset: hidden states to train on.
+        held_out: hidden states to score it on.
+
+    Returns:
+        What `evaluate_sae` found, which is also written to `quality.json`.
+    """
     sae = SparseAutoencoder(sae_config)
     trainer = SparseAutoencoderTrainer(sae, training, train_dataset=train_dataset)
     trainer.train(training.resume_from_checkpoint or last_checkpoint(training.output_dir))
@@ -116,10 +161,11 @@ def main(argv: list[str] | None = None) -> None:
     if isinstance(train_dataset, ActivationDataset):
         logger.warning("samples over all passes: %s", dict(train_dataset.report))
     share = -(-arguments.evaluation_tokens // training.world_size)  # each process streams its own rows
-    quality = evaluate_sae(sae, take_tokens(stream(held_out), share), trainer.accelerator.reduce)
+    quality = evaluate_sae(sae, take_tokens(held_out, share), trainer.accelerator.reduce)
     if trainer.is_world_process_zero():
         print(json.dumps(quality, indent=2))
         Path(training.output_dir, "quality.json").write_text(json.dumps(quality, indent=2))
+    return quality
 
 
 def make_sae_config(arguments: SAEArguments, model_config: PreTrainedConfig) -> SparseAutoencoderConfig:
@@ -139,12 +185,18 @@ def make_sae_config(arguments: SAEArguments, model_config: PreTrainedConfig) -> 
 
 
 def read_rows(arguments: SAEArguments) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset]:
-    """Rows to train on and rows to score on."""
+    """Rows to train on and rows to score on. Raises ValueError where these would be the same."""
 
     def rows(split: str, num_samples: int | None) -> Dataset | IterableDataset:
         return load_image_text(arguments.dataset, split, arguments.dataset_seed, num_samples)
 
     if arguments.evaluation_split:
+        if not has_splits(arguments.dataset):
+            raise ValueError(
+                f"evaluation_split is {arguments.evaluation_split!r}, but {arguments.dataset} is not divided into "
+                "splits, and the SAE would be scored on the rows that it was trained on; set evaluation_split to null, "
+                "which holds out the first evaluation_samples rows."
+            )
         return rows(arguments.split, arguments.num_samples), rows(arguments.evaluation_split, arguments.num_samples)
     everything = rows(arguments.split, arguments.num_samples)
     return everything.skip(arguments.evaluation_samples), everything.take(arguments.evaluation_samples)
@@ -175,8 +227,9 @@ def cached(
     """
     names = ("model", "dataset", "split", "evaluation_split", "evaluation_samples", "dataset_seed", "token_window")
     description = {name: getattr(arguments, name) for name in names}
-    if Path(arguments.dataset).is_file():  # a JSONL may change under its name
-        description["content"] = hashlib.sha256(Path(arguments.dataset).read_bytes()).hexdigest()
+    description["weights"] = weights_of(arguments.model)
+    if Path(arguments.dataset).exists():  # a file or a folder, whose rows and images may change under its name
+        description["content"] = image_text_digest(rows)
     report = cache_activations(
         folder,
         model,

@@ -22,6 +22,7 @@ from .faithfulness import FRACTIONS, ORDERS, SlotFaithfulness, slot_faithfulness
 from .intervals import area_under, bootstrap, ratio
 
 SOURCES = ("both", "tokens", "concepts")
+"""What queries are built from; a grounded read-out has no queries and is measured as it is, under "both"."""
 CONFIDENT, RIGHT = 0.5, 0.5
 ABLATED = ("gIoU", "cIoU", "N-acc", "T-acc")
 
@@ -48,14 +49,17 @@ def measure(
         seed: of the random concepts.
 
     Yields:
-        One record per row, of types that JSON knows: `sample_id`; `counts`, the pixel counts under each of `SOURCES`;
+        One record per row, of types that JSON knows: `sample_id`; `counts`, the pixel counts under each of `SOURCES` that the model has;
         `slots`, the fields of SlotFaithfulness of each right mask.
     """
     inputs = processor(images=[row["image"] for row in rows], text=[row["instruction"] for row in rows])
     _, states = model.reason(**inputs.to(model.device))
     sizes = [(row["height"], row["width"]) for row in rows]
     frame, side = model.config.frame, 4 * model.config.key_grid
-    decoded: dict[str, Any] = {source: decode(model, states, source) for source in SOURCES}
+    sources = ("both",) if model.grounded else SOURCES
+    decoded: dict[str, Any] = {
+        source: decode(model, states, source) for source in dict.fromkeys((*sources, query_source))
+    }
     found = {
         source: processor.post_process_instance_segmentation(outputs, CONFIDENT, target_sizes=sizes)
         for source, outputs in decoded.items()
@@ -65,9 +69,9 @@ def measure(
             source: sample_counts(
                 [encode_mask(mask.cpu().numpy()) for mask in found[source][place]["masks"]], row["masks"], row["ignore"]
             )
-            for source in SOURCES
+            for source in sources
         }
-        targets = mask_targets(row["masks"], row["height"], row["width"], frame.side, side) > 0.5  # (G, 4h, 4w)
+        targets = mask_targets(row["masks"], row["height"], row["width"], frame, side) > 0.5  # (G, 4h, 4w)
         targets = targets.to(model.device)
         slots = []
         for slot in found[query_source][place]["slots"].tolist():
@@ -109,7 +113,7 @@ def summarise_records(records: list[dict[str, Any]], top: int, seed: int = 0) ->
         Without a right mask only counts and ablation.
     """
     metrics: dict[str, Any] = {"scenes": len(records), "top": top, "ablation": {}}
-    for source in SOURCES:
+    for source in [source for source in SOURCES if all(source in record["counts"] for record in records)]:
         scores = summarise([record["counts"][source] for record in records])
         metrics["ablation"][source] = {name: scores[name] for name in ABLATED}
     slots = [(record["sample_id"], slot) for record in records for slot in record["slots"]]

@@ -57,7 +57,7 @@ def measure(
         z = states.z[place].float()  # (T, d_π)
         h = sae.encode(z).float() * may_fire[place][:, None]  # (T, d_sae)
         types = outputs.token_types[place]  # (T,)
-        targets = mask_targets(row["masks"], row["height"], row["width"], frame.side, side).to(z.device)  # (G, 4h, 4w)
+        targets = mask_targets(row["masks"], row["height"], row["width"], frame, side).to(z.device)  # (G, 4h, 4w)
         instances = coco_mask.decode(row["masks"]).astype(bool).transpose(2, 0, 1) if row["masks"] else []  # (G, H, W)
         patch_of = patches_of_pixels(outputs.patch_boxes[place].cpu().numpy(), *row["image"].size)
         kinds = kinds_of_tokens(types, may_fire[place], instances, patch_of)

@@ -38,10 +38,24 @@ def test_changed_mask_files_and_images_are_read_again(write, tmp_path):
     assert areas(path) == [600, 600]
     PILImage.fromarray(np.eye(20, 30, dtype=bool)).save(tmp_path / "m.png")
     assert areas(path) == [20, 20]
+    before, stat = load_jsonl(path)[0]["masks"], (tmp_path / "m.png").stat()
+    PILImage.fromarray(np.eye(20, 30, 3, dtype=bool)).save(tmp_path / "m.png")
+    (tmp_path / "m.png").write_bytes((tmp_path / "m.png").read_bytes().ljust(stat.st_size, b"\0"))
+    os.utime(tmp_path / "m.png", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert (tmp_path / "m.png").stat().st_size == stat.st_size, "replaced, with its time and size"
+    assert areas(path) == [20, 20] and load_jsonl(path)[0]["masks"] != before
     path = write({"masks": []})
     assert load_jsonl(path)[0]["width"] == 30
     PILImage.new("RGB", (7, 5)).save(tmp_path / "a.png")
     assert load_jsonl(path)[0]["width"] == 7
+
+
+def test_a_key_that_repeats_is_named_with_its_line(write):
+    path = write({"masks": []})
+    line = '{"image": "a.png", "instruction": "it", "polygons": [[1, 1, 9, 1, 9, 9]], "polygons": [[2, 2, 8, 2, 8, 8]]}'
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(ValueError, match=r"mine\.jsonl, line 2: the key 'polygons' repeats"):
+        load_jsonl(path)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "cp1252"])

@@ -89,7 +89,7 @@ def test_unusable_rows_are_left_out_of_the_batch_and_counted(tmp_path, picture):
     bad = [{"image": str(tmp_path / "no.png"), "text": "a"}, {"image": str(picture)}, {**good, "text": "a" * 500}]
     batch = collate([good, *bad, good], token_window=200)
     skipped = batch.pop("skipped")
-    assert skipped == {"image does not open": 1, "no image or text": 1, "too long": 1}
+    assert skipped == {"image does not open": 1, "no image or usable text": 1, "too long": 1}
     alone = collate([good, good])
     assert batch["input_ids"].tolist() == alone["input_ids"].tolist()
     assert collate(bad[:2]).keys() == {"skipped"}

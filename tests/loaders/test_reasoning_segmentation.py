@@ -192,8 +192,17 @@ def test_errors_name_what_is_wrong(metric):
         intersection_union(None, REFERENCE)
     with pytest.raises(ValueError, match="counts for 19 pixels"):
         intersection_union({"size": [4, 5], "counts": [19]}, REFERENCE)
-    with pytest.raises(ValueError, match="both 1 and 255"):
-        intersection_union(np.array([[0, 1, 255]]), np.array([[0, 1, 1]]))
+    for values in ([0, 1, 255], [0, 1, 2], [0, 40, 200], [-1, 0, 0]):  # ignored pixels, labels, soft edges, none
+        with pytest.raises(ValueError, match="0 outside and one other value inside"):
+            intersection_union(np.array([values]), np.array([[0, 1, 1]]))
+    turned = Image.new("L", (3, 1), 255)
+    turned.getexif()[0x0112] = 6
+    for picture, message in ((Image.new("P", (3, 1)), "mode 'P'"), (turned, "EXIF orientation")):
+        with pytest.raises(ValueError, match=message):
+            intersection_union(picture, np.array([[0, 1, 1]]))
+    for answer in ("false", 0, "no"):
+        with pytest.raises(ValueError, match="it must be True, False or None"):
+            sample_counts(PREDICTION, REFERENCE, no_target=answer)
     with pytest.raises(ValueError, match="2-D"):
         intersection_union(PREDICTION[None], REFERENCE)
 
@@ -234,3 +243,29 @@ def test_the_metric_works_within_combine(tmp_path, way):
         metric.add(prediction=full, reference=full)
         metric.add(prediction=half, reference=full)
     assert metric.compute(**given)["gIoU"] == 0.75
+
+
+@pytest.mark.parametrize("way", ["compute", "add_batch", "add"])
+def test_ignored_pixels_ids_and_answers_count_within_combine(tmp_path, way):
+    """`evaluate.combine` hands a metric only the names it asks for; all that was added must arrive, or be refused."""
+    full, half = np.ones((4, 6), bool), np.arange(24).reshape(4, 6) % 2 == 0
+    given = {"predictions": [half, full, full], "references": [full, full, []], "ignore": [~half, None, half]}
+    more = {"sample_ids": ["a", "b", "c"], "no_target": [None, False, True]}
+    alone = evaluate.load(METRIC, cache_dir=str(tmp_path / "alone")).compute(**given, **more)
+    assert (alone["gIoU"], alone["n"]) == (1.0, 3)  # 5/6 without the ignored pixels, 2/3 without the answer
+    metric = evaluate.combine([evaluate.load(METRIC, cache_dir=str(tmp_path / "combined"))])
+
+    def add(ids):
+        if way == "compute":
+            return metric.compute(**given, **more | {"sample_ids": ids})
+        if way == "add_batch":
+            metric.add_batch(**given, **more | {"sample_ids": ids})
+        for number, name in enumerate(ids if way == "add" else ()):
+            of_sample = {key: values[number] for key, values in given.items() if key == "ignore"}
+            pair = {"prediction": given["predictions"][number], "reference": given["references"][number]}
+            metric.add(**pair, **of_sample, sample_id=name, no_target=more["no_target"][number])
+        return metric.compute()
+
+    assert add(["a", "b", "c"]) == alone
+    with pytest.raises(ValueError, match="1 sample ids repeat, the first 'b'"):
+        add(["a", "b", "b"])

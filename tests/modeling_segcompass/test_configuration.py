@@ -52,6 +52,25 @@ def test_sub_configs_may_be_plain_dicts():
     assert config.get_text_config().hidden_size == 64
 
 
+def test_the_saes_part_of_a_whole_models_folder_is_read(tmp_path):
+    mllm, sae = FULL_SIZE["qwen2.5-vl-7b"]
+    SegCompassConfig(mllm_config=mllm, sae_config=sae).save_pretrained(tmp_path)
+    assert SparseAutoencoderConfig.from_pretrained(tmp_path).to_diff_dict() == sae.to_diff_dict()
+    mllm.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds a 'qwen2_5_vl' model, where 'segcompass_sae' is needed"):
+        SparseAutoencoderConfig.from_pretrained(tmp_path)
+
+
+def test_whether_embeddings_are_tied_is_the_mllms_answer(tmp_path):
+    config = SegCompassConfig(mllm_config=LlavaConfig(tie_word_embeddings=True))
+    assert config.tie_word_embeddings is True
+    config.tie_word_embeddings = False
+    assert config.mllm_config.tie_word_embeddings is False
+    config.tie_word_embeddings = True
+    config.save_pretrained(tmp_path)
+    assert SegCompassConfig.from_pretrained(tmp_path).mllm_config.tie_word_embeddings is True
+
+
 def test_sae_of_another_width_is_refused():
     with pytest.raises(ValueError, match=r"width 3584.*4096 wide.*train or load an SAE of this backbone"):
         SegCompassConfig(sae_config=SparseAutoencoderConfig(d_in=3584))

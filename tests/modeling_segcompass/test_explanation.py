@@ -94,6 +94,8 @@ def test_words_are_the_whole_text(explained):
     shorter = model.explain(outputs, slot=0, sample=1, processor=processor)
     assert (outputs.sequences[1] == processor.tokenizer.pad_token_id).any()
     assert not any(processor.tokenizer.pad_token in word.text for word in shorter.words), "padding is no word"
+    numbers = [word.text for word in model.explain(outputs, slot=0, sample=1).words]
+    assert len(numbers) == len(shorter.words) and f"[{processor.tokenizer.pad_token_id}]" not in numbers
 
 
 @torch.no_grad()

@@ -80,6 +80,18 @@ def test_masks_are_those_of_the_sequence_that_was_written(parts, options):
     assert (outputs.pred_logits - expected.pred_logits).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("without_cache", [False, True])
+def test_a_response_cut_right_after_its_last_concentration_token_has_all_its_slots(parts, without_cache):
+    """That token is written and no pass of the generation reads it; its state is read all the same."""
+    length = len(parts[1].tokenizer(RESPONSES[0], add_special_tokens=False).input_ids)
+    inputs, outputs = ask(parts, max_new_tokens=length, use_cache=not without_cache)
+    assert outputs.sequences[0, -1] == parts[1].ref_token_id
+    expected = forced(parts[0], inputs, outputs.sequences)
+    assert outputs.slot_mask.sum(1).tolist() == [3, 2]
+    assert torch.equal(outputs.slot_mask, expected.slot_mask)
+    assert (outputs.pred_masks - expected.pred_masks).abs().max() < 1e-3
+
+
 def test_a_cache_switched_off_in_the_models_own_config_is_followed(parts, own_config):
     own_config.use_cache = False
     inputs, outputs = ask(parts)

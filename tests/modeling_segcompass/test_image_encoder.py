@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import Dinov2Config, Dinov2Model
+from transformers import BertConfig, BertModel, SiglipVisionConfig, SiglipVisionModel
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
 from segcompass.modeling_segcompass import SegCompassConfig, SegCompassModel
@@ -11,7 +11,8 @@ from segcompass.modeling_segcompass.image_encoder import (
     Frame,
     ImageEncoder,
     encoder_of,
-    image_side,
+    frame_of,
+    image_processor_of,
     load_image_encoder,
     without_torchvision,
 )
@@ -25,7 +26,7 @@ SIZES = [(32, 32), (38, 61), (61, 37), (11, 13), (200, 150), (1, 64), (333, 500)
 def test_image_lies_in_the_frame_where_the_image_processor_puts_it(size):
     images = SamImageProcessorPil(size={"longest_edge": 32}, pad_size={"height": 32, "width": 32})
     prepared = images([noise_image(*size)], return_tensors="pt")
-    frame = Frame(image_side(images))
+    frame = frame_of(images)
     assert list(frame.reshaped_size(*size)) == torch.as_tensor(prepared["reshaped_input_sizes"])[0].tolist()
 
 
@@ -57,31 +58,40 @@ def test_default_is_sam_at_1024_pixels():
     assert (config.key_grid, config.key_channels, config.frame.side) == (64, 256, 1024)
 
 
-def test_an_unknown_encoder_is_refused_by_name(tmp_path):
-    encoder = Dinov2Model(Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28))
+def test_an_encoder_without_a_spatial_map_is_refused_by_name(tmp_path):
+    encoder = BertModel(BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2))
     encoder.save_pretrained(tmp_path)
-    for source, name in ((encoder, "Dinov2Model"), (str(tmp_path), str(tmp_path))):
-        with pytest.raises(ValueError, match=f"{name}.* is of type 'dinov2', which is no image encoder known here; ch"):
-            load_image_encoder(source)
+    for source, name in ((encoder, "BertModel"), (str(tmp_path), str(tmp_path))):
+        for ask in (load_image_encoder, image_processor_of):
+            with pytest.raises(
+                ValueError, match=f"{name}.* is of type 'bert'.* spatial map is needed: SAM, SAM-HQ, SA"
+            ):
+                ask(source)
 
 
 class ToyEncoder(ImageEncoder):
-    """DINOv2's tokens as a grid."""
+    """SigLIP's tokens as a grid."""
 
-    model_class = Dinov2Model
+    model_class = "SiglipVisionModel"
 
     def encode(self, encoder, pixels):
-        tokens = encoder(pixels).last_hidden_state[:, 1:]  # (B, h·w, C), without the CLS token
+        tokens = encoder(pixels).last_hidden_state  # (B, h·w, C)
         side = self.key_grid(encoder.config)
         return tokens.mT.unflatten(2, (side, side))
 
 
 def test_a_new_encoder_is_a_class_and_an_entry(monkeypatch, tmp_path):
-    monkeypatch.setitem(ENCODERS, "dinov2", ToyEncoder())
-    dino = Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=4)
+    monkeypatch.setitem(ENCODERS, "siglip_vision_model", ToyEncoder())
+    shape = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    siglip = SiglipVisionConfig(image_size=32, patch_size=4, **shape)
     _, processor = tiny_segcompass("llava")
     model = SegCompassModel.from_backbones(
-        tiny_mllm("llava", processor), Dinov2Model(dino), processor=processor, d_c=16, decoder_heads=4, num_concepts=8
+        tiny_mllm("llava", processor),
+        SiglipVisionModel(siglip),
+        processor=processor,
+        d_c=16,
+        decoder_heads=4,
+        num_concepts=8,
     ).eval()
     model.save_pretrained(tmp_path)
     again = SegCompassModel.from_pretrained(tmp_path)

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from transformers import AutoModel, BitsAndBytesConfig, TorchAoConfig
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from segcompass.modeling_segcompass import SegCompassModel
+from segcompass.modeling_segcompass import SegCompassModel, SparseAutoencoder
 from segcompass.modeling_segcompass.checkpoints import UNQUANTIZED, spare_from_quantization
 from tests.support.scripted import INSTRUCTIONS, lively_segcompass, noise_images
 from tests.support.tiny import BACKBONES
@@ -159,6 +159,28 @@ def test_bad_references_are_refused(saved, apart, tmp_path):
             model.save_pretrained(tmp_path, references=references)
     with pytest.raises(ValueError, match="device_map needs a checkpoint that carries its weights whole"):
         SegCompassModel.from_pretrained(apart / "whole", device_map="auto")
+
+
+def test_a_configuration_and_a_state_dict_make_a_model_without_a_folder(saved):
+    folder, processor, masks = saved
+    model = SegCompassModel.from_pretrained(folder)
+    again = SegCompassModel.from_pretrained(None, config=model.config, state_dict=model.state_dict())
+    torch.testing.assert_close(masks_of(again, processor), masks)
+    with pytest.raises(ValueError, match="the path is None, and so is state_dict; pass a folder or a Hub id"):
+        SegCompassModel.from_pretrained(None, config=model.config)
+    sae = SparseAutoencoder.from_pretrained(None, config=model.sae.config, state_dict=model.sae.state_dict())
+    assert torch.equal(sae.W_dec, model.sae.W_dec)
+    lacking = {name: weight for name, weight in model.sae.state_dict().items() if name != "b_enc"}
+    with pytest.raises(ValueError, match=r"state_dict does not match this model \(missing_keys: 1 \(b_enc"):
+        SparseAutoencoder.from_pretrained(None, config=model.sae.config, state_dict=lacking)
+
+
+def test_names_of_the_parts_own_checkpoints_are_refused(saved, tmp_path):
+    model = SegCompassModel.from_pretrained(saved[0])
+    for part in (model, model.sae):
+        with pytest.raises(ValueError, match="save_original_format=True asks for the names"):
+            part.save_pretrained(tmp_path, save_original_format=True)
+    assert not any(tmp_path.iterdir())
 
 
 # -- adapters --------------------------------------------------------------------------------------------------------

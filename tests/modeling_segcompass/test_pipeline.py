@@ -190,3 +190,17 @@ def test_predict_forward_refuses_what_it_cannot_do(answering):
             model.predict_forward(image=image, text="it", processor=processor, **{keyword: value})
     with pytest.raises(ValueError, match="pass AutoProcessor"):
         model.predict_forward(image=image, text="it", tokenizer=processor.tokenizer)
+
+
+def test_the_processor_of_another_model_is_refused():
+    """Its tokens have other ids: no slot would be found, and the answer would be that nothing is there."""
+    model, _ = lively_segcompass("llava")
+    for backbone, changes, message in (
+        ("llava", {"num_slots": 2}, "num_slots is 2 and 3"),
+        ("qwen2_5_vl", {}, "image_token_id is"),
+    ):
+        _, processor = lively_segcompass(backbone, **changes)
+        with pytest.raises(ValueError, match=f"processor and model do not fit each other .{message}"):
+            pipeline(TASK, model=model, processor=processor, device="cpu")
+        with pytest.raises(ValueError, match="do not fit"):
+            model.predict_forward(image=noise_images()[0], text="it", processor=processor)

@@ -112,6 +112,7 @@ def test_prompt_never_contains_the_concentration_token(processor):
 
 def test_inputs_have_the_documented_shapes_and_sizes(processor):
     inputs = processor(images=noise_images(), text=INSTRUCTIONS)
+    assert set(processor.model_input_names) == set(inputs)
     assert inputs["input_ids"].shape == inputs["attention_mask"].shape
     assert inputs["encoder_pixel_values"].shape == (4, 3, 32, 32)
     assert inputs["original_sizes"].tolist() == [list(size) for size in IMAGE_SIZES]
@@ -207,6 +208,29 @@ def test_processor_round_trips(processor, tmp_path):
     ours, theirs = processor(images=images, text=texts), loaded(images=images, text=texts)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_saving_leaves_the_processor_as_it_was(processor, tmp_path):
+    before = processor.to_dict()
+    processor.save_pretrained(tmp_path)
+    assert processor.to_dict() == before
+
+
+def test_input_names_are_those_of_what_comes_back(processor):
+    assert set(processor.model_input_names) == set(processor(images=noise_image(30, 44), text="the box"))
+
+
+def test_padding_is_the_callers_or_the_tokenizers_or_else_as_needed_and_on_the_left(processor, monkeypatch):
+    given = dict(images=noise_images()[:2], text=["the box", "the large box"])
+    lengths = processor(**given)["attention_mask"].sum(1)
+    assert processor(**given)["attention_mask"].shape[1] == lengths.max() > lengths.min()
+    wide = {"padding": "max_length", "max_length": 120}
+    for inputs in (processor(**given, **wide), processor(**given, text_kwargs=wide)):
+        assert inputs["input_ids"].shape == (2, 120) and not inputs["attention_mask"][:, 0].any()
+    monkeypatch.setitem(processor.tokenizer.init_kwargs, "padding", "max_length")
+    assert processor(**given, max_length=110)["input_ids"].shape == (2, 110)
+    numpy = processor(**given, max_length=110, common_kwargs={"return_tensors": "np"})
+    assert isinstance(numpy["input_ids"], np.ndarray) and isinstance(numpy["encoder_pixel_values"], np.ndarray)
 
 
 # -- masks at the image's own size -------------------------------------------------------------------------------------
@@ -357,3 +381,13 @@ def test_bad_post_processing_arguments_are_refused(processor):
         processor.post_process_instance_segmentation(outputs, target_sizes=[(8, 8)])
     with pytest.raises(ValueError, match="threshold is 50; it is a probability"):
         processor.post_process_semantic_segmentation(outputs, target_sizes=[(8, 8)] * 2, threshold=50)
+
+
+def test_target_sizes_of_another_shape_than_the_images_are_refused(processor):
+    """Such as those of a photograph before it was turned upright: its masks would come back stretched."""
+    outputs = outputs_of(np.zeros((2, 3, 32, 32)))
+    outputs.reshaped_input_sizes = torch.tensor([[32, 32], [21, 32]])
+    for sizes in ([(40, 40), (800, 1200)], [(7, 7), (2, 3)], [(1000, 1001), (667, 1000)]):
+        assert len(processor.post_process_instance_segmentation(outputs, target_sizes=sizes)) == 2
+    with pytest.raises(ValueError, match=r"target size 1 is \(1200, 800\) .* the shape of \(21, 32\).*original_sizes"):
+        processor.post_process_semantic_segmentation(outputs, target_sizes=[(40, 40), (1200, 800)])

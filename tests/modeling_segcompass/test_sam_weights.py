@@ -16,9 +16,9 @@ import torch
 from transformers import SamConfig, SamModel, SamVisionModel
 
 from segcompass.modeling_segcompass import SegCompassModel
+from segcompass.modeling_segcompass.image_encoder import image_processor_of, load_image_encoder
 from segcompass.modeling_segcompass.sam_weights import (
     convert_original_sam,
-    read_sam,
     sam_vision_config,
     start_mask_decoder,
 )
@@ -86,6 +86,7 @@ def tiny_sam(seed=0):
 
 def fresh(sam, **config):
     processor = tiny_processor("llava")
+    processor.encoder_image_processor = image_processor_of(sam)
     fields = dict(d_c=16, num_concepts=8, codebook_heads=4, decoder_heads=4, decoder_mlp_dim=32)
     return SegCompassModel.from_backbones(tiny_mllm("llava", processor), sam, processor=processor, **fields, **config)
 
@@ -121,7 +122,7 @@ def test_mask_decoder_starts_as_sams_own(tmp_path):
 
 def test_all_of_the_decoder_but_the_confidence_is_started():
     model = fresh(SamVisionModel._from_config(tiny_sam().config.vision_config))
-    _, weights = read_sam(tiny_sam())
+    _, weights = load_image_encoder(tiny_sam())
     copied = set(start_mask_decoder(model, weights))
     parts = {name for name, _ in model.named_parameters() if name.startswith("mask_decoder.")}
     assert parts - copied == {"mask_decoder.confidence.weight", "mask_decoder.confidence.bias"}
@@ -131,7 +132,7 @@ def test_all_of_the_decoder_but_the_confidence_is_started():
 def test_what_does_not_fit_keeps_its_own_start():
     model = fresh(tiny_sam(), decoder_layers=1)
     assert torch.equal(model.mask_decoder.mask_token, tiny_sam().mask_decoder.mask_tokens.weight[:1])
-    _, weights = read_sam(tiny_sam())
+    _, weights = load_image_encoder(tiny_sam())
     other = fresh(SamVisionModel._from_config(tiny_sam().config.vision_config))
     before = other.mask_decoder.mask_token.clone()
     weights["mask_decoder.mask_tokens.weight"] = torch.zeros(4, WIDTH + 1)

@@ -27,6 +27,7 @@ def build_sae(dtype=torch.float32, **kwargs):
 
 
 VARIANTS = [{}, {"activation": "topk", "k": 5}, {"activation": "batchtopk", "k": 5}, {"activation": "jumprelu"}]
+VARIANTS += [{"activation": "matryoshka", "k": 5}]
 
 
 @pytest.fixture
@@ -104,6 +105,38 @@ def test_kept_features_give_the_loss_and_gradients_of_the_dense_computation(acti
         strict=True,
     ):
         torch.testing.assert_close(ours, reference)
+
+
+@pytest.mark.parametrize("widths", [None, [1, 96], [10, 30, 96], [96]])
+def test_matryoshka_fits_each_nested_dictionary_alone(widths):
+    """Value and gradients of the mean over dense reconstructions from the first features only."""
+    sae = build_sae(torch.float64, activation="matryoshka", k=5, nested_widths=widths).train()
+    z = torch.randn(2, 11, D_IN, dtype=torch.float64, requires_grad=True)
+    inputs = (z, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
+    output = sae(z)
+    h = torch.relu(z @ sae.W_enc + sae.b_enc)
+    h = h * (h >= h.detach().flatten().topk(5 * 22).values[-1])
+    errors = []
+    for width in widths or [3, 9, 21, 45, 96]:
+        z_hat = h[..., :width] @ sae.W_dec[:width] + sae.b_dec
+        errors.append(((z - z_hat) ** 2).sum(-1).mean())
+    torch.testing.assert_close(output.feature_acts, h)
+    torch.testing.assert_close(output.reconstruction, z_hat)
+    torch.testing.assert_close(output.mse, errors[-1])
+    torch.testing.assert_close(output.misfit, sum(errors) / len(errors))
+    assert torch.equal(output.loss, output.misfit)
+    for ours, reference in zip(
+        torch.autograd.grad(output.loss, inputs), torch.autograd.grad(sum(errors) / len(errors), inputs), strict=True
+    ):
+        torch.testing.assert_close(ours, reference)
+
+
+def test_matryoshka_without_nesting_is_batchtopk(z):
+    nested, plain = (
+        build_sae(activation=name, k=5, nested_widths=[D_SAE]).train()(z) for name in ("matryoshka", "batchtopk")
+    )
+    torch.testing.assert_close(nested.loss, plain.loss)
+    torch.testing.assert_close(nested.reconstruction, plain.reconstruction)
 
 
 def test_batchtopk_shares_k_per_token_over_the_batch_and_then_uses_a_threshold(z):
@@ -269,6 +302,9 @@ def test_hidden_states_of_another_width_are_refused(call):
         ({"activation": "gelu"}, "activation is 'gelu'; choose one of"),
         ({"activation": "topk", "k": 97}, "k is 97, but the SAE has 96 features"),
         ({"activation": "batchtopk", "k": 97}, "k is 97, but the SAE has 96 features"),
+        ({"activation": "matryoshka", "nested_widths": [8, 4, 96]}, r"nested_widths is \[8, 4, 96\]; they must grow"),
+        ({"activation": "matryoshka", "nested_widths": [8, 64]}, "to d_sae=96, the whole dictionary"),
+        ({"activation": "matryoshka", "nested_widths": [0, 96]}, "from at least 1"),
         ({"k": 0}, "k is 0"),
         ({"l0_coefficient": -1.0}, "l0_coefficient is -1.0"),
         ({"bandwidth": 0.0}, "bandwidth is 0.0; it must be positive"),
@@ -374,7 +410,7 @@ def test_configurations_written_before_the_newer_fields_load_unchanged(z, tmp_pa
     sae.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
-    for name in ("l0_coefficient", "bandwidth", "dataset", "token_window"):
+    for name in ("l0_coefficient", "bandwidth", "dataset", "token_window", "nested_widths"):
         del config[name]
     path.write_text(json.dumps(config))
     loaded = SparseAutoencoder.from_pretrained(tmp_path)

@@ -1,5 +1,6 @@
 """The command `segcompass`: its table, its help, how options are spelled, and how it fails."""
 
+import json
 import subprocess
 import sys
 from importlib import import_module
@@ -9,7 +10,8 @@ import pytest
 
 import segcompass
 from segcompass import cli
-from segcompass.commands import demo, options, plan_memory, recipes
+from segcompass.commands import demo, options, plan_memory, push, recipes, train_grpo
+from segcompass.journal import weights_of
 
 
 def test_every_command_has_a_module_and_a_sentence_and_every_module_a_command():
@@ -115,3 +117,33 @@ def test_the_demo_says_what_it_lacks(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)  # as if it were not installed
     with pytest.raises(ValueError, match=r'gradio is missing, .*pip install "segcompass\[demo\]"'):
         demo.main([])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model_revision", "abc"], "model_revision='abc' is not followed"),
+        (["--dtype", "bfloat16"], "dtype='bfloat16' is not followed"),
+        (["--use_peft", "--lora_modules_to_save", "lm_head"], r"lora_modules_to_save=\['lm_head'\] is not followed"),
+        (["--lora_r", "8"], "lora_r=8 is given without use_peft"),
+        (["--use_dora"], "use_dora=True is given without use_peft"),
+    ],
+)
+def test_options_of_trl_that_would_change_nothing_are_refused(options, message, tmp_path):
+    arguments = ["--model", "nowhere", "--output_dir", str(tmp_path), "--use_cpu", "--bf16", "false"]
+    with pytest.raises(ValueError, match=message):
+        train_grpo.main([*arguments, *options])
+
+
+def test_metrics_of_another_model_or_split_do_not_get_on_a_card(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    run = {"model": "runs/x", "weights": weights_of(str(tmp_path / "model")), "split": "val"}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    arguments = ["model", str(tmp_path / "model"), "org/name", "--evaluation", str(tmp_path / "metrics.json")]
+    push.check_evaluation(push.parse([*arguments, "--evaluation-split", "val"]))
+    with pytest.raises(ValueError, match="measured on split 'val', the card would say 'test'"):
+        push.check_evaluation(push.parse(arguments))
+    (tmp_path / "model" / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match="measured on the model 'runs/x' as it was then"):
+        push.check_evaluation(push.parse([*arguments, "--evaluation-split", "val"]))

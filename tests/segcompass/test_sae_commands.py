@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 from segcompass.commands import evaluate_sae, train_sae
 from segcompass.loaders.image_text import image_text, load_image_text
@@ -122,6 +123,35 @@ def test_commands_train_cache_and_judge(tmp_path):
     assert (tmp_path / "out" / "quality.png").stat().st_size > 1000
 
 
+def test_a_sweep_trains_one_autoencoder_for_each_value_and_draws_the_curve(tmp_path, capsys):
+    model, processor = tiny_segcompass("llava")
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    options = dict(model=tmp_path / "model", num_samples=8, samples_per_batch=4, tokens_per_batch=128, buffer_size=512)
+    options |= dict(activation="topk", d_sae=64, evaluation_tokens=500, calibration_tokens=500, strength_tokens=500)
+    options |= dict(max_steps=4, use_cpu="true", report_to="none", output_dir=tmp_path / "sae", save_strategy="no")
+    arguments = [f"--{name}={value}" for name, value in options.items()]
+    train_sae.main([*arguments, "--sweep", "2", "16"])
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("RESULT "))
+    assert summary["field"] == "k" and summary["values"] == [2, 16]
+    for value, l0, variance in zip((2, 16), summary["l0"], summary["explained_variance"], strict=True):
+        sae = SparseAutoencoder.from_pretrained(tmp_path / "sae" / f"k-{value}")
+        quality = json.loads((tmp_path / "sae" / f"k-{value}" / "quality.json").read_text())
+        assert sae.config.k == value and 0 < l0 <= value
+        assert (quality["l0"], quality["explained_variance"]) == (l0, variance)
+    assert summary["l0"][0] < summary["l0"][1] and len(summary["image"]["l0"]) == 2
+    assert (tmp_path / "sae" / "sweep.png").stat().st_size > 1000
+    assert json.loads((tmp_path / "sae" / "sweep.json").read_text()).keys() == {"k"}
+    for sweep, activation, message in (
+        (["2", "2"], "topk", "each value must stand once"),
+        (["2.5"], "topk", "whole numbers from 1 to d_sae=64"),
+        (["65"], "matryoshka", "whole numbers from 1 to d_sae=64"),
+        (["0"], "relu", "over l1_coefficient; its values must be more than 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_sae.main([*arguments, "--activation", activation, "--sweep", *sweep])
+
+
 def test_an_autoencoder_of_another_backbone_is_refused(tmp_path):
     model, processor = tiny_segcompass("llava")
     model.save_pretrained(tmp_path / "model")
@@ -132,3 +162,56 @@ def test_an_autoencoder_of_another_backbone_is_refused(tmp_path):
     arguments = ["--model", str(tmp_path / "model"), "--sae", str(tmp_path / "sae"), "--output", str(tmp_path / "out")]
     with pytest.raises(ValueError, match="reads 16 numbers of layer 2, but the MLLM is 32 wide"):
         evaluate_sae.main(arguments)
+
+
+def test_an_autoencoder_of_another_backbone_of_the_same_size_is_refused(tmp_path):
+    model, processor = tiny_segcompass("llava")
+    model.config.sae_config.backbone = model.sae.config.backbone = "org/llava-one"
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    model.sae.config.backbone = "org/llava-two"
+    model.sae.save_pretrained(tmp_path / "sae")
+    arguments = ["--model", str(tmp_path / "model"), "--sae", str(tmp_path / "sae"), "--output", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match="trained on 'org/llava-two', but the MLLM is 'org/llava-one'"):
+        evaluate_sae.main(arguments)
+
+
+def test_a_cache_of_activations_notices_what_was_changed_since(tmp_path):
+    """Images that the rows name and weights, replaced under their names: the states would be those of the old ones."""
+    model, processor = tiny_segcompass("llava")
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    for name in "ab":
+        Image.new("RGB", (30, 30), {"a": "red", "b": "blue"}[name]).save(tmp_path / f"{name}.png")
+    lines = [{"image": f"{name}.png", "text": "the box", "response": "it is there"} for name in "ababab"]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = {
+        "model": tmp_path / "model",
+        "dataset": tmp_path / "rows.jsonl",
+        "evaluation_split": "null",
+        "evaluation_samples": 2,
+        "max_steps": 1,
+        "tokens_per_batch": 16,
+        "buffer_size": 64,
+        "evaluation_tokens": 50,
+        "calibration_tokens": 50,
+        "strength_tokens": 50,
+        "use_cpu": "true",
+        "report_to": "none",
+        "output_dir": tmp_path / "sae",
+        "cache_dir": tmp_path / "cache",
+    }
+    arguments = [f"--{name}={value}" for name, value in options.items()]
+    with pytest.raises(ValueError, match="is not divided into splits, and the SAE would be scored on the rows that"):
+        train_sae.main([*arguments, "--evaluation_split=val"])
+    train_sae.main(arguments)
+    image = (tmp_path / "a.png").read_bytes()
+    Image.new("RGB", (30, 30), "lime").save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="holds a cache with content="):
+        train_sae.main(arguments)
+    (tmp_path / "a.png").write_bytes(image)
+    train_sae.main(arguments)
+    model.get_output_embeddings().weight.data[0] += 1
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="holds a cache with weights="):
+        train_sae.main(arguments)

@@ -44,25 +44,26 @@ def scenes(count, targets=(1, 2, 0)):
     return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
 
 
+DEFAULTS = dict(
+    per_device_train_batch_size=4,
+    per_device_eval_batch_size=4,
+    gradient_accumulation_steps=2,
+    num_generations=4,
+    max_completion_length=24,
+    max_steps=2,
+    learning_rate=1e-3,
+    logging_steps=1,
+    report_to=[],
+    use_cpu=True,
+    bf16=False,
+    gradient_checkpointing=False,
+    save_strategy="no",
+    disable_tqdm=True,
+)
+
+
 def settings(folder, **changes):
-    defaults = dict(
-        output_dir=str(folder),
-        per_device_train_batch_size=4,
-        per_device_eval_batch_size=4,
-        gradient_accumulation_steps=2,
-        num_generations=4,
-        max_completion_length=24,
-        max_steps=2,
-        learning_rate=1e-3,
-        logging_steps=1,
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        save_strategy="no",
-        disable_tqdm=True,
-    )
-    return SegCompassGRPOConfig(**{**defaults, **changes})
+    return SegCompassGRPOConfig(**{"output_dir": str(folder), **DEFAULTS, **changes})
 
 
 def scripted_rows(processor):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from segcompass.modeling_segcompass.image_encoder import Frame
 from segcompass.trainers.collator import SegCompassCollator
 from segcompass.trainers.image_features import (
     ImageFeatures,
@@ -34,7 +35,7 @@ def pictures(count, seed=0):
 
 def write(folder, images, model, processor, shard_size=2):
     sam_id = encoder_id(model.image_encoder, processor.encoder_image_processor)
-    writer = ImageFeatureWriter(folder, sam_id, model.config.image_encoder_config.image_size, shard_size)
+    writer = ImageFeatureWriter(folder, sam_id, model.config.frame, shard_size)
     for image in images:
         if (key := image_key(image)) not in writer:
             with torch.no_grad():
@@ -81,7 +82,7 @@ def test_features_of_another_encoder_are_refused_by_name(tmp_path):
     with pytest.raises(ValueError, match=f"features of encoder '{ours}', this model's is '{theirs}'"):
         open_image_features(tmp_path, model, processor)
     with pytest.raises(ValueError, match=f"features of encoder '{ours}'"):
-        ImageFeatureWriter(tmp_path, theirs, 32)
+        ImageFeatureWriter(tmp_path, theirs, Frame(32))
 
 
 def test_the_encoder_id_covers_weights_and_preparation_but_not_dtype():
@@ -132,8 +133,9 @@ def test_a_second_run_adds_only_what_is_new_and_clears_what_was_left(tmp_path):
 
 WORKER = """
 import sys, time, torch
+from segcompass.modeling_segcompass.image_encoder import Frame
 from segcompass.trainers.image_features import ImageFeatureWriter
-writer = ImageFeatureWriter(sys.argv[1], "encoder", 32, shard_size=2)
+writer = ImageFeatureWriter(sys.argv[1], "encoder", Frame(32), shard_size=2)
 for number in range(1000):
     if (key := f"{number:032x}") not in writer:
         writer.add(key, torch.full((4, 2, 2), float(number)))
@@ -150,7 +152,7 @@ def test_a_killed_run_is_gone_on_with(tmp_path):
     time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    writer = ImageFeatureWriter(tmp_path, "encoder", 32, shard_size=2)
+    writer = ImageFeatureWriter(tmp_path, "encoder", Frame(32), shard_size=2)
     kept = len(writer.known)
     assert kept >= 20 and kept % 2 == 0
     writer.add(f"{kept:032x}", torch.full((4, 2, 2), float(kept)))

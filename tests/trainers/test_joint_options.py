@@ -241,8 +241,16 @@ def test_another_schedule_and_warm_up_are_followed(tmp_path):
 
 @pytest.mark.parametrize("name", {**OPTIONS, **GRPO_OPTIONS})
 def test_an_option_that_cannot_be_honoured_is_refused_by_name(tmp_path, name):
-    value = {"label_smoothing_factor": 0.1, "model_init_kwargs": {"dtype": "float32"}, "router_aux_loss_coef": 0.01}
-    value = value.get(name, True)
+    value = {
+        "label_smoothing_factor": 0.1,
+        "model_init_kwargs": {"dtype": "float32"},
+        "router_aux_loss_coef": 0.01,
+        "chat_template_kwargs": {"enable_thinking": False},
+        "train_sampling_strategy": "sequential",
+        "data_seed": 0,
+        "label_names": ["masks"],
+        "optim_target_modules": ["q_proj"],
+    }.get(name, True)
     with pytest.raises(ValueError, match=f"{name}="):
         settings(tmp_path, **{name: value})
     if name in OPTIONS:

@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[2]
 D_IN, D_SAE, ATOMS = 16, 64, 32
 TOPK = {"activation": "topk", "k": 4}
 VARIANTS = [{}, TOPK, {"activation": "batchtopk", "k": 4}, {"activation": "jumprelu"}]
+VARIANTS += [{"activation": "matryoshka", "k": 4}]
 
 
 class Mixtures(IterableDataset):

@@ -37,14 +37,16 @@ def coverage_by_subdivision(mask, image_size, grid_size, fine=8):
 SHAPES = [(128, 128), (96, 128), (131, 57), (20, 24), (300, 451)]
 
 
+@pytest.mark.parametrize("stretched", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_area_is_conserved_and_padding_is_zero(shape):
-    image_size, grid_size = 128, 32
+def test_area_is_conserved_and_padding_is_zero(shape, stretched):
+    frame = Frame(128, stretched)
+    image_size, grid_size = frame.side, 32
     masks = blobs(*shape, 3)
-    targets = mask_targets([encode(m) for m in masks], *shape, image_size, grid_size)
+    targets = mask_targets([encode(m) for m in masks], *shape, frame, grid_size)
     assert targets.shape == (3, grid_size, grid_size) and targets.dtype == torch.float32
     assert targets.min() >= 0 and targets.max() <= 1
-    frame_height, frame_width = Frame(image_size).reshaped_size(*shape)
+    frame_height, frame_width = frame.reshaped_size(*shape)
     for target, mask in zip(targets.double(), masks, strict=True):
         area = target.sum().item() * (image_size / grid_size) ** 2
         expected = mask.sum() * (frame_height / shape[0]) * (frame_width / shape[1])
@@ -57,24 +59,24 @@ def test_area_is_conserved_and_padding_is_zero(shape):
 def test_coverage_equals_an_independent_subdivision(shape):
     image_size, grid_size, fine = 128, 32, 16
     mask = blobs(*shape, 1, seed=3)[0]
-    target = mask_targets([encode(mask)], *shape, image_size, grid_size)[0].numpy()
+    target = mask_targets([encode(mask)], *shape, Frame(image_size), grid_size)[0].numpy()
     # a sample point stands for 1/fine of a cell, so one edge of the mask displaces at most 1/(2 fine) of each axis
     error = np.abs(target - coverage_by_subdivision(mask, image_size, grid_size, fine))
     assert error.max() < 3 / fine and error.mean() < 0.1 / fine
 
 
 def test_a_full_mask_covers_exactly_the_valid_region():
-    targets = mask_targets([encode(np.ones((64, 128)))], 64, 128, image_size=128, grid_size=32)
+    targets = mask_targets([encode(np.ones((64, 128)))], 64, 128, Frame(128), grid_size=32)
     assert torch.equal(targets[0, :16], torch.ones(16, 32)) and targets[0, 16:].sum() == 0
 
 
 def test_no_target_gives_no_rows():
-    assert mask_targets([], 40, 60, image_size=64, grid_size=16).shape == (0, 16, 16)
+    assert mask_targets([], 40, 60, Frame(64), grid_size=16).shape == (0, 16, 16)
 
 
 def test_a_mask_of_another_size_is_refused():
     with pytest.raises(ValueError, match=r"mask 1 is \[10, 12\].*\[12, 10\]"):
-        mask_targets([encode(np.ones((12, 10))), encode(np.ones((10, 12)))], 12, 10, image_size=64, grid_size=16)
+        mask_targets([encode(np.ones((12, 10))), encode(np.ones((10, 12)))], 12, 10, Frame(64), grid_size=16)
 
 
 def test_valid_extent_counts_every_cell_the_image_touches():

@@ -40,7 +40,6 @@ OVERRIDDEN = {
     "_save_checkpoint": ["self", "model", "trial"],
     "_run_epoch": ["self", "model", "epoch"],
     "_get_output_dir": ["self", "trial"],
-    "_push_from_checkpoint": ["self", "checkpoint_folder"],
     "_tokenize_prompts": ["self", "prompts"],
     "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
     "_save": ["self", "output_dir", "state_dict"],
@@ -75,7 +74,6 @@ OURS = {
     "_timed_steps",
     "_timer",
     "_unformatted",
-    "_unpushed",
     "_watch_format",
     "_writing",
 }

@@ -57,6 +57,23 @@ SAME = {
     "top_entropy_quantile": dict(top_entropy_quantile=0.3),
     "entropy_coef": dict(entropy_coef=0.1),
     "use_adaptive_entropy": dict(use_adaptive_entropy=True, entropy_target=10.0, entropy_coef=0.01),
+    "entropy_coef_delta": dict(
+        use_adaptive_entropy=True,
+        entropy_target=10.0,
+        entropy_coef=0.03,
+        entropy_coef_min=0.02,
+        entropy_coef_max=0.04,
+        entropy_coef_delta=0.02,
+    ),
+    "sapo_temperature": dict(loss_type="sapo", sapo_temperature_neg=2.0, sapo_temperature_pos=0.5, num_iterations=2),
+    "vespo_k": dict(
+        loss_type="vespo",
+        vespo_k_pos=1.5,
+        vespo_lambda_pos=2.5,
+        vespo_k_neg=2.5,
+        vespo_lambda_neg=1.5,
+        num_iterations=2,
+    ),
     "off_policy_mask_threshold": dict(off_policy_mask_threshold=0.001, num_iterations=2),
     "mask_truncated_completions": dict(mask_truncated_completions=True, num_iterations=2, beta=0.2),
     "scale_rewards=none": dict(scale_rewards="none"),
@@ -69,6 +86,29 @@ SAME = {
     "shuffle_dataset": dict(shuffle_dataset=False),
     "disable_dropout": dict(disable_dropout=True),
 }
+
+COMMON = dict(
+    per_device_train_batch_size=4,
+    gradient_accumulation_steps=2,
+    num_generations=4,
+    max_completion_length=24,
+    max_steps=3,
+    logging_steps=1,
+    report_to=[],
+    use_cpu=True,
+    bf16=False,
+    gradient_checkpointing=False,
+    save_strategy="no",
+    disable_tqdm=True,
+    learning_rate=0.05,
+    beta=0.0,
+    loss_type="grpo",
+    use_bias_correction_kl=False,
+    max_grad_norm=1.0,
+    epsilon=0.2,
+    weight_decay=0.0,
+    seed=3,
+)
 
 
 def sgd(parameters):
@@ -93,29 +133,7 @@ def cut_the_second(monkeypatch):
 def test_rl_alone_is_trls_own_training_of_the_bare_mllm(tmp_path, monkeypatch, backbone, name):
     if name == "mask_truncated_completions":
         cut_the_second(monkeypatch)
-    common = dict(
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=2,
-        num_generations=4,
-        max_completion_length=24,
-        max_steps=3,
-        logging_steps=1,
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        save_strategy="no",
-        disable_tqdm=True,
-        learning_rate=0.05,
-        beta=0.0,
-        loss_type="grpo",
-        use_bias_correction_kl=False,
-        max_grad_norm=1.0,
-        epsilon=0.2,
-        weight_decay=0.0,
-        seed=3,
-    )
-    common |= SAME[name]
+    common = {**COMMON, **SAME[name]}
     model, processor = tiny_segcompass(backbone, num_slots=SLOTS)
     model.mllm.save_pretrained(tmp_path / "mllm")
     attention = model.mllm.config._attn_implementation
@@ -207,6 +225,9 @@ TRAINS = {
     "log_unique_prompts": dict(log_completions=True, log_unique_prompts=True, num_completions_to_print=1),
     "gradient_checkpointing": dict(gradient_checkpointing=True, forced=True),
     "reentrant": dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}),
+    "activation_checkpointing": dict(
+        activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": False}, forced=True
+    ),
     "bf16": dict(bf16=True, forced=True),
     "cache_implementation=static": dict(cache_implementation="static", **SAMPLED),
     "cache_implementation=dynamic": dict(cache_implementation="dynamic", **SAMPLED),

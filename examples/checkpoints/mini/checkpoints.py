@@ -1,5 +1,6 @@
 """Building a SegCompass model from its parts, and saving and loading it: what stands behind the model's methods."""
 
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -9,15 +10,17 @@ from transformers import initialization as init
 from transformers.quantizers import AutoQuantizationConfig
 
 from .configuration_segcompass import SegCompassConfig, SparseAutoencoderConfig
-from .image_encoder import encoder_of, load_image_encoder
+from .image_encoder import check_frame, load_image_encoder
 from .modeling_sparse_autoencoder import SparseAutoencoder
 from .old_names import OLD_FIELDS, OLD_PARTS, OLD_WEIGHTS, with_new_names
 from .pipeline_segcompass import CUSTOM_PIPELINES
 from .sae_origin import Origin, check_origin, origin_of
 from .sam_weights import start_mask_decoder
-from .saved_folders import HUB_KEYWORDS, check_loaded, check_saved, signing_saved
+from .saved_folders import HUB_KEYWORDS, check_given, check_loaded, check_saved, signing_saved
 from .tokens import give_rows
 from .weights import check_finite
+
+logger = logging.getLogger(__name__)
 
 AUTO_MAP = {
     "AutoConfig": "configuration_segcompass.SegCompassConfig",
@@ -49,7 +52,7 @@ def build_from_backbones(
         loaded: Any = AutoModelForImageTextToText.from_pretrained(mllm, dtype=dtype, output_loading_info=True)
         mllm, info = loaded
         check_loaded(mllm, info, mllm.config._name_or_path, unexpected=False)
-    image_encoder, decoder_weights = load_image_encoder(image_encoder, dtype)
+    image_encoder, decoder_weights = load_image_encoder(image_encoder, dtype=dtype)
     if isinstance(sae, str):
         sae = SparseAutoencoder.from_pretrained(sae, dtype=dtype)
     origin = origin_of(mllm.config)
@@ -74,9 +77,29 @@ def build_from_backbones(
         attn_implementation=mllm.config._attn_implementation,
         **config,
     )
+    if processor is not None:
+        check_frame(whole, processor.encoder_image_processor)
     model = model_class(whole, mllm=mllm, image_encoder=image_encoder, sae=sae)
-    start_mask_decoder(model, decoder_weights)
+    _log_start(model.mask_decoder, start_mask_decoder(model, decoder_weights), type(image_encoder).__name__)
     return model
+
+
+def _log_start(mask_decoder, started, encoder_name):
+    """Say what the mask decoder starts from: a warning unless all but the confidence, which is ours, is SAM's."""
+    names = [f"mask_decoder.{name}" for name, _ in mask_decoder.named_parameters()]
+    new = [name for name in names if name not in started]
+    if len(new) == len(names):
+        logger.warning("the mask decoder starts from nothing: %s brings none of its own that fits.", encoder_name)
+        return
+    partly = any(not name.startswith("mask_decoder.confidence.") for name in new)
+    logger.log(
+        logging.WARNING if partly else logging.INFO,
+        "the mask decoder starts from that of %s; %d of its %d tensors are new: %s.",
+        encoder_name,
+        len(new),
+        len(names),
+        ", ".join(new[:6]) + (", ..." if len(new) > 6 else ""),
+    )
 
 
 def put_sae(model: Any, sae: Any) -> None:
@@ -103,7 +126,7 @@ def load_whole(load: Callable, path: Any, args: tuple, output_loading_info: bool
 
     Args:
         load: transformers' own `from_pretrained` of the model's class.
-        path: folder or Hub id.
+        path: folder or Hub id, or None with `config` and `state_dict` among the keywords.
         args: further positional arguments of `load`.
         output_loading_info: also return transformers' report on the weights.
         keywords: keyword arguments of `load`.
@@ -114,7 +137,10 @@ def load_whole(load: Callable, path: Any, args: tuple, output_loading_info: bool
     Raises:
         ValueError: see `SegCompassModel.from_pretrained`.
     """
-    check_saved(path, keywords)
+    if path is None:
+        check_given(keywords)
+    else:
+        check_saved(path, keywords)
     hub = {name: keywords[name] for name in HUB_KEYWORDS if name in keywords}
     keywords.setdefault("key_mapping", OLD_WEIGHTS)
     config = keywords.get("config")
@@ -163,12 +189,10 @@ def load_submodel(config: Any, part: str, repo_id: str, **keywords: Any) -> Any:
     Raises:
         ValueError: the repository lacks weights of the part, or holds numbers that are not finite.
     """
-    classes: dict[str, Any] = {
-        "mllm": AutoModelForImageTextToText,
-        "image_encoder": encoder_of(config).model_class,
-        "sae": SparseAutoencoder,
-    }
-    loaded, info = classes[part].from_pretrained(repo_id, output_loading_info=True, **keywords)
+    if part == "image_encoder":
+        return load_image_encoder(repo_id, **keywords)[0]
+    part_class: Any = AutoModelForImageTextToText if part == "mllm" else SparseAutoencoder
+    loaded, info = part_class.from_pretrained(repo_id, output_loading_info=True, **keywords)
     check_loaded(loaded, info, repo_id, unexpected=False)
     return loaded
 

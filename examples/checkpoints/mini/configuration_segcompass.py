@@ -23,9 +23,9 @@ class SparseAutoencoderConfig(PreTrainedConfig):
         activation: which pre-activations become features, a name in `sae_activations.SAE_ACTIVATIONS`. "relu": every
             positive one, made few by Eq. 7's penalty. "topk": the `k` largest positive ones of each token. "batchtopk":
             in training the `k` N largest of a batch of N tokens, afterwards those above the threshold that this
-            amounted to. "jumprelu": those above a threshold that is learned for each feature, made few by a penalty on
-            their number.
-        k: features that a token keeps with "topk", and on average with "batchtopk".
+            amounted to. "matryoshka": the same, with nested dictionaries that are each fitted alone. "jumprelu": those
+            above a threshold that is learned for each feature, made few by a penalty on their number.
+        k: features that a token keeps with "topk", and on average with "batchtopk" and "matryoshka".
         l1_coefficient: α of Eq. 7 ("relu" only); the penalty is weighted by the norm of each decoder row.
         backbone: model id of the MLLM whose hidden states it was trained on, or None when untrained.
         layer: L, counted so that the input is the output of the L-th decoder block, `hidden_states[L]`.
@@ -34,6 +34,8 @@ class SparseAutoencoderConfig(PreTrainedConfig):
         dataset: what its hidden states were gathered from, or None when unknown.
         token_window: most tokens a sample had when they were gathered, or None when unknown.
         backbone_revision: commit of the backbone on the Hub, or None when unknown.
+        nested_widths: features of each nested dictionary ("matryoshka" only), ascending to `d_sae`; None takes 1/32,
+            3/32, 7/32, 15/32 and all of them.
         **kwargs: other fields of `PreTrainedConfig`, and fields that an activation of one's own reads.
 
     Raises:
@@ -60,6 +62,7 @@ class SparseAutoencoderConfig(PreTrainedConfig):
         dataset: str | None = None,
         token_window: int | None = None,
         backbone_revision: str | None = None,
+        nested_widths: list[int] | None = None,
         **kwargs,
     ):
         for name, value in (("d_in", d_in), ("d_sae", d_sae), ("k", k), ("layer", layer)):
@@ -84,13 +87,16 @@ class SparseAutoencoderConfig(PreTrainedConfig):
         self.layer = layer
         self.dataset = dataset
         self.token_window = token_window
+        self.nested_widths = nested_widths
         super().__init__(**kwargs)
         SAE_ACTIVATIONS[activation].check_config(self)
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict]:
-        """As transformers', but a folder without config.json, or with another model's, is refused."""
+        """As transformers', of an SAE's folder or a whole SegCompass model's; any other is refused."""
         fields, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if fields.get("model_type") == SegCompassConfig.model_type:
+            fields = fields.get("sae_config", {})
         return own_config(pretrained_model_name_or_path, fields, cls.model_type), kwargs
 
 
@@ -270,6 +276,15 @@ class SegCompassConfig(PreTrainedConfig):
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """The language model's configuration."""
         return self.mllm_config.get_text_config(*args, **kwargs)
+
+    @property
+    def tie_word_embeddings(self) -> bool:
+        """Whether the MLLM's embedding and LM head are one matrix, as its own configuration says."""
+        return self.mllm_config.tie_word_embeddings
+
+    @tie_word_embeddings.setter
+    def tie_word_embeddings(self, tie: bool) -> None:
+        self.mllm_config.tie_word_embeddings = tie
 
     @property
     def image_token_id(self) -> int:

@@ -220,7 +220,7 @@ class GroundedReading(nn.Module):
         self.upsampling = GuidedUpsampling(config)
         self.key_scale = nn.Parameter(torch.empty(()))
         self.key_shift = nn.Parameter(torch.empty(()))
-        self.register_buffer("spread", torch.empty(d_sae))
+        self.register_buffer("spread", torch.ones(d_sae))
 
     @torch.no_grad()
     def init_weights(self) -> None:

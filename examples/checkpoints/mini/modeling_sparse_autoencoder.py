@@ -11,15 +11,16 @@ from typing import Any, Self
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .configuration_segcompass import SparseAutoencoderConfig
 from .old_names import OLD_WEIGHTS
+from .public_saes import load_public
 from .sae_activations import SAE_ACTIVATIONS
 from .saelens import load_saelens, save_saelens
-from .saved_folders import check_loaded, check_saved, signing_saved
+from .saved_folders import check_given, check_loaded, check_saved, own_config, signing_saved
 
 
 @dataclass
@@ -27,13 +28,16 @@ class SparseAutoencoderOutput(ModelOutput):
     """What one pass of the autoencoder gives; every scalar is a mean over the N tokens."""
 
     loss: torch.Tensor | None = None
-    """Eq. 7, scalar: `mse`, and where the activation has a penalty, its coefficient times `penalty`."""
+    """Eq. 7, scalar: `misfit`, and where the activation has a penalty, its coefficient times `penalty`."""
     reconstruction: torch.Tensor | None = None
     """ẑ, (..., d_in)."""
     feature_acts: torch.Tensor | None = None
     """h(z), (..., d_sae), non-negative; None when not asked for."""
     mse: torch.Tensor | None = None
     """||z - ẑ||², scalar: squared error summed over the d_in dimensions."""
+    misfit: torch.Tensor | None = None
+    """What training makes small beside the penalty, scalar: `mse`; with "matryoshka" in training, the mean of the same
+    over the nested dictionaries."""
     penalty: torch.Tensor | None = None
     """Scalar, before its coefficient: Σ_j h_j ||W_dec[j]|| with "relu", `l0` with "jumprelu"; None without penalty."""
     l0: torch.Tensor | None = None
@@ -48,7 +52,7 @@ class SparseAutoencoder(PreTrainedModel):
     """Sparse autoencoder of section 3.2: h = act(z W_enc + b_enc), ẑ = h W_dec + b_dec.
 
     Parameters are `W_enc` (d_in, d_sae), `b_enc` (d_sae,), `W_dec` (d_sae, d_in), whose rows are the dictionary atoms,
-    and `b_dec` (d_in,); `activation` may add its own, as the `threshold` (d_sae,) of "batchtopk" and "jumprelu". The
+    and `b_dec` (d_in,); `activation` may add its own, as the `threshold` (d_sae,) of "batchtopk" and others. The
     buffer `mean_active_activation` (d_sae,) is each feature's mean activation over the tokens where it is active: ones
     until it is measured. A concept's strength means little beside another's; its ratio to this mean does, so concepts
     are ranked by it.
@@ -78,7 +82,7 @@ class SparseAutoencoder(PreTrainedModel):
         self.W_dec = nn.Parameter(torch.empty(config.d_sae, config.d_in))
         self.b_dec = nn.Parameter(torch.empty(config.d_in))
         self.activation.add_tensors(self)
-        self.register_buffer("mean_active_activation", torch.empty(config.d_sae))
+        self.register_buffer("mean_active_activation", torch.ones(config.d_sae))
         self.post_init()
 
     @classmethod
@@ -88,7 +92,7 @@ class SparseAutoencoder(PreTrainedModel):
         """Load a saved SAE, also an earlier version's; unlike transformers' default, wrong weights are an error.
 
         Args:
-            pretrained_model_name_or_path: folder or Hub id.
+            pretrained_model_name_or_path: folder or Hub id, or None with `config` and `state_dict`.
             *args: as transformers'.
             output_loading_info: also return transformers' report on the weights.
             **kwargs: as transformers' (`dtype`, `revision`, ...).
@@ -102,7 +106,11 @@ class SparseAutoencoder(PreTrainedModel):
             OSError: there is no such folder, or it has no config.json.
         """
         path = pretrained_model_name_or_path
-        check_saved(path, kwargs)
+        if path is None:
+            check_given(kwargs)
+        else:
+            folder = check_saved(path, kwargs)
+            own_config(path, PreTrainedConfig.get_config_dict(folder)[0], cls.config_class.model_type)
         keywords = {"key_mapping": OLD_WEIGHTS, **kwargs, "output_loading_info": True}
         loaded: Any = super().from_pretrained(path, *args, **keywords)
         sae, info = loaded
@@ -115,10 +123,10 @@ class SparseAutoencoder(PreTrainedModel):
         Args:
             save_directory: made if absent.
             *args: as transformers'.
-            **kwargs: as transformers', but for `push_to_hub`.
+            **kwargs: as transformers', but for `push_to_hub` and `save_original_format`.
 
         Raises:
-            ValueError: `push_to_hub`, which would upload the folder before it is signed.
+            ValueError: `push_to_hub`, which would upload the folder before it is signed; `save_original_format`.
         """
         with signing_saved(save_directory, kwargs):
             super().save_pretrained(save_directory, *args, **{**kwargs, "save_original_format": False})
@@ -235,7 +243,7 @@ class SparseAutoencoder(PreTrainedModel):
         return indices, values
 
     def forward(self, hidden_states: torch.Tensor, output_feature_acts: bool = True) -> SparseAutoencoderOutput:
-        """Encode, decode and score (Eq. 7). With "topk" and "batchtopk" gradients touch the kept features only.
+        """Encode, decode and score (Eq. 7). With "topk", "batchtopk" and "matryoshka" gradients touch the kept only.
 
         Args:
             hidden_states: (..., d_in) hidden states of the configured layer, as the MLLM gives them.
@@ -249,20 +257,57 @@ class SparseAutoencoder(PreTrainedModel):
         """
         z = self._checked(hidden_states)
         code = self.activation.forward(self, z, output_feature_acts)
-        loss = mse = (z - code.reconstruction).square().sum(-1).mean()  # (..., d_in) -> scalar
+        mse = (z - code.reconstruction).square().sum(-1).mean()  # (..., d_in) -> scalar
+        loss = misfit = mse if code.nested is None else (z[..., None, :] - code.nested).square().sum(-1).mean()
         penalty = self.activation.penalty(self, code)
         if self.activation.coefficient is not None:
-            loss = mse + getattr(self.config, self.activation.coefficient) * penalty
+            loss = misfit + getattr(self.config, self.activation.coefficient) * penalty
         return SparseAutoencoderOutput(
             loss=loss,
             reconstruction=code.reconstruction,
             feature_acts=code.feature_acts if output_feature_acts else None,
             mse=mse,
+            misfit=misfit,
             penalty=penalty,
             l0=code.active.mean(),
             active=code.active.detach(),
             fired=code.fired,
         )
+
+    @classmethod
+    def from_public(
+        cls,
+        source: str | Path,
+        layer: int | None = None,
+        k: int | None = None,
+        dtype: str = "float32",
+        revision: str | None = None,
+        **hub: Any,
+    ) -> Self:
+        """Load an SAE that others published: Qwen-Scope, Gemma Scope 2, sparsify, dictionary_learning or SAELens.
+
+        It computes what the authors' code does. `layer` counts as everywhere here: the authors' block n, counted from
+        0, is layer n + 1, so that layer 13 of Qwen-Scope is the file `layer12.sae.pt`.
+
+        Args:
+            source: a folder, the file of the tensors, or a place on the Hub: `ORG/REPO`, `ORG/REPO/FOLDER`,
+                `hf://ORG/REPO/FILE`, `ORG/REPO@REVISION/FOLDER`.
+            layer: L, which of several SAEs in it; where files do not say which block they read, what to note.
+            k: features that a token keeps, where neither the files nor the repository's name says so.
+            dtype: name of the weights' dtype.
+            revision: branch, tag or commit on the Hub.
+            **hub: how to reach it: `token`, `cache_dir`, `force_download`, `local_files_only`.
+
+        Returns:
+            The autoencoder. Its `mean_active_activation`, which nobody publishes, is 1 until it is measured.
+
+        Raises:
+            ValueError: the layout is not known, or has a field, a place in the model or an activation that cannot be
+                expressed here; a tensor is missing, unknown, of another shape or not finite; files disagree with each
+                other or with an argument; or several SAEs are meant.
+            OSError: there is no such file, or the Hub cannot be reached and its cache does not hold it.
+        """
+        return load_public(cls, source, layer, k, dtype, revision, **hub)
 
     @classmethod
     def from_saelens(cls, folder: str | Path, layer: int | None = None, dtype: str = "float32") -> Self:
@@ -287,8 +332,8 @@ class SparseAutoencoder(PreTrainedModel):
     def save_saelens(self, folder: str | Path) -> None:
         """Write the SAE so that SAELens loads it (`SAE.load_from_disk`), and all that is built on SAELens.
 
-        "batchtopk" becomes SAELens' "jumprelu", as SAELens saves its own. `mean_active_activation`, which SAELens
-        does not have, goes to a third file, from which `from_saelens` takes it back.
+        "batchtopk" and "matryoshka" become SAELens' "jumprelu", as SAELens saves its own. `mean_active_activation`,
+        which SAELens does not have, goes to a third file, from which `from_saelens` takes it back.
 
         Args:
             folder: where the files go; made if there is none.

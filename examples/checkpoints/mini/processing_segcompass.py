@@ -13,7 +13,7 @@ from transformers import BatchFeature, ProcessorMixin
 from transformers.utils import CONFIG_NAME
 
 from .backbone import Backbone, backbone_of
-from .image_encoder import Frame, image_side, without_torchvision
+from .image_encoder import Frame, frame_of, without_torchvision
 from .images import read_image
 from .manifest import MANIFEST, READ_BY_PROCESSORS
 from .old_names import with_new_names
@@ -28,6 +28,9 @@ from .tokens import (
     check_response_tokens,
     reserved_in,
 )
+
+ENCODER_INPUTS = ("encoder_pixel_values", "original_sizes", "reshaped_input_sizes")
+"""What `SegCompassProcessor.encoder_inputs` makes."""
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SENTENCE_ENDS = ".!?。！？\n"
@@ -48,7 +51,8 @@ class SegCompassProcessor(ProcessorMixin):
     Args:
         image_processor: the MLLM's (CLIP for LLaVA-1.5, Qwen2-VL's for Qwen2.5-VL).
         tokenizer: the MLLM's; `<think>`, `</think>` and `<REF_POS>` are added as ordinary tokens when absent.
-        encoder_image_processor: the image encoder's (SAM: longest side to S, padded right and bottom to a square).
+        encoder_image_processor: the image encoder's, as `image_processor_of` makes it (SAM: longest side to S, padded
+            right and bottom to a square).
         chat_template: Jinja template of the MLLM's conversations.
         prompt_template: text with `{instruction}` and optionally `{num_slots}`; it must not contain `<REF_POS>`.
         num_slots: K_s, how many concentration tokens a response ends with.
@@ -136,7 +140,9 @@ class SegCompassProcessor(ProcessorMixin):
         beside_model = any(os.path.exists(os.path.join(save_directory, name)) for name in (CONFIG_NAME, MANIFEST))
         keywords = {"push_to_hub": push_to_hub, "is_main_process": beside_model}
         with signing_saved(save_directory, keywords):
-            return super().save_pretrained(save_directory, **kwargs)
+            saved = super().save_pretrained(save_directory, **kwargs)
+        vars(self).pop("auto_map", None)  # what transformers noted for the file alone
+        return saved
 
     @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict]:
@@ -153,9 +159,35 @@ class SegCompassProcessor(ProcessorMixin):
         return backbone_of(self)
 
     @property
+    def model_input_names(self) -> list[str]:
+        """What a call without `response` returns, by name."""
+        names = [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
+        names += ["mm_token_type_ids"] if self.return_mm_token_type_ids else []
+        return [name for name in [*names, *ENCODER_INPUTS] if name not in self.unused_input_names]
+
+    @property
     def frame(self) -> Frame:
         """Where an image lies in the image encoder's square input."""
-        return Frame(image_side(self.encoder_image_processor))
+        return frame_of(self.encoder_image_processor)
+
+    def check_fits(self, config: Any) -> None:
+        """Refuse a model that this processor was not made for: it would see no image token, or find no slot.
+
+        Args:
+            config: the model's SegCompassConfig.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        ours = {name: getattr(self, name) for name in ("num_slots", "ref_token_id", "think_end_id", "image_token_id")}
+        theirs = {name: getattr(config, name) for name in ours}
+        ours["frame"], theirs["frame"] = self.frame.side, config.frame.side
+        wrong = [f"{name} is {ours[name]} and {theirs[name]}" for name in ours if ours[name] != theirs[name]]
+        if wrong:
+            raise ValueError(
+                f"processor and model do not fit each other ({', '.join(wrong)}); load both from one folder, or build "
+                "the model with SegCompassModel.from_backbones(..., processor=processor)."
+            )
 
     def model_tokens(self) -> dict[str, Any]:
         """What SegCompassConfig must know of tokens and of the MLLM's view of an image."""
@@ -197,6 +229,25 @@ class SegCompassProcessor(ProcessorMixin):
         """A well-formed response: the reasoning in think tags, then K_s concentration tokens."""
         return f"{THINK}{reasoning}{THINK_END}{REF_TOKEN * self.num_slots}"
 
+    def check_response(self, response: str) -> None:
+        """Refuse a response that holds a control token, such as `</s>`: the model would be taught to end there.
+
+        Args:
+            response: a response, or reasoning, without the end token.
+
+        Raises:
+            ValueError: naming the token.
+        """
+        text = response
+        for token in (THINK, THINK_END, REF_TOKEN):
+            text = text.replace(token, " ")
+        token = reserved_in(self.tokenizer, text, self.image_token)
+        if token is not None:
+            raise ValueError(
+                f"the response holds {token!r}, which is a control token and no text; leave it out (the end token is "
+                "added by itself)."
+            )
+
     def _is_finished_prompt(self, text):
         """Whether a text is what the chat template makes, rather than an instruction that holds the image token."""
         if self.image_token not in text or self.chat_template is None:
@@ -218,8 +269,7 @@ class SegCompassProcessor(ProcessorMixin):
         images: Any = None,
         text: str | Sequence[str] | None = None,
         response: str | Sequence[str] | None = None,
-        image_encoder: bool = True,
-        return_tensors: str | None = None,
+        image_encoder: bool | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
         """Make model inputs.
@@ -231,9 +281,9 @@ class SegCompassProcessor(ProcessorMixin):
                 are left out.
             response: optional responses (without the end token) to append; adds `labels` and `response_mask`.
             image_encoder: False leaves out the image encoder's inputs (for language alone, or with cached image
-                embeddings).
-            return_tensors: "pt" (also the default for instructions), "np" or None, as transformers'.
-            **kwargs: options of tokenizer and image processors.
+                embeddings); None makes them.
+            **kwargs: options of tokenizer and image processors; return_tensors="pt" (also the default for
+                instructions) or "np".
 
         Returns:
             BatchFeature: input_ids, attention_mask (B, T) long, prompts padded left, responses right; pixel_values
@@ -242,7 +292,8 @@ class SegCompassProcessor(ProcessorMixin):
             bool with `response`.
 
         Raises:
-            ValueError: no or empty image, empty or too long text, lengths that differ.
+            ValueError: no or empty image, empty or too long text, control tokens in text or response, lengths that
+                differ.
             OSError: an image that cannot be read.
         """
         texts = [text] if isinstance(text, str) else list(text or [])
@@ -252,7 +303,7 @@ class SegCompassProcessor(ProcessorMixin):
                     "a response was given with a finished prompt, which already holds the image token; give the plain "
                     "instruction as text, and the processor makes the prompt."
                 )
-            return super().__call__(images=_read_all(images), text=text, return_tensors=return_tensors, **kwargs)
+            return super().__call__(images=_read_all(images), text=text, **kwargs)
         images = self._check_images(images)
         if len(images) != len(texts):
             raise ValueError(
@@ -262,7 +313,10 @@ class SegCompassProcessor(ProcessorMixin):
         prompts = [
             self.apply_chat_template(self.build_messages(t), tokenize=False, add_generation_prompt=True) for t in texts
         ]
-        kwargs = {"padding": True, "padding_side": "left", **kwargs}
+        return_tensors = kwargs.pop("return_tensors", None) or kwargs.get("common_kwargs", {}).get("return_tensors")
+        given = {**kwargs.get("text_kwargs", {}), **kwargs}
+        padding = {"padding": self.tokenizer.init_kwargs.get("padding", True), "padding_side": "left"}
+        kwargs |= {name: value for name, value in padding.items() if name not in given}
         inputs = super().__call__(images=images, text=prompts, return_tensors="pt", **kwargs)
         longest = int(inputs["attention_mask"].sum(-1).max())
         if longest > self.max_prompt_length:
@@ -270,7 +324,7 @@ class SegCompassProcessor(ProcessorMixin):
                 f"a prompt has {longest} tokens, the limit is {self.max_prompt_length}; shorten the instruction or "
                 "raise processor.max_prompt_length."
             )
-        if image_encoder:
+        if image_encoder is not False:
             inputs.update(self.encoder_inputs(images))
         if response is not None:
             self._append_responses(inputs, [response] if isinstance(response, str) else list(response))
@@ -290,18 +344,18 @@ class SegCompassProcessor(ProcessorMixin):
             OSError: an image that cannot be read.
         """
         images = self._check_images(images)
-        side = self.frame.side
+        frame, side = self.frame, self.frame.side
         for number, image in enumerate(images):
-            if max(image.size) > 2 * side * min(image.size):
+            if not frame.stretched and max(image.size) > 2 * side * min(image.size):
                 raise ValueError(
                     f"image {number} is {image.size[0]} x {image.size[1]} pixels; the limit is a ratio of {2 * side} "
                     f"(its longest side becomes {side} pixels, and nothing would be left of the other): crop it."
                 )
-        encoder = self.encoder_image_processor(images, return_tensors="pt")
+        sizes = [(image.height, image.width) for image in images]
         return {
-            "encoder_pixel_values": encoder["pixel_values"],
-            "original_sizes": torch.as_tensor(encoder["original_sizes"]),
-            "reshaped_input_sizes": torch.as_tensor(encoder["reshaped_input_sizes"]),
+            "encoder_pixel_values": self.encoder_image_processor(images, return_tensors="pt")["pixel_values"],
+            "original_sizes": torch.tensor(sizes),  # (B, 2)
+            "reshaped_input_sizes": torch.tensor([frame.reshaped_size(*size) for size in sizes]),
         }
 
     def _check_images(self, images):
@@ -314,6 +368,8 @@ class SegCompassProcessor(ProcessorMixin):
     def _append_responses(self, inputs, responses):
         if len(responses) != len(inputs["input_ids"]):
             raise ValueError(f"{len(inputs['input_ids'])} prompts but {len(responses)} responses; give one per prompt.")
+        for response in responses:
+            self.check_response(response)
         rows = self.tokenizer(
             [r + self.tokenizer.eos_token for r in responses],
             add_special_tokens=False,
@@ -376,7 +432,8 @@ class SegCompassProcessor(ProcessorMixin):
             (n,). n is 0 when nothing matches the instruction or the response had no concentration tokens.
 
         Raises:
-            ValueError: no target sizes, or not one per image; a threshold outside [0, 1].
+            ValueError: no target sizes, not one per image, or of another shape than the images that were segmented; a
+                threshold outside [0, 1].
         """
         if target_sizes is None:
             raise ValueError("target_sizes is None; pass inputs['original_sizes'] or a list of (H, W).")
@@ -384,6 +441,7 @@ class SegCompassProcessor(ProcessorMixin):
             if not 0 <= value <= 1:
                 raise ValueError(f"{name} is {value}; it is a probability, choose a value from 0 to 1.")
         sizes = self._sizes(outputs.pred_masks, target_sizes)
+        self._check_shapes(sizes, getattr(outputs, "reshaped_input_sizes", None))
         scores = outputs.pred_logits.float().sigmoid()
         kept = (scores >= threshold) & outputs.slot_mask
         results = []
@@ -412,6 +470,20 @@ class SegCompassProcessor(ProcessorMixin):
         if len(sizes) != len(pred_masks):
             raise ValueError(f"{len(pred_masks)} predictions but {len(sizes)} target sizes; give one (H, W) per image.")
         return sizes
+
+    def _check_shapes(self, sizes, reshaped):
+        """Refuse sizes whose sides have another ratio than the images': masks would be stretched. Raises ValueError."""
+        if reshaped is None or len(reshaped) not in (1, len(sizes)):
+            return
+        for row, (height, width) in enumerate(sizes):
+            segmented = tuple(reshaped[row if len(reshaped) > 1 else 0].tolist())
+            off = max(abs(a - b) for a, b in zip(self.frame.reshaped_size(height, width), segmented, strict=True))
+            if off > 1 + self.frame.side / max(height, width):  # the rounding of a smaller copy's sides
+                raise ValueError(
+                    f"target size {row} is {(height, width)} (H, W), but the image that was segmented has the shape of "
+                    f"{segmented}; give the sizes of these images, upright as their EXIF orientation says: "
+                    "inputs['original_sizes']."
+                )
 
     def _masks_at(self, logits, size, mask_threshold):
         """What `post_process_masks` gives for one image, above a threshold, without ever holding the large logits.

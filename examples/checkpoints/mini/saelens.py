@@ -64,7 +64,7 @@ def load_saelens(
         if factor is not None:  # of the activations, where they are decoded
             sae.W_dec.mul_(factor[:, None])
         if theirs.get("apply_b_dec_to_input", True):
-            sae.b_enc.sub_(sae.b_dec @ sae.W_enc)
+            fold_input_bias(sae)
         if theirs.get("rescale_acts_by_decoder_norm", False):
             norm = sae.W_dec.norm(dim=1)  # (d_sae,)
             sae.W_enc.mul_(norm)
@@ -128,6 +128,12 @@ def put_weights(
             ours.copy_(theirs)
 
 
+@torch.no_grad()
+def fold_input_bias(sae: "SparseAutoencoder") -> None:
+    """Make an autoencoder that reads z - b_dec into one that reads z, by its `b_enc`."""
+    sae.b_enc.sub_(sae.b_dec @ sae.W_enc)
+
+
 def _write(sae, folder):
     from safetensors.torch import save_file
 
@@ -171,7 +177,8 @@ def _config(folder, theirs, layer):
             f"{', '.join(f'{name}={theirs[name]!r}' for name in sorted(unknown))}; if they change nothing that the SAE "
             "computes, remove them from cfg.json."
         )
-    for fields, name in ((theirs, "d_out"), *((metadata, name) for name in ("hook_name_out", "hook_head_index"))):
+    heads = ("hook_name_out", "hook_head_index", "hook_point_head_index")  # the last before release 3
+    for fields, name in ((theirs, "d_out"), *((metadata, name) for name in heads)):
         if fields.get(name) not in (None, *((fields["d_in"],) if name == "d_out" else ())):
             raise ValueError(
                 f"{folder} was saved with {name}={fields[name]!r}; only SAEs that read and rebuild one residual stream "
@@ -197,10 +204,14 @@ def _config(folder, theirs, layer):
                 f"{folder} was saved with {name}={theirs[name]!r}; only 'none' can be loaded: fold it into the "
                 "weights with SAELens first."
             )
-    layer = layer or _layer_of(metadata.get("hook_name") or "")
+    hook = metadata.get("hook_name") or metadata.get("hook_point") or ""
+    named = _layer_of(hook)
+    if layer is not None and named not in (None, layer):
+        raise ValueError(f"{folder} was trained at {hook!r}, which is layer {named} here; layer is {layer}.")
+    layer = named or layer
     if layer is None:
         raise ValueError(
-            f"{folder} was trained at {metadata.get('hook_name')!r}, which names no residual stream after a "
+            f"{folder} was trained at {hook!r}, which names no residual stream after a "
             "decoder block; say which block with layer=."
         )
     return SparseAutoencoderConfig(

@@ -1,18 +1,15 @@
-"""SAM's weights, from transformers or from the original `segment-anything` `.pth` files, as this model uses them.
+"""SAM's weights, and its successors', from transformers or from original `.pth` files, as this model uses them.
 
 The vision encoder is taken whole. The mask decoder starts from SAM's mask branch and decoder where shapes match: a
 heatmap enters as SAM's mask prompts do, and one mask comes out as its single-mask token makes it.
 """
 
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel, SamModel, SamVisionConfig, SamVisionModel
-
-from .saved_folders import check_loaded
+from transformers import PreTrainedModel, SamVisionConfig, SamVisionModel
 
 # Original name -> transformers' name, first match counts; what no rule changes keeps its name.
 RULES = (
@@ -53,6 +50,14 @@ DECODER_PARTS = (
     ("mask_decoder.mask_token", "mask_decoder.mask_tokens.weight"),
     ("image_positions.positional_embedding", "shared_image_embedding.positional_embedding"),
 )
+
+
+# What SAM 2 and SAM 3 call differently from SAM.
+LATER_NAMES = (
+    (r"^(mask_decoder\.transformer\.layers\.\d+\.mlp)\.proj_in\.", r"\1.lin1."),
+    (r"^(mask_decoder\.transformer\.layers\.\d+\.mlp)\.proj_out\.", r"\1.lin2."),
+)
+VISION = "vision_encoder."
 
 
 def convert_original_sam(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -120,49 +125,53 @@ def sam_vision_config(weights: dict[str, torch.Tensor]) -> SamVisionConfig:
     )
 
 
-def read_sam(
-    source: str | PreTrainedModel, dtype: str | torch.dtype = "float32"
-) -> tuple[SamVisionModel, dict[str, torch.Tensor]]:
-    """SAM's vision encoder, and what the mask decoder can start from.
+def read_original_sam(path: str, dtype: str | torch.dtype = "auto") -> tuple[SamVisionModel, dict[str, torch.Tensor]]:
+    """SAM's vision encoder out of an original `.pth` file, and what the mask decoder can start from.
 
     Args:
-        source: an original `.pth` file, a folder or Hub id of a transformers SAM (whole or its vision model), or a
-            loaded `SamModel` or `SamVisionModel`.
-        dtype: of what is loaded here; "auto" keeps the checkpoint's own.
+        path: of the file.
+        dtype: "auto" keeps the file's own.
 
     Returns:
-        tuple: the SamVisionModel, and SamModel's other weights, {} when there are none.
+        tuple: the SamVisionModel, and SAM's other weights under transformers' names.
 
     Raises:
         ValueError: the weights are no SAM's.
     """
-    if isinstance(source, SamVisionModel):
-        return source, {}
-    if isinstance(source, str) and Path(source).suffix == ".pth":
-        weights = convert_original_sam(torch.load(source, map_location="cpu", weights_only=True))
-        if dtype != "auto":
-            dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-            weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
-        vision = SamVisionModel(sam_vision_config(weights))
-        vision.to(weights["vision_encoder.pos_embed"].dtype)  # type: ignore[arg-type]
-        part = {name: tensor for name, tensor in weights.items() if name.startswith("vision_encoder.")}
-        vision.load_state_dict(part)
-        vision.config._name_or_path = source
-        return vision.eval(), {name: tensor for name, tensor in weights.items() if name not in part}
-    if isinstance(source, str) and AutoConfig.from_pretrained(source).model_type != "sam":
-        return _load(SamVisionModel, source, dtype), {}
-    sam: Any = _load(SamModel, source, dtype) if isinstance(source, str) else source
-    vision = SamVisionModel._from_config(sam.config.vision_config, dtype=sam.dtype)
-    vision.vision_encoder = sam.vision_encoder
-    rest = {name: tensor for name, tensor in sam.state_dict().items() if not name.startswith("vision_encoder.")}
+    weights = convert_original_sam(torch.load(path, map_location="cpu", weights_only=True))
+    if dtype != "auto":
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        weights = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    vision = SamVisionModel(sam_vision_config(weights))
+    vision.to(weights["vision_encoder.pos_embed"].dtype)  # type: ignore[arg-type]
+    part = {name: tensor for name, tensor in weights.items() if name.startswith(VISION)}
+    vision.load_state_dict(part)
+    vision.config._name_or_path = path
+    return vision.eval(), {name: tensor for name, tensor in weights.items() if name not in part}
+
+
+def take_apart(whole: Any, vision_class: Any) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+    """The vision encoder of a whole SAM, SAM-HQ, SAM 2 or SAM 3, and what the mask decoder can start from.
+
+    Args:
+        whole: transformers' model; the encoder goes on sharing its weights.
+        vision_class: of the encoder.
+
+    Returns:
+        tuple: a model of that class, and the other weights under SAM's names.
+    """
+    vision = whole.vision_encoder
+    if not isinstance(vision, vision_class):  # SAM and SAM-HQ hold its inner part
+        vision = vision_class._from_config(whole.config.vision_config, dtype=whole.dtype)
+        vision.vision_encoder = whole.vision_encoder
+    vision.config._name_or_path = whole.config._name_or_path
+    rest = {name: tensor for name, tensor in whole.state_dict().items() if not name.startswith(VISION)}
+    for later, sams in LATER_NAMES:
+        rest = {re.sub(later, sams, name): tensor for name, tensor in rest.items()}
+    if "no_memory_embedding" in rest:  # SAM 2 adds it to the keys, where our decoder adds the mask branch
+        bias = "prompt_encoder.mask_embed.conv3.bias"
+        rest[bias] = rest[bias] + rest["no_memory_embedding"].flatten()
     return vision.eval(), rest
-
-
-def _load(model_class: Any, source: str, dtype: Any) -> Any:
-    """transformers' from_pretrained, but weights that the file lacks are an error."""
-    model, info = model_class.from_pretrained(source, dtype=dtype, output_loading_info=True)
-    check_loaded(model, info, source, unexpected=False)
-    return model
 
 
 @torch.no_grad()
@@ -171,7 +180,7 @@ def start_mask_decoder(model: nn.Module, weights: dict[str, torch.Tensor]) -> li
 
     Args:
         model: a SegCompassModel.
-        weights: as `read_sam` returns them.
+        weights: as `load_image_encoder` returns them.
 
     Returns:
         list: the model's parameter names that now hold SAM's weights.

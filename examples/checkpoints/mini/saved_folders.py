@@ -84,12 +84,18 @@ def signing_saved(folder: str | os.PathLike, keywords: dict[str, Any]) -> Iterat
         None.
 
     Raises:
-        ValueError: `push_to_hub` is among the keywords.
+        ValueError: `push_to_hub` or `save_original_format` is among the keywords.
     """
     if keywords.get("push_to_hub"):
         raise ValueError(
             "push_to_hub=True uploads the folder before it is signed; save it without, and call push_to_hub(repo_id) "
             "or `segcompass push`."
+        )
+    if keywords.get("save_original_format"):
+        raise ValueError(
+            "save_original_format=True asks for the names that the parts' own checkpoints have, and the folder of a "
+            "SegCompass model or SAE has one set of names; leave it out, or save a part alone: model.mllm."
+            "save_pretrained(folder)."
         )
     if not keywords.get("is_main_process", True):
         yield
@@ -98,13 +104,29 @@ def signing_saved(folder: str | os.PathLike, keywords: dict[str, Any]) -> Iterat
         yield
 
 
+def check_given(keywords: dict[str, Any]) -> None:
+    """Refuse a `from_pretrained` of no path without what transformers then makes the model of.
+
+    Args:
+        keywords: those of the `from_pretrained` that asks.
+
+    Raises:
+        ValueError: `config` or `state_dict` is not among them.
+    """
+    for name in ("config", "state_dict"):
+        if keywords.get(name) is None:
+            raise ValueError(
+                f"the path is None, and so is {name}; pass a folder or a Hub id, or both config= and state_dict=."
+            )
+
+
 def check_loaded(model: Any, info: dict[str, Any], source: Any, unexpected: bool = True) -> None:
     """Refuse a model whose weights were not all in the file, or are not all numbers.
 
     Args:
         model: the loaded model.
         info: transformers' report on its weights.
-        source: folder or Hub id, for the error.
+        source: folder or Hub id, for the error; None = a state dict that was passed.
         unexpected: whether weights that the model has no place for are a fault; others' checkpoints may hold more.
 
     Raises:
@@ -117,10 +139,10 @@ def check_loaded(model: Any, info: dict[str, Any], source: Any, unexpected: bool
     if any(wrong.values()):
         found = "; ".join(f"{name}: {len(keys)} ({', '.join(keys[:3])} ...)" for name, keys in wrong.items() if keys)
         raise ValueError(
-            f"{source} does not match this model ({found}); nothing was loaded. Use the folder that save_pretrained "
-            "wrote, with its own config.json."
+            f"{source or 'state_dict'} does not match this model ({found}); nothing was loaded. Use the folder that "
+            "save_pretrained wrote, with its own config.json."
         )
-    check_finite(model, source)
+    check_finite(model, source or "state_dict")
 
 
 def own_config(source: Any, fields: dict[str, Any], model_type: str) -> dict[str, Any]:
