@@ -13,7 +13,7 @@ from segcompass.modeling_segcompass.family_processor import known_obstacle
 from .families import TINY_FAMILIES
 
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
-SIGNS = {"passed": "✓", "skipped": "–"}
+SIGNS = {"passed": "✓", "skipped": "–", "failed": "✗"}
 
 
 def made_with() -> str:
@@ -35,7 +35,7 @@ def tried(results: Mapping[str, Mapping[str, str]]) -> tuple[str, list[str]]:
     lines = [f"{made_with()}: {len(whole)} of {len(results)} families pass all {len(columns)}.", ""]
     lines += [f"| family | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for family, found in results.items():
-        lines.append(f"| `{family}` | {' | '.join(SIGNS.get(found.get(name, ''), '✗') for name in columns)} |")
+        lines.append(f"| `{family}` | {' | '.join(SIGNS.get(found.get(name, ''), '·') for name in columns)} |")
     return "\n".join(lines), whole
 
 
