@@ -46,12 +46,12 @@ setup(
     entry_points={"console_scripts": ["segcompass = segcompass.cli:main"]},
     install_requires=[
         "torch>=2.6",
-        "transformers>=5.23,<5.24",
+        "transformers>=5.10,<5.25",  # dev/versions.py runs the saved model with each minor; trainers want a later one
         "trl>=1.16,<1.17",  # trainers override private methods of this minor: tests/trainers/test_trl_contract.py
         "accelerate>=1.10",
         "datasets>=5",
         "peft>=0.18",
-        "huggingface-hub>=2,<3",
+        "huggingface-hub>=1.31,<3",
         "evaluate>=0.4.6",
         "scipy>=1.14",
         "pycocotools>=2.0.8",
@@ -59,6 +59,7 @@ setup(
         "pillow>=11",
         "safetensors>=0.8",
         "numpy>=2",
+        "packaging>=24",
         "tqdm>=4.66",
     ],
     extras_require={

@@ -3,17 +3,19 @@
     pip install -e ".[peers]"
     python benchmarks/synthetic_features.py                    # 2,048 true features in 96 dimensions
     python benchmarks/synthetic_features.py --short            # 1,024 in 48, within 90 s
-    python benchmarks/synthetic_features.py --features 16384 --samples 200000000    # SynthSAEBench-16k's size
+    python benchmarks/synthetic_features.py --features 16384 --samples 200000000  # the size of SynthSAEBench-16k
 
 A world draws sparse sums of known directions: how often they fire follows Zipf's law, they come in trees (a child fires
 with its parent only, and excludes its siblings), and they are correlated. The worlds have the settings of
-SynthSAEBench-16k, with features, dimensions and trees divided alike, and are made here, without a network. The SAEs have a
-quarter as many features as there are true ones, as that benchmark recommends.
+SynthSAEBench-16k, with features, dimensions and trees divided alike, and are made here, without a network. The SAEs
+have a quarter as many features as there are true ones, as that benchmark recommends.
 
-Both trainers get the same batches in the same order, and the same widths, k, learning rate and number of steps; all else
-is each one's own. SAELens then loads both from disk (ours through `save_saelens`) and judges them by `mcc` (mean cosine of
-decoder rows and true directions, matched one to one), `f1` (of a feature's firing as a detector of the true one that its
-decoder row is nearest to), uniqueness, explained variance, L0 and dead features. The last line gives ours over theirs.
+Both trainers get the same batches in the same order, the same widths, k, number of steps and schedule (constant, then
+down to a tenth over the last third), and each the best of the same learning rates, by `mcc`; all else is each one's
+own. SAELens then loads both from disk (ours through `save_saelens`) and judges them by `mcc` (mean
+cosine of decoder rows and true directions, matched one to one), `f1` (of a feature's firing as a detector of the true
+one that its decoder row is nearest to), uniqueness, explained variance, L0 and dead features. The last line gives ours
+over theirs.
 """
 
 import argparse
@@ -65,7 +67,7 @@ def make_world(features, seed=42):
 
 
 class Samples(IterableDataset):
-    """The same batches to everybody: held in memory where they fit in a gigabyte, else each drawn anew by its number."""
+    """The same batches to everybody: held in memory where they fit in a gigabyte, else drawn anew by their number."""
 
     def __init__(self, world, steps):
         self.world, self.steps = world, steps
@@ -82,7 +84,7 @@ class Samples(IterableDataset):
         return iter(self.held) if self.held else map(self.draw, range(self.steps))
 
 
-# -- the contenders: each trains, saves for SAELens, and returns seconds ------------------------------------------------
+# -- the contenders: each trains, saves for SAELens, and returns seconds -----------------------------------------------
 
 
 def ours(kind, samples, d_in, d_sae, k, lr, folder):
@@ -92,6 +94,9 @@ def ours(kind, samples, d_in, d_sae, k, lr, folder):
         output_dir=str(folder / "runs"),
         max_steps=samples.steps,
         learning_rate=lr,
+        warmup_steps=0,
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": samples.steps // 3, "decay_type": "linear", "min_lr_ratio": 0.1},
         dead_window=samples.steps * BATCH // 10,
         calibration_tokens=16 * BATCH,
         strength_tokens=BATCH,
@@ -153,7 +158,7 @@ def main():
     parser.add_argument("--short", action="store_true", help="1,024 true features, 200,000 samples")
     parser.add_argument("--features", type=int, help="true features, a multiple of 128; default: 2,048")
     parser.add_argument("--samples", type=int, help="samples to train on; default: 1,000,000")
-    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of both; default: %(default)s")
+    parser.add_argument("--lr", type=float, nargs="+", default=[3e-3, 1e-2, 3e-2], help="default: %(default)s")
     parser.add_argument("--kinds", nargs="+", default=["topk", "batchtopk", "matryoshka"], help="default: all three")
     arguments = parser.parse_args()
     features = arguments.features or (1024 if arguments.short else 2048)
@@ -164,28 +169,26 @@ def main():
     samples = Samples(world, steps)
     with torch.no_grad():
         true_l0 = (world.sample_with_features(8 * BATCH)[1] > 0).sum(1).float().mean().item()
-    d_in, d_sae, k = (
-        world.cfg.hidden_dim,
-        features // 4,
-        max(1, round(true_l0 * 25 / 34)),
-    )  # the benchmark's k of 25 for 34
+    d_in, d_sae = world.cfg.hidden_dim, features // 4
+    k = max(1, round(true_l0 * 25 / 34))  # the benchmark's k of 25 for an L0 of 34
     print(
         f"{features} true features in {d_in} dimensions, {true_l0:.1f} at a time; {d_sae} to find them, k={k}; ", end=""
     )
-    print(f"{steps} steps of {BATCH}, learning rate {arguments.lr}, {torch.get_num_threads()} threads")
-    result = {"features": features, "d_sae": d_sae, "k": k, "steps": steps, "lr": arguments.lr}
+    print(f"{steps} steps of {BATCH}, learning rates {arguments.lr}, {torch.get_num_threads()} threads")
+    result = {"features": features, "d_sae": d_sae, "k": k, "steps": steps}
     columns = ("mcc", "f1", "uniqueness", "explained_variance", "sae_l0", "dead_latents", "seconds")
-    print(f"{'':<24}" + "".join(f"{name:>20}" for name in columns))
+    print(f"{'':<28}" + "".join(f"{name:>20}" for name in columns))
     for kind in arguments.kinds:
         found = {}
         for name, train in (("ours", ours), ("saelens", saelens)):
-            with tempfile.TemporaryDirectory() as folder:
-                torch.manual_seed(1)
-                seconds = train(kind, samples, d_in, d_sae, k, arguments.lr, Path(folder))
-                found[name] = judged(folder, world, 32 * BATCH) | {"seconds": seconds}
-            print(
-                f"{kind + ' ' + name:<24}" + "".join(f"{found[name][column]:>20.4f}" for column in columns), flush=True
-            )
+            for lr in arguments.lr:
+                with tempfile.TemporaryDirectory() as folder:
+                    torch.manual_seed(1)
+                    seconds = train(kind, samples, d_in, d_sae, k, lr, Path(folder))
+                    at = judged(folder, world, 32 * BATCH) | {"seconds": seconds, "lr": lr}
+                row = "".join(f"{at[column]:>20.4f}" for column in columns)
+                print(f"{kind} {name} {lr:g}".ljust(28) + row, flush=True)
+                found[name] = max(found.get(name, at), at, key=lambda held: held["mcc"])
         result[kind] = {who: {name: round(value, 4) for name, value in held.items()} for who, held in found.items()}
         ratios = {name: found["ours"][name] / max(found["saelens"][name], 1e-9) for name in ("mcc", "f1", "seconds")}
         result[f"{kind}_vs_saelens"] = {name: round(value, 3) for name, value in ratios.items()}

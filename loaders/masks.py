@@ -116,9 +116,10 @@ def read_mask(mask: Any, height: int, width: int, folder: Path = Path()) -> dict
 
 def _inside_array(given: Any, height: int, width: int) -> np.ndarray:
     """An array, a tensor or rows as bool (H, W). Raises ValueError."""
-    given = given.detach().cpu() if hasattr(given, "detach") else given
+    if np.ma.is_masked(given):
+        raise ValueError("a mask is an array of which some values are masked; fill them first (array.filled(0)).")
     try:
-        array = np.asarray(given)
+        array = np.asarray(given.detach().cpu() if hasattr(given, "detach") else given)
     except ValueError as error:
         raise ValueError(f"a mask must be rows of 0 and 1, all of one length: {error}.") from error
     except Exception as error:

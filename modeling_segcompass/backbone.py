@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
+from transformers import __version__ as transformers_version
 from transformers.utils import PROCESSOR_NAME, TransformersKwargs
 
 from .family_processor import known_obstacle, model_class, own_processor_class
@@ -340,6 +341,12 @@ class Backbone:
             raise ValueError(
                 f"transformers has no processor for {processor.mllm_type!r} that says how many tokens an image has; "
                 "choose another MLLM, or define replace_image_token in a class of this family (docs/extending.md)."
+            )
+        family = type(processor.own).plain
+        if family.replace_image_token is ProcessorMixin.replace_image_token:
+            raise ValueError(
+                f"{family.__name__} of transformers {transformers_version} does not say which tokens stand for an "
+                "image; install transformers>=5.15, where most families' processors do (docs/encoders.md)."
             )
         return processor.own.replace_image_token(image_inputs, image_idx=image_idx)
 

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
-from transformers.configuration_utils import SubConfigSpec
 
 from .image_encoder import DEFAULT_ENCODER, IMAGE_VIEWS, Frame, encoder_of
 from .old_names import with_new_names
@@ -105,7 +104,7 @@ class SegCompassConfig(PreTrainedConfig):
 
     Args:
         mllm_config: configuration of the MLLM policy π_θ (`llava`, `qwen2_5_vl`), or its dict.
-        image_encoder_config: configuration of the image encoder F_enc (SAM's: ViT-B/L/H, or a tiny one), or its dict.
+        image_encoder_config: configuration of the image encoder F_enc (docs/encoders.md lists the kinds), or its dict.
         sae_config: configuration of the sparse autoencoder E_sae; its `layer` says which hidden states it reads.
         num_slots: K_s, the number of concentration tokens and of slots.
         d_c: width of the concept representations r_k.
@@ -153,10 +152,11 @@ class SegCompassConfig(PreTrainedConfig):
     """
 
     model_type = "segcompass"
-    sub_configs_defaults = {
-        "mllm_config": SubConfigSpec(AutoConfig, model_type="llava"),
-        "image_encoder_config": SubConfigSpec(AutoConfig, model_type=DEFAULT_ENCODER),
-        "sae_config": SparseAutoencoderConfig,  # type: ignore[dict-item]
+    # Not `sub_configs_defaults`, which transformers before 5.21 lacks: `__init__` makes them, in every version alike.
+    sub_configs = {  # type: ignore[assignment]
+        "mllm_config": AutoConfig,
+        "image_encoder_config": AutoConfig,
+        "sae_config": SparseAutoencoderConfig,
     }
     auto_map = {}  # type: ignore[var-annotated]  # an annotation would make it a field
 
@@ -195,9 +195,11 @@ class SegCompassConfig(PreTrainedConfig):
     ):
         renamed = {"image_encoder_config": image_encoder_config, "references": references}
         kwargs = with_new_names({**kwargs, **{name: value for name, value in renamed.items() if value is not None}})
-        self.mllm_config = mllm_config
-        self.image_encoder_config = kwargs.pop("image_encoder_config", None)
-        self.sae_config = sae_config
+        self.mllm_config = _part(mllm_config, "llava")
+        self.image_encoder_config = _part(kwargs.pop("image_encoder_config", None), DEFAULT_ENCODER)
+        if sae_config is None or isinstance(sae_config, dict):
+            sae_config = SparseAutoencoderConfig(**sae_config or {})
+        self.sae_config: Any = sae_config
         if concept_reading not in CONCEPT_READINGS:
             raise ValueError(f"concept_reading is {concept_reading!r}; choose one of {CONCEPT_READINGS}.")
         if num_slots < 1:
@@ -305,3 +307,10 @@ class SegCompassConfig(PreTrainedConfig):
     def frame(self) -> Frame:
         """Where an image lies in the image encoder's square input."""
         return encoder_of(self).frame(self.image_encoder_config)
+
+
+def _part(config, default_type):
+    """A part's configuration from its dict; None gives the default of a kind, and a configuration is left as it is."""
+    if config is None or isinstance(config, dict):
+        return AutoConfig.for_model(**{"model_type": default_type, **(config or {})})
+    return config

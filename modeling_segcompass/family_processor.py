@@ -86,13 +86,10 @@ def own_processor_class(mllm_type: str) -> Any:
         mllm_type: `model_type` of the MLLM's configuration.
 
     Returns:
-        A class, with transformers' own as `plain`; None if transformers names none that tells how many tokens an image
-        has.
+        A class, with transformers' own as `plain`; None if transformers has none.
     """
     family = _family(mllm_type)
     if family is None or not issubclass(family, ProcessorMixin):  # transformers' stand-in for what is not installed
-        return None
-    if family.replace_image_token is ProcessorMixin.replace_image_token:
         return None
     return type(family.__name__, (family, _Quiet), {"plain": family, "mllm_type": mllm_type})
 
@@ -152,6 +149,6 @@ def known_obstacle(mllm_type: str) -> str | None:
         return "transformers has no processor for it"
     if not issubclass(family, ProcessorMixin):
         return f"its processor ({PROCESSOR_MAPPING_NAMES[mllm_type]}) needs a package that is not installed"
-    if own_processor_class(mllm_type) is None:
+    if family.replace_image_token is ProcessorMixin.replace_image_token:
         return "its processor does not say which tokens stand for an image (replace_image_token)"
     return None

@@ -14,7 +14,7 @@ from .finite import refuse_non_finite
 from .grounded_reading import DECODER_CONFIDENCE, Grounding
 from .interventions import steer
 from .outputs import SegCompassOutput
-from .patch_boxes import boxes_of_tokens, has_area
+from .patch_boxes import boxes_of_tokens, has_area, snapped
 from .states import ReasoningStates
 from .token_layout import IMAGE, conclusion_mask, find_slots, gather_positions, token_types
 
@@ -60,6 +60,7 @@ def decode_grounded(
     patch_xy = (boxes[..., :2] + boxes[..., 2:]) / 2  # (B, P, 2)
     patch_xy = patch_xy.masked_fill(~is_patch[..., None], -1e3)  # far off, so that nothing takes it for the nearest
     patch_xy, image, on_image = config.frame.place_patches(patch_xy, states.reshaped_input_sizes, "whole")
+    patch_xy = snapped(patch_xy)
     patch_mask = on_image & is_patch
     if not patch_mask.any(1).all():
         raise ValueError(
@@ -83,7 +84,7 @@ def decode_grounded(
     keys = states.image_embeddings.to(dtype).expand(len(ids), -1, -1, -1)  # (B, d_k, h, w)
     key_positions = model.key_positions(keys.shape[-2:]).to(dtype)  # (1, d_k, h, w)
     cell_mask = model.cell_mask(keys, states.reshaped_input_sizes)  # (B, h, w)
-    patch_size = (boxes[..., 2:] - boxes[..., :2]) * image  # (B, P, 2), (x, y)
+    patch_size = snapped((boxes[..., 2:] - boxes[..., :2]) * image)  # (B, P, 2), (x, y)
     patch_size = patch_size.masked_fill(~is_patch[..., None], 1)
     upsampling = reading.upsampling(keys, patch_xy, patch_size, patch_mask)  # (B, h, w, P)
     heatmaps = reading.to_keys(account["patch_heatmaps"], upsampling).to(dtype)  # (B, K_s, h, w)

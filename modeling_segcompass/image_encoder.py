@@ -9,6 +9,7 @@ are all laid over it.
 """
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,12 +31,16 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, cached_file
 from .sam_weights import read_original_sam, take_apart
 from .saved_folders import HUB_KEYWORDS, check_loaded
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_ENCODER = "sam_vision_model"
 """`model_type` of the encoder of a configuration that names none."""
 
 IMAGE_VIEWS = ("whole", "center_crop", "center_pad", "frame")
 """How an MLLM sees an image: all of it, in whatever aspect; the square in its middle; all of it in the middle of a
 square; or as the image encoder does, in a square's top left corner."""
+
+DINOV3_TERMS = "DINOv3 is under Meta's own DINOv3 License, and the Hub asks for access before it is loaded."
 
 NORMALISATION = ("image_mean", "image_std", "do_normalize", "do_rescale", "rescale_factor")
 """Settings of a repository's own image processor that are kept; where the image lies is decided here."""
@@ -144,6 +149,8 @@ class ImageEncoder:
     """its class in transformers, by name, so that nothing is imported before it is needed."""
     whole_classes: Mapping[str, str] = {}
     """`model_type` of larger models that hold it as `vision_encoder` -> the class that reads their weights."""
+    terms = ""
+    """what must be said to whoever loads its published weights; empty for Apache-2.0."""
     stretched = False
     """whether it was trained on images that fill its square whatever their aspect, rather than on padded ones."""
     image_mean = IMAGENET_DEFAULT_MEAN
@@ -159,6 +166,8 @@ class ImageEncoder:
         """The encoder with its weights, and what the mask decoder can start from: see `load_image_encoder`."""
         model: Any = source
         if isinstance(source, str):
+            if self.terms and not Path(source).is_dir():
+                logger.warning("%s: %s", source, self.terms)
             name = self.whole_classes.get(_read_config(source, keywords).model_type, self.model_class)
             model, info = _transformers_class(name).from_pretrained(source, output_loading_info=True, **keywords)
             check_loaded(model, info, source, unexpected=False)
@@ -293,6 +302,7 @@ class Sam3Encoder(ImageEncoder):
 
     model_types = ("sam3_vision_model",)
     model_class = "Sam3VisionModel"
+    terms = "SAM 3 is under Meta's own SAM License, and the Hub asks for access before it is loaded."
     whole_classes = {"sam3": "Sam3Model", "sam3_tracker": "Sam3TrackerModel", "sam3_video": "Sam3TrackerModel"}
     stretched = True
     image_mean = IMAGENET_STANDARD_MEAN
@@ -349,6 +359,7 @@ class Dinov3Encoder(TokenEncoder):
 
     model_types = ("dinov3_vit",)
     model_class = "DINOv3ViTModel"
+    terms = DINOV3_TERMS
 
 
 class Dinov3ConvNextEncoder(TokenEncoder):
@@ -356,6 +367,7 @@ class Dinov3ConvNextEncoder(TokenEncoder):
 
     model_types = ("dinov3_convnext",)
     model_class = "DINOv3ConvNextModel"
+    terms = DINOV3_TERMS
 
     def channels(self, config: Any) -> int:
         """d_k, the last stage's width."""

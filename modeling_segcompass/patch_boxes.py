@@ -42,6 +42,9 @@ NEAR = 0.01
 MIDDLE = 0.2
 """Share of a view left out at each end where its scale is measured: resizing bends a ramp near its ends."""
 
+COARSE, NOISE = 2.0**12, 2.0**-22
+"""Of `snapped`."""
+
 FINE = 2.0**20
 """Positions are rounded to steps this fine, so that a fraction's last bit does not depend on the image's shape."""
 
@@ -141,6 +144,15 @@ def centres_in_view(boxes: torch.Tensor) -> torch.Tensor:
     last = exact[..., 2:].masked_fill(~shown, -torch.inf).amax(1, keepdim=True)
     centres = ((exact[..., :2] + exact[..., 2:]) / 2 - first) / (last - first)
     return ((centres * FINE).round() / FINE).masked_fill(~shown, 0).float()
+
+
+def snapped(values: torch.Tensor) -> torch.Tensor:
+    """Values that lie within float32's noise of a multiple of 1/4096, made that multiple; the others as they are.
+
+    A fraction of a padded image's width times that width is then the round number that it was made of.
+    """
+    near = (values * COARSE).round() / COARSE
+    return torch.where((values - near).abs() < NOISE, near, values)
 
 
 def paint_boxes(values: np.ndarray, boxes: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -36,6 +36,8 @@ class Code(NamedTuple):
     nested: torch.Tensor | None = None
     """Float (..., G, d_in), what each of G nested dictionaries makes of z alone, the whole one last; None where only ẑ
     is fitted."""
+    price: torch.Tensor | None = None
+    """Float (...,), Σ_j h_j ||W_dec[j]|| of each token ("relu" only)."""
 
 
 class TrainingCost(NamedTuple):
@@ -64,6 +66,8 @@ class SparseActivation:
     same names, with values for hidden states of unit variance per dimension."""
     coefficient: ClassVar[str | None] = None
     """The field that multiplies `penalty`; None where there is no penalty."""
+    keeps_k: ClassVar[bool] = False
+    """Whether the configuration's `k` says how many features a token keeps."""
     saelens_architecture: ClassVar[str | None] = None
     """SAELens' name of the architecture it is saved as; None where SAELens has none."""
 
@@ -232,10 +236,22 @@ class Relu(SparseActivation):
     coefficient = "l1_coefficient"
     saelens_architecture = "standard"
 
+    def forward(self, sae: "SparseAutoencoder", z: torch.Tensor, output_feature_acts: bool) -> Code:
+        """As the dense `forward`, in value and gradient, with fewer arrays of N x d_sae written and read."""
+        if torch.is_autocast_enabled(z.device.type):
+            code = super().forward(sae, z, output_feature_acts)
+            assert code.feature_acts is not None  # the dense `forward` always gives them
+            return code._replace(price=code.feature_acts @ sae.W_dec.norm(dim=1))
+        flat = z.reshape(-1, z.shape[-1])  # (N, d_in)
+        h, z_hat, price = _Dense.apply(flat, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
+        active, fired = _counts(h.detach())
+        shape = z.shape[:-1]
+        return Code(z_hat.view(z.shape), h.view(*shape, -1), active.view(shape), fired, price=price.view(shape))
+
     def penalty(self, sae: "SparseAutoencoder", code: Code) -> torch.Tensor:
         """Σ_j h_j ||W_dec[j]||."""
-        assert code.feature_acts is not None  # the dense `forward` always gives them
-        return (code.feature_acts @ sae.W_dec.norm(dim=1)).mean()
+        assert code.price is not None
+        return code.price.mean()
 
     @classmethod
     def from_saelens(cls, saelens_config: dict[str, Any]) -> dict[str, Any] | None:
@@ -246,6 +262,8 @@ class Relu(SparseActivation):
 
 class _KeepLargest(SparseActivation):
     """In training k features per token are kept; decoder and gradients touch only these, which makes it fast."""
+
+    keeps_k = True
 
     @classmethod
     def check_config(cls, config: "SparseAutoencoderConfig") -> None:
@@ -272,7 +290,7 @@ class _KeepLargest(SparseActivation):
 
     def forward(self, sae: "SparseAutoencoder", z: torch.Tensor, output_feature_acts: bool) -> Code:
         """As the dense `forward`, in value and gradient, but on the P kept pairs instead of N x d_sae."""
-        flat = z.flatten(0, -2)  # (N, d_in)
+        flat = z.reshape(-1, z.shape[-1])  # (N, d_in)
         tokens, d_sae = len(flat), sae.config.d_sae
         with torch.no_grad():
             values, rows, features = self.keep(sae, flat @ sae.W_enc + sae.b_enc)  # (P,) each
@@ -579,6 +597,43 @@ class _Kept(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             inputs = torch.zeros_like(z).index_add_(0, rows[order], gradient[order, None] * W_enc.T[features])
         return inputs, encoder, bias, None, None, None
+
+
+def _counts(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features active at each token, and tokens at which each is active, of h (N, d_sae): float32 (N,) and (d_sae,)."""
+    active, fired = [], torch.zeros(h.shape[1], dtype=torch.float32, device=h.device)
+    for rows in h.split(2**14 if h.is_cuda else 64):  # few enough that their signs stay in a CPU's cache
+        on = rows.sign()  # count_nonzero is three times slower on a CPU
+        active.append(on.sum(1, dtype=torch.float32))
+        fired += on.sum(0, dtype=torch.float32)
+    return torch.cat(active), fired
+
+
+class _Dense(torch.autograd.Function):
+    """(h, ẑ, Σ_j h_j ||W_dec[j]||) of "relu", each (N, ...): what autograd computes, in place wherever it can be."""
+
+    @staticmethod
+    def forward(ctx, z, W_enc, b_enc, W_dec, b_dec):
+        h = torch.addmm(b_enc, z, W_enc).relu_()  # (N, d_sae)
+        norm = W_dec.norm(dim=1)  # (d_sae,)
+        ctx.save_for_backward(z, W_enc, W_dec, norm, h)
+        ctx.set_materialize_grads(False)
+        return h, torch.addmm(b_dec, h, W_dec), h @ norm
+
+    @staticmethod
+    def backward(ctx, gradient_h, gradient, gradient_price):
+        z, W_enc, W_dec, norm, h = ctx.saved_tensors
+        if gradient is None:
+            gradient = torch.zeros_like(z)
+        decoder, into_h = h.T @ gradient, gradient @ W_dec.T  # (d_sae, d_in), (N, d_sae)
+        if gradient_price is not None:
+            decoder.addcmul_((gradient_price @ h / norm.clamp_min(1e-30))[:, None], W_dec)
+            into_h.addr_(gradient_price, norm)
+        if gradient_h is not None:
+            into_h += gradient_h
+        torch.ops.aten.threshold_backward.grad_input(into_h, h, 0, grad_input=into_h)  # zero where h is
+        inputs = into_h @ W_enc.T if ctx.needs_input_grad[0] else None
+        return inputs, z.T @ into_h, into_h.sum(0), decoder, gradient.sum(0)
 
 
 class _Jump(torch.autograd.Function):

@@ -12,9 +12,6 @@ from matplotlib.figure import Figure
 
 from segcompass.modeling_segcompass.sae_activations import SAE_ACTIVATIONS
 
-KEPT = ("topk", "batchtopk", "matryoshka")
-"""Activations whose `k` says how sparse they are; with others it is the coefficient of their penalty."""
-
 
 def swept_field(activation: str, values: list[float], d_sae: int) -> str:
     """Which field makes an activation sparse, after its values were checked.
@@ -30,7 +27,8 @@ def swept_field(activation: str, values: list[float], d_sae: int) -> str:
     Raises:
         ValueError: the activation has no such field, a value is none of it, or one stands twice.
     """
-    field = "k" if activation in KEPT else SAE_ACTIVATIONS[activation].coefficient
+    known = SAE_ACTIVATIONS[activation]
+    field = "k" if known.keeps_k else known.coefficient
     if field is None:
         raise ValueError(f"activation {activation!r} has nothing to sweep over; choose one with a k or a penalty.")
     if len(set(values)) != len(values):

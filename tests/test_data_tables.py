@@ -190,6 +190,10 @@ def refused_images(folder):
             (np.zeros(9, np.uint8), "give numbers of shape"),
             (np.full((9, 9), "a"), "give numbers of shape"),
         ],
+        "tensor without values, masked values of numpy": [
+            (torch.empty(3, 9, 9, device="meta"), "is a Tensor that numpy cannot read"),
+            (np.ma.masked_greater(RGB, 100), "some values are masked; fill them first"),
+        ],
         "float values outside [0, 1], NaN": [
             (RGB.astype(np.float32), "from 0 to 255; floats must be finite and from 0 to 1"),
             (np.full((9, 9), np.nan), "must be finite"),
@@ -371,6 +375,7 @@ def refused_masks():
         ],
         "probabilities, NaN": [(INSIDE * 0.7, "Threshold it first"), (np.full(size, np.nan), "Threshold it first")],
         "negative values": [(-INSIDE.astype(int), "0 outside and one other value inside")],
+        "masked values of numpy": [(np.ma.masked_equal(values, 0), "some values are masked; fill them first")],
         "another size than the image's": [
             (saved(values[1:]), r"a mask of size \(19, 30\)"),
             (values.T, r"size \(30, 20\)"),

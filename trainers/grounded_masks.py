@@ -43,6 +43,8 @@ from .grounded_losses import (
 from .targets import patch_coverage
 
 CHUNK = 60  # rows of one file of the cache
+STANDS_OUT = 0.5  # strength above its mean from which a concept stands out on an image
+COMMON = 6.0  # how much the start of β holds back what stands out on every image
 
 
 @dataclass
@@ -240,15 +242,19 @@ class CachedStates:
             "coverage": [record["coverage"] for record in records],
         }
 
-    def spread(self) -> Tensor:
-        """What `GroundedReading.spread` is to be: over how much of the image each concept is at home."""
-        total: Tensor | None = None
+    def spread_and_start(self) -> tuple[Tensor, Tensor]:
+        """Of each concept, over how much of the image it is at home (`GroundedReading.spread`), and where β starts.
+
+        What stands out on nearly every image ("something is here") tells no two objects apart, and words fire it too:
+        without a start far below 0 every slot chose it, and training did not leave it (dev/log.md).
+        """
+        total, common = torch.zeros(()), torch.zeros(())
         for rows in self.images:
             record = self.records[rows[0]]
-            maps = centred(record["patch_codes"].to_dense()[None].float(), record["patch_mask"][None])[0]
-            total = maps if total is None else total + maps
-        assert total is not None
-        return concept_spread(total)
+            maps = centred(record["patch_codes"].to_dense()[None].float(), record["patch_mask"][None])[0]  # (P, d_sae)
+            total, common = total + maps, common + (maps.amax(0) > STANDS_OUT).float()
+        share = common / len(self.images)
+        return concept_spread(total), COMMON * torch.log((1 - share).clamp_min(0.01))
 
     def detectors(self, held_out: Sequence[str], images: int = 300) -> tuple[list[str], Tensor]:
         """The words of all phrases, and which concepts say them (`word_detectors`)."""
@@ -287,9 +293,12 @@ def train_grounded(
     reading, decoder = model.grounded_reading, model.mask_decoder
     model.requires_grad_(False)
     reading.requires_grad_(True)
-    reading.spread.copy_(cached.spread())
     words, detectors = cached.detectors(config.held_out)
     start = torch.load(path, weights_only=True) if path.exists() else {"phase": 0, "step": 0}
+    spread, bias = cached.spread_and_start()
+    with torch.no_grad():
+        reading.spread.copy_(spread)
+        reading.concept_bias.copy_(bias)
     for phase, steps in enumerate((config.patch_steps, config.mask_steps)):
         if phase < start["phase"]:
             continue

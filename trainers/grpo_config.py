@@ -10,7 +10,7 @@ from segcompass.modeling_segcompass.generation_options import refuse_not_followe
 
 from .checkpoints import check_pushing
 from .losses import LossWeights
-from .optimization import FINAL_DIV_FACTOR, RateMultipliers, rate_multiplier
+from .optimization import FINAL_DIV_FACTOR, RateMultipliers, check_warmup, rate_multiplier
 from .options import GRPO_OPTIONS, OPTIONS, refuse_generation_options, refuse_options
 from .rewards import find_rewards
 
@@ -128,6 +128,7 @@ class SegCompassGRPOConfig(LossWeights, RateMultipliers, GRPOConfig):
     def __post_init__(self):
         super().__post_init__()
         check_pushing(self)
+        check_warmup(self)
         for name, choices in (("training_mode", TrainingMode), ("reward_mask_source", RewardMaskSource)):
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {get_args(choices)}.")

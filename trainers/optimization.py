@@ -150,6 +150,22 @@ def component_optimizer(trainer: Any, model: nn.Module | None = None) -> torch.o
     return optimizer_class(groups, **settings)
 
 
+def check_warmup(args: Any) -> None:
+    """Refuse a warm-up that transformers leaves out without a word.
+
+    Args:
+        args: transformers' TrainingArguments.
+
+    Raises:
+        ValueError: `warmup_steps` with a schedule that has no warm-up.
+    """
+    if args.warmup_steps and args.lr_scheduler_type == "constant":
+        raise ValueError(
+            f"warmup_steps={args.warmup_steps} is not followed by lr_scheduler_type='constant'; use "
+            "'constant_with_warmup', or warmup_steps=0."
+        )
+
+
 class OneCycle(OneCycleLR):
     """torch's, but a state that is loaded brings its steps and not its length: resuming with more steps goes on.
 

@@ -34,7 +34,21 @@ GRPO_OPTIONS = {
 }
 """{option: why} of joint training."""
 
-NEUTRAL: dict[str, tuple] = {"data_seed": (None,), "train_sampling_strategy": ("random",)}
+SAE_OPTIONS = {
+    "label_smoothing_factor": "the loss is Eq. 7, and there are no labels",
+    "per_device_train_batch_size": "a step's tokens are a batch of the dataset (tokens_per_batch of the command)",
+    "auto_find_batch_size": "the dataset makes the batches",
+    "train_sampling_strategy": "the dataset says in which order its batches come",
+    "bf16_full_eval": "the SAE is evaluated as it is",
+    "fp16_full_eval": "the SAE is evaluated as it is",
+}
+"""{option: why} of the training of sparse autoencoders."""
+
+NEUTRAL: dict[str, tuple] = {
+    "data_seed": (None,),
+    "train_sampling_strategy": ("random",),
+    "per_device_train_batch_size": (8,),
+}
 """{option: values that change nothing}, where these are other than False, 0, None and empty."""
 
 TRAINER_OPTIONS = {

@@ -133,15 +133,35 @@ def moments(
     Returns:
         Sums over the tokens of each group, (G,) or (G, d_in) each.
     """
-    residual = z - z_hat
+    square, reconstruction_square = z.square().sum(1), z_hat.square().sum(1)
+    columns = {
+        "reconstruction_square": reconstruction_square,
+        "product": (z * z_hat).sum(1),
+        "ratio": (reconstruction_square / square.clamp_min(1e-30)).sqrt(),
+    }
+    sums = {name: groups.T @ column for name, column in columns.items()}  # (N,) -> (G,)
+    return sums | variance_moments(z, z - z_hat, active, groups)
+
+
+def variance_moments(
+    z: torch.Tensor, residual: torch.Tensor, active: torch.Tensor, groups: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Sum up of a batch what `variances` and L0 are made from.
+
+    Args:
+        z: (N, d_in), hidden states.
+        residual: (N, d_in), z - ẑ.
+        active: (N,), features active at each token.
+        groups: (N, G), from `token_groups`.
+
+    Returns:
+        Sums over the tokens of each group, (G,) or (G, d_in) each.
+    """
     columns = {
         "square": z.square().sum(1),
         "residual_square": residual.square().sum(1),
-        "reconstruction_square": z_hat.square().sum(1),
-        "product": (z * z_hat).sum(1),
         "active": active.to(groups.dtype),
     }
-    columns["ratio"] = (columns["reconstruction_square"] / columns["square"].clamp_min(1e-30)).sqrt()
     sums = {name: groups.T @ column for name, column in columns.items()}  # (N,) -> (G,)
     return sums | {"tokens": groups.sum(0), "sum": groups.T @ z, "residual_sum": groups.T @ residual}
 

@@ -26,13 +26,15 @@ from segcompass.modeling_segcompass.modeling_sparse_autoencoder import SparseAut
 from .activations import TOKEN_TYPES, keep_finite, split_batch, take_tokens
 from .checkpoints import WholeCheckpoints, check_pushing, whole_checkpoint
 from .checks import check_loss, check_precision
+from .optimization import check_warmup
+from .options import SAE_OPTIONS, refuse_options
 from .sae_frame import Frame, put_back, tensors_in_frame
 from .sae_quality import (
     add_moments,
     evaluate_sae,
     measure_mean_active_activation,
-    moments,
     token_groups,
+    variance_moments,
     variances,
 )
 
@@ -44,7 +46,7 @@ FRAME_FILE = "training_frame.safetensors"
 class SparseAutoencoderTrainerConfig(TrainingArguments):
     """Training arguments of a sparse autoencoder; learning rate, warm-up and schedule default to appendix A.1.
 
-    The number of tokens in a step is the dataset's `batch_size`; `per_device_train_batch_size` is not read. Training
+    The number of tokens in a step is the dataset's `batch_size`; `per_device_train_batch_size` is refused. Training
     iterates over the data until `max_steps`; `segcompass train sae` computes it from `num_train_epochs`.
 
     Example:
@@ -95,7 +97,9 @@ class SparseAutoencoderTrainerConfig(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        refuse_options(self, SAE_OPTIONS)
         check_pushing(self)
+        check_warmup(self)
 
 
 class _Endless(IterableDataset):
@@ -176,7 +180,7 @@ class SparseAutoencoderTrainer(WholeCheckpoints, Trainer):
         self._frame: Any = None  # a Frame while the weights are those of the training frame
         self._tokens_since_active = torch.zeros(model.config.d_sae, dtype=torch.long, device=args.device)
         self._tokens_since_revival = 0
-        self._running: dict[str, torch.Tensor] = {}  # `moments` since the last log
+        self._running: dict[str, torch.Tensor] = {}  # `variance_moments` since the last log
         self._last_batch: tuple[torch.Tensor, torch.Tensor] | None = None  # hidden states and residuals, (N, d_in)
 
     def train(
@@ -325,13 +329,13 @@ class SparseAutoencoderTrainer(WholeCheckpoints, Trainer):
 
     @torch.no_grad()
     def _follow(self, z, types, outputs):
-        z_hat = outputs.reconstruction.detach().to(z.dtype)
-        add_moments(self._running, moments(z, z_hat, outputs.active, token_groups(types, z, z.dtype)))
+        residual = z - outputs.reconstruction.detach().to(z.dtype)
+        add_moments(self._running, variance_moments(z, residual, outputs.active, token_groups(types, z, z.dtype)))
         tokens = self.accelerator.reduce(torch.tensor(len(z), device=z.device))
         self._tokens_since_active += tokens
         self._tokens_since_active.masked_fill_(self.accelerator.reduce(outputs.fired) > 0, 0)
         self._tokens_since_revival += len(z) * self.accelerator.num_processes
-        self._last_batch = z, z - z_hat
+        self._last_batch = z, residual
 
     @torch.no_grad()
     def _after_step(self):

@@ -20,7 +20,7 @@ from .checks import check_arguments, check_dataset, check_kinds, check_loss, che
 from .collator import SegCompassCollator
 from .image_features import open_image_features
 from .losses import LOG_PREFIX, LossWeights, erasure_loss, segmentation_loss
-from .optimization import RateMultipliers, component_optimizer
+from .optimization import RateMultipliers, check_warmup, component_optimizer
 from .options import OPTIONS, refuse_options
 from .policy import freeze
 
@@ -83,6 +83,7 @@ class SegCompassSFTConfig(LossWeights, RateMultipliers, TrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         check_pushing(self)
+        check_warmup(self)
         refuse_options(self, OPTIONS)
 
 

@@ -7,8 +7,8 @@ and `summarise` are plain functions that need no metric object. Another protocol
 """
 
 import functools
-import inspect
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -159,6 +159,8 @@ def _form(mask) -> tuple[tuple[int, int] | None, np.ndarray | list[dict]]:
         return next(iter(sizes), None), [rle for rle in rles if coco_mask.area(rle)]
     if hasattr(mask, "getexif") and hasattr(mask, "mode"):
         _check_picture(mask)
+    if np.ma.is_masked(mask):
+        raise ValueError("a mask is an array of which some values are masked; fill them first (array.filled(0)).")
     array = np.asarray(mask)
     if array.dtype.kind not in "bui":
         holds = " with NaN" if array.dtype.kind == "f" and np.isnan(array).any() else ""
@@ -431,9 +433,9 @@ class ReasoningSegmentation(evaluate.Metric):
         # `evaluate.combine` hands each metric what this returns, and drops all else that was added without a word;
         # there, the names of ours that were added belong to it too.
         names = super()._feature_names()
-        caller = inspect.currentframe().f_back
+        caller = sys._getframe(1)
         if isinstance(caller.f_locals.get("self"), evaluate.CombinedEvaluations):
-            names += [name for name in caller.f_locals["kwargs"] if name in _MORE]
+            names += [name for name in caller.f_locals.get("kwargs", ()) if name in _MORE]
         return names
 
     def add_batch(

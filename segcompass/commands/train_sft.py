@@ -28,7 +28,7 @@ class SFTArguments:
 
     model: str | None = field(default=None, metadata={"help": "SegCompass folder or Hub id to continue from"})
     mllm: str | None = field(default=None, metadata={"help": "MLLM to build from; its folder holds a processor too"})
-    image_encoder: str | None = field(default=None, metadata={"help": "SAM vision encoder to build from"})
+    image_encoder: str | None = field(default=None, metadata={"help": "image encoder to build from (docs/encoders.md)"})
     sae: str | None = field(default=None, metadata={"help": "SAE folder or Hub id to put into the model"})
     model_config: dict | str | None = field(
         default=None, metadata={"help": "fields of SegCompassConfig (JSON), for a model built from backbones"}

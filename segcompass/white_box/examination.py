@@ -23,12 +23,16 @@ def read_rows(dataset: str, split: str, seed: int, num_samples: int) -> Dataset:
         The rows.
 
     Raises:
-        ValueError: they cannot be loaded.
+        ValueError: they cannot be loaded, or repeat a sample id: the records of two rows would become one.
     """
     try:
-        return load_rows(dataset, split, seed, num_samples)
+        rows = load_rows(dataset, split, seed, num_samples)
     except (ValueError, KeyError, OSError) as error:
         raise ValueError(f"cannot load split {split!r} of {dataset!r}: {error}") from error
+    different = len(set(rows["sample_id"]))
+    if different < len(rows):
+        raise ValueError(f"{dataset!r} repeats sample ids ({different} in {len(rows)} rows); make them unique.")
+    return rows
 
 
 def examine(

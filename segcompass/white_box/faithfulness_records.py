@@ -49,7 +49,8 @@ def measure(
         seed: of the random concepts.
 
     Yields:
-        One record per row, of types that JSON knows: `sample_id`; `counts`, the pixel counts under each of `SOURCES` that the model has;
+        One record per row, of types that JSON knows: `sample_id`; `counts`, the pixel counts under each of `SOURCES`
+        that the model has;
         `slots`, the fields of SlotFaithfulness of each right mask.
     """
     inputs = processor(images=[row["image"] for row in rows], text=[row["instruction"] for row in rows])

@@ -34,9 +34,9 @@ def pytest_runtest_makereport(item, call):
     report = (yield).get_result()
     family = getattr(item, "callspec", None) and item.callspec.params.get("family")
     check = getattr(item.function, "column", None)
-    if family and check and (report.when == "call" or report.outcome != "passed"):
-        if RESULTS[family].get(check, "passed") == "passed":  # a column may be several tests
-            RESULTS[family][check] = report.outcome
+    counts = family and check and (report.when == "call" or report.outcome != "passed")
+    if counts and RESULTS[family].get(check, "passed") == "passed":  # a column may be several tests
+        RESULTS[family][check] = report.outcome
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -4,7 +4,8 @@ import re
 
 import pytest
 import torch
-from transformers import AutoProcessor
+from transformers import AutoProcessor, LlavaProcessor
+from transformers import __version__ as version
 
 from segcompass.modeling_segcompass import SegCompassProcessor
 from segcompass.modeling_segcompass.backbone import FAMILIES, GENERIC, Backbone, backbone_of
@@ -166,6 +167,12 @@ def test_tokens_can_be_cut_and_text_appended(parts):
         assert inputs["mm_token_type_ids"].shape == (4, length + 3) and not inputs["mm_token_type_ids"][:, -3:].any()
     else:
         assert inputs.keys() == cut.keys()
+
+
+def test_a_family_whose_processor_does_not_say_its_image_tokens_is_refused(monkeypatch):
+    monkeypatch.delattr(LlavaProcessor, "replace_image_token")  # as in a transformers that is older than this family's
+    with pytest.raises(ValueError, match=f"LlavaProcessor of transformers {version} does not say .* transformers>=5"):
+        tiny_processor("llava")(images=noise_image(30, 44), text="it")
 
 
 @pytest.mark.parametrize("name", BACKBONES)

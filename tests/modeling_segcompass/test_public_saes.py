@@ -417,6 +417,7 @@ def test_another_layouts_tensors_under_the_same_file_name_are_refused(layout, ot
         (LAYOUTS["BatchTopKSAE"], {"activation_dim": 9}, "says activation_dim=9, its tensors 32"),
         (LAYOUTS["BatchTopKSAE"], {"submodule_name": "mlp_out_layer_2"}, "trained at 'mlp_out_layer_2'"),
         (LAYOUTS["BatchTopKSAE"], {"whiten": True}, "not known here: whiten=True"),
+        (LAYOUTS["BatchTopKSAE"], {"layer": 5}, "layer=5, but submodule_name='resid_post_layer_2'"),
         (LAYOUTS["BatchTopKSAE"], {"layer": None}, "does not say which decoder block"),
     ],
 )

@@ -58,6 +58,36 @@ def test_forward_gives_eq_7_with_the_penalty_weighted_by_decoder_norms(z):
     assert output.l0.item() == pytest.approx((h != 0).sum().item() / len(z))
 
 
+@pytest.mark.parametrize("shape", [(23,), (2, 3), ()])
+def test_relu_gives_the_gradients_of_the_dense_computation(shape):
+    """Its backward pass is written out; here autograd goes through dense products, a dead atom included."""
+    sae = build_sae(torch.float64, l1_coefficient=0.7)
+    with torch.no_grad():
+        sae.W_dec[3] = 0
+    z = torch.randn(*shape, D_IN, dtype=torch.float64, requires_grad=True)
+    inputs = (z, sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec)
+    output = sae(z)
+    h = torch.clamp(z @ sae.W_enc + sae.b_enc, min=0)
+    z_hat = h @ sae.W_dec + sae.b_dec
+    loss = ((z - z_hat) ** 2).sum(-1).mean() + 0.7 * (h @ sae.W_dec.norm(dim=1)).mean()
+    torch.testing.assert_close(output.active, (h > 0).sum(-1).float())
+    torch.testing.assert_close(output.fired, (h > 0).view(-1, D_SAE).sum(0).float())
+    weights = torch.randn_like(h)
+    for ours, dense in (
+        (output.loss, loss),
+        (output.loss + (weights * output.feature_acts).sum(), loss + (weights * h).sum()),
+        (output.penalty, (h @ sae.W_dec.norm(dim=1)).mean()),
+        (output.feature_acts.sum() + output.reconstruction.sum(), h.sum() + z_hat.sum()),
+    ):
+        torch.testing.assert_close(ours, dense)
+        for mine, reference in zip(
+            torch.autograd.grad(ours, inputs, retain_graph=True, allow_unused=True, materialize_grads=True),
+            torch.autograd.grad(dense, inputs, retain_graph=True, allow_unused=True, materialize_grads=True),
+            strict=True,
+        ):
+            torch.testing.assert_close(mine, reference)
+
+
 def test_penalty_is_not_gamed_by_moving_norm_from_activations_to_atoms(z):
     sae = build_sae()
     before = sae(z)

@@ -66,10 +66,10 @@ SKIPPED = {
     "Not a prioritized model for now.": "see the first table",
     "Model does not have a TP plan.": "no tensor parallelism",
     "This model has no sparse experts.": "no experts",
+    "SegCompassModel does not support grouped_mm": "no experts",
     "This model has no `output_router_logits` in its config.": "no experts",
     "Model does not have position embeddings": "of learned length",
     "Model does not support sliding window mask": "the tiny MLLMs have none",
-    "Model architecture does not support attentions": "no such case",
     "* no _keep_in_fp32_modules *": "none is kept",
     "SegCompassModel does not support SDPA": "a test of models without parts; composites have one of their own",
     "Model does not have both a non-text modality tower and a language sub-model*": (

@@ -16,6 +16,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor, SparseAutoencoderConfig
+from segcompass.modeling_segcompass.image_encoder import image_processor_of
 
 BACKBONES = ("llava", "qwen2_5_vl")
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>"]
@@ -149,10 +150,12 @@ def tiny_sam():
     )
 
 
-def tiny_segcompass(backbone, seed=0, num_slots=3, **config):
+def tiny_segcompass(backbone, seed=0, num_slots=3, image_encoder=None, **config):
     """A whole tiny SegCompass model on a real backbone class, and its processor. Same seed, same weights."""
     torch.manual_seed(seed)
     processor = tiny_processor(backbone, num_slots)
+    if image_encoder is not None:
+        processor.encoder_image_processor = image_processor_of(image_encoder)
     defaults = dict(
         sae_config=SparseAutoencoderConfig(d_in=32, d_sae=128, layer=2),
         d_c=16,
@@ -164,7 +167,7 @@ def tiny_segcompass(backbone, seed=0, num_slots=3, **config):
         decoder_mlp_dim=32,
         max_response_length=24,
     )
-    sam = tiny_sam()  # before the MLLM, so that a seed keeps giving the same weights
+    sam = image_encoder or tiny_sam()  # before the MLLM, so that a seed keeps giving the same weights
     model = SegCompassModel.from_backbones(
         tiny_mllm(backbone, processor), sam, processor=processor, **{**defaults, **config}
     )

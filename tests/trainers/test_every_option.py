@@ -10,8 +10,9 @@ import pytest
 from transformers import TrainingArguments
 from trl import GRPOConfig
 
+from segcompass.trainers import SparseAutoencoderTrainerConfig
 from segcompass.trainers.checkpoints import whole_checkpoint
-from segcompass.trainers.options import GRPO_OPTIONS, OPTIONS
+from segcompass.trainers.options import GRPO_OPTIONS, OPTIONS, SAE_OPTIONS
 from tests.support import grpo as support
 from tests.support.grpo import make_trainer, settings
 from tests.trainers import test_trl_options as trl_options
@@ -49,12 +50,11 @@ NOT_TRIED = {
     "no influence: a rollout's batches are always whole": "dataloader_drop_last",
     "no influence: no model is loaded by name": "trust_remote_code",
     "no influence: the MLLM's own configuration and the options of generation decide about caches": "use_cache",
-    "no influence: it describes the rows for group_by_length, which reads no column of ours": "length_column_name",
     "read by programs around a trainer, never by the trainer": (
         "do_train do_eval do_predict resume_from_checkpoint local_rank"
     ),
     "of no influence without an option that is refused": (
-        "liger_kernel_config ref_model_mixup_alpha ref_model_sync_steps max_tool_calling_iterations "
+        "liger_kernel_config length_column_name ref_model_mixup_alpha ref_model_sync_steps max_tool_calling_iterations "
         "transformers_continuous_batching_config"
     ),
     "needs the Hub": (
@@ -100,7 +100,7 @@ def test_every_field_is_tried_refused_or_listed_with_a_reason():
     assert split(NOT_TRIED) & (tried() | split(ELSEWHERE)) == set()
     for file, names in ELSEWHERE.items():
         text = (HERE / file).read_text()
-        assert all(f"{name}=" in text for name in names.split()), file
+        assert all(name in text for name in names.split()), file
 
 
 # -- options of optimizers, loaders and checkpoints, without training --------------------------------------------------
@@ -157,6 +157,13 @@ def test_the_loader_is_told_what_the_arguments_say(tmp_path):
 def test_an_option_that_stands_for_a_refused_one_is_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         settings(tmp_path, **changes)
+
+
+@pytest.mark.parametrize("name", SAE_OPTIONS)
+def test_what_the_training_of_an_sae_does_not_read_is_refused(tmp_path, name):
+    value = {"label_smoothing_factor": 0.1, "per_device_train_batch_size": 4, "train_sampling_strategy": "sequential"}
+    with pytest.raises(ValueError, match=f"{name}=.* is not supported: .* Set {name}="):
+        SparseAutoencoderTrainerConfig(str(tmp_path), use_cpu=True, **{name: value.get(name, True)})
 
 
 def test_weights_alone_are_no_checkpoint_to_resume_from(tmp_path):

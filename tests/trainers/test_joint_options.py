@@ -231,6 +231,8 @@ def test_another_schedule_and_warm_up_are_followed(tmp_path):
     assert rates(tmp_path, lr_scheduler_type="constant") == [1.0] * 4
     assert rates(tmp_path, lr_scheduler_type="constant_with_warmup", warmup_steps=2) == [0.0, 0.5, 1.0, 1.0]
     assert rates(tmp_path, warmup_steps=2)[:3] == [0.0, 0.5, 1.0]
+    with pytest.raises(ValueError, match="warmup_steps=2 is not followed by lr_scheduler_type='constant'"):
+        settings(tmp_path, lr_scheduler_type="constant", warmup_steps=2)
     assert rates(tmp_path)[0] > 0.85 and rates(tmp_path)[-1] == pytest.approx(1 / 6.7)
     with pytest.raises(ValueError, match="final_div_factor=3.0 is the end of"):
         settings(tmp_path, lr_scheduler_type="linear", final_div_factor=3.0)

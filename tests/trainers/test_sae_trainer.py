@@ -88,6 +88,8 @@ def test_training_reconstructs_raw_hidden_states_of_any_scale_and_offset(tmp_pat
     quality = evaluate_sae(sae, Mixtures(8, scale=scale, offset=offset, seed=1))
     # 300 steps are few for thresholds, which learn from what comes near them.
     least, most_dead = (0.85, 0.4) if hasattr(sae, "threshold") else (0.9, 0.3)
+    if options.get("activation") == "matryoshka":  # the first features alone must do, which costs the whole
+        least, most_dead = 0.8, 0.5
     assert quality["explained_variance"] > least
     assert quality["l0_share"] < 0.3
     assert quality["dead_share"] < most_dead  # of 64 features, for 32 atoms

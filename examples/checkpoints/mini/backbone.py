@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
+from transformers import __version__ as transformers_version
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 from transformers.utils import TransformersKwargs
 
@@ -232,9 +233,17 @@ class Backbone:
 
         Returns:
             str: the text that replaces `image_token`.
+
+        Raises:
+            ValueError: the family's processor does not say it in the transformers that is installed.
         """
         name = processor.mllm_type or self.model_types[0]
         family = processor_class_from_name(PROCESSOR_MAPPING_NAMES[name])
+        if family.replace_image_token is ProcessorMixin.replace_image_token:
+            raise ValueError(
+                f"{family.__name__} of transformers {transformers_version} does not say which tokens stand for an "
+                "image; install transformers>=5.15, where most families' processors do (docs/encoders.md)."
+            )
         return family.replace_image_token(processor, image_inputs, image_idx)
 
     def seen_extent(self, image_processor: Any, width: int, height: int) -> tuple[float, float, float, float]:

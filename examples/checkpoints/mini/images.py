@@ -207,13 +207,15 @@ def _from_array(given, name):
     """An array or a tensor -> a PIL image of mode RGB. Raises ValueError."""
     from PIL import Image
 
-    if hasattr(given, "detach"):  # a tensor of torch, wherever it lies
-        given = given.detach().cpu()
-        given = given.float() if str(given.dtype) == "torch.bfloat16" else given
     try:
+        if hasattr(given, "detach"):  # a tensor of torch, wherever it lies
+            given = given.detach().cpu()
+            given = given.float() if str(given.dtype) == "torch.bfloat16" else given
         array = np.asarray(given)
     except Exception as error:
         raise ValueError(f"{name} is a {type(given).__name__} that numpy cannot read: {str(error)[:300]}") from error
+    if np.ma.is_masked(given):
+        raise ValueError(f"{name} is an array of which some values are masked; fill them first (array.filled(0)).")
     if 0 in array.shape:
         raise ValueError(f"{name} is empty (shape {array.shape}); give at least 1x1 pixels.")
     if array.ndim == 3:

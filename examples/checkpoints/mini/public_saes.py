@@ -21,6 +21,7 @@ from transformers.utils import cached_file
 
 from .configuration_segcompass import SparseAutoencoderConfig
 from .manifest import check
+from .sae_activations import SAE_ACTIVATIONS
 from .saelens import fold_input_bias, load_saelens, put_weights
 from .saved_folders import HUB_KEYWORDS
 from .weights import check_finite, tensor_names
@@ -121,8 +122,8 @@ def load_public(
         fold_input_bias(sae)
     check_finite(sae, files.name)
     logger.warning(
-        "%s was trained on text alone, and publishes no mean activations, by which concepts are ranked: measure both "
-        "on your images before you rely on it (docs/sae.md, Published SAEs).",
+        "%s: published SAEs saw text only, and come without mean activations, by which concepts are ranked; measure "
+        "both on your images before you rely on it (docs/sae.md, Published SAEs).",
         files.name,
     )
     return sae.to(getattr(torch, dtype)).eval()
@@ -390,7 +391,7 @@ def _layer(files, block, layer):
 def _k(files, fields, k):
     """How many features a token keeps, from what the files say and what was asked for."""
     said = fields.get("k")
-    if said is None and fields["activation"] == "topk":
+    if said is None and SAE_ACTIVATIONS[fields["activation"]].keeps_k:
         if k is None:
             raise ValueError(
                 f"{files.name} does not say how many features a token keeps; say so with k= (L0_50: k=50)."
@@ -411,7 +412,7 @@ def _from_saelens(sae_class, files, layer, k, dtype):
             f"sae_weights.safetensors. {_other_layout(_read_tensors(files.weights))}"
         )
     sae = load_saelens(sae_class, files.weights.parent, layer, dtype)
-    if k is not None and (sae.config.activation != "topk" or sae.config.k != k):
+    if k is not None and not (sae.activation.keeps_k and sae.config.k == k):
         raise ValueError(f"k is {k}, but {files.name} says what it keeps itself; leave k out.")
     return sae
 
@@ -544,6 +545,9 @@ def _dictionary_learning(files, tensors):
             f"{path} was trained at {place!r}, io={buffer.get('io')!r}; only the output of a decoder block "
             "(resid_post, 'out') can be loaded."
         )
+    block = trainer.get("layer")
+    if place and (number := re.search(r"\d+$", place)) and block is not None and int(number[0]) != block:
+        raise ValueError(f"{path} has layer={block!r}, but submodule_name={place!r}; they contradict each other.")
     layout = f"dictionary_learning's {trainer['dict_class']}"
     tensors = _checked(files, layout, tensors, kind.shapes, kind.optional)
     held = {letter: len(tensors[next(n for n, shape in kind.shapes.items() if shape == letter)]) for letter in "sd"}
@@ -570,13 +574,12 @@ def _dictionary_learning(files, tensors):
         "W_dec": tensors["W_dec"] if "W_dec" in tensors else tensors["decoder.weight"].T,
         "b_dec": next(tensors[name] for name, shape in kind.shapes.items() if shape == "d"),
     }
-    if kind.activation not in ("relu", "topk"):  # one threshold for all features, or one each
+    if "threshold" in SAE_ACTIVATIONS[kind.activation].tensors:  # one for all features, or one each
         if tensors["threshold"].shape not in ((), (held["s"],)):
             raise ValueError(
                 f"{files.name} holds threshold of shape {tuple(tensors['threshold'].shape)}; it is damaged."
             )
         ours["threshold"] = tensors["threshold"].expand(held["s"])
-    block = trainer.get("layer")
     return Published(ours, block if isinstance(block, int) else None, fields, kind.subtracts)
 
 

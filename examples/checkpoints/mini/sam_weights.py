@@ -54,6 +54,7 @@ DECODER_PARTS = (
 
 # What SAM 2 and SAM 3 call differently from SAM.
 LATER_NAMES = (
+    (r"^(mask_decoder\.transformer\..*_attn.*)\.o_proj\.", r"\1.out_proj."),
     (r"^(mask_decoder\.transformer\.layers\.\d+\.mlp)\.proj_in\.", r"\1.lin1."),
     (r"^(mask_decoder\.transformer\.layers\.\d+\.mlp)\.proj_out\.", r"\1.lin2."),
 )

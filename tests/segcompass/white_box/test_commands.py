@@ -9,12 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from datasets import concatenate_datasets
 from PIL import Image
 from scipy import stats
 
 from segcompass import cli
 from segcompass.commands import dictionary, explain, faithfulness, interpret, segment
+from segcompass.loaders import load_scenes
 from segcompass.white_box.concept_dictionary import ConceptDictionary
+from segcompass.white_box.examination import read_rows
 from segcompass.white_box.faithfulness import FRACTIONS, ORDERS
 from segcompass.white_box.figure_records import KINDS, LEVELS, RANKINGS
 from segcompass.white_box.scene_attributes import ATTRIBUTES
@@ -189,3 +192,10 @@ def test_wrong_arguments_are_named(command, options, message, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main([command, "--model", "nowhere", "--num-samples", "2", "--output", str(tmp_path), *options])
     assert message in capsys.readouterr().err and stopped.value.code in (1, 2)
+
+
+def test_rows_that_repeat_a_sample_id_are_refused(tmp_path):
+    rows = load_scenes("test", 3, 2)
+    concatenate_datasets([rows, rows]).save_to_disk(tmp_path / "twice")
+    with pytest.raises(ValueError, match=r"repeats sample ids \(2 in 4 rows\)"):
+        read_rows(str(tmp_path / "twice"), "test", 0, 10)
