@@ -348,6 +348,7 @@ class Backbone:
                 f"{family.__name__} of transformers {transformers_version} does not say which tokens stand for an "
                 "image; install transformers>=5.15, where most families' processors do (docs/encoders.md)."
             )
+        processor.own.image_processor = processor.image_processor  # which may have been exchanged
         return processor.own.replace_image_token(image_inputs, image_idx=image_idx)
 
     def taken_inputs(self, mllm_type: str | None) -> frozenset[str] | None:

@@ -206,7 +206,7 @@ class Views:
             ValueError: the image processor makes no pictures.
         """
         options = dict(options or {})
-        size = (width, height, repr(sorted(options.items())))
+        size = (width, height, repr((sorted(options.items()), vars(self.image_processor))))
         if size not in self._known:
             self._known[size] = self._measure(width, height, options)
             while len(self._known) > REMEMBERED:

@@ -116,9 +116,8 @@ class SegCompassProcessor(ProcessorMixin):
         self.tokenizer = tokenizer
         self.own = self.backbone.own_processor(self)
         """the family's own processor, None for a family of which transformers has none."""
-        self._known_boxes: dict[tuple[int, int], torch.Tensor] = {}
-        self.views = Views(image_processor)
-        """which parts of an image the MLLM's pictures of it show."""
+        self._known_boxes: dict[tuple[tuple[int, int], str], torch.Tensor] = {}
+        self._views = Views(image_processor)
         self.token_types = self.backbone.token_types_of(mllm_type)
         """the name under which the MLLM takes token types, None if it takes none."""
         self.return_mm_token_type_ids = self.token_types is not None
@@ -180,6 +179,13 @@ class SegCompassProcessor(ProcessorMixin):
         if "encoder_image_processor" in fields:
             fields["encoder_image_processor"] = without_torchvision(fields["encoder_image_processor"])
         return fields, kwargs
+
+    @property
+    def views(self) -> Views:
+        """Which parts of an image the MLLM's pictures of it show; the image processor may be exchanged."""
+        if self._views.image_processor is not self.image_processor:
+            self._views = Views(self.image_processor)
+        return self._views
 
     def to_dict(self) -> dict[str, Any]:
         """As transformers', which would copy the family's own processor with its tokenizer."""
@@ -428,14 +434,14 @@ class SegCompassProcessor(ProcessorMixin):
             ValueError: no or an empty image, or a family of which it cannot be told.
             OSError: an image that cannot be read.
         """
-        images = self._check_images(images)
-        new = {image.size: image for image in images if image.size not in self._known_boxes}
-        if len(self._known_boxes) + len(new) > REMEMBERED:
+        images, settings = self._check_images(images), repr(vars(self.image_processor))
+        sized = {(image.size, settings): image for image in images}
+        if len(self._known_boxes) + len(sized) > REMEMBERED:
             self._known_boxes.clear()
-            new = {image.size: image for image in images}
-        for size, image in new.items():
-            self._known_boxes[size] = self._process_images([[image]], return_tensors="pt")[0]["patch_boxes"][0]
-        return pad_boxes([self._known_boxes[image.size] for image in images])
+        for key, image in sized.items():
+            if key not in self._known_boxes:
+                self._known_boxes[key] = self._process_images([[image]], return_tensors="pt")[0]["patch_boxes"][0]
+        return pad_boxes([self._known_boxes[image.size, settings] for image in images])
 
     def encoder_inputs(self, images: Any) -> dict[str, torch.Tensor]:
         """The image encoder's part of the inputs.
