@@ -16,7 +16,13 @@ def centres_among_keys(processor, inputs, columns, rows):
     if getattr(processor.image_processor, "do_center_crop", False):
         side = min(height, width)
         x, y = (width - side) / 2 + x * side, (height - side) / 2 + y * side
-    elif not getattr(processor.image_processor, "do_pad", False):
+    else:
+        seen = inputs["original_sizes"][0].tolist()
+        if getattr(processor.image_processor, "do_pad", False):
+            side = processor.image_processor.pad_size["height"]
+            height, width = (
+                size * side / (side * n // max(seen)) for size, n in zip((height, width), seen, strict=True)
+            )
         x, y = x * width, y * height
     return torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1)
 
@@ -29,9 +35,9 @@ def test_concepts_and_image_keys_have_one_frame_on_images_of_any_aspect(view, mo
     model.config.image_view = processor.model_tokens()["image_view"]
     seen = []
 
-    def recorded(types, image_xy, distance):
+    def recorded(types, image_xy, distance, placed):
         seen.append((types, image_xy))
-        return token_position_features(types, image_xy, distance)
+        return token_position_features(types, image_xy, distance, placed)
 
     monkeypatch.setattr("segcompass.modeling_segcompass.modeling_segcompass.token_position_features", recorded)
     for height, width in ((56, 56), (28, 56), (56, 28), (40, 61)):
