@@ -11,20 +11,17 @@ from tests.support.tiny import tiny_segcompass
 
 def centres_among_keys(processor, inputs, columns, rows):
     """Where a grid over what the MLLM sees has its centres among the image keys, from pixel geometry alone."""
-    height, width = (inputs["reshaped_input_sizes"][0] / processor.frame.side).tolist()
+    pixels, images = inputs["original_sizes"][0].flip(0), processor.image_processor  # (2,) width and height
+    across, start = torch.ones(2), torch.zeros(2)  # what the MLLM sees, in fractions of the image
+    if getattr(images, "do_center_crop", False):
+        across = min(pixels) / pixels
+        start = (1 - across) / 2
+    elif getattr(images, "do_pad", False):
+        side = images.pad_size["height"]
+        across = side / (side * pixels // max(pixels))
     x, y = ((torch.arange(count) + 0.5) / count for count in (columns, rows))
-    if getattr(processor.image_processor, "do_center_crop", False):
-        side = min(height, width)
-        x, y = (width - side) / 2 + x * side, (height - side) / 2 + y * side
-    else:
-        seen = inputs["original_sizes"][0].tolist()
-        if getattr(processor.image_processor, "do_pad", False):
-            side = processor.image_processor.pad_size["height"]
-            height, width = (
-                size * side / (side * n // max(seen)) for size, n in zip((height, width), seen, strict=True)
-            )
-        x, y = x * width, y * height
-    return torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1)
+    places = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1)
+    return (start + places * across) * inputs["reshaped_input_sizes"][0].flip(0) / processor.frame.side
 
 
 @pytest.mark.parametrize("view", ["llava, padded", "llava, its centre", "qwen"])
