@@ -16,6 +16,7 @@ from PIL import Image
 
 from segcompass.loaders import load_scenes
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor, SparseAutoencoder
+from segcompass.modeling_segcompass.backbone_files import read_mllm
 from segcompass.modeling_segcompass.family_check import _embedded
 from segcompass.modeling_segcompass.patch_boxes import has_area
 from segcompass.trainers import (
@@ -80,6 +81,26 @@ def test_image_tokens_are_as_many_as_the_model_has_features_for(family, parts):
         boxes = inputs.pop("patch_boxes")
         assert torch.equal(boxes, processor.patch_boxes(image))
         assert _embedded(model, inputs).shape[:2] == (1, count)
+
+
+@column("processor")
+def test_the_mllms_own_folder_gives_the_same_inputs(family, parts, tmp_path):
+    """Settings that only the family's own processor has are read from what it was saved with."""
+    model, processor = parts
+    model.mllm.config.save_pretrained(tmp_path)
+    processor.tokenizer.save_pretrained(tmp_path)
+    model.backbone.save_processor(processor, tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(processor.chat_template)
+    sizes = getattr(processor.image_processor, "size", None) if hasattr(processor.image_processor, "merge_size") else {}
+    limits = {"min_pixels": sizes.get("shortest_edge"), "max_pixels": sizes.get("longest_edge")}
+    read = read_mllm(tmp_path, whole_image=family not in ("llava", "vipllava"), **limits)
+    read["tokenizer"] = processor.tokenizer  # classes of some families' tokenizers cut text as theirs, not as this one
+    ours = {name: getattr(processor, name) for name in ("num_slots", "prompt_template", "max_prompt_length")}
+    again = SegCompassProcessor(encoder_image_processor=processor.encoder_image_processor, **ours, **read)
+    for image in IMAGES:
+        inputs, expected = again(images=image, text="it"), processor(images=image, text="it")
+        assert set(inputs) == set(expected)
+        assert all(torch.equal(inputs[name], expected[name]) for name in expected)
 
 
 @column("forward")
@@ -257,7 +278,10 @@ def test_the_token_whose_pixels_changed_is_the_one_that_stands_there(family, par
     for changed, (place, left, top, right, bottom) in zip(change, edges, strict=True):
         across = np.minimum(corners[:, 2], right) - np.maximum(corners[:, 0], left)
         down = np.minimum(corners[:, 3], bottom) - np.maximum(corners[:, 1], top)
-        covered = np.where((across > 0) & (down > 0), across * down, 0) / area
+        shared = np.where((across > 0) & (down > 0), across * down, 0)
+        covered = shared / np.minimum(
+            area, (right - left) * (bottom - top)
+        )  # of the smaller: a picture of all has large patches
         assert changed[place] > 0.2 * changed.max(), f"token {place}"
         most = int(changed.argmax())
         assert covered[most] > 0.2, f"painted token {place}, changed most: {most}"
