@@ -405,7 +405,7 @@ class Backbone:
         if places is not None:
             columns, rows = (int(n) + 1 for n in torch.as_tensor(places[image_idx]).amax(0))
             return self._merged_grid(rows, columns, count)
-        pictures = [view for view in views() if view.box is not None]
+        pictures = views()
         each, rest = divmod(count, len(pictures)) if pictures else (0, 1)
         boxes = []
         for view in pictures:
@@ -513,7 +513,7 @@ class Anyres(Backbone):
         views: Callable[[], list[View]],
     ) -> torch.Tensor:
         """See `Backbone.image_boxes`; rows and columns are the family's own count."""
-        whole, *tiles = [view for view in views() if view.box is not None]
+        whole, *tiles = views()
         area = _around([tile.box for tile in tiles])
         first = tiles[0].box
         across, down = (round((area[n + 2] - area[n]) / (first[n + 2] - first[n])) for n in (0, 1))

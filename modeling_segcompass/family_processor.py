@@ -33,6 +33,7 @@ class _Quiet(ProcessorMixin):
 
     plain: Any
     mllm_type: str
+    given: dict[str, Any]
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, *args: Any, **kwargs: Any):
         self.image_processor, self.tokenizer = image_processor, tokenizer

@@ -23,8 +23,8 @@ Box = tuple[float, float, float, float]
 class View(NamedTuple):
     """One picture that the MLLM is given of an image."""
 
-    box: Box | None
-    """the part of the image that it shows; None where it is padding alone."""
+    box: Box
+    """the part of the image that it shows."""
     height: int
     """in pixels."""
     width: int
@@ -184,7 +184,7 @@ class Views:
             options: keywords of the image processor's call.
 
         Returns:
-            list: in the order in which it is given them.
+            list: in the order in which it is given them, without those that are padding alone.
 
         Raises:
             ValueError: the image processor makes no pictures.
@@ -209,7 +209,8 @@ class Views:
         inside = present > 0.5
         share = (marked - low)[:, :2] / np.where(inside[:, None], span, 1)  # (N, 2, h, w)
         views = []
-        for place, pixels in enumerate(inside):
+        for place in inside.any((1, 2)).nonzero()[0]:
+            pixels = inside[place]
             sharp = not ((present[place] > SHARP) & (present[place] < 1 - SHARP)).any()
             views.append(View(_known_view(_view(share[place], pixels), pixels, sharp, width, height), *pixels.shape))
         return views
@@ -229,8 +230,6 @@ class Views:
 
 def _view(share, inside):
     """The part of the image that one picture shows: from (2, h, w) coordinates, bool (h, w) where they count."""
-    if not inside.any():
-        return None
     edges = []
     for axis in (0, 1):  # x along columns, y along rows
         weight = inside.sum(axis)  # (w,) or (h,)
@@ -253,8 +252,6 @@ def _line(places, values):
 
 def _known_view(view, inside, sharp, width, height):
     """A measured view, or the exact one that it is near: the whole image in its pixels, or the square in its middle."""
-    if view is None:
-        return None
     rows, columns = inside.any(1).nonzero()[0], inside.any(0).nonzero()[0]
     if sharp:  # whole pixels hold the image
         across, down = _beyond(columns, inside.shape[1]), _beyond(rows, inside.shape[0])

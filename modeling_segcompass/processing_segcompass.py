@@ -127,13 +127,14 @@ class SegCompassProcessor(ProcessorMixin):
         self.new_tokens = add_response_tokens(tokenizer)
         """the tokens of a response that the tokenizer lacked when this processor was made."""
         check_response_tokens(tokenizer, self.format_response(PROBE), num_slots)
-        self.image_token = self.backbone.image_token or getattr(self.own, "image_token", None)
-        """the text that stands for an image in a prompt."""
-        if self.image_token is None:
+        image_token: str | None = self.backbone.image_token or getattr(self.own, "image_token", None)
+        if image_token is None:
             raise ValueError(
                 f"{mllm_type!r} is a family for which transformers has no processor with an image token; choose "
                 "another MLLM, or define one in a class of this family (docs/extending.md)."
             )
+        self.image_token = image_token
+        """the text that stands for an image in a prompt."""
         self.image_token_id = self._image_token_id()
         """the token that stands once per image token in a prompt's ids."""
         self.ref_token_id = tokenizer.convert_tokens_to_ids(REF_TOKEN)
