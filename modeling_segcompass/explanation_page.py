@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .palette import Colour, css_colour, slot_colour
+from .patch_boxes import paint_boxes
 
 if TYPE_CHECKING:
-    from .explanation import ConceptShare, Explanation, Extent, TokenHit
+    from .explanation import ConceptShare, Explanation, TokenHit
 
 WORDS_LISTED = 8  # of each concept
 WORDS_IN_NAME = 3  # of a concept without a label
@@ -45,7 +46,6 @@ def render_html(
     explanations: "Sequence[Explanation]",
     image: Any,
     masks: Sequence[np.ndarray] | np.ndarray | None = None,
-    extent: "Extent | None" = None,
     title: str = "Why this mask",
 ) -> str:
     """A page that shows slots with their heatmaps, masks and concepts, with nothing outside the file itself.
@@ -54,7 +54,6 @@ def render_html(
         explanations: of one image's slots.
         image: PIL image or uint8 (H, W, 3).
         masks: bool (H, W) arrays, one per slot, or None.
-        extent: the part of the image that the patches cover; None = the whole image.
         title: heading, such as the instruction.
 
     Returns:
@@ -62,14 +61,13 @@ def render_html(
     """
     picture = np.asarray(image)
     height, width = picture.shape[:2]
-    extent = extent or (0, 0, width, height)
     body = []
     for number, explanation in enumerate(explanations):
         colour = slot_colour(explanation.slot)
         heatmap = _pixel_layer(explanation.heatmap, width, height, colour)
         layers = [
             ("image", ""),
-            ("activated tokens", _patch_layer(explanation.patch_map, extent, colour)),
+            ("activated tokens", _patch_layer(explanation.patch_map, explanation.patch_boxes, width, height, colour)),
             (f"heatmap, confidence {explanation.confidence:.2f}", heatmap),
         ]
         if masks is not None:
@@ -84,7 +82,9 @@ def render_html(
         body.append(_text(explanation.words, colour))
         heaviest = max((concept.weight for concept in explanation.concepts), default=1)
         for concept in explanation.concepts:
-            fired = _patch_layer(_patch_strengths(concept, explanation.patch_grid), extent, colour)
+            strengths = np.array([hit.strength for hit in concept.patches])
+            boxes = np.array([hit.box for hit in concept.patches]).reshape(-1, 4)
+            fired = _patch_layer(strengths, boxes, width, height, colour)
             body.append(_concept_row(concept, heaviest, colour, _svg(fired, width, height)))
         body.append(f"<p class='part'>all other concepts together: {explanation.rest:.3f}</p>")
     return PAGE.format(title=html.escape(title), width=width, height=height, photo=_png(picture), body="\n".join(body))
@@ -95,7 +95,6 @@ def draw_figure(
     image: Any,
     mask: np.ndarray | None = None,
     instruction: str | None = None,
-    extent: "Extent | None" = None,
 ) -> Any:
     """A slot in one row: image, activated tokens, heatmap, mask, and the concepts with their words.
 
@@ -104,7 +103,6 @@ def draw_figure(
         image: PIL image or uint8 (H, W, 3).
         mask: bool (H, W), or None.
         instruction: the title.
-        extent: the part of the image that the patches cover; None = the whole image.
 
     Returns:
         A matplotlib Figure.
@@ -119,7 +117,7 @@ def draw_figure(
 
     figure = Figure(figsize=(17, 4), layout="constrained")
     axes = figure.subplots(1, 5, width_ratios=[1, 1, 1, 1, 1.5])
-    draw_panels(axes[:4], explanation, image, mask, extent)
+    draw_panels(axes[:4], explanation, image, mask)
     titles = ("image", "activated tokens", f"heatmap, confidence {explanation.confidence:.2f}", "mask")
     for ax, title in zip(axes, titles, strict=False):
         ax.set(title=title, xticks=[], yticks=[])
@@ -139,7 +137,6 @@ def draw_panels(
     explanation: "Explanation",
     image: Any,
     mask: np.ndarray | None = None,
-    extent: "Extent | None" = None,
 ) -> None:
     """Draw image, activated tokens, heatmap and mask of a slot (the last four columns of the paper's Figure 9).
 
@@ -148,22 +145,21 @@ def draw_panels(
         explanation: of the slot.
         image: PIL image or uint8 (H, W, 3).
         mask: bool (H, W), or None for the image alone.
-        extent: the part of the image that the patches cover; None = the whole image.
     """
     picture = np.asarray(image)
     height, width = picture.shape[:2]
-    left, top, right, bottom = extent or (0, 0, width, height)
+    fired = paint_boxes(explanation.patch_map, explanation.patch_boxes, height, width)
     whole = (0, width, height, 0)  # as imshow wants it: left, right, bottom, top
     layers = [
-        (None, whole),
-        (explanation.patch_map / max(explanation.patch_map.max(), 1e-9), (left, right, bottom, top)),
-        (explanation.heatmap, whole),
-        (None if mask is None else np.asarray(mask, np.float32), whole),
+        None,
+        fired / max(fired.max(), 1e-9),
+        explanation.heatmap,
+        None if mask is None else np.asarray(mask, np.float32),
     ]
-    for ax, (layer, area) in zip(axes, layers, strict=True):
+    for ax, layer in zip(axes, layers, strict=True):
         ax.imshow(picture, extent=whole, alpha=1 if layer is None else 0.6)
         if layer is not None:
-            ax.imshow(layer, extent=area, cmap="inferno", vmin=0, vmax=1, alpha=0.85 * np.clip(layer, 0, 1))
+            ax.imshow(layer, extent=whole, cmap="inferno", vmin=0, vmax=1, alpha=0.85 * np.clip(layer, 0, 1))
         ax.set(xlim=(0, width), ylim=(height, 0))
 
 
@@ -189,13 +185,6 @@ def _concept_row(concept: "ConceptShare", heaviest: float, colour: Colour, pictu
     )
 
 
-def _patch_strengths(concept: "ConceptShare", grid: tuple[int, int]) -> np.ndarray:
-    strengths = np.zeros(grid, np.float32)  # (rows, columns)
-    for row, column, strength in concept.patches:
-        strengths[row, column] = strength
-    return strengths
-
-
 def _text(words: "Sequence[TokenHit]", colour: Colour) -> str:
     """Instruction and response, each word as bright as the slot's concepts are strong there."""
     strongest = max((word.strength for word in words), default=0) or 1
@@ -217,18 +206,17 @@ def _svg(layer: str, width: int, height: int) -> str:
     return f'<svg viewBox="0 0 {width} {height}"><use href="#photo"/>{shade}{layer}</svg>'
 
 
-def _patch_layer(values: np.ndarray, extent: "Extent", colour: Colour) -> str:
-    """Squares over the patches, as opaque as the values float (rows, columns) are large."""
-    left, top, right, bottom = extent
-    rows, columns = values.shape
-    step_x, step_y = (right - left) / columns, (bottom - top) / rows
-    strongest = float(values.max()) or 1.0
+def _patch_layer(values: np.ndarray, boxes: np.ndarray, width: int, height: int, colour: Colour) -> str:
+    """Squares over the patches, as opaque as the values float (P,) are large; boxes float (P, 4) are fractions."""
+    strongest = float(values.max(initial=0)) or 1.0
     fill = css_colour(colour)
-    squares = [
-        f'<rect x="{left + column * step_x:.1f}" y="{top + row * step_y:.1f}" width="{step_x:.1f}" '
-        f'height="{step_y:.1f}" fill="{fill}" fill-opacity="{0.75 * values[row, column] / strongest:.2f}"/>'
-        for row, column in zip(*np.nonzero(values > 0), strict=True)
-    ]
+    squares = []
+    for value, (left, top, right, bottom) in zip(values, boxes * [width, height, width, height], strict=True):
+        if value > 0:
+            squares.append(
+                f'<rect x="{left:.1f}" y="{top:.1f}" width="{right - left:.1f}" height="{bottom - top:.1f}" '
+                f'fill="{fill}" fill-opacity="{0.75 * value / strongest:.2f}"/>'
+            )
     return "".join(squares)
 
 

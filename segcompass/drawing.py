@@ -17,6 +17,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from segcompass.modeling_segcompass.palette import css_colour, slot_colour
+from segcompass.modeling_segcompass.patch_boxes import paint_boxes
 
 PAGE, MARGIN, GAP, DPI = 1600, 36, 22, 100
 HEADLINE, TITLE, LINE = 40, 32, 27  # heights of one line of each kind, pixels
@@ -63,7 +64,7 @@ def draw_overlay(
     verdict: str,
     masks: np.ndarray,
     heatmaps: list[tuple[int, float, np.ndarray]],
-    concepts: tuple[np.ndarray, tuple[float, float, float, float]] | None = None,
+    concepts: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Figure:
     """Image, concept activations, slot heatmaps and masks side by side, the instruction above, the reasoning below.
 
@@ -74,8 +75,8 @@ def draw_overlay(
         verdict: one line, such as "2 instances" or "no target".
         masks: bool (n, H, W), one per instance.
         heatmaps: (slot, confidence, float (h, w) in [0, 1] that covers the image) of each slot to show.
-        concepts: float (rows, columns), at least 0, how strongly the concepts fire at each image patch; and the part
-            of the image that the patches cover, (left, top, right, bottom) in pixels.
+        concepts: float (P,), at least 0, how strongly the concepts fire at each image patch; and the part of the image
+            that each shows, float (P, 4), (left, top, right, bottom) in fractions of its width and height.
 
     Returns:
         Figure: 1600 pixels wide at its own dpi.
@@ -210,11 +211,10 @@ def _show(axes: Axes, image: np.ndarray, frame: tuple):
     axes.imshow(np.clip(image, 0, 1), extent=frame, interpolation="bilinear", aspect="auto")
 
 
-def _show_patches(axes: Axes, image: np.ndarray, frame: tuple, heat: np.ndarray, extent: tuple):
-    left, top, right, bottom = extent
+def _show_patches(axes: Axes, image: np.ndarray, frame: tuple, heat: np.ndarray, boxes: np.ndarray):
     _show(axes, image, frame)
-    colours = _heat_colours(heat / max(heat.max(), 1e-9))
-    axes.imshow(colours, extent=(left, right, bottom, top), interpolation="nearest", aspect="auto")
+    painted = paint_boxes(heat / max(heat.max(initial=0), 1e-9), boxes, *image.shape[:2])
+    axes.imshow(_heat_colours(painted), extent=frame, interpolation="nearest", aspect="auto")
 
 
 def _show_masks(axes: Axes, image: np.ndarray, frame: tuple, instances: list[dict], masks: np.ndarray, verdict: str):

@@ -16,6 +16,7 @@ from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
 from segcompass.modeling_segcompass.explanation import heaviest_concepts
 from segcompass.modeling_segcompass.explanation_page import render_html
 from segcompass.modeling_segcompass.images import read_image
+from segcompass.modeling_segcompass.patch_boxes import has_area
 from segcompass.modeling_segcompass.whole_files import write_whole
 from segcompass.white_box import ConceptDictionary
 
@@ -58,7 +59,7 @@ def segment_image(
     slots, scores = instances["slots"].tolist(), instances["scores"].tolist()
     heatmaps = slot_heatmaps(outputs, processor, image, slots)
     shown = [slot for slot, _, _ in heatmaps]
-    concepts = concept_heat(outputs, segcompass, processor, image, shown)
+    concepts = concept_heat(outputs, segcompass, shown)
     figure = draw_overlay(np.asarray(image), result, reasoning, verdict, masks, heatmaps, concepts)
     with folder_lock(output):
         write_whole(output / "result.json", json.dumps(result, indent=2) + "\n")
@@ -151,36 +152,33 @@ def slot_heatmaps(
 def concept_heat(
     outputs: Any,
     model: SegCompassModel,
-    processor: SegCompassProcessor,
-    image: Image.Image,
     slots: list[int],
-) -> tuple[np.ndarray, tuple[float, float, float, float]] | None:
-    """How strongly the slots' top concepts fire at each image patch, and the part of the image the patches cover.
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """How strongly the slots' top concepts fire at each image patch, and the part of the image that each shows.
 
     Args:
         outputs: SegCompassOutput of `model.segment` for one image.
         model: the model.
-        processor: its processor.
-        image: the image.
         slots: the slots whose concepts are added up.
 
     Returns:
-        None when no slot is shown or no concepts were used, or (float (rows, columns), (left, top, right, bottom)).
+        None when no slot is shown or no concepts were used, or (float (P,), float (P, 4) boxes of `patch_boxes`).
     """
     if not slots or outputs.concept_weights is None:
         return None
-    rows, columns = outputs.patch_grid[0].tolist()
-    seen = model.backbone.seen_extent(processor.image_processor, *image.size)
+    shows = has_area(outputs.patch_boxes[0])  # (P,)
+    boxes = outputs.patch_boxes[0][shows].float().cpu().numpy()  # (patches, 4)
     if outputs.grounding is not None:  # what is shown is what the heatmap is the sum of
-        heat = sum(outputs.grounding.on_patches(0, slot).sum(0) for slot in slots)[: rows * columns]
-        return heat.view(rows, columns).float().cpu().numpy(), seen
+        heat = sum(outputs.grounding.on_patches(0, slot).sum(0) for slot in slots)[: len(boxes)]
+        return heat.float().cpu().numpy(), boxes
     activations = outputs.concept_activations[0]  # (T, M)
-    activations = activations[outputs.sequences[0, : len(activations)] == model.config.image_token_id]  # (patches, M)
+    activations = activations[outputs.sequences[0, : len(activations)] == model.config.image_token_id]
+    activations = activations[shows[: len(activations)]]  # (patches, M)
     heat = activations.new_zeros(len(activations))
     for slot in slots:
         heaviest = [concept.column for concept in heaviest_concepts(outputs, slot)]
         heat += activations[:, heaviest] @ outputs.concept_weights[0, slot, heaviest]
-    return heat.view(rows, columns).cpu().numpy(), seen
+    return heat.float().cpu().numpy(), boxes
 
 
 # -- explanation -------------------------------------------------------------------------------------------------------
@@ -215,10 +213,8 @@ def write_explanation(
     explanations = [model.explain(outputs, slot=slot, labels=labels, processor=processor) for slot in slots]
     logits = processor.post_process_masks(outputs.pred_masks, [(image.height, image.width)])[0]  # (K, H, W)
     masks = (logits[slots] > 0).cpu().numpy()
-    extent = model.backbone.seen_extent(processor.image_processor, *image.size)
-    page = render_html(explanations, image, masks, extent, instruction)
-    write_whole(folder / "explanation.html", page)
+    write_whole(folder / "explanation.html", render_html(explanations, image, masks, instruction))
     first = max(range(len(explanations)), key=lambda place: explanations[place].confidence)
-    figure = explanations[first].to_figure(image, masks[first], instruction, extent)
+    figure = explanations[first].to_figure(image, masks[first], instruction)
     write_whole(folder / "explanation.png", lambda part: figure.savefig(part, dpi=100))
     print(f"wrote explanation.html and explanation.png to {folder}")

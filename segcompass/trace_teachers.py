@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from segcompass.loading import load_mllm
+from segcompass.modeling_segcompass.backbone import backbone_of
 
 KEY = "OPENAI_API_KEY"
 """The environment variable with the server's key, where it wants one."""
@@ -157,12 +158,9 @@ class BackboneTeacher:
         images, texts = zip(*questions, strict=True)
         batch = self.processor(images=list(images), text=list(texts), image_encoder=False)
         mllm: Any = getattr(self.model, "mllm", self.model)
-        inputs = {name: value.to(mllm.device) for name, value in batch.items() if name not in NOT_OF_MLLM}
+        inputs = {name: value.to(mllm.device) for name, value in backbone_of(mllm).mllm_inputs(mllm, batch).items()}
         made = mllm.generate(**inputs, max_new_tokens=self.max_tokens, do_sample=False)
         return self.processor.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-NOT_OF_MLLM = ("original_sizes", "reshaped_input_sizes")
 
 
 def data_url(image: Image.Image) -> str:

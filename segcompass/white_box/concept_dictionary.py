@@ -48,9 +48,12 @@ class Context:
     text: str
     """the word piece; for an image patch what the data set knows of it ("" when nothing)."""
     around: str
-    """the words around it, or "row r, column c" of a patch."""
+    """the words around it, or where a patch is, such as "row r, column c"."""
     cell: list[int] | None = None
-    """(row, column, rows, columns) of a patch in its grid; None for a word piece."""
+    """(row, column, rows, columns) of a patch in its grid, in dictionaries of earlier versions."""
+    box: list[float] | None = None
+    """the part of the image that a patch shows, (left, top, right, bottom) in fractions of its width and height; None
+    for a word piece."""
 
 
 @dataclass

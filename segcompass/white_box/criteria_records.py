@@ -64,23 +64,18 @@ def _attributes(thing: Any) -> list[str]:
     return [thing.colour, thing.shape, thing.size, thing.place, f"column {column}", f"row {row}"]
 
 
-def patch_cover(
-    model: SegCompassModel, processor: SegCompassProcessor, scene: Scene, grid: tuple[int, int]
-) -> np.ndarray:
+def patch_cover(scene: Scene, boxes: torch.Tensor) -> np.ndarray:
     """How much of each patch that the MLLM sees shows each object.
 
     Args:
-        model: for how its backbone sees an image.
-        processor: the model's.
         scene: with n objects.
-        grid: (rows, columns) of the image patches.
+        boxes: float (P, 4), the part of the image that each patch shows.
 
     Returns:
-        float (n, rows * columns).
+        float (n, P).
     """
     height, width = scene.image.shape[:2]
-    extent = model.backbone.seen_extent(processor.image_processor, width, height)
-    return patch_coverage([encode_mask(mask) for mask in scene.masks], height, width, extent, grid).flatten(1).numpy()
+    return patch_coverage([encode_mask(mask) for mask in scene.masks], height, width, boxes).numpy()
 
 
 def _read_labelled(reader, dataset, split, seed, count, batch_size):
@@ -98,7 +93,7 @@ def _read_labelled(reader, dataset, split, seed, count, batch_size):
             has = np.zeros((len(scene.objects), len(NAMED)), bool)  # (n, A)
             for row, thing in enumerate(scene.objects):
                 has[row, [place_of[name] for name in _attributes(thing)]] = True
-            cover = patch_cover(reader.model, reader.processor, scene, tokens.grid)  # (n, patches)
+            cover = patch_cover(scene, tokens.boxes)  # (n, patches)
             clear = ((cover.max(0) >= COVERED) | (cover.sum(0) == 0)).nonzero()[0]
             image = tokens.activations[tokens.types == IMAGE]  # (patches, d_sae)
             values["scene"].append(image.amax(0, keepdim=True))
@@ -309,10 +304,9 @@ def measure_scenes(
             record["steered"] = [] if steered is None else [steered]
         if right:
             reading = reading_class(model, single_sample(states, place), means)
-            rows_columns = outputs.patch_grid[place].tolist()
             truth = Truth(
                 masks=masks,
-                cover=patch_cover(model, processor, scene, tuple(rows_columns)),
+                cover=patch_cover(scene, outputs.patch_boxes[place]),
                 looks=looks,
                 places=[tuple(_attributes(thing)[3:]) for thing in scene.objects],
                 targets=list(question.targets),

@@ -60,11 +60,11 @@ def states_of(model, inputs):
         for name, value in inputs.items()
         if name in ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "mm_token_type_ids")
     }
-    grid = model.backbone.patch_grid(model.config.mllm_config, inputs["input_ids"], inputs)
     with torch.no_grad(), model.reading_states() as recorder:
         model.mllm(**language)
-        states = recorder.states_of_pass(inputs["input_ids"], inputs["attention_mask"], inputs["response_mask"], grid)
+        states = recorder.states_of_pass(inputs["input_ids"], inputs["attention_mask"], inputs["response_mask"])
         return states._replace(
+            patch_boxes=inputs["patch_boxes"],
             image_embeddings=model.get_image_embeddings(inputs["encoder_pixel_values"]),
             reshaped_input_sizes=inputs["reshaped_input_sizes"],
         )
