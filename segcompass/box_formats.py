@@ -138,7 +138,7 @@ class BoxFormat:
 
     def says_nothing(self, text: str) -> bool:
         """Whether an answer without a box says that nothing is meant."""
-        return re.fullmatch(r"(```\w*)?\s*\[\s*\]\s*(```)?", text.strip()) is not None or bool(NOTHING.match(text.strip()))
+        return says_nothing(text)
 
     def read(self, text: str, size: tuple[int, int], shown: tuple[int, int] | None = None) -> Answer:
         """Read an answer.
@@ -279,7 +279,7 @@ class PaliGemma(BoxFormat):
 
     def says_nothing(self, text: str) -> bool:
         """An empty answer is its way to say so."""
-        return not text.strip() or super().says_nothing(text)
+        return not text.strip() or says_nothing(text)
 
 
 FORMATS: dict[str, BoxFormat] = {
@@ -317,6 +317,12 @@ def after_reasoning(text: str) -> str | None:
     if "<answer>" in said:
         said = said.partition("<answer>")[2].partition("</answer>")[0]
     return said
+
+
+def says_nothing(text: str) -> bool:
+    """Whether an answer without a box says that nothing is meant: an empty list, or words to that effect."""
+    said = text.strip()
+    return re.fullmatch(r"(```\w*)?\s*\[\s*\]\s*(```)?", said) is not None or NOTHING.match(said) is not None
 
 
 def find_written(text: str) -> Iterator[tuple[list[float] | None, list[float] | None]]:

@@ -33,7 +33,10 @@ def load(path: str | Path, device: str | torch.device | None = None) -> tuple[Se
 
 
 def load_mllm(
-    path: str, dtype: str = "float32", device: str | torch.device | None = None
+    path: str,
+    dtype: str = "float32",
+    device: str | torch.device | None = None,
+    chat_template: str | None = None,
 ) -> tuple[PreTrainedModel, SegCompassProcessor]:
     """What a sparse autoencoder reads: a SegCompass model, or an MLLM alone.
 
@@ -41,6 +44,7 @@ def load_mllm(
         path: folder or Hub id of either.
         dtype: of the weights.
         device: where the model goes; by default the GPU, or the CPU where there is none.
+        chat_template: of an MLLM that comes without one.
 
     Returns:
         The model, and a SegCompassProcessor that makes its inputs (without a prompt of ours for an MLLM alone).
@@ -53,7 +57,7 @@ def load_mllm(
     processor = SegCompassProcessor(
         encoder_image_processor=SamImageProcessorPil(),  # not used: an MLLM alone has no image encoder
         prompt_template="{instruction}",
-        **read_mllm(path),
+        **read_mllm(path, chat_template=chat_template),
     )
     mllm: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
     give_rows(mllm, processor.tokenizer, processor.new_tokens)  # as a SegCompass model that is built from it has them
