@@ -302,6 +302,29 @@ def format_of(config: Any) -> BoxFormat | None:
     return FORMATS.get(getattr(config, "mllm_config", config).model_type)
 
 
+def known_format(config: Any, name: str) -> BoxFormat:
+    """How an MLLM writes boxes, where that must be known.
+
+    Args:
+        config: as for `format_of`.
+        name: what errors call the MLLM.
+
+    Returns:
+        Its format.
+
+    Raises:
+        ValueError: it is not listed.
+    """
+    written = format_of(config)
+    if written is None:
+        kind = getattr(config, "mllm_config", config).model_type
+        raise ValueError(
+            f"mllm={name!r} is of type {kind!r}, of which it is not known how it writes boxes; choose one of "
+            f"{', '.join(FORMATS)} (docs/routes.md)."
+        )
+    return written
+
+
 def after_reasoning(text: str) -> str | None:
     """What an answer says in the end: after `</think>`, and inside `<answer>` where there is one.
 

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from transformers import AutoConfig
 
-from segcompass.box_formats import Answer, Box, BoxFormat, format_of, possible_boxes
+from segcompass.box_formats import Answer, Box, BoxFormat, format_of, known_format, possible_boxes
 from segcompass.loading import load_mllm
 from segcompass.modeling_segcompass.backbone import backbone_of
 from segcompass.modeling_segcompass.tokens import THINK
@@ -218,16 +218,12 @@ class BackboneTeacher:
         Raises:
             ValueError: the MLLM's format is not known, or a question that the processor refuses.
         """
-        if self.boxes is None:
-            raise ValueError(
-                f"{self.name!r} is of type {self.mllm.config.model_type!r}, of which it is not known how it writes "
-                "boxes; choose LLaVA-1.5, Qwen2-VL, Qwen2.5-VL, Qwen3-VL, InternVL or PaliGemma (docs/routes.md)."
-            )
+        written = known_format(self.mllm.config, self.name)
         images = self.processor.image_processor
-        given = [(self.boxes.picture(image, images), text) for image, text in questions]
-        texts, batch = self._write(given, self.boxes.question)
+        given = [(written.picture(image, images), text) for image, text in questions]
+        texts, batch = self._write(given, written.question)
         return [
-            self.boxes.read(text, image.size, self.boxes.shown_size(batch, row, images))
+            written.read(text, image.size, written.shown_size(batch, row, images))
             for row, (text, (image, _)) in enumerate(zip(texts, questions, strict=True))
         ]
 
