@@ -33,7 +33,8 @@ LONE_POINT = rf"[\[(]+\s*{NUMBER}\s*,\s*{NUMBER}\s*[\])]+"
 WRITTEN = re.compile("|".join((QUADRUPLE, CORNERS, NAMED_POINT, TAGGED_POINT)))
 LOCATIONS = re.compile(r"<loc(\d{4})>" * 4)
 NOTHING = re.compile(
-    r"\W*(?:answer\W+)?(?:none|nothing|no such|no (?:object|match)\w*|there (?:is|are) no)\b"
+    r"\W*(?:answer\W+)?(?:(?:none|nothing)(?: (?:in|is|matches|fits)\b[^.\n]*)?\W*$"
+    r"|(?:no such|no (?:object|match)\w*|there (?:is|are) no)\b)"
     r"|[^.\n]*\bnot (?:present|visible|found|shown|there)? ?in (?:the|this) (?:image|picture|photo)",
     re.IGNORECASE,
 )
@@ -262,7 +263,7 @@ class Llava(BoxFormat):
 
 
 class PaliGemma(BoxFormat):
-    """PaliGemma: `<loc0000>` to `<loc1023>`, four of them in the order top, left, bottom, right; nothing for nothing."""
+    """PaliGemma: `<loc0000>` to `<loc1023>`, top, left, bottom and right in a row; an empty answer for nothing."""
 
     model_types = ("paligemma",)
     question = "detect {instruction}"

@@ -1,7 +1,7 @@
 """The boxes route: an MLLM writes boxes, a SAM turns them into masks, both with the weights that the Hub has.
 
-The paper's Figure 1(b). Nothing is trained, so it works on photographs; and nothing but the boxes passes from the one to
-the other. `BoxesRoute.segment` returns what `SegCompassModel.segment` returns, as far as there is any of it, so that
+The paper's Figure 1(b). Nothing is trained, so it works on photographs; and nothing but the boxes passes from the one
+to the other. `BoxesRoute.segment` returns what `SegCompassModel.segment` returns, as far as there is any of it, so that
 post-processing, evaluation and drawing are the same. How boxes are asked for and read is decided in box_formats.py.
 """
 
@@ -102,8 +102,8 @@ class BoxesRoute:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """SAM's masks of an image's regions.
 
-        A box asks for the one mask that it bounds. A point alone could mean a thing or its part: of the three masks that
-        SAM makes of it, the one is taken that SAM thinks best.
+        A box asks for the one mask that it bounds. A point alone could mean a thing or its part: of the three masks
+        that SAM makes of it, the one is taken that SAM thinks best.
 
         Args:
             pixels: float (1, 3, S, S), the image as SAM takes it.
@@ -160,4 +160,6 @@ def _config(source, option, what):
     try:
         return AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{option}={source!r} is no folder or Hub id of {what}: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"{option}={source!r} is no folder or Hub id of {what}: {str(error).splitlines()[0]}"
+        ) from error

@@ -35,8 +35,8 @@ class NoAnswer(Exception):
 
 
 ANY_BOX = (
-    'Give the bounding box of what is meant by "{instruction}" in this image as [x1, y1, x2, y2]. If several things are '
-    "meant, one box for each. If nothing is meant, answer: none."
+    'Give the bounding box of what is meant by "{instruction}" in this image as [x1, y1, x2, y2]. If several things '
+    "are meant, one box for each. If nothing is meant, answer: none."
 )
 """What is asked of a model of which it is not known how it writes boxes."""
 
