@@ -11,13 +11,13 @@ import pytest
 from PIL import Image
 
 from segcompass import cli, trace_teachers
+from segcompass.box_formats import possible_boxes
 from segcompass.commands import train_sft, write_traces
 from segcompass.loaders import load_rows
 from segcompass.loaders.masks import encode_mask
 from segcompass.loaders.mixing import HELD_OUT, mix_rows
 from segcompass.loaders.rows import leave_images_encoded, reserved_token
 from segcompass.loaders.surroundings import Thing
-from segcompass.box_formats import possible_boxes
 from segcompass.trace_questions import clean_trace, draw_targets, fault_of_boxes, fault_of_position, fault_of_trace
 from segcompass.trace_teachers import BackboneTeacher, NoAnswer, ServerTeacher
 from segcompass.trace_templates import PLACES, place, plural, write_trace

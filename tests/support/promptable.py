@@ -34,7 +34,7 @@ def save_promptable(name, folder):
     torch.manual_seed(0)
     model = WHOLE[name]().eval()
     with torch.no_grad():
-        for path, weight in model.named_parameters():
+        for weight in model.parameters():
             if weight.dim() > 1:
                 weight.normal_(std=0.3)
     if name == "SAM":  # with its preprocessor_config.json; the others have what image_processor_of takes
