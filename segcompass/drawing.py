@@ -121,7 +121,7 @@ def draw_overlay(
         axes = page.axes(left, top + TITLE, panel_width, panel_height)
         panel.draw(axes)
         axes.set(xlim=frame[:2], ylim=frame[2:], xticks=[], yticks=[])
-    page.write(MARGIN, text_top, "reasoning", size=13, color=SOFT)
+    page.write(MARGIN, text_top, "reasoning" if prompts is None else "answer", size=13, color=SOFT)
     for number, line in enumerate(lines, 1):
         page.write(MARGIN, text_top + number * LINE, line, size=13)
     return page.figure

@@ -117,7 +117,7 @@ def segment_image_by_boxes(
         "fault": answer.fault,
     }
     verdict = verdict_of_answer(answer, len(result["instances"]), threshold)
-    report(result, answer.text, verdict)
+    report(result, answer.text.strip(), verdict, "answer")
     masks, slots = instances["masks"].cpu().numpy(), instances["slots"].tolist()
     figure = draw_overlay(np.asarray(image), result, answer.text, verdict, masks, [], prompts=result["prompts"])
     write_results(output, result, label_image(masks, instances["scores"].tolist(), slots), figure)
@@ -215,9 +215,9 @@ def _counted(count):
     return f"{count} instance" + "s" * (count > 1)
 
 
-def report(result: dict, reasoning: str, verdict: str) -> None:
-    """Print the result."""
-    print(f"instruction  {result['instruction']}\nreasoning    {reasoning}\nresult       {verdict}")
+def report(result: dict, text: str, verdict: str, called: str = "reasoning") -> None:
+    """Print the result: what was asked, what was written and what it is called, and what came of it."""
+    print(f"instruction  {result['instruction']}\n{called:<13}{text}\nresult       {verdict}")
     for instance in result["instances"]:
         box = ", ".join(map(str, instance["box"]))
         print(f"             slot {instance['slot']}  score {instance['score']:.3f}  box ({box})")

@@ -4,6 +4,7 @@ The answers are scripted, everything else is real: tokenizers, image processors,
 """
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -124,23 +125,19 @@ def test_a_batch_gives_what_each_image_gives_alone(world, says):
     sizes = SIZES[:2]
     images = [noise_image(height, width, seed=n) for n, (width, height) in enumerate(sizes)]
     texts = [as_qwen(size, (5, 6, 40, 50))[0] for size in sizes]
-    route = BoxesRoute(str(world / QWEN), str(world / "SAM"))
     both = '[{"bbox_2d": [5, 6, 40, 50]}, {"bbox_2d": [9, 9, 30, 30], "point_2d": [12, 14]}, {"point_2d": [20, 20]}]'
     says(both, texts[1], "[]", "A mug.")
     route = BoxesRoute(str(world / QWEN), str(world / "SAM"))
     outputs, answers = route.segment([*images, *images], ["it"] * 4)
     assert outputs.slot_mask.tolist() == [[True] * 3, [True, False, False], [False] * 3, [False] * 3]
-    assert [(answer.nothing, answer.fault) for answer in answers] == [(False, None)] * 2 + [
-        (True, None),
-        (False, NO_BOX),
-    ]
+    assert [answer.nothing for answer in answers] == [False, False, True, False]
+    assert [answer.fault for answer in answers] == [None, None, None, NO_BOX]
     for row in (0, 1):
         says((both, texts[1])[row])
         alone, _ = route.segment([images[row]], ["it"])
         count = int(outputs.slot_mask[row].sum())
         torch.testing.assert_close(outputs.pred_masks[row, :count], alone.pred_masks[0, :count])
         torch.testing.assert_close(outputs.pred_logits[row, :count], alone.pred_logits[0, :count])
-    alone, _ = route.segment([images[0]], ["it"])  # row 1's answer; each region apart as well
     says('[{"point_2d": [20, 20]}]')
     point, _ = route.segment([images[0]], ["it"])
     torch.testing.assert_close(outputs.pred_masks[0, 2], point.pred_masks[0, 0])
@@ -153,11 +150,8 @@ def test_every_sam_takes_boxes_points_and_both(world, says, name):
     size = (100, 60)
     image = noise_image(60, 100, seed=2)
     inputs = route.processor.encoder_inputs([image])
-    regions = [
-        Region((10.0, 5.0, 60.0, 50.0)),
-        Region(None, (30.0, 20.0)),
-        Region((10.0, 5.0, 60.0, 50.0), (30.0, 20.0)),
-    ]
+    box, point = (10.0, 5.0, 60.0, 50.0), (30.0, 20.0)
+    regions = [Region(box), Region(None, point), Region(box, point)]
     masks, confidences = route.masks_of(inputs["encoder_pixel_values"], size, regions)
     assert masks.shape[0] == 3 and masks.isfinite().all() and confidences.shape == (3,)
     assert not torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
@@ -248,10 +242,8 @@ def test_evaluate_by_boxes_counts_the_masks_it_writes_and_resumes(world, tmp_pat
     assert noted["route"] == "boxes" and noted["mllm_weights"] and noted["image_encoder_weights"]
     assert "query_source" not in noted and (folder / "gallery.html").exists()
 
-    whole = (folder / "predictions.jsonl").read_text()
-    (folder / "predictions.jsonl").write_text(
-        "".join(whole.splitlines(keepends=True)[:5])[:-9]
-    )  # killed in the second batch
+    written = (folder / "predictions.jsonl").read_text().splitlines(keepends=True)
+    (folder / "predictions.jsonl").write_text("".join(written[:5])[:-9])  # killed in the second batch
     again = evaluate.main([*arguments, "--output", str(folder)])
     assert again == metrics
     scored = evaluate.main(
@@ -321,6 +313,7 @@ def test_options_of_another_route_are_named(options, message, capsys):
             {"route": "tokens", "model": "c", "query_source": "concepts"},
             "query_source is 'concepts' with route 'tokens'",
         ),
+        ({"route": "tokens", "predictions": Path("c")}, "route is 'tokens' with predictions"),
         ({}, "either a model or predictions"),
     ],
 )
