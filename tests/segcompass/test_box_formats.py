@@ -1,6 +1,8 @@
 """What MLLMs write as boxes, in each family's documented form and in broken ones, and where in the image it is."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -195,6 +197,12 @@ def test_llavas_boxes_lie_on_the_square_that_it_is_shown():
 def test_pixels_need_the_size_that_was_shown():
     with pytest.raises(ValueError, match="give shown"):
         FORMATS["qwen2_5_vl"].read("[1, 2, 30, 40]", WIDE)
+
+
+def test_the_page_lists_every_family():
+    page = (Path(__file__).parents[2] / "docs" / "routes.md").read_text(encoding="utf-8")
+    rows = [line.split(" | ")[1] for line in page.splitlines() if re.match(r"\| [A-Z][\w.-]+.*\| `\w+`", line)]
+    assert sorted(re.findall(r"`(\w+)`", " ".join(rows))) == sorted(FORMATS)
 
 
 def test_an_unknown_family_is_refused_by_name():
