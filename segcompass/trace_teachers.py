@@ -190,7 +190,8 @@ class BackboneTeacher:
         self.model.eval()
         self.mllm: Any = getattr(self.model, "mllm", self.model)
         self.name, self.max_tokens = path, max_tokens
-        self.processor.max_prompt_length = self.mllm.config.get_text_config().max_position_embeddings - max_tokens
+        places = self.mllm.config.get_text_config().max_position_embeddings
+        self.processor.max_prompt_length = places - min(max_tokens, places // 2)
 
     def ask(self, questions: Sequence[tuple[Image.Image, str]]) -> list[str | NoAnswer]:
         """Ask the model, all questions in one batch.

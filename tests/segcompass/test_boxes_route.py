@@ -9,13 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import transformers
 from PIL import Image
 from pycocotools import mask as coco_mask
-from transformers import AutoModelForImageTextToText, AutoModelForMaskGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
-from transformers.models.sam.processing_sam import SamProcessor
 
 from segcompass import cli, evaluation
 from segcompass.box_formats import NO_BOX, UNUSABLE, Region
@@ -25,8 +21,8 @@ from segcompass.loaders import load_scenes
 from segcompass.shipped import MODEL, default_scene
 from segcompass.trace_teachers import BackboneTeacher
 from tests.support.hub_world import LLAVA, QWEN, make_world
-from tests.support.promptable import SIDE, WHOLE, save_promptable
-from tests.support.scripted import Script, noise_image
+from tests.support.promptable import WHOLE, by_transformers, save_promptable
+from tests.support.scripted import noise_image
 
 SIZES = [(100, 60), (64, 100), (57, 57)]  # width, height
 LIMITS = {"min_pixels": 3136, "max_pixels": 705_600}
@@ -40,32 +36,6 @@ def world(tmp_path_factory):
     for name in WHOLE:
         save_promptable(name, folder / name)
     return folder
-
-
-@pytest.fixture
-def says(monkeypatch):
-    """Makes every MLLM that is loaded from now on write the given answers, one per row of a batch, and over again."""
-    answers = []
-    load = AutoModelForImageTextToText.from_pretrained
-
-    def load_and_force(path, **kwargs):
-        model = load(path, **kwargs)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        generate = model.generate
-
-        def scripted(input_ids, **inputs):
-            rows = [answers[row % len(answers)] for row in range(len(input_ids))]
-            return generate(input_ids=input_ids, logits_processor=[Script(tokenizer, rows)], **inputs)
-
-        model.generate = scripted
-        return model
-
-    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", load_and_force)
-
-    def script(*texts):
-        answers[:] = texts
-
-    return script
 
 
 def as_llava(size, box):
@@ -87,20 +57,6 @@ def as_qwen(size, box):
 
 
 FAMILIES = {LLAVA: as_llava, QWEN: as_qwen}
-
-
-def by_transformers(folder, image, box):
-    """Mask and estimated IoU as transformers' own processor and model make them of a box in pixels of the image."""
-    sam = AutoModelForMaskGeneration.from_pretrained(folder).eval()
-    images = SamImageProcessorPil(size={"longest_edge": SIDE}, pad_size={"height": SIDE, "width": SIDE})
-    processor = SamProcessor(images)
-    inputs = processor(images=image, input_boxes=[[box]], return_tensors="pt")
-    sizes = [inputs.pop(name) for name in ("original_sizes", "reshaped_input_sizes")]
-    inputs["input_boxes"] = inputs["input_boxes"].float()
-    with torch.no_grad():
-        made = sam(**inputs, multimask_output=False)
-    (mask,) = images.post_process_masks(made.pred_masks, *sizes)
-    return mask[0, 0].numpy(), float(made.iou_scores[0, 0, 0]), inputs["input_boxes"][0, 0]
 
 
 @pytest.mark.parametrize("size", SIZES)

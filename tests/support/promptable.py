@@ -4,6 +4,8 @@ import json
 
 import torch
 import transformers as T
+from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
+from transformers.models.sam.processing_sam import SamProcessor
 
 from tests.support.encoders import SAM, SAM2
 from tests.support.hub_world import make_sam
@@ -42,3 +44,17 @@ def save_promptable(name, folder):
     model.save_pretrained(folder)
     assert json.loads((folder / "config.json").read_text())["model_type"] in ("sam", "sam_hq", "sam2")
     return model
+
+
+def by_transformers(folder, image, box):
+    """Mask, estimated IoU and prompt as transformers' own processor and SamModel make them of a box in the image."""
+    sam = T.SamModel.from_pretrained(folder).eval()
+    images = SamImageProcessorPil(size={"longest_edge": SIDE}, pad_size={"height": SIDE, "width": SIDE})
+    processor = SamProcessor(images)
+    inputs = processor(images=image, input_boxes=[[box]], return_tensors="pt")
+    sizes = [inputs.pop(name) for name in ("original_sizes", "reshaped_input_sizes")]
+    inputs["input_boxes"] = inputs["input_boxes"].float()
+    with torch.no_grad():
+        made = sam(**inputs, multimask_output=False)
+    (mask,) = images.post_process_masks(made.pred_masks, *sizes)
+    return mask[0, 0].numpy(), float(made.iou_scores[0, 0, 0]), inputs["input_boxes"][0, 0]
