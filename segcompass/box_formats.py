@@ -89,6 +89,10 @@ class BoxFormat:
     chat_template: str | None = None
     """of MLLMs that come without one."""
 
+    def fits(self, config: Any) -> bool:
+        """Whether an MLLM of one of the `model_types` is of this family: some are shared."""
+        return True
+
     def picture(self, image: Image.Image, image_processor: Any) -> Image.Image:
         """What the MLLM is given of an image.
 
@@ -244,6 +248,10 @@ class Llava(BoxFormat):
     full = 1
     smallest = 0.001
 
+    def fits(self, config: Any) -> bool:
+        """Pixtral is a "llava" too, with another vision tower and another training."""
+        return config.vision_config.model_type == "clip_vision_model"
+
     def picture(self, image: Image.Image, image_processor: Any) -> Image.Image:
         """The square: the image in its middle, the mean colour beside it, as LLaVA-1.5 was trained."""
         side = max(image.size)
@@ -300,7 +308,9 @@ def format_of(config: Any) -> BoxFormat | None:
     Returns:
         None for a family that is not listed.
     """
-    return FORMATS.get(getattr(config, "mllm_config", config).model_type)
+    config = getattr(config, "mllm_config", config)
+    written = FORMATS.get(config.model_type)
+    return written if written is not None and written.fits(config) else None
 
 
 def known_format(config: Any, name: str) -> BoxFormat:
@@ -318,9 +328,11 @@ def known_format(config: Any, name: str) -> BoxFormat:
     """
     written = format_of(config)
     if written is None:
-        kind = getattr(config, "mllm_config", config).model_type
+        config = getattr(config, "mllm_config", config)
+        vision = getattr(getattr(config, "vision_config", None), "model_type", None)
+        kind = repr(config.model_type) + (f" with vision tower {vision!r}" if config.model_type in FORMATS else "")
         raise ValueError(
-            f"mllm={name!r} is of type {kind!r}, of which it is not known how it writes boxes; choose one of "
+            f"mllm={name!r} is of type {kind}, of which it is not known how it writes boxes; choose one of "
             f"{', '.join(FORMATS)} (docs/routes.md)."
         )
     return written

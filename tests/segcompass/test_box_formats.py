@@ -212,6 +212,13 @@ def test_an_unknown_family_is_refused_by_name():
         known_format(config, "x")
 
 
+def test_a_family_that_borrows_llavas_class_is_not_llava():
+    config = AutoConfig.for_model("llava", vision_config={"model_type": "pixtral"})
+    with pytest.raises(ValueError, match="is of type 'llava' with vision tower 'pixtral', of which it is not known"):
+        known_format(config, "x")
+    assert format_of(AutoConfig.for_model("llava")) is FORMATS["llava"]
+
+
 def test_who_counts_in_an_unknown_way_is_read_in_every_way():
     assert possible_boxes("[100, 200, 300, 400]", (500, 800)) == [[ONE], [(50, 160, 150, 320)]]
     assert possible_boxes("[100, 200, 1300, 400]", (1500, 800)) == [[(100, 200, 1300, 400)]]
