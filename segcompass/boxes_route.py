@@ -44,14 +44,14 @@ class BoxesRoute:
     """
 
     def __init__(self, mllm: str, image_encoder: str, device: str | torch.device | None = None):
-        known_format(_config(mllm, "mllm", "an MLLM"), mllm)
+        written = known_format(_config(mllm, "mllm", "an MLLM"), mllm)
         kind = _config(image_encoder, "image_encoder", "a SAM").model_type
         if kind not in MASK_MODELS:
             raise ValueError(
                 f"image_encoder={image_encoder!r} is of type {kind!r}, which makes no masks of boxes; choose a whole "
                 f"{', '.join(dict.fromkeys(MASK_MODELS.values()))}, such as facebook/sam-vit-huge."
             )
-        self.teacher = BackboneTeacher(mllm, LONGEST, device)
+        self.teacher = BackboneTeacher(mllm, LONGEST, device, written.chat_template)
         self.processor = self.teacher.processor
         self.processor.encoder_image_processor = image_processor_of(image_encoder)
         sam: Any = AutoModelForMaskGeneration.from_pretrained(image_encoder, dtype=torch.float32)

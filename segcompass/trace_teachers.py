@@ -172,6 +172,7 @@ class BackboneTeacher:
         path: folder or Hub id of an MLLM, or of a SegCompass model.
         max_tokens: longest answer.
         device: where the MLLM goes; by default the GPU, or the CPU where there is none.
+        chat_template: of an MLLM that comes without one; such an MLLM is refused where None is given.
 
     Example:
         teacher = BackboneTeacher("Qwen/Qwen2.5-VL-3B-Instruct")
@@ -182,11 +183,16 @@ class BackboneTeacher:
     boxes: BoxFormat | None
     """how it writes boxes; None where that is not known."""
 
-    def __init__(self, path: str, max_tokens: int = 300, device: str | torch.device | None = None):
+    def __init__(
+        self,
+        path: str,
+        max_tokens: int = 300,
+        device: str | torch.device | None = None,
+        chat_template: str | None = None,
+    ):
         dtype = "bfloat16" if torch.cuda.is_available() else "float32"
         self.boxes = format_of(AutoConfig.from_pretrained(path))
-        template = self.boxes.chat_template if self.boxes else None
-        self.model, self.processor = load_mllm(path, dtype, device, template)
+        self.model, self.processor = load_mllm(path, dtype, device, chat_template)
         self.model.eval()
         self.mllm: Any = getattr(self.model, "mllm", self.model)
         self.name, self.max_tokens = path, max_tokens
