@@ -14,7 +14,9 @@ from transformers import AutoConfig, AutoModelForMaskGeneration
 
 from segcompass.box_formats import Answer, Region, known_format
 from segcompass.modeling_segcompass import SegCompassOutput
+from segcompass.modeling_segcompass.finite import refuse_non_finite
 from segcompass.modeling_segcompass.image_encoder import image_processor_of
+from segcompass.modeling_segcompass.saved_folders import check_loaded
 from segcompass.trace_teachers import BackboneTeacher
 
 MASK_MODELS = {"sam": "SAM", "sam_hq": "SAM-HQ", "sam2": "SAM 2", "sam2_video": "SAM 2"}
@@ -34,7 +36,7 @@ class BoxesRoute:
         device: where both go; by default the GPU, or the CPU where there is none.
 
     Raises:
-        ValueError: an MLLM of which it is not known how it writes boxes, or no SAM.
+        ValueError: an MLLM of which it is not known how it writes boxes, no SAM, or weights that are missing.
         OSError: nothing there, or behind a gate.
 
     Example:
@@ -54,8 +56,10 @@ class BoxesRoute:
         self.teacher = BackboneTeacher(mllm, LONGEST, device, written.chat_template)
         self.processor = self.teacher.processor
         self.processor.encoder_image_processor = image_processor_of(image_encoder)
-        sam: Any = AutoModelForMaskGeneration.from_pretrained(image_encoder, dtype=torch.float32)
-        self.sam = sam.to(self.teacher.mllm.device).eval()
+        load: Any = AutoModelForMaskGeneration.from_pretrained
+        sam, info = load(image_encoder, dtype=torch.float32, output_loading_info=True)
+        check_loaded(sam, info, image_encoder, unexpected=False)
+        self.sam: Any = sam.to(self.teacher.mllm.device).eval()
 
     def segment(
         self, images: Sequence[Image.Image], instructions: Sequence[str]
@@ -72,7 +76,8 @@ class BoxesRoute:
             and the MLLM's answers, whose regions are the slots.
 
         Raises:
-            ValueError: an empty or too long instruction, one with control tokens, or an image that is too narrow.
+            ValueError: an empty or too long instruction, one with control tokens, an image that is too narrow, or NaN
+                or infinity out of SAM.
         """
         inputs = self.processor.encoder_inputs(list(images))
         answers = self.teacher.point(list(zip(images, instructions, strict=True)))
@@ -126,6 +131,7 @@ class BoxesRoute:
                 multimask_output=not kind[0],
                 **{name: prompt.to(self.sam.device) for name, prompt in prompts.items()},
             )
+            refuse_non_finite({"pred_masks": made.pred_masks, "iou_scores": made.iou_scores}, self.sam)
             best = made.iou_scores[0].argmax(-1)  # (n,)
             for number, place in enumerate(places):
                 masks[place] = made.pred_masks[0, number, best[number]].float().cpu()

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
 from segcompass.modeling_segcompass.backbone_files import read_mllm
+from segcompass.modeling_segcompass.saved_folders import check_loaded
 from segcompass.modeling_segcompass.tokens import give_rows
 
 
@@ -48,6 +49,9 @@ def load_mllm(
 
     Returns:
         The model, and a SegCompassProcessor that makes its inputs (without a prompt of ours for an MLLM alone).
+
+    Raises:
+        ValueError: no MLLM, a file of it that is missing, or weights that are missing or not finite.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     config = AutoConfig.from_pretrained(path)
@@ -59,6 +63,8 @@ def load_mllm(
         prompt_template="{instruction}",
         **read_mllm(path, chat_template=chat_template),
     )
-    mllm: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
+    mllm: Any
+    mllm, info = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    check_loaded(mllm, info, path, unexpected=False)
     give_rows(mllm, processor.tokenizer, processor.new_tokens)  # as a SegCompass model that is built from it has them
     return mllm.to(device), processor

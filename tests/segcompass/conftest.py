@@ -47,7 +47,7 @@ def says(monkeypatch):
     load = AutoModelForImageTextToText.from_pretrained
 
     def load_and_force(path, **kwargs):
-        model = load(path, **kwargs)
+        model, info = load(path, **kwargs)
         tokenizer = AutoTokenizer.from_pretrained(path)
         generate = model.generate
 
@@ -56,7 +56,7 @@ def says(monkeypatch):
             return generate(input_ids=input_ids, logits_processor=[Script(tokenizer, rows)], **inputs)
 
         model.generate = scripted
-        return model
+        return model, info
 
     monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", load_and_force)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
+from transformers import SamModel
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from segcompass import cli, evaluation
@@ -289,6 +290,21 @@ def test_what_is_no_mllm_or_no_sam_is_named_before_anything_is_loaded(world, tmp
         BoxesRoute(str(world / LLAVA), "nowhere")
     with pytest.raises(ValueError, match="mllm='nowhere' is no folder or Hub id of an MLLM"):
         BoxesRoute("nowhere", str(world / "SAM"))
+
+
+def test_a_sam_with_missing_or_broken_weights_is_refused(world, says, tmp_path):
+    says('[{"bbox_2d": [10, 20, 60, 50]}]')
+    sam = SamModel.from_pretrained(world / "SAM")
+    weights = sam.state_dict()
+    gone = {name: weights[name].clone() for name in weights if "iou_prediction_head.proj_in" not in name}
+    sam.save_pretrained(tmp_path / "gone", state_dict=gone)
+    with pytest.raises(ValueError, match="iou_prediction_head.proj_in"):
+        BoxesRoute(str(world / QWEN), str(tmp_path / "gone"))
+    with torch.no_grad():
+        sam.mask_decoder.iou_token.weight[0, 0] = float("nan")
+    sam.save_pretrained(tmp_path / "broken")
+    with pytest.raises(ValueError, match="mask_decoder.iou_token.weight.*NaN or infinity|NaN.*iou_token"):
+        BoxesRoute(str(world / QWEN), str(tmp_path / "broken"))
 
 
 def test_control_tokens_in_an_instruction_are_refused(world, says):
