@@ -24,6 +24,7 @@ def read_mllm(
     min_pixels: int | None = None,
     max_pixels: int | None = None,
     stretched: bool = False,
+    chat_template: str | None = None,
 ) -> dict[str, Any]:
     """The parts of a processor that come from the MLLM.
 
@@ -33,6 +34,7 @@ def read_mllm(
         min_pixels: smaller images are enlarged to so many; None takes the paper's limit.
         max_pixels: larger images are reduced to so many; None takes the paper's limit.
         stretched: whether the image encoder stretches images to its square; then the MLLM's are stretched as well.
+        chat_template: taken where the MLLM has none.
 
     Returns:
         dict: arguments of SegCompassProcessor.
@@ -60,7 +62,7 @@ def read_mllm(
     tokenizer = _read(AutoTokenizer, source, "tokenizer")
     images = _read(AutoImageProcessor, source, "image processor", backend="pil")
     saved, _ = ProcessorMixin.get_processor_dict(str(source))
-    template = saved.get("chat_template") or tokenizer.chat_template
+    template = saved.get("chat_template") or tokenizer.chat_template or chat_template
     if template is None:
         raise ValueError(
             f"mllm={str(source)!r} has no chat template, so no prompt can be made; choose the MLLM's instruction-tuned "

@@ -65,6 +65,7 @@ def draw_overlay(
     masks: np.ndarray,
     heatmaps: list[tuple[int, float, np.ndarray]],
     concepts: tuple[np.ndarray, np.ndarray] | None = None,
+    prompts: list[dict] | None = None,
 ) -> Figure:
     """Image, concept activations, slot heatmaps and masks side by side, the instruction above, the reasoning below.
 
@@ -77,6 +78,7 @@ def draw_overlay(
         heatmaps: (slot, confidence, float (h, w) in [0, 1] that covers the image) of each slot to show.
         concepts: float (P,), at least 0, how strongly the concepts fire at each image patch; and the part of the image
             that each shows, float (P, 4), (left, top, right, bottom) in fractions of its width and height.
+        prompts: what the masks were asked for by, each with `slot`, and `box` (xyxy) or `point` (xy) in pixels.
 
     Returns:
         Figure: 1600 pixels wide at its own dpi.
@@ -91,6 +93,8 @@ def draw_overlay(
     panels = [Panel("image", lambda axes: _show(axes, image, frame))]
     if concepts is not None:
         panels.append(Panel("concepts by image patch", lambda axes: _show_patches(axes, dark, frame, *concepts)))
+    if prompts is not None:
+        panels.append(Panel("what the answer points at", lambda axes: _show_prompts(axes, image, frame, prompts)))
     for slot, confidence, heat in heatmaps:
         title = f"slot {slot}, confidence {confidence:.2f}" + ("" if slot in kept else " (not kept)")
         draw = lambda axes, heat=heat: _show(axes, _glow(dark, heat), frame)  # noqa: E731
@@ -118,7 +122,7 @@ def draw_overlay(
         axes = page.axes(left, top + TITLE, panel_width, panel_height)
         panel.draw(axes)
         axes.set(xlim=frame[:2], ylim=frame[2:], xticks=[], yticks=[])
-    page.write(MARGIN, text_top, "reasoning", size=13, color=SOFT)
+    page.write(MARGIN, text_top, "reasoning" if prompts is None else "answer", size=13, color=SOFT)
     for number, line in enumerate(lines, 1):
         page.write(MARGIN, text_top + number * LINE, line, size=13)
     return page.figure
@@ -215,6 +219,20 @@ def _show_patches(axes: Axes, image: np.ndarray, frame: tuple, heat: np.ndarray,
     _show(axes, image, frame)
     painted = paint_boxes(heat / max(heat.max(initial=0), 1e-9), boxes, *image.shape[:2])
     axes.imshow(_heat_colours(painted), extent=frame, interpolation="nearest", aspect="auto")
+
+
+def _show_prompts(axes: Axes, image: np.ndarray, frame: tuple, prompts: list[dict]):
+    _show(axes, image, frame)
+    for prompt in prompts:
+        colour = css_colour(slot_colour(prompt["slot"]))
+        if prompt["box"]:
+            left, top, right, bottom = prompt["box"]
+            for edge, width in (("white", 4.5), (colour, 2.2)):
+                axes.add_patch(
+                    Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=edge, linewidth=width)
+                )
+        if prompt["point"]:
+            axes.plot(*prompt["point"], "o", markersize=9, color=colour, markeredgecolor="white", markeredgewidth=1.5)
 
 
 def _show_masks(axes: Axes, image: np.ndarray, frame: tuple, instances: list[dict], masks: np.ndarray, verdict: str):

@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image
 
+from segcompass.box_formats import Answer
+from segcompass.boxes_route import BoxesRoute
 from segcompass.drawing import draw_overlay, label_image
 from segcompass.loaders.folder_lock import folder_lock
 from segcompass.loaders.masks import encode_mask
@@ -18,13 +21,20 @@ from segcompass.modeling_segcompass.explanation_page import render_html
 from segcompass.modeling_segcompass.images import read_image
 from segcompass.modeling_segcompass.patch_boxes import has_area
 from segcompass.modeling_segcompass.whole_files import write_whole
+from segcompass.routes import QUERY_SOURCES, check_route
 from segcompass.white_box import ConceptDictionary
 
 NO_TOKENS = "no mask: the response had no concentration tokens"
 
 
 def segment_image(
-    source: str, instruction: str, model: str, output: Path, threshold: float = 0.5, explain: bool = False
+    source: str,
+    instruction: str,
+    model: str,
+    output: Path,
+    threshold: float = 0.5,
+    explain: bool = False,
+    route: str = "concepts",
 ) -> dict:
     """Segment an image, print the result, and write overlay.png, masks.png and result.json.
 
@@ -35,18 +45,20 @@ def segment_image(
         output: folder to write into; made if it does not exist.
         threshold: confidence, in [0, 1], from which a slot is kept.
         explain: write explanation.html and explanation.png too.
+        route: "concepts" or "tokens".
 
     Returns:
         The content of result.json.
 
     Raises:
         OSError: the image cannot be read, the results cannot be written, or another run writes into the folder.
-        ValueError: no such model, or an empty or too long instruction.
+        ValueError: no such model, one that cannot take the route, or an empty or too long instruction.
     """
     image = read_image(source)
     segcompass, processor = load(model)
+    check_route(segcompass, route)
     inputs = processor(images=image, text=instruction).to(segcompass.device)
-    outputs: Any = segcompass.segment(**inputs)
+    outputs: Any = segcompass.segment(**inputs, query_source=QUERY_SOURCES[route])
 
     sizes = inputs["original_sizes"]
     instances = processor.post_process_instance_segmentation(outputs, threshold, target_sizes=sizes)[0]
@@ -61,15 +73,65 @@ def segment_image(
     shown = [slot for slot, _, _ in heatmaps]
     concepts = concept_heat(outputs, segcompass, shown)
     figure = draw_overlay(np.asarray(image), result, reasoning, verdict, masks, heatmaps, concepts)
-    with folder_lock(output):
-        write_whole(output / "result.json", json.dumps(result, indent=2) + "\n")
-        write_whole(output / "masks.png", label_image(masks, scores, slots).save)
-        write_whole(output / "overlay.png", figure.savefig)
-    print(f"wrote overlay.png, masks.png and result.json to {output}")
+    write_results(output, result, label_image(masks, scores, slots), figure)
     if explain:
         dictionary = ConceptDictionary.from_pretrained(model)
         write_explanation(output, segcompass, processor, outputs, image, instruction, shown, dictionary)
     return result
+
+
+def segment_image_by_boxes(
+    source: str, instruction: str, mllm: str, image_encoder: str, output: Path, threshold: float = 0.0
+) -> dict:
+    """As `segment_image`, by the boxes route: overlay.png has the boxes of the answer in place of heatmaps.
+
+    Args:
+        source: file or URL of the image.
+        instruction: what to segment in it.
+        mllm: see `BoxesRoute`.
+        image_encoder: likewise.
+        output: folder to write into; made if it does not exist.
+        threshold: SAM's estimate of a mask's IoU, in [0, 1], from which the mask is kept.
+
+    Returns:
+        The content of result.json.
+
+    Raises:
+        OSError: the image cannot be read, the results cannot be written, or another run writes into the folder.
+        ValueError: what `BoxesRoute` refuses, or an empty or too long instruction.
+    """
+    image = read_image(source)
+    route = BoxesRoute(mllm, image_encoder)
+    outputs, (answer,) = route.segment([image], [instruction])
+    sizes = [(image.height, image.width)]
+    instances = route.processor.post_process_instance_segmentation(outputs, threshold, target_sizes=sizes)[0]
+    result = {
+        "instruction": instruction,
+        "text": answer.text,
+        "no_target": answer.nothing,
+        "instances": list_instances(instances),
+        "concepts": [],
+        "prompts": [
+            {"slot": slot, "box": region.box, "point": region.point} for slot, region in enumerate(answer.regions)
+        ],
+        "left_out": answer.left_out,
+        "fault": answer.fault,
+    }
+    verdict = verdict_of_answer(answer, len(result["instances"]), threshold)
+    report(result, answer.text.strip(), verdict, "answer")
+    masks, slots = instances["masks"].cpu().numpy(), instances["slots"].tolist()
+    figure = draw_overlay(np.asarray(image), result, answer.text, verdict, masks, [], prompts=result["prompts"])
+    write_results(output, result, label_image(masks, instances["scores"].tolist(), slots), figure)
+    return result
+
+
+def write_results(output: Path, result: dict, labels: Image.Image, figure: Figure) -> None:
+    """Write result.json, masks.png and overlay.png. Raises OSError."""
+    with folder_lock(output):
+        write_whole(output / "result.json", json.dumps(result, indent=2) + "\n")
+        write_whole(output / "masks.png", labels.save)
+        write_whole(output / "overlay.png", figure.savefig)
+    print(f"wrote overlay.png, masks.png and result.json to {output}")
 
 
 # -- results as text and JSON ------------------------------------------------------------------------------------------
@@ -93,22 +155,27 @@ def describe(instruction: str, outputs: Any, processor: SegCompassProcessor, ins
         "instruction": instruction,
         "text": text,
         "no_target": bool(outputs.slot_mask[0].any()) and not slots,
-        "instances": [
-            {"slot": slot, "score": score, "box": box, "segmentation": encode_mask(mask)}
-            for slot, score, box, mask in zip(
-                slots,
-                instances["scores"].tolist(),
-                instances["boxes"].int().tolist(),
-                instances["masks"].cpu().numpy(),
-                strict=True,
-            )
-        ],
+        "instances": list_instances(instances),
         "concepts": [
             {"slot": slot, "index": concept.index, "weight": concept.weight, "value": concept.value}
             for slot in slots
             for concept in heaviest_concepts(outputs, slot)
         ],
     }
+
+
+def list_instances(instances: dict) -> list[dict[str, Any]]:
+    """The instances of one image as result.json has them."""
+    return [
+        {"slot": slot, "score": score, "box": box, "segmentation": encode_mask(mask)}
+        for slot, score, box, mask in zip(
+            instances["slots"].tolist(),
+            instances["scores"].tolist(),
+            instances["boxes"].int().tolist(),
+            instances["masks"].cpu().numpy(),
+            strict=True,
+        )
+    ]
 
 
 def reasoning_of(text: str) -> str:
@@ -121,13 +188,37 @@ def verdict_of(result: dict, outputs: Any) -> str:
     """The result in one line, such as "2 instances" or "no target"."""
     if not outputs.slot_mask[0].any():
         return NO_TOKENS
-    count = len(result["instances"])
-    return "no target" if result["no_target"] else f"{count} instance" + "s" * (count > 1)
+    return "no target" if result["no_target"] else _counted(len(result["instances"]))
 
 
-def report(result: dict, reasoning: str, verdict: str) -> None:
-    """Print the result."""
-    print(f"instruction  {result['instruction']}\nreasoning    {reasoning}\nresult       {verdict}")
+def verdict_of_answer(answer: Answer, count: int, threshold: float) -> str:
+    """What became of an MLLM's boxes, in one line.
+
+    Args:
+        answer: the MLLM's.
+        count: of instances.
+        threshold: from which a mask was kept.
+
+    Returns:
+        Such as "2 instances", "no target" or "no mask: the answer holds no box".
+    """
+    if answer.nothing:
+        return "no target"
+    if answer.fault:
+        return f"no mask: {answer.fault}"
+    if not count:
+        return f"no mask: SAM made none with a pixel and a confidence of {threshold:g} or more"
+    more = f", {answer.left_out} of the answer's boxes left out: no area, or outside the image" * bool(answer.left_out)
+    return _counted(count) + more
+
+
+def _counted(count):
+    return f"{count} instance" + "s" * (count > 1)
+
+
+def report(result: dict, text: str, verdict: str, called: str = "reasoning") -> None:
+    """Print the result: what was asked, what was written and what it is called, and what came of it."""
+    print(f"instruction  {result['instruction']}\n{called:<13}{text}\nresult       {verdict}")
     for instance in result["instances"]:
         box = ", ".join(map(str, instance["box"]))
         print(f"             slot {instance['slot']}  score {instance['score']:.3f}  box ({box})")

@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
+from PIL import Image
 from tqdm import tqdm
 
 from segcompass.gallery import PAGE, SIDE
@@ -32,11 +33,13 @@ from segcompass.loaders.surroundings import Surroundings, masks_alone, read_surr
 from segcompass.modeling_segcompass.whole_files import write_whole
 from segcompass.trace_questions import (
     Check,
-    checking_question,
     clean_trace,
     draw_targets,
-    fault_of_check,
+    fault_of_boxes,
+    fault_of_position,
     fault_of_trace,
+    position_question,
+    with_thought,
     writing_question,
 )
 from segcompass.trace_teachers import BackboneTeacher, NoAnswer, ServerTeacher, Teacher
@@ -261,13 +264,38 @@ def ask_teacher(teacher: Teacher, batch: Sequence[dict], check: Check) -> tuple[
             written.append((row, image, trace))
     if not written:
         return records, unanswered
-    answers = teacher.ask([(image, checking_question(row, trace, check)) for row, image, trace in written])
-    for (row, _, trace), answer in zip(written, answers, strict=True):
+    for (row, _, trace), answer in zip(written, check_by(teacher, written, check), strict=True):
         if isinstance(answer, NoAnswer):
             unanswered.append(str(answer))
         else:
-            records.append(_record(row, trace, fault_of_check(row, answer, check), answer))
+            records.append(_record(row, trace, *answer))
     return records, unanswered
+
+
+def check_by(
+    teacher: Teacher, written: Sequence[tuple[dict, Image.Image, str]], check: Check
+) -> list[tuple[str | None, str] | NoAnswer]:
+    """Let a teacher find the targets by its traces, in the plain images.
+
+    Args:
+        teacher: who is asked.
+        written: rows, images and traces.
+        check: what it must find.
+
+    Returns:
+        Why it does not find one (None if it does) and its answer, or why there is none.
+    """
+    if check == "box":
+        located = teacher.locate([(image, with_thought(row, trace)) for row, image, trace in written])
+        return [
+            found if isinstance(found, NoAnswer) else (fault_of_boxes(row, found.text, found.readings), found.text)
+            for (row, _, _), found in zip(written, located, strict=True)
+        ]
+    answers = teacher.ask([(image, position_question(row, trace)) for row, image, trace in written])
+    return [
+        answer if isinstance(answer, NoAnswer) else (fault_of_position(row, answer), answer)
+        for (row, _, _), answer in zip(written, answers, strict=True)
+    ]
 
 
 def _own_trace(row: dict) -> str | None:
