@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File, Files, InclusionLevel
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,6 +56,7 @@ FENCE = re.compile(r"^(```.*?^```[ ]*$)", re.M | re.S)
 _layout: list[str] = []  # the folder with the installed layout, until the build ends
 
 
+@event_priority(100)  # before mkdocstrings reads its configuration
 def on_config(config: Any) -> Any:
     """Write the navigation, and lay the parts out as they are when installed, where mkdocstrings reads them.
 
@@ -222,7 +224,9 @@ def site_path(target: Path) -> str:
 def file_markdown(path: Path) -> str:
     """A file's text as a page."""
     name = path.relative_to(ROOT).as_posix()
-    language = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".json": "json", ".sh": "bash"}.get(path.suffix, "text")
+    language = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".json": "json", ".sh": "bash"}.get(
+        path.suffix, "text"
+    )
     return f"# `{name}`\n\n````{language}\n{path.read_text(encoding='utf-8').rstrip()}\n````\n"
 
 
@@ -287,10 +291,7 @@ def public_names(package: str) -> list[str]:
     """
     tree = ast.parse(init_of(package).read_text(encoding="utf-8"))
     values = {
-        ast.unparse(target): node.value
-        for node in tree.body
-        if isinstance(node, ast.Assign)
-        for target in node.targets
+        ast.unparse(target): node.value for node in tree.body if isinstance(node, ast.Assign) for target in node.targets
     }
     if package == "segcompass":
         return [name for names in ast.literal_eval(values["_PUBLIC"]).values() for name in names]

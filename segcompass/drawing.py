@@ -136,8 +136,9 @@ def draw_overlay(
         axes.set(xlim=frame[:2], ylim=frame[2:], xticks=[], yticks=[])
     for number, (slot, row) in enumerate(shown):
         top = tiles_top + number * (TITLE + TILE + GAP)
-        page.square(MARGIN, top + 3, 15, css_colour(slot_colour(slot)))
-        page.write(MARGIN + 23, top, f"slot {slot} is the sum of these concepts", size=13)
+        if slot in kept:
+            page.square(MARGIN, top + 3, 15, css_colour(slot_colour(slot)))
+        page.write(MARGIN + (23 if slot in kept else 0), top, f"slot {slot} is the sum of these concepts", size=13)
         _draw_tiles(page, top + TITLE, row, dark, frame, concepts[1])
     page.write(MARGIN, text_top, "reasoning", size=13, color=SOFT)
     for number, line in enumerate(lines, 1):
@@ -200,8 +201,14 @@ def _draw_tiles(page: Page, top: float, row: list[ConceptTile], image: np.ndarra
 
 
 def _cut(line: str, letters: int) -> str:
-    """The line, its end replaced by "…" where it is longer."""
-    return line if len(line) <= letters else line[: max(1, letters - 1)].rstrip() + "…"
+    """The line, shortened where it is longer: within a quotation at its beginning, for the last word counts; else at
+    its end."""
+    if len(line) <= letters:
+        return line
+    before, quote, quoted = line.partition("“")
+    if quote:
+        return f"{before}“…{quoted[len(line) + 1 - letters :].lstrip()}"
+    return line[: max(1, letters - 1)].rstrip() + "…"
 
 
 def _panel_size(count: int, aspect: float) -> tuple[int, float, float]:

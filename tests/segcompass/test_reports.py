@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segcompass import charts
+from segcompass import charts, drawing
 from segcompass.commands import curves, segment, white_box
 from segcompass.gallery import write_gallery
 from segcompass.modeling_segcompass.explanation import ConceptShare, Explanation, PatchHit, TokenHit
@@ -239,6 +239,12 @@ def test_what_is_no_training_is_named(tmp_path, content, message):
     with pytest.raises(ValueError, match=message) as error:
         read_run(tmp_path)
     assert str(tmp_path) in str(error.value)
+
+
+def test_long_lines_are_cut_where_they_say_least():
+    assert drawing._cut("by “answer: B2 blue box”", 16) == "by “…2 blue box”"
+    assert drawing._cut("large star (patch)", 12) == "large star…"
+    assert drawing._cut("short", 12) == "short"
 
 
 # -- names in the overlay ----------------------------------------------------------------------------------------------
