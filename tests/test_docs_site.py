@@ -117,7 +117,8 @@ def test_a_new_page_finds_its_place_by_itself(hooks, tmp_path, monkeypatch):
 def test_links_of_the_repository_become_links_of_the_site(hooks):
     source = ROOT / "docs" / "sae.md"
     text = (
-        "[a](../README.md#rows) [b](data.md) [c](../dev/log.md) [d](../constraints.txt) [e](https://x.y) [f](../gone.md)\n"
+        "[a](../README.md#rows) [b](data.md) [c](../dev/log.md) [d](../constraints.txt) "
+        "[e](https://x.y) [f](../gone.md)\n"
         "```\n[g](../README.md)\n```\n[h](../examples/notebooks/judge_a_white_box.ipynb)\n"
     )
     assert hooks.within_site(text, source, "sae.md") == (
