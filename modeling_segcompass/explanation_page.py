@@ -32,9 +32,10 @@ ADDED_UP = (
     "brightest where it adds most."
 )
 STYLE = """
-.layers svg { width: 15.5rem } .item svg { width: 9.5rem; flex: none } .layers svg, .item svg { background: #222 }
+.layers { display: grid; grid-template-columns: repeat(4, minmax(0, 15.5rem)); gap: 1rem } .layers svg { width: 100% }
+.item svg { width: 9.5rem; flex: none } .layers svg, .item svg { background: #222 }
 .word { border-radius: 3px; print-color-adjust: exact }
-@media (max-width: 32rem) { .layers figure { flex: 1 1 40% } .layers svg { width: 100% } .item svg { width: 6.5rem } }
+@media (max-width: 32rem) { .layers { grid-template-columns: 1fr 1fr } .item svg { width: 6.5rem } }
 """
 
 
@@ -75,7 +76,7 @@ def render_html(
         if masks is not None:
             layers.append(("mask", _pixel_layer(np.asarray(masks[number], np.float32), width, height, colour)))
         swatch = f"<span class='swatch' style='background:{css_colour(colour)}'></span>"
-        body.append(f"<h2>{swatch} slot {explanation.slot}</h2><div class='row layers'>")
+        body.append(f"<h2>{swatch} slot {explanation.slot}</h2><div class='layers'>")
         body += [
             f"<figure>{_svg(layer, width, height, name)}<figcaption>{name}</figcaption></figure>"
             for name, layer in layers

@@ -33,7 +33,6 @@ figcaption, .soft {{ color: var(--soft); font-weight: 400 }}
 code {{ color: var(--soft); font-size: .92em }}
 .grid {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(min(17rem, 100%), 1fr)); gap: 1.5rem }}
 .grid img, .grid svg {{ display: block; width: 100%; margin-bottom: .4rem }}
-.row {{ display: flex; flex-wrap: wrap; gap: 1rem }}
 .item {{ display: flex; gap: 1rem; padding: .9rem 0; border-top: 1px solid var(--line) }}
 .item > div {{ flex: 1; min-width: 0 }}
 .swatch {{ display: inline-block; width: .8em; height: .8em; border-radius: 2px }}
