@@ -47,6 +47,8 @@ class TokenHit(NamedTuple):
     """the piece; its token id in brackets when no processor was given."""
     strength: float
     """h_j there, above 0; what the word adds to the concept's logit, if the read-out is grounded."""
+    phrase: str = ""
+    """the words that were read together there, up to this one; "" unless the read-out is grounded."""
 
 
 class PatchHit(NamedTuple):
@@ -184,6 +186,7 @@ def explain_slot(
     frame: int | None = None,
     lost: Mapping[int, float] | None = None,
     pad_token_id: int | None = None,
+    phrase_window: int = 1,
 ) -> Explanation:
     """Read the explanation of a slot out of what `segment` or `forward` returned.
 
@@ -197,6 +200,7 @@ def explain_slot(
         frame: side of the image encoder's frame in pixels, to cut its padding off the heatmap.
         lost: {feature index: share of the mask that is gone without it}, see `SegCompassModel.lost_without`.
         pad_token_id: of the padding, which is no word; None takes the processor's.
+        phrase_window: how many words of the conclusion a grounded read-out reads together.
 
     Returns:
         The explanation.
@@ -221,6 +225,9 @@ def explain_slot(
     if processor is not None:
         pad_token_id = processor.tokenizer.pad_token_id
     words = _words(outputs.sequences[sample], types, word_strengths, processor, pad_token_id)
+    if outputs.grounding is not None:
+        read = outputs.grounding.word_positions[sample][outputs.grounding.word_mask[sample]].tolist()
+        words = _with_phrases(words, read, phrase_window)
     concepts = []
     for heavy in heaviest_concepts(outputs, slot, sample, top):
         fired = fired_patches[:, heavy.column]  # (patches,)
@@ -305,6 +312,16 @@ def _grounded_parts(outputs: Any, sample: int, slot: int, patches: int) -> tuple
     parts = grounding.on_patches(sample, slot).detach().float().cpu().numpy().T[:patches]
     on_patches[: len(parts)] = parts
     return shares, logits, on_patches
+
+
+def _with_phrases(words: list[TokenHit], read: list[int], window: int) -> list[TokenHit]:
+    """The same words; those at the positions that were read know the phrase that ends with them."""
+    texts = {word.position: word.text for word in words}
+    phrases = {
+        position: "".join(texts.get(earlier, "") for earlier in read[max(0, place + 1 - window) : place + 1])
+        for place, position in enumerate(read)
+    }
+    return [word._replace(phrase=phrases.get(word.position, "").strip()) for word in words]
 
 
 def _words(

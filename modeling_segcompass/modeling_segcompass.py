@@ -746,11 +746,12 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         if labels is None and self.grounded:
             labels = self.concept_labels
         side, padding = self.config.frame.side, self.generation_config.pad_token_id
-        explanation = explain_slot(outputs, slot, sample, top, labels, processor, side, None, padding)
+        window = self.config.phrase_window
+        explanation = explain_slot(outputs, slot, sample, top, labels, processor, side, None, padding, window)
         if image_embeddings is None:
             return explanation
         lost = self.lost_without(outputs, slot, sample, image_embeddings)
-        return explain_slot(outputs, slot, sample, top, labels, processor, side, lost, padding)
+        return explain_slot(outputs, slot, sample, top, labels, processor, side, lost, padding, window)
 
     lost_without = lost_without
     predict_forward = predict_forward

@@ -6,17 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
 from segcompass.box_formats import Answer
 from segcompass.boxes_route import BoxesRoute
-from segcompass.drawing import draw_overlay, label_image
+from segcompass.drawing import ConceptTile, draw_overlay, label_image
 from segcompass.loaders.folder_lock import folder_lock
 from segcompass.loaders.masks import encode_mask
 from segcompass.loading import load
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
-from segcompass.modeling_segcompass.explanation import heaviest_concepts
+from segcompass.modeling_segcompass.explanation import Explanation, heaviest_concepts
 from segcompass.modeling_segcompass.explanation_page import render_html
 from segcompass.modeling_segcompass.images import read_image
 from segcompass.modeling_segcompass.patch_boxes import has_area
@@ -58,7 +59,9 @@ def segment_image(
     segcompass, processor = load(model)
     check_route(segcompass, route)
     inputs = processor(images=image, text=instruction).to(segcompass.device)
-    outputs: Any = segcompass.segment(**inputs, query_source=QUERY_SOURCES[route])
+    with torch.no_grad():  # once, for the masks and for what they lose without a concept
+        keys = segcompass.get_image_embeddings(inputs.pop("encoder_pixel_values"))
+    outputs: Any = segcompass.segment(**inputs, image_embeddings=keys, query_source=QUERY_SOURCES[route])
 
     sizes = inputs["original_sizes"]
     instances = processor.post_process_instance_segmentation(outputs, threshold, target_sizes=sizes)[0]
@@ -72,11 +75,13 @@ def segment_image(
     heatmaps = slot_heatmaps(outputs, processor, image, slots)
     shown = [slot for slot, _, _ in heatmaps]
     concepts = concept_heat(outputs, segcompass, shown)
-    figure = draw_overlay(np.asarray(image), result, reasoning, verdict, masks, heatmaps, concepts)
+    dictionary = ConceptDictionary.from_pretrained(model)
+    explanations = explain_slots(segcompass, processor, outputs, shown, dictionary, keys)
+    tiles = {report.slot: concept_tiles(report) for report in explanations if outputs.grounding is not None}
+    figure = draw_overlay(np.asarray(image), result, reasoning, verdict, masks, heatmaps, concepts, tiles)
     write_results(output, result, label_image(masks, scores, slots), figure)
     if explain:
-        dictionary = ConceptDictionary.from_pretrained(model)
-        write_explanation(output, segcompass, processor, outputs, image, instruction, shown, dictionary)
+        write_explanation(output, segcompass, processor, outputs, image, instruction, explanations)
     return result
 
 
@@ -275,6 +280,57 @@ def concept_heat(
 # -- explanation -------------------------------------------------------------------------------------------------------
 
 
+def explain_slots(
+    model: SegCompassModel,
+    processor: SegCompassProcessor,
+    outputs: Any,
+    slots: list[int],
+    dictionary: ConceptDictionary | None = None,
+    image_embeddings: torch.Tensor | None = None,
+) -> list[Explanation]:
+    """The explanations of some slots.
+
+    Args:
+        model: the model.
+        processor: its processor.
+        outputs: SegCompassOutput of `model.segment` for one image.
+        slots: which slots.
+        dictionary: names the concepts.
+        image_embeddings: float (1, d_k, h, w) that the masks were decoded with; of a grounded read-out the
+            explanations then say what each mask loses without each concept. Others leave them aside.
+
+    Returns:
+        One per slot; none where the queries were built without concepts.
+    """
+    if outputs.concept_weights is None:
+        return []
+    labels = dictionary.labels if dictionary else None
+    keys = None if outputs.grounding is None else image_embeddings
+    return [model.explain(outputs, slot, labels=labels, processor=processor, image_embeddings=keys) for slot in slots]
+
+
+def concept_tiles(explanation: Explanation) -> list[ConceptTile]:
+    """What the overlay shows of a slot's concepts: name, share, the phrase that called it, what the mask loses.
+
+    Args:
+        explanation: of the slot.
+
+    Returns:
+        One per concept, heaviest first.
+    """
+    tiles = []
+    for concept in explanation.concepts:
+        heat = np.array([hit.strength for hit in concept.patches], np.float32)
+        boxes = np.array([hit.box for hit in concept.patches], np.float32).reshape(-1, 4)
+        lines = [f"{concept.weight:.0%} of the slot"]
+        if concept.tokens:
+            lines.append(f"by “{concept.tokens[0].phrase or concept.tokens[0].text.strip()}”")
+        if concept.lost is not None:
+            lines.append(f"without it {'−' if concept.lost >= 0.005 else '±'}{concept.lost:.0%}")
+        tiles.append(ConceptTile(concept.label or f"concept {concept.index}", tuple(lines), heat, boxes))
+    return tiles
+
+
 def write_explanation(
     folder: Path,
     model: SegCompassModel,
@@ -282,8 +338,7 @@ def write_explanation(
     outputs: Any,
     image: Image.Image,
     instruction: str,
-    slots: list[int],
-    dictionary: ConceptDictionary | None = None,
+    explanations: list[Explanation],
 ) -> None:
     """Write explanation.html of the slots and explanation.png of the most confident of them.
 
@@ -294,14 +349,12 @@ def write_explanation(
         outputs: SegCompassOutput of `model.segment` for one image.
         image: the image.
         instruction: what was asked.
-        slots: the slots to explain; without any, a line says so and nothing is written.
-        dictionary: names the concepts.
+        explanations: of the slots; without any, a line says so and nothing is written.
     """
-    if not slots:
+    if not explanations:
         print("nothing to explain: the response had no concentration tokens")
         return
-    labels = dictionary.labels if dictionary else None
-    explanations = [model.explain(outputs, slot=slot, labels=labels, processor=processor) for slot in slots]
+    slots = [explanation.slot for explanation in explanations]
     logits = processor.post_process_masks(outputs.pred_masks, [(image.height, image.width)])[0]  # (K, H, W)
     masks = (logits[slots] > 0).cpu().numpy()
     write_whole(folder / "explanation.html", render_html(explanations, image, masks, instruction))

@@ -21,6 +21,7 @@ Concepts are labelled on other scenes: thresholds on training scenes, F1 and lif
 its last line "RESULT {json}", [mean, low, high] of each. Writes into the output folder
     metrics.json   all of it, with the controls
     report.md      the same as tables
+    report.html    the same as bars, with intervals and controls
     items.jsonl    what was measured of each sample
 Repeat the command to resume an interrupted run.
 """
@@ -122,6 +123,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     from segcompass.modeling_segcompass.whole_files import read_signed_json, signed_json, write_whole
     from segcompass.white_box.concept_access import reading_of
     from segcompass.white_box.criteria import summarise_criteria
+    from segcompass.white_box.criteria_page import criteria_page
     from segcompass.white_box.criteria_records import find_labels, measure_scenes, reference_batches
     from segcompass.white_box.examination import examine, read_rows
 
@@ -173,8 +175,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "labels": read_signed_json(found_file),
     }
     write_whole(args.output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    page = report(metrics, f"{args.model}, {args.dataset}, split {args.split}, seed {args.seed}")
+    source = f"{args.model}, {args.dataset}, split {args.split}, seed {args.seed}"
+    page = report(metrics, source)
     write_whole(args.output / "report.md", page)
+    write_whole(args.output / "report.html", criteria_page(metrics, source, BARS, CONTROLS))
     print(page)
     print("RESULT " + json.dumps({name: metrics[name] for name in KEYS}))
     return metrics
