@@ -346,7 +346,7 @@ class Tools:
                             "name": str(concept.key),
                             "share": concept.share,
                             "words": [why.words[word].strip() for word in sorted(concept.words)],
-                            "place": _highest(concept.heat, why.extent, answer.image.size),
+                            "place": _highest(concept.heat, answer.image.size),
                             "lost_without_it": concept.lost,
                         }
                         for concept in slot.concepts
@@ -424,13 +424,10 @@ def _listed(names: Any) -> list[str]:
     return [name.strip() for name in names.split(",") if name.strip()]
 
 
-def _highest(heat: np.ndarray, extent: tuple, size: tuple[int, int]) -> list[int]:
-    """[x, y] in pixels of the image where a heat over a part of it is greatest."""
+def _highest(heat: np.ndarray, size: tuple[int, int]) -> list[int]:
+    """[x, y] in pixels of an image of (W, H) where a heat over it is greatest."""
     row, column = np.unravel_index(heat.argmax(), heat.shape)
-    left, top, right, bottom = extent
-    x = left + (column + 0.5) / heat.shape[1] * (right - left)
-    y = top + (row + 0.5) / heat.shape[0] * (bottom - top)
-    return [round(float(x) * size[0]), round(float(y) * size[1])]
+    return [round((column + 0.5) / heat.shape[1] * size[0]), round((row + 0.5) / heat.shape[0] * size[1])]
 
 
 def run_lengths(mask: np.ndarray) -> dict:

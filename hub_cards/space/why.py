@@ -15,6 +15,8 @@ MAX_SWAPS = 60
 """How many names are offered in a concept's place."""
 FAINT = 0.05
 """Words on which a concept fires less than this share of its strongest are left out."""
+FINE = 64
+"""Cells along each side of a map of patches."""
 NEEDED = 0.3
 """A mask that loses this share without a concept needs it."""
 STAYS = 0.98
@@ -60,6 +62,8 @@ class Slot:
     """share of all others."""
     read: dict[int, float] = field(default_factory=dict)
     """place in `Why.words` -> how much of the slot comes from this word, in [0, 1]."""
+    phrases: dict[int, str] = field(default_factory=dict)
+    """place in `Why.words` -> the words that were read together there."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,6 @@ class Why:
     threshold: float
     additive: bool
     """whether the concepts' places add up to the heatmap."""
-    extent: tuple[float, float, float, float]
-    """(left, top, right, bottom) in [0, 1]: the part of the image that the concepts' heats cover."""
     after: dict[int, Slot] = field(default_factory=dict)
     """number -> the same slot after the visitor's changes; empty without any."""
     changes: dict[Key, float | str] = field(default_factory=dict)
@@ -131,8 +133,6 @@ def account(model: Any, processor: Any, answer: Any, threshold: float, changed: 
         Why.
     """
     outputs = answer.outputs
-    left, top, right, bottom = model.backbone.seen_extent(processor.image_processor, *answer.image.size)
-    width, height = answer.image.size
     additive = outputs.grounding is not None
     slots = slots_of(processor, answer, outputs, threshold)
     after = {} if changed is None else slots_of(processor, answer, changed, threshold)
@@ -148,7 +148,6 @@ def account(model: Any, processor: Any, answer: Any, threshold: float, changed: 
         found=len(slots),
         threshold=threshold,
         additive=additive,
-        extent=(0, 0, 1, 1) if additive else (left / width, top / height, right / width, bottom / height),
         after={slot.number: after[slot.number] for slot in shown if slot.number in after},
         changes=dict(answer.changes),
     )
@@ -224,9 +223,7 @@ def explained(model: Any, processor: Any, answer: Any, slot: Slot) -> Slot:
         if grounded:
             heat = sum(member.contribution for member in members)
         else:
-            heat = np.zeros(report.patch_grid, np.float32)
-            for patch in (patch for member in members for patch in member.patches):
-                heat[patch.row, patch.column] += patch.strength
+            heat = heat_of_patches([patch for member in members for patch in member.patches])
         kind = "" if is_place is None else "place" if is_place[members[0].index] else "look"
         share = float(sum(member.weight for member in members))
         concepts.append(Concept(key, shown_name(key, members[0].index), kind, share, words, heat, lost.get(key)))
@@ -236,7 +233,22 @@ def explained(model: Any, processor: Any, answer: Any, slot: Slot) -> Slot:
         strongest = max(read.values(), default=1.0)
         read = {word: strength / strongest for word, strength in read.items()}
     rest = max(0.0, 1.0 - sum(concept.share for concept in concepts))
-    return replace(slot, concepts=concepts, rest=rest, read=read)
+    phrases = {number[word.position]: word.phrase for word in report.words if word.position in number}
+    return replace(slot, concepts=concepts, rest=rest, read=read, phrases=phrases)
+
+
+def heat_of_patches(patches: list[Any]) -> np.ndarray:
+    """Where patches fire, float (FINE, FINE) over the image; where patches overlap, the strongest.
+
+    Args:
+        patches: PatchHits, each with its box in fractions of the image.
+    """
+    heat = np.zeros((FINE, FINE), np.float32)
+    for patch in patches:
+        left, top, right, bottom = (round(FINE * edge) for edge in patch.box)
+        area = heat[top : max(bottom, top + 1), left : max(right, left + 1)]
+        np.maximum(area, patch.strength, out=area)
+    return heat
 
 
 def key_of(index: int, labels: dict[int, str]) -> Key:

@@ -143,7 +143,7 @@ def _lower(controls: str, pairs: str) -> str:
 
 def _section(why: Why, slot: Slot, image: Image.Image, numbers: dict[Key, int]) -> str:
     strongest = max((float(concept.heat.max()) for concept in slot.concepts), default=0.0) or 1.0
-    parts = "".join(_part(why, slot, concept, numbers, strongest, image) for concept in slot.concepts)
+    parts = "".join(_part(slot, concept, numbers, strongest, image) for concept in slot.concepts)
     rows = "".join(_row(why, slot, concept, numbers[concept.key], image) for concept in slot.concepts)
     rows += "<div class='concept blank'></div>" * (TOP_CONCEPTS - len(slot.concepts))
     total = _layer(_total(slot), slot, image, kind="total")
@@ -182,9 +182,10 @@ def _text(why: Why, slot: Slot, numbers: dict[Key, int]) -> str:
             continue
         space = " " if word[:1].isspace() else ""
         fired = " ".join(map(str, linked.get(number, [])))
+        together = f", as “{slot.phrases[number]}”" if slot.phrases.get(number) else ""
         parts.append(
             f"{space}<button type='button' class='word' data-c='{fired}' style='--share:{share:.2f}' "
-            f"title='{share:.0%} of this mask is read here'>{escape(word.strip())}</button>"
+            f"title='{share:.0%} of this mask is read here{escape(together)}'>{escape(word.strip())}</button>"
         )
     return f"<p class='text'>{''.join(parts)}</p>"
 
@@ -298,13 +299,11 @@ def _total(slot: Slot) -> np.ndarray:
     return np.clip(heat / max(float(heat.max()), 1e-9), 0, 1) ** 0.6
 
 
-def _part(why: Why, slot: Slot, concept: Concept, numbers: dict[Key, int], strongest: float, image: Image.Image) -> str:
+def _part(slot: Slot, concept: Concept, numbers: dict[Key, int], strongest: float, image: Image.Image) -> str:
     """The place of one concept, as bright as it is beside the slot's strongest; shown when it is pointed at."""
     number = numbers[concept.key]
-    left, top, right, bottom = why.extent
-    area = (left * image.width, top * image.height, (right - left) * image.width, (bottom - top) * image.height)
     heat = np.clip(concept.heat / strongest, 0, 1) ** 0.6
-    layer = _layer(heat, slot, image, kind="", area=area, more=f"id='why-{slot.number}-{number}'")
+    layer = _layer(heat, slot, image, kind="", more=f"id='why-{slot.number}-{number}'")
     return f"<g class='part' data-c='{number}'>{layer}</g>"
 
 
@@ -320,17 +319,15 @@ def _layer(
     slot: Slot,
     image: Image.Image,
     kind: str,
-    area: tuple[float, float, float, float] | None = None,
     more: str = "",
 ) -> str:
-    """A heat, float (h, w) in [0, 1], in the slot's colour over an area of the image."""
-    x, y, width, height = area or (0, 0, image.width, image.height)
+    """A heat, float (h, w) in [0, 1], in the slot's colour over the image."""
     pixels = np.zeros((*heat.shape, 4), np.uint8)  # (h, w, 4) red, green, blue, opacity
     pixels[..., :3] = _colour(slot)
     pixels[..., 3] = (225 * np.clip(heat, 0, 1)).astype(np.uint8)
     name = f"class='{kind}' " if kind else ""
     return (
-        f"<image {name}{more} x='{x:.1f}' y='{y:.1f}' width='{width:.1f}' height='{height:.1f}' "
+        f"<image {name}{more} width='{image.width}' height='{image.height}' "
         f"preserveAspectRatio='none' href='{_png(pixels)}'/>"
     )
 
