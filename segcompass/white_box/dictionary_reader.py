@@ -1,12 +1,13 @@
 """Reads what a concept dictionary is made from: a model's concepts on the tokens of image, instruction and reasoning.
 
 `TokenReader` runs the MLLM up to the SAE's layer only, on reference reasoning; `build_dictionary` reads a data set with
-it and survives interruptions. Knows nothing about what is true of the images: `scene_attributes` does.
+it and survives interruptions. Knows nothing about what is true of the images: `image_truth` does.
 """
 
 import base64
 import io
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,6 +103,19 @@ class TokenReader:
             One text per token.
         """
         return [self.processor.tokenizer.decode([token]).strip() for token in ids]
+
+    def spans(self, ids: list[int]) -> tuple[str, list[tuple[int, int]]]:
+        """The text of tokens together, and where each stands in it.
+
+        Args:
+            ids: T token ids.
+
+        Returns:
+            The text, and (start, end) of each token.
+        """
+        decode = self.processor.tokenizer.decode
+        ends = [0] + [len(decode(ids[: stop + 1], clean_up_tokenization_spaces=False)) for stop in range(len(ids))]
+        return decode(ids, clean_up_tokenization_spaces=False), list(pairwise(ends))
 
 
 def build_dictionary(

@@ -40,6 +40,7 @@ def measure_steered_reasoning(
     row: Mapping[str, Any],
     detectors: Mapping[str, Sequence[int]],
     rng: np.random.Generator,
+    kinds: Sequence[Sequence[str]] = (tuple(COLOURS), SHAPES),
 ) -> dict[str, float] | None:
     """What one sample's conclusion says under steering.
 
@@ -49,12 +50,13 @@ def measure_steered_reasoning(
         row: with `image` and `instruction`.
         detectors: attribute -> features that detect it on patches, see `criteria.Labels.hands`.
         rng: chooses attribute, replacement and controls.
+        kinds: the attributes of each kind; one takes the place of another of its kind.
 
     Returns:
         0 or 1 each: `swap`, the conclusion says the replacement and no longer the attribute; `swap_control`, so it does
         under random directions; `off`, the attribute is no longer named without its detectors; `off_control`, without
-        as many random concepts; `doubled`, with its detectors doubled. None where the conclusion names no colour or
-        shape that has detectors.
+        as many random concepts; `doubled`, with its detectors doubled. None where the conclusion names no attribute with
+        detectors.
     """
     inputs = processor(images=[row["image"]], text=[row["instruction"]]).to(model.device)
     response, codes = _write(model, processor, inputs, None)
@@ -62,7 +64,7 @@ def measure_steered_reasoning(
     said = set(re.findall(r"\w+", response + " " + row["instruction"]))
     choices = [
         (word, other)
-        for kind in (COLOURS, SHAPES)
+        for kind in kinds
         for word in kind
         if word in named and detectors.get(word)
         for other in kind
@@ -109,9 +111,7 @@ def _write(
     asked = {name: value for name, value in inputs.items() if name != "encoder_pixel_values"}
     with model.reading_states() as recorder:
         recorder.steer = steer
-        sequences = model.generate(
-            **asked, do_sample=False, max_new_tokens=model.config.max_response_length
-        )
+        sequences = model.generate(**asked, do_sample=False, max_new_tokens=model.config.max_response_length)
     written = sequences[0, inputs["input_ids"].shape[1] :]
     codes = model.sae.encode(recorder.states.z[0]).amax(0)
     return processor.tokenizer.decode(written, skip_special_tokens=True), codes
