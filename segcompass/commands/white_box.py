@@ -277,9 +277,10 @@ def report(metrics: dict[str, Any], source: str) -> str:
     shared = {name: "–" if value is None else value for name, value in labels["shared"].items()}
     shared |= {name: f"{value:.3f}" for name, value in shared.items() if isinstance(value, float)}
     lines += [
-        f"Words and patches share {shared['concepts']} concepts for {shared['looks']} of {labels['looks']} looks (F1 ≥ "
-        f"0.5 on both; bar ≥ 10), with exchanged words {shared['control concepts']} for {shared['control looks']}. A word's own "
-        f"code finds its patches with AUC {shared['identity']} (exchanged {shared['control identity']}; bar ≥ .90). "
+        f"Words and patches share {shared['concepts']} concepts for {shared['looks']} of {labels['looks']} looks "
+        f"(F1 ≥ 0.5 on both; bar ≥ 10), with exchanged words {shared['control concepts']} for "
+        f"{shared['control looks']}. A word's own code finds its patches with AUC {shared['identity']} (exchanged "
+        f"{shared['control identity']}; bar ≥ .90). "
         "Cosine of these concepts' decoder rows with what sets the looks apart: "
         f"{shared['cosine on patches']} on patches, {shared['cosine on words']} on words (bar ≥ .5).",
     ]

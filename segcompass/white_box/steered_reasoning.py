@@ -55,13 +55,13 @@ def measure_steered_reasoning(
     Returns:
         0 or 1 each: `swap`, the conclusion says the replacement and no longer the attribute; `swap_control`, so it does
         under random directions; `off`, the attribute is no longer named without its detectors; `off_control`, without
-        as many random concepts; `doubled`, with its detectors doubled. None where the conclusion names no attribute with
-        detectors.
+        as many random concepts; `doubled`, with its detectors doubled. None where the conclusion names no attribute
+        that has detectors.
     """
     inputs = processor(images=[row["image"]], text=[row["instruction"]]).to(model.device)
     response, codes = _write(model, processor, inputs, None)
-    named = set(re.findall(r"\w+", conclusion_of(response)))
-    said = set(re.findall(r"\w+", response + " " + row["instruction"]))
+    named = set(re.findall(r"\w+", conclusion_of(response).lower()))
+    said = set(re.findall(r"\w+", f"{response} {row['instruction']}".lower()))
     choices = [
         (word, other)
         for kind in kinds
@@ -99,7 +99,7 @@ def measure_steered_reasoning(
     measured = {}
     for name in VARIANTS:
         text, _ = _write(model, processor, inputs, lambda z, steer=steers[name]: steer(model.sae, z))
-        names = set(re.findall(r"\w+", conclusion_of(text)))
+        names = set(re.findall(r"\w+", conclusion_of(text).lower()))
         measured[name] = float(word not in names and (other in names or not name.startswith("swap")))
     return measured
 
