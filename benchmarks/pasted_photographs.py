@@ -2,7 +2,7 @@
 
     pip install -c constraints.txt -e ".[photos]"
     python benchmarks/pasted_photographs.py --images 60 --output runs/pasted
-    segcompass prepare-data refcoco --root runs/pasted --image-dir runs/pasted/train2014 --instances --output data/pasted
+    segcompass prepare-data refcoco --root runs/pasted --image-dir runs/pasted/train2014 --instances --output data/cut
 
 The photographs are those that scikit-image ships in its package. Writes train2014/*.jpg, and under refcoco/ and
 grefcoco/ the files of these data sets: instances.json with COCO's polygons, and refs. An object is a cup, a cat, a

@@ -62,9 +62,9 @@ def annotated_rows(dataset: str, split: str, num_samples: int, **options: Any) -
     if "instances" not in rows.column_names:
         raise ValueError(
             f"the rows of {dataset!r} do not say what else is in their images, and what a concept means is measured "
-            f"against that. Use {' or '.join(map(repr, STYLES))}; {', '.join(SPLIT_BY)} with --root and --image-dir; a "
-            "folder that `segcompass prepare-data … --instances` wrote; or a .jsonl file whose lines have 'instances' "
-            "(docs/data.md)."
+            f"against that. Use {' or '.join(map(repr, STYLES))}; {', '.join(SPLIT_BY)} with --root and --image-dir; "
+            "coco with --root; a folder that `segcompass prepare-data … --instances` wrote; or a .jsonl file whose "
+            "lines have 'instances' (docs/data.md)."
         )
     images = rows.select_columns(["image", "sample_id"]).with_format("arrow")[:]
     empty = [pc.is_null(pc.struct_field(images.column("image"), part)) for part in ("bytes", "path")]

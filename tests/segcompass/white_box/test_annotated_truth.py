@@ -105,6 +105,31 @@ def test_lines_of_a_jsonl_carry_instances_in_any_form(root, tmp_path):
             load_jsonl(path, image_dir=root / "train2014")
 
 
+def test_coco_asks_for_each_category_of_an_image(root, tmp_path):
+    (tmp_path / "annotations").mkdir()
+    content = json.loads((root / "refcoco" / "instances.json").read_text())
+    gone = (9, 12, 19)  # two crowds, and a cup of image 1
+    content["annotations"] = [each for each in content["annotations"] if each["id"] not in gone]
+    file = tmp_path / "annotations" / "instances_mine.json"
+    file.write_text(json.dumps(content))
+    rows = load_rows("coco", "mine", root=tmp_path, image_dir=root / "train2014")
+    assert rows["instruction"][:5] == ["every cup", "the orange", "the cup", "the orange", "the orange"], (
+        "of image 2's crowd of cups nobody told the cups apart"
+    )
+    assert rows["sample_id"][:2] == ["coco-mine-0-cup", "coco-mine-0-orange"]
+    assert rows["kind"][:3] == ["multi", "single", "single"] and len(rows) == 8
+    first = load(root, "train")[0]
+    cups = [each["mask"] for each in first["instances"] if each["category"] == "cup" and not each["crowd"]]
+    assert rows[0]["masks"] == cups and rows[0]["image"] == first["image"]
+    assert [each["crowd"] for each in rows[4]["instances"]] == [False, False, False, True]
+    content["annotations"][0]["category_id"] = 9
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="annotation 0: it has no category that the file names"):
+        load_rows("coco", "mine", root=tmp_path, image_dir=root / "train2014")
+    with pytest.raises(FileNotFoundError, match=r"instances_val2017.json is missing.*annotations/"):
+        load_rows("coco", "val2017", root=tmp_path)
+
+
 def test_rows_that_do_not_know_their_images_are_refused_by_name(root, tmp_path):
     load_refcoco(root, image_dir=root / "train2014").save_to_disk(tmp_path / "plain")
     with pytest.raises(ValueError, match=r"plain' do not say what else is in their images.*--instances"):
@@ -249,7 +274,9 @@ def test_criteria_and_dictionary_of_refcoco(root, saved, tmp_path, writes, monke
 
     read = [*options, "--num-samples", "2", "--held-out-samples", "2", "--contexts", "3"]
     scores = dictionary.main([*read, "--output", str(tmp_path / "names")])
-    assert scores["patch"].keys() >= {"cup", "orange"} and "colour" not in scores["scene"]
+    assert scores["patch"].keys() == {"orange"}, "no cup fills half a patch"
+    assert scores["word"].keys() == {"cup", "red"}, "across tokens, which are letters; the rows ask for the red cup"
+    assert scores["scene"] == {}, "every image shows both categories"
     concepts = json.loads((tmp_path / "names" / "concepts.json").read_text())["concepts"]
     texts = {each["text"] for concept in concepts for each in concept["contexts"] if each["part"] == "image"}
     assert texts <= {"red cup", "cup", "orange orange", "ground"} and len(texts) > 1

@@ -28,7 +28,7 @@ from segcompass.white_box.criteria_records import interchange
 from segcompass.white_box.decoding import decode, single_sample
 from segcompass.white_box.detectors import best_detectors, lift, score_all
 from segcompass.white_box.scene_truth import NAMED, SceneTruths, said_of_scene, two_questions
-from tests.support.scripted import Script, lively_segcompass
+from tests.support.scripted import Script, lively_segcompass, noise_image
 
 GOOD = "<think>a red ball</think>" + "<REF_POS>" * 3
 KEYS = list(white_box.KEYS)
@@ -396,6 +396,25 @@ def test_grounded_read_out_is_examined_too():
     assert UNUSED_PATCHES not in model.explain(whole, slot=0).to_html(np.zeros((8, 8, 3), np.uint8))
     assert torch.equal(unshown, off), "without what is shown there is nothing but the offset"
     assert reading.masks(0, [Change(off=(heavy,), to=tuple(free[:2]))]).shape[0] == 1
+
+
+def test_mean_places_of_images_of_several_ratios_lie_on_one_grid():
+    """As Qwen2.5-VL sees them: more patches in a row for a wide image, and padding where a batch holds both."""
+    model, processor = lively_segcompass("qwen2_5_vl", num_slots=3, concept_reading="grounded")
+    images = [noise_image(28, 56), noise_image(56, 28, 1)]
+
+    def batch(*chosen):
+        response = processor.format_response("a red ball")
+        return dict(processor(images=list(chosen), text=["it"] * len(chosen), response=[response] * len(chosen)))
+
+    together = PlacesReading.gather_means(model, iter([batch(*images)]))
+    apart = PlacesReading.gather_means(model, iter([batch(image) for image in images]))
+    rows, columns = together.grid
+    assert rows < columns and torch.allclose(together.maps, apart.maps, atol=1e-5)
+    assert torch.equal(together.on(together.grid), together.maps)
+    assert together.on((columns, rows)).shape == together.maps.shape
+    even = together._replace(maps=torch.ones_like(together.maps))
+    assert torch.allclose(even.on((5, 3)), torch.ones(len(even.maps), 15))
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
