@@ -35,11 +35,11 @@ def root(tmp_path_factory):
     """RefCOCO with six images of three things and a crowd each: four to train on, two of val."""
     folder = tmp_path_factory.mktemp("refer")
     write_images(folder / "train2014", 6)
-    write_instances(folder / "refcoco", {}, 6)
+    write_instances(folder / "refcoco", count=6)
     file = folder / "refcoco" / "instances.json"
     content = json.loads(file.read_text())
     content["categories"] = [{"id": n, "name": name} for n, name in ((1, "cup"), (2, "orange"), (3, "traffic light"))]
-    refs = []
+    content["annotations"], refs = [], []
     for image in range(6):
         for number, (category, corners) in enumerate(THINGS):
             shape = {"id": 10 * image + number, "image_id": image, "category_id": category, "iscrowd": 0}
