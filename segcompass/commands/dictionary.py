@@ -118,11 +118,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
         dictionary.name(detected_attributes(chosen, held_out))
         looks = ATTRIBUTES
     elif truths is not None:
-        chosen, held_out = (
+        read, other = (
             read_labelled(reader, truths, part, args.batch_size, name)
             for part, name in zip(truths.label_rows(), ("labels, thresholds", "labels, F1 and lift"), strict=True)
         )
-        scores, names = score_looks(chosen, held_out, truths)
+        scores, names = score_looks(read, other, truths)
         dictionary.name(names)
         looks = looks_of(truths)
         print("\n".join(truths.missing))

@@ -175,7 +175,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     values = {part: [value for _, value in pairs] for part, pairs in measured.items()}
     images = {part: [name for name, _ in pairs] for part, pairs in measured.items()}
     metrics = summarise_criteria(
-        *(column for part in values for column in (values[part], images[part])),
+        values["slots"],
+        images["slots"],
+        values["moves"],
+        images["moves"],
+        values["twins"],
+        images["twins"],
+        values["steered"],
+        images["steered"],
         seed=args.seed,
     )
     metrics = {
@@ -217,7 +224,8 @@ def not_measured(metrics: dict[str, Any], records: list[dict[str, Any]]) -> dict
         "were both questions' own masks right",
         **dict.fromkeys(
             ("steer_own", "steer_others", "steer_flip"),
-            f"{other}, and none of them a right mask of the one target that differs from it in a labelled look",
+            f"{other}, and none of them a right mask of the one target that differs from it in a look with labels; "
+            f"{looks} looks have labels",
         ),
         **dict.fromkeys(
             ("write_swap", "write_off", "write_doubled"),

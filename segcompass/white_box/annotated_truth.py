@@ -66,8 +66,8 @@ class AnnotatedTruths:
         print(truths.kinds["category"], truths.of(rows[0]).looks)
     """
 
-    steered = ("category", "colour")
-    places = (*PLACES, *WHERE)
+    steered: tuple[str, ...] = ("category", "colour")
+    places: tuple[str, ...] = (*PLACES, *WHERE)
     ground_known: Mapping[str, bool]
 
     def __init__(self, chosen: Dataset, scored: Dataset):
@@ -277,7 +277,9 @@ def colour_of(expressions: Iterable[str]) -> str | None:
         words = set(re.findall(r"[a-z]+", _ELSEWHERE.split(text.lower())[0]))
         named = [name for name, said in COLOURS.items() if words & set(said)]
         votes.update(named if len(named) == 1 else [])
-    (best, count), *_ = votes.most_common(1) or [(None, 0)]
+    if not votes:
+        return None
+    best, count = votes.most_common(1)[0]
     return best if 2 * count > votes.total() else None
 
 

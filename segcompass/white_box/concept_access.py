@@ -294,7 +294,7 @@ class PlacesReading:
         return (mask > 0) & (self.outputs.pred_logits[0, slot] >= 0)
 
 
-READINGS = {"feature": AttentionReading, "grounded": PlacesReading}
+READINGS: dict[str, Any] = {"feature": AttentionReading, "grounded": PlacesReading}
 """concept_reading -> the class that examines it."""
 
 

@@ -95,7 +95,7 @@ def read_labelled(
                 clear &= (unclear == 0) | (most >= COVERED)
             clear = clear.nonzero()[0]
             image = tokens.activations[tokens.types == IMAGE]  # (patches, d_sae)
-            whole = seen.all(0) & (truth.unclear is None) & ground
+            whole = np.logical_and.reduce([*seen, ground]) & np.full(len(kinds), truth.unclear is None)  # (K,)
             found["scene"].add(image.amax(0, keepdim=True), has.any(0)[None], whole[None])
             on_patches = (cover.T @ seen >= COVERED) | (empty[:, None] & ground)  # (patches, K)
             found["patch"].add(image[clear].half(), (cover.T @ has)[clear] >= COVERED, on_patches[clear])
@@ -232,9 +232,9 @@ def score_looks(
                 table |= {name: asdict(detector) for name, detector in best.items()}
     for reading in ("patch", "word"):
         f1, lift = _score(chosen[reading], other[reading], truths, torch.device("cpu"))
-        best, rows = torch.where((f1 >= NAMES_F1) & (lift >= NAMES_LIFT), f1, 0)[: len(looks_of(truths))].max(0)
-        for index in best.nonzero()[:, 0].tolist():
-            found.setdefault(index, names[int(rows[index])])
+        good = torch.where((f1 >= NAMES_F1) & (lift >= NAMES_LIFT), f1, 0)[: len(looks_of(truths))]  # (looks, d_sae)
+        for index in good.any(0).nonzero()[:, 0].tolist():
+            found.setdefault(index, names[int(good[:, index].argmax())])
     return scores, found
 
 

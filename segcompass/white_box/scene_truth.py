@@ -37,8 +37,8 @@ class SceneTruths:
     """
 
     kinds: Mapping[str, tuple[str, ...]] = KINDS
-    places = PLACES
-    steered = ("colour", "shape")
+    places: tuple[str, ...] = PLACES
+    steered: tuple[str, ...] = ("colour", "shape")
     ground_known: Mapping[str, bool] = dict.fromkeys(KINDS, True)
     missing: list[str] = []
 
@@ -73,7 +73,7 @@ class SceneTruths:
 
 def places_of(thing: SceneObject) -> tuple[str, str, str]:
     """The cell of an object, its column and its row."""
-    column, row = thing.place
+    column, row = thing.place[0], thing.place[1]
     return thing.place, f"column {column}", f"row {row}"
 
 
@@ -104,10 +104,10 @@ def said_of_scene(words: list[str], written: list[bool], truth: ImageTruth) -> t
         text += ("" if joined else " ") + (piece if mine else " " * len(piece))
         ends.append((len(text) - len(piece), len(text)))
     for match in _PHRASE.finditer(text):
-        inside = np.array([a < match.end() and b > match.start() for a, b in ends], bool)
+        inside = np.flatnonzero([a < match.end() and b > match.start() for a, b in ends])[:, None]
         for thing, places in enumerate(truth.places):
             if places[0] == match.group(1):
-                phrase[np.ix_(inside, [place_of[name] for name in truth.attributes(thing)])] = True
+                phrase[inside, [place_of[name] for name in truth.attributes(thing)]] = True
     return word, phrase
 
 
