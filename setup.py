@@ -71,6 +71,7 @@ setup(
         "qlora": ["bitsandbytes>=0.46"],
         "vllm": ["vllm>=0.27,<0.31"],  # TRL 1.16 stops at 0.31, and 0.31 wants an older transformers
         "sam": ["segment-anything", "torchvision"],
+        "photos": ["scikit-image"],  # whose photographs benchmarks/pasted_photographs.py cuts up
         "peers": ["sae-lens", "eai-sparsify"],  # what benchmarks/ compares with
     },
 )
