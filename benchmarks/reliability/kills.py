@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.reliability import writers  # noqa: E402
-from benchmarks.reliability.children import in_child, options, say  # noqa: E402
+from benchmarks.reliability.children import in_child, options, say, warm_up  # noqa: E402
 from segcompass.journal import Journal  # noqa: E402
 
 ROUNDS = {"full": 4, "quick": 1}
@@ -61,6 +61,7 @@ def examine(name: str, work: Path, journal: Journal, rounds: int, end: float) ->
         end: when to stop, on the monotonic clock.
     """
     folder, took = work / name / "run", 0.0
+    warm_up(lambda: writers.run_quietly(name, folder))
     for number in range(2):
         shutil.rmtree(folder, ignore_errors=True)
         outcome = in_child(lambda: writers.run_quietly(name, folder), 300)
