@@ -1,6 +1,6 @@
 """Every state that a crash can leave on the disk, of everything that writes files: does repeating the command mend it?
 
-    python benchmarks/reliability/crash_states.py [--quick] [--sample 50]
+    python benchmarks/reliability/crash_states.py [--quick] [--sample 50] [--writers sft grpo]
 
 A writer runs once while each of its openings, renamings and removals is watched; before each, what is on the disk is a
 state that a kill leaves. What was written in between is also left out, cut to nothing and cut in half, with everything
@@ -184,12 +184,12 @@ QUICK = ("sae", "evaluate", "feature_cache", "prepare", "converted_sae", "journa
 
 def main(argv: list[str] | None = None) -> dict:
     """Run the harness and return what its RESULT says."""
-    sample = {"--sample": {"type": int, "default": 0, "help": "states of each writer, evenly spread; default: all"}}
-    args = options(__doc__, argv, sample)
+    sample = {"type": int, "default": 0, "help": "states of each writer, evenly spread; default: all"}
+    args = options(__doc__, argv, {"--sample": sample, "--writers": writers.CHOICE})
     journal = Journal(args.output / ("crash_states_quick" if args.quick else "crash_states"), {"quick": args.quick})
     with tempfile.TemporaryDirectory() as work:
         writers.work_in(Path(work))
-        for name in QUICK if args.quick else writers.WRITERS:
+        for name in args.writers or (QUICK if args.quick else writers.WRITERS):
             if time.monotonic() < args.end:
                 examine(name, Path(work).resolve(), journal, 3 if args.quick else args.sample, args.end)
     records = list(journal.records.values())

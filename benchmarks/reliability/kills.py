@@ -1,6 +1,6 @@
 """Real kills at random moments of everything that writes files; then the command is repeated until it is done.
 
-    python benchmarks/reliability/kills.py [--quick]
+    python benchmarks/reliability/kills.py [--quick] [--writers sft grpo]
 
 A writer runs in a process of its own, which is killed with -9 after a random part of the time that it takes; up to
 three times, then it may finish. What it leaves must be the same bytes as without the kills. Keys of RESULT: kills,
@@ -93,12 +93,12 @@ def examine(name: str, work: Path, journal: Journal, rounds: int, end: float) ->
 
 def main(argv: list[str] | None = None) -> dict:
     """Run the harness and return what its RESULT says."""
-    args = options(__doc__, argv)
+    args = options(__doc__, argv, {"--writers": writers.CHOICE})
     form = "quick" if args.quick else "full"
     journal = Journal(args.output / f"kills_{form}", {"quick": args.quick})
     with tempfile.TemporaryDirectory() as work:
         writers.work_in(Path(work))
-        for name in QUICK if args.quick else writers.WRITERS:
+        for name in args.writers or (QUICK if args.quick else writers.WRITERS):
             if time.monotonic() < args.end:
                 examine(name, Path(work).resolve(), journal, ROUNDS[form], args.end)
     records = list(journal.records.values())

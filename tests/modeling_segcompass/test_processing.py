@@ -380,6 +380,9 @@ def test_bad_post_processing_arguments_are_refused(processor):
         processor.post_process_instance_segmentation(outputs, target_sizes=[(8, 8)])
     with pytest.raises(ValueError, match="threshold is 50; it is a probability"):
         processor.post_process_semantic_segmentation(outputs, target_sizes=[(8, 8)] * 2, threshold=50)
+    for wrong in ((8, float("inf")), (8, float("nan")), (8, 7.5), ("8", 8), (8, None), (8,), 8, None):
+        with pytest.raises(ValueError, match="a target size is .* whole pixels"):
+            processor.post_process_instance_segmentation(outputs, target_sizes=[(8, 8), wrong])
 
 
 def test_target_sizes_of_another_shape_than_the_images_are_refused(processor):
