@@ -183,6 +183,10 @@ class SegCompassProcessor(ProcessorMixin):
         """
         beside_model = any(os.path.exists(os.path.join(save_directory, name)) for name in (CONFIG_NAME, MANIFEST))
         keywords = {"push_to_hub": push_to_hub, "is_main_process": beside_model}
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is not None:  # how the last batch was padded is no part of a tokenizer, and each call sets it anew
+            backend.no_padding()
+            backend.no_truncation()
         with signing_saved(save_directory, keywords):
             saved = super().save_pretrained(save_directory, **kwargs)
         vars(self).pop("auto_map", None)  # what transformers noted for the file alone

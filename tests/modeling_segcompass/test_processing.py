@@ -210,6 +210,15 @@ def test_processor_round_trips(processor, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_what_was_padded_before_is_not_saved(processor, tmp_path):
+    """Or a resumed training, which has read another number of batches, would save other bytes."""
+    processor.save_pretrained(tmp_path / "before")
+    processor(images=[noise_image(40, 56)] * 2, text=["the box", "the large box at the left"])
+    assert processor.tokenizer.backend_tokenizer.padding is not None, "nothing was padded: the test says nothing"
+    processor.save_pretrained(tmp_path / "after")
+    assert (tmp_path / "after" / "tokenizer.json").read_bytes() == (tmp_path / "before" / "tokenizer.json").read_bytes()
+
+
 def test_a_saved_processor_is_the_one_that_is_loaded(processor, tmp_path):
     processor.save_pretrained(tmp_path)
     assert processor.to_dict() == SegCompassProcessor.from_pretrained(tmp_path).to_dict()
