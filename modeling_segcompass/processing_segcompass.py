@@ -537,8 +537,8 @@ class SegCompassProcessor(ProcessorMixin):
             sizes.append(size)
             if not whole or len(size) != 2 or min(size) < 1 or size[0] * size[1] > MAX_PIXELS:
                 raise ValueError(
-                    f"a target size is {size if whole else given}; it is an image's (H, W) in whole pixels, each at least 1, and at most "
-                    f"{MAX_PIXELS:,} together."
+                    f"a target size is {size if whole else given}; it is an image's (H, W) in whole pixels, each at "
+                    f"least 1, and at most {MAX_PIXELS:,} together."
                 )
             if min(self.frame.reshaped_size(*size)) < 1:
                 raise ValueError(
