@@ -141,7 +141,7 @@ def build_dictionary(
         partial: file that what was read is kept in, so that an interrupted run resumes there.
         contexts: how many of the strongest places to keep of each feature.
         batch_size: rows read at a time.
-        patch_words: (number of the row, boxes of its patches) -> what each image patch shows; None where that is unknown.
+        patch_words: (number of the row, boxes of its patches) -> what each image patch shows; None where it is unknown.
 
     Returns:
         The dictionary.
