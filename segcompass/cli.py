@@ -32,6 +32,7 @@ COMMANDS = {
     "verify": ("verify", "Compare a saved folder with its manifest, every byte of it, or sign it anew."),
     "push": ("push", "Push a model, an SAE, a data set or the metric to the Hub, with its card."),
     "demo": ("demo", "Start the demo in a browser: ask, look into the slots, switch concepts off."),
+    "serve": ("serve", "Serve a model over HTTP: image and instruction in; text, masks and concepts out."),
     "recipes": ("recipes", "List the training recipes that ship with the package, or print one."),
 }
 """command -> (module in segcompass/commands/, what it does in one sentence)."""
