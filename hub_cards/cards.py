@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import transformers
-from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData, RepoCard, SpaceCardData
+from huggingface_hub import (
+    DatasetCard,
+    DatasetCardData,
+    EvalResult,
+    EvalResultEntry,
+    ModelCard,
+    ModelCardData,
+    RepoCard,
+    SpaceCardData,
+)
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from segcompass.modeling_segcompass import SegCompassConfig, SparseAutoencoderConfig
 
@@ -36,6 +46,8 @@ class Evaluation(NamedTuple):
     split: str
     command: str | None = None
     """the command that measured it."""
+    revision: str | None = None
+    """the commit of the data set, if it is on the Hub."""
 
     def scores(self) -> dict[str, float]:
         """The metrics that compare models, where there was something to divide by; no Pr@X, counts or groups."""
@@ -51,10 +63,36 @@ class Evaluation(NamedTuple):
                 dataset_type=self.dataset,
                 dataset_name=self.name,
                 dataset_split=self.split,
+                dataset_revision=self.revision,
                 metric_type=metric,
                 metric_name=f"{metric} ({counted['protocol']} protocol)",
                 metric_value=value,
                 metric_args=counted,
+            )
+            for metric, value in self.scores().items()
+        ]
+
+    def entries(self) -> list[EvalResultEntry]:
+        """The scores as files in `.eval_results` hold them, by a task `<split>_<metric>` of the data set.
+
+        Such a file points at a data set on the Hub; of any other (a loader's name, a file) there are no entries.
+        """
+        try:
+            validate_repo_id(self.dataset)
+        except HFValidationError:
+            return []
+        if self.dataset.count("/") != 1 or Path(self.dataset).exists():
+            return []
+        notes = f"{self.metrics['protocol']} protocol, {self.metrics['n']} samples, fractions from 0 to 1"
+        if self.command:
+            notes += f"; {self.command}"
+        return [
+            EvalResultEntry(
+                dataset_id=self.dataset,
+                task_id=f"{self.split}_{metric}",
+                value=value,
+                dataset_revision=self.revision,
+                notes=notes,
             )
             for metric, value in self.scores().items()
         ]
@@ -74,6 +112,7 @@ def model_card(
     sae_quality: dict | None = None,
     limitations: str | None = None,
     emissions: float | None = None,
+    picture: str | None = None,
 ) -> ModelCard:
     """The card of a SegCompass model.
 
@@ -90,6 +129,7 @@ def model_card(
         sae_quality: measure -> value.
         limitations: sentences about what the model cannot do.
         emissions: grams of CO2 of the training; None where unknown.
+        picture: file beside the card that shows why the example's mask is where it is.
 
     Returns:
         The card, not yet saved.
@@ -128,6 +168,7 @@ def model_card(
         sae_quality=sae_quality,
         limitations=limitations,
         emissions=emissions,
+        picture=picture,
         transformers_version=transformers.__version__,
     )
 

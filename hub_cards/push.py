@@ -5,22 +5,35 @@ the Hub from the environment (`HF_ENDPOINT`, `HF_TOKEN`) and raise the Hub's own
 """
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import yaml
 from datasets import Dataset, DatasetDict
-from huggingface_hub import CommitInfo, DatasetCard, HfApi, RepoCard
+from huggingface_hub import CommitInfo, DatasetCard, HfApi, RepoCard, eval_result_entries_to_yaml
 from PIL import Image
+from transformers.utils import cached_file
 
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor, SparseAutoencoder
 from segcompass.modeling_segcompass.checkpoints import load_submodel
+from segcompass.modeling_segcompass.concept_labels import DICTIONARY, read_labels
 from segcompass.modeling_segcompass.manifest import signing
 
-from .cards import dataset_card, metric_card, model_card, sae_card
+from .cards import Evaluation, dataset_card, metric_card, model_card, sae_card
 
-STALE = ["*.safetensors", "*.safetensors.index.json", "*.py"]  # of an earlier push, when this one has fewer files
+EXAMPLE, PICTURE, RESULTS = "example.png", "explanation.png", ".eval_results/segcompass.yaml"
+STALE = [  # of an earlier push, when this one has fewer files
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.py",
+    DICTIONARY,
+    PICTURE,
+    RESULTS,
+]
+ENDPOINT = Path(__file__).parent / "endpoint"
 
 
 def push_model(
@@ -36,7 +49,9 @@ def push_model(
     token: str | None = None,
     **card: Any,
 ) -> CommitInfo:
-    """Push a SegCompass model with its processor, its code and its card.
+    """Push a SegCompass model with its processor, its code and its card, ready for Inference Endpoints (`handler.py`).
+
+    The example is segmented once, for the card's picture of why its mask is where it is.
 
     Args:
         model: the model.
@@ -65,10 +80,77 @@ def push_model(
         model.save_pretrained(folder, references=pinned)
         processor.save_pretrained(folder)
         with signing(folder):
-            image.save(Path(folder, "example.png"))
+            image.save(Path(folder, EXAMPLE))
+            copy_dictionary(model, folder)
+            for path in ENDPOINT.iterdir():
+                shutil.copyfile(path, Path(folder, path.name))
+            picture = draw_explanation(model, processor, image, instruction, folder)
+        write_results(card.get("evaluations", ()), Path(folder, RESULTS))
         config: Any = type(model.config).from_pretrained(folder)
-        described = model_card(repo_id, config, instruction, **card)
+        described = model_card(repo_id, config, instruction, picture=PICTURE if picture else None, **card)
         return upload(api, folder, described, repo_id, "model", "Push SegCompass model", branch, tag, private)
+
+
+def copy_dictionary(pretrained: SegCompassModel | SparseAutoencoder, folder: str) -> None:
+    """Put the concept dictionary into a folder, if one lies beside what was loaded: without it concepts have no names.
+
+    Args:
+        pretrained: the model or the SAE, as `from_pretrained` made it.
+        folder: what will be pushed.
+    """
+    source, revision = pretrained.config._name_or_path, getattr(pretrained.config, "_commit_hash", None)
+    lenient: dict[str, Any] = {
+        f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")
+    }
+    try:
+        path = cached_file(str(source), DICTIONARY, revision=revision, **lenient) if source else None
+    except OSError:  # what it was loaded from is gone
+        path = None
+    if path is not None:
+        shutil.copyfile(path, Path(folder, DICTIONARY))
+
+
+def draw_explanation(
+    model: SegCompassModel, processor: SegCompassProcessor, image: Image.Image, instruction: str, folder: str
+) -> bool:
+    """Segment an image, and draw which concepts made the mask of the most confident slot, as `explanation.png`.
+
+    Args:
+        model: the model.
+        processor: its processor.
+        image: PIL image.
+        instruction: what to segment in it.
+        folder: where to write; a concept dictionary in it names the concepts.
+
+    Returns:
+        Whether it was written; False where no slot is confident, so that there is no mask to explain.
+    """
+    inputs = processor(images=image, text=instruction).to(model.device)
+    outputs: Any = model.segment(**inputs)
+    found = processor.post_process_instance_segmentation(outputs, target_sizes=inputs["original_sizes"])[0]
+    if not len(found["slots"]) or outputs.concept_weights is None:
+        return False
+    best = int(found["scores"].argmax())
+    labels = read_labels(folder, model.config.sae_config.d_sae)
+    explanation = model.explain(outputs, slot=int(found["slots"][best]), labels=labels, processor=processor)
+    extent = model.backbone.seen_extent(processor.image_processor, *image.size)
+    figure = explanation.to_figure(image, found["masks"][best].cpu().numpy(), instruction, extent)
+    figure.savefig(Path(folder, PICTURE), dpi=100)
+    return True
+
+
+def write_results(evaluations: Sequence[Evaluation], path: Path) -> None:
+    """Write evaluation results as the Hub reads them beside a model; nothing where none is of a data set on the Hub.
+
+    Args:
+        evaluations: what was measured.
+        path: of the YAML file, in a folder `.eval_results` that is made.
+    """
+    entries = [entry for evaluation in evaluations for entry in evaluation.entries()]
+    if entries:
+        path.parent.mkdir(exist_ok=True)
+        text = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True)
+        path.write_text(text, encoding="utf-8")
 
 
 def pin(api: HfApi, model: SegCompassModel, part: str, repo: str) -> dict[str, str]:
@@ -130,6 +212,8 @@ def push_sae(
     """
     with TemporaryDirectory() as folder:
         sae.save_pretrained(folder)
+        with signing(folder):
+            copy_dictionary(sae, folder)
         described = sae_card(repo_id, sae.config, **card)
         return upload(HfApi(token=token), folder, described, repo_id, "model", "Push SAE", branch, tag, private)
 
