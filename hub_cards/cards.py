@@ -4,7 +4,7 @@ A card says only what it is given: a figure that nobody measured leaves no row b
 it stands once the repository exists.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,8 @@ from segcompass.modeling_segcompass import SegCompassConfig, SparseAutoencoderCo
 TEMPLATES = Path(__file__).parent / "templates"
 TAGS = ["segcompass", "reasoning-segmentation", "sparse-autoencoder", "custom_code"]
 SCORES = ("gIoU", "cIoU", "N-acc", "T-acc")
+FEATURES_SHOWN = 12
+"""Rows of an SAE card's table of features."""
 
 
 class Evaluation(NamedTuple):
@@ -188,6 +190,7 @@ def sae_card(
     datasets: list[str] | None = None,
     training: dict | None = None,
     command: str | None = None,
+    features: Sequence[Mapping[str, Any]] = (),
 ) -> ModelCard:
     """The card of a sparse autoencoder.
 
@@ -199,6 +202,7 @@ def sae_card(
         datasets: Hub ids of the data whose hidden states it was trained on.
         training: argument -> value.
         command: what measured the quality.
+        features: the features.json of `segcompass dashboard`, whose page is pushed beside the card; () without one.
 
     Returns:
         The card, not yet saved.
@@ -221,6 +225,8 @@ def sae_card(
         quality=quality,
         training=training,
         command=command,
+        features=[feature for feature in features if feature["label"]][:FEATURES_SHOWN],
+        dashboard=bool(features),
     )
 
 
@@ -232,6 +238,8 @@ def dataset_card(
     license: str = "apache-2.0",
     language: str = "en",
     metadata: dict[str, Any] | None = None,
+    splits: Mapping[str, Mapping[str, int]] | None = None,
+    columns: Sequence[str] = (),
 ) -> DatasetCard:
     """The card of a data set in the project's row schema.
 
@@ -242,6 +250,8 @@ def dataset_card(
         license: of the rows.
         language: of the instructions.
         metadata: what `datasets` noted in the repository's card (`dataset_info`, `configs`), kept as it is.
+        splits: split -> {"rows", "no_target", "masks"}, counted; they become a table and `size_categories`.
+        columns: the rows' own, to describe those alone; () describes all of the schema.
 
     Returns:
         The card, not yet saved.
@@ -250,13 +260,48 @@ def dataset_card(
         license=license,
         language=language,
         task_categories=["image-segmentation"],
+        size_categories=size_category(sum(counts["rows"] for counts in splits.values())) if splits else None,
+        pretty_name=repo_id.split("/")[-1],
         tags=["reasoning-segmentation", "segcompass"],
         **(metadata or {}),
     )
-    template = str(TEMPLATES / "dataset.md")
     return DatasetCard.from_template(
-        data, template_path=template, repo_id=repo_id, split=split, description=description
+        data,
+        template_path=str(TEMPLATES / "dataset.md"),
+        repo_id=repo_id,
+        split=split,
+        description=description,
+        splits=splits or {},
+        columns={name: text for name, text in COLUMNS.items() if name in columns or not columns},
+        others=[name for name in columns if name not in COLUMNS],
     )
+
+
+COLUMNS = {
+    "image": ("image", "null where only masks are needed"),
+    "image_id": ("string", "several rows may ask about one image"),
+    "sample_id": ("string", "unique"),
+    "dataset": ("string", "where the row is from"),
+    "split": ("string", ""),
+    "instruction": ("string", "what to segment; one sentence is one sample"),
+    "reasoning": ("string or null", "reference trace"),
+    "phrases": ("list", "what words of the reasoning name: text, start, masks"),
+    "masks": ("list of COCO RLE", "one per instance; empty where nothing matches"),
+    "ignore": ("COCO RLE or null", "pixels that count neither way"),
+    "height": ("int", "of the image, in pixels"),
+    "width": ("int", "of the image, in pixels"),
+    "kind": ("string or null", "groups rows in reports"),
+}
+"""Columns of the row schema -> (type, meaning), for data-set cards."""
+
+
+def size_category(rows: int) -> str:
+    """The Hub's name for so many rows, like "1K<n<10K"."""
+    steps = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
+    place = next((place for place in range(len(steps)) if rows < 1000 * 10**place), len(steps))
+    if place == 0:
+        return "n<1K"
+    return "n>1T" if place == len(steps) else f"{steps[place - 1]}<n<{steps[place]}"
 
 
 def metric_card(repo_id: str, text: str) -> RepoCard:
@@ -270,6 +315,13 @@ def metric_card(repo_id: str, text: str) -> RepoCard:
         The card, not yet saved.
     """
     data = SpaceCardData(
-        title="Reasoning segmentation", sdk="static", tags=["evaluate", "metric", "image-segmentation"]
+        title="Reasoning segmentation",
+        sdk="static",
+        license="apache-2.0",
+        colorFrom="red",
+        colorTo="blue",
+        pinned=False,
+        short_description="gIoU, cIoU, N-acc and T-acc of masks, by protocol",
+        tags=["evaluate", "metric", "image-segmentation"],
     )
     return RepoCard.from_template(data, template_path=str(TEMPLATES / "metric.md"), repo_id=repo_id, text=text)

@@ -1,4 +1,4 @@
-"""A question as JSON, and its answer: what `segcompass serve` and the endpoint's `handler.py` both speak.
+"""A question as JSON, and its answer: what `segcompass serve` and the endpoint's handler both speak.
 
 `read_question` checks a request of a stranger before anything is decoded or waits; `answer_questions` answers one or
 several together. An image is taken as bytes or base64 text alone: nothing is fetched and no path is read. Knows nothing

@@ -24,6 +24,7 @@ COMMANDS = {
     "merge": ("merge", "Merge trained adapters into their model; the result is a model like any other."),
     "evaluate-sae": ("evaluate_sae", "Measure what a sparse autoencoder reconstructs, and what the MLLM loses by it."),
     "dictionary": ("dictionary", "List what each concept of a model fires on, and name the concepts."),
+    "dashboard": ("dashboard", "Draw what each feature does: fires on, detects, steers; and export for Neuronpedia."),
     "faithfulness": ("faithfulness", "Measure whether the concepts make the masks, by switching them off."),
     "white-box": ("white_box", "Measure whether the concepts mean what is shown, by six criteria with controls."),
     "interpret": ("interpret", "Draw the paper's interpretability figures of a model."),

@@ -51,6 +51,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     sae = kinds.add_parser("sae", help="push a sparse autoencoder")
     sae.add_argument("source", help="SAE folder")
     sae.add_argument("--quality", help="quality.json that `segcompass train sae` wrote")
+    sae.add_argument("--dashboard", help="output folder of `segcompass dashboard`, pushed with it")
     data = kinds.add_parser("dataset", help="push a data set")
     data.add_argument("source", help=options.TRAINING_ROWS)
     data.add_argument("--split", default="test", help="split to push; default: %(default)s")
@@ -92,7 +93,8 @@ def push(args: argparse.Namespace) -> "CommitInfo":
         return push_dataset(rows, args.repo_id, args.description, split=args.split, license=args.license, **where)
     if args.kind == "sae":
         sae = SparseAutoencoder.from_pretrained(args.source)
-        return push_sae(sae, args.repo_id, quality=_read(args.quality), license=args.license, **where)
+        card = {"quality": _read(args.quality), "license": args.license}
+        return push_sae(sae, args.repo_id, dashboard=args.dashboard, **card, **where)
     return push_model_with_card(args, where)
 
 

@@ -26,12 +26,14 @@ import json, sys
 metrics, output = sys.argv[1:]
 from segcompass.commands import push
 from segcompass.shipped import MODEL
-push.main(["model", str(MODEL), {REPO!r}, "--evaluation", metrics, "--evaluation-name", "Scenes",
-           "--evaluation-data", "tester/scenes@0123456", "--evaluation-command", "segcompass evaluate"])
+for again in range(2):  # the second time there is nothing new
+    push.main(["model", str(MODEL), {REPO!r}, "--evaluation", metrics, "--evaluation-name", "Scenes",
+               "--evaluation-data", "tester/scenes@0123456", "--evaluation-command", "segcompass evaluate"])
 from huggingface_hub import HfApi, hf_hub_download
-files = ["README.md", "explanation.png", ".eval_results/segcompass.yaml", "requirements.txt", "manifest.json"]
+files = ["README.md", "explanation.png", ".eval_results/segcompass-results.yaml", "requirements.txt", "manifest.json"]
 print(json.dumps(dict(
     listed=HfApi().list_repo_files({REPO!r}),
+    commits=len(HfApi().list_repo_commits({REPO!r})),
     paths={{name: hf_hub_download({REPO!r}, name) for name in files}},
 )))
 """
@@ -127,11 +129,12 @@ def test_every_snippet_and_the_endpoint_give_the_masks_of_segment(hub, pushed):
 
 def test_the_repository_is_ready_for_an_endpoint_and_signed(pushed):
     paths = pushed["paths"]
+    assert pushed["commits"] == 2  # the Hub's own first one and one push
     assert {"handler.py", "answering.py", "mask_outlines.py"} <= set(pushed["listed"])
     needed = Path(paths["requirements.txt"]).read_text().splitlines()
     assert all(f'"{line}"' in (ROOT / "setup.py").read_text() for line in needed)
     signed = json.loads(Path(paths["manifest.json"]).read_text())["files"]
-    assert {"handler.py", "requirements.txt", "explanation.png", "example.png"} <= set(signed)
+    assert {"handler.py", "requirements.txt", "explanation.png", "example.png", "concepts.json"} <= set(signed)
 
 
 def test_the_card_shows_a_picture_of_why_the_mask_is_where_it_is(pushed):
@@ -148,7 +151,7 @@ def test_results_stand_in_the_front_matter_and_as_a_file(pushed):
     assert in_card == {"gIoU": 0.75, "cIoU": 0.5, "T-acc": 1.0}
     assert {result.dataset_revision for result in card.data.eval_results} == {"0123456"}
     entries = parse_eval_result_entries(
-        yaml.safe_load(Path(pushed["paths"][".eval_results/segcompass.yaml"]).read_text())
+        yaml.safe_load(Path(pushed["paths"][".eval_results/segcompass-results.yaml"]).read_text())
     )
     assert {entry.task_id: entry.value for entry in entries} == {f"test_{name}": v for name, v in in_card.items()}
     for entry in entries:
