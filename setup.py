@@ -66,6 +66,7 @@ setup(
     extras_require={
         "test": ["pytest>=9", "parameterized", "ruff", "mypy", "pydoclint", "tensorboard", "bitsandbytes>=0.46"],
         "demo": ["gradio>=6"],
+        "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1", "nbclient>=0.10", "ipykernel>=7"],  # the site
         "browser": ["gradio>=6", "selenium>=4.40"],  # the Space's test; also Debian's chromium and chromium-driver
         "serve": ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.18"],
         "qlora": ["bitsandbytes>=0.46"],

@@ -21,6 +21,7 @@ COMMANDS = {
     "train sae": ("train_sae", "Train a sparse autoencoder on an MLLM's hidden states."),
     "train sft": ("train_sft", "Cold start: teach the reasoning and the masks from reference traces."),
     "train grpo": ("train_grpo", "Train the reasoning by GRPO and the masks by supervision, together."),
+    "curves": ("curves", "Draw what one or several trainings logged as a page."),
     "merge": ("merge", "Merge trained adapters into their model; the result is a model like any other."),
     "evaluate-sae": ("evaluate_sae", "Measure what a sparse autoencoder reconstructs, and what the MLLM loses by it."),
     "dictionary": ("dictionary", "List what each concept of a model fires on, and name the concepts."),

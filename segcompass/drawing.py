@@ -16,14 +16,17 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from segcompass.modeling_segcompass.palette import css_colour, slot_colour
+from segcompass.modeling_segcompass.palette import PAGE_COLOURS, css_colour, slot_colour
+from segcompass.modeling_segcompass.patch_boxes import paint_boxes
 
 PAGE, MARGIN, GAP, DPI = 1600, 36, 22, 100
 HEADLINE, TITLE, LINE = 40, 32, 27  # heights of one line of each kind, pixels
 MIN_PANEL, MAX_PANEL = 240, 520  # panel heights, pixels
 MAX_HEADLINES, MAX_LINES = 3, 14
+TILES, TILE, TILE_LINE = 5, 112, 23  # concepts in a row; heights of their pictures and lines, pixels
+MAX_TILE_ROWS = 4  # slots whose concepts are shown
 LONGEST_SIDE = 1000  # images are shown no larger, whatever their size
-INK, SOFT, FRAME = "#1b1f27", "#5b6472", "#c9ced6"
+INK, SOFT, FRAME = (PAGE_COLOURS[name][0] for name in ("ink", "soft", "line"))
 
 
 class Panel(NamedTuple):
@@ -34,6 +37,18 @@ class Panel(NamedTuple):
     """draws into axes whose units are the image's pixels."""
     colour: str | None = None
     """of the square beside the title."""
+
+
+class ConceptTile(NamedTuple):
+    """One concept's part in a slot."""
+
+    name: str
+    lines: tuple[str, ...]
+    """what is said of it, at most three lines."""
+    heat: np.ndarray
+    """float (P,), at least 0, what it adds to the heatmap at each image patch where it fires."""
+    boxes: np.ndarray
+    """float (P, 4), the part of the image that each of them shows, in fractions of its width and height."""
 
 
 def label_image(masks: np.ndarray, scores: list[float], slots: list[int]) -> Image.Image:
@@ -63,9 +78,12 @@ def draw_overlay(
     verdict: str,
     masks: np.ndarray,
     heatmaps: list[tuple[int, float, np.ndarray]],
-    concepts: tuple[np.ndarray, tuple[float, float, float, float]] | None = None,
+    concepts: tuple[np.ndarray, np.ndarray] | None = None,
+    tiles: dict[int, list[ConceptTile]] | None = None,
+    prompts: list[dict] | None = None,
 ) -> Figure:
-    """Image, concept activations, slot heatmaps and masks side by side, the instruction above, the reasoning below.
+    """Image, concept activations, slot heatmaps and masks side by side, the instruction above, below them each slot's
+    concepts and the reasoning.
 
     Args:
         image: uint8 (H, W, 3).
@@ -74,8 +92,10 @@ def draw_overlay(
         verdict: one line, such as "2 instances" or "no target".
         masks: bool (n, H, W), one per instance.
         heatmaps: (slot, confidence, float (h, w) in [0, 1] that covers the image) of each slot to show.
-        concepts: float (rows, columns), at least 0, how strongly the concepts fire at each image patch; and the part
-            of the image that the patches cover, (left, top, right, bottom) in pixels.
+        concepts: float (P,), at least 0, how strongly the concepts fire at each image patch; and the part of the image
+            that each shows, float (P, 4), (left, top, right, bottom) in fractions of its width and height.
+        tiles: slot -> its heaviest concepts, heaviest first, of which as many are shown as stand in a row.
+        prompts: what the masks were asked for by, each with `slot`, and `box` (xyxy) or `point` (xy) in pixels.
 
     Returns:
         Figure: 1600 pixels wide at its own dpi.
@@ -90,6 +110,8 @@ def draw_overlay(
     panels = [Panel("image", lambda axes: _show(axes, image, frame))]
     if concepts is not None:
         panels.append(Panel("concepts by image patch", lambda axes: _show_patches(axes, dark, frame, *concepts)))
+    if prompts is not None:
+        panels.append(Panel("what the answer points at", lambda axes: _show_prompts(axes, image, frame, prompts)))
     for slot, confidence, heat in heatmaps:
         title = f"slot {slot}, confidence {confidence:.2f}" + ("" if slot in kept else " (not kept)")
         draw = lambda axes, heat=heat: _show(axes, _glow(dark, heat), frame)  # noqa: E731
@@ -102,7 +124,9 @@ def draw_overlay(
     columns, panel_width, panel_height = _panel_size(len(panels), width / height)
     rows = -(-len(panels) // columns)
     panels_top = MARGIN + len(headlines) * HEADLINE + 14
-    text_top = panels_top + rows * (TITLE + panel_height + GAP) + 6
+    tiles_top = panels_top + rows * (TITLE + panel_height + GAP)
+    shown = list((tiles or {}).items())[:MAX_TILE_ROWS] if concepts is not None else []
+    text_top = tiles_top + len(shown) * (TITLE + TILE + GAP) + 6
     page = Page(text_top + (len(lines) + 1) * LINE + MARGIN - 8)
 
     for number, line in enumerate(headlines):
@@ -117,7 +141,13 @@ def draw_overlay(
         axes = page.axes(left, top + TITLE, panel_width, panel_height)
         panel.draw(axes)
         axes.set(xlim=frame[:2], ylim=frame[2:], xticks=[], yticks=[])
-    page.write(MARGIN, text_top, "reasoning", size=13, color=SOFT)
+    for number, (slot, row) in enumerate(shown):
+        top = tiles_top + number * (TITLE + TILE + GAP)
+        if slot in kept:
+            page.square(MARGIN, top + 3, 15, css_colour(slot_colour(slot)))
+        page.write(MARGIN + (23 if slot in kept else 0), top, f"slot {slot} is the sum of these concepts", size=13)
+        _draw_tiles(page, top + TITLE, row, dark, frame)
+    page.write(MARGIN, text_top, "reasoning" if prompts is None else "answer", size=13, color=SOFT)
     for number, line in enumerate(lines, 1):
         page.write(MARGIN, text_top + number * LINE, line, size=13)
     return page.figure
@@ -159,6 +189,33 @@ class Page:
         for spine in axes.spines.values():
             spine.set(color=FRAME, linewidth=0.8)
         return axes
+
+
+def _draw_tiles(page: Page, top: float, row: list[ConceptTile], image: np.ndarray, frame: tuple):
+    """A row of concepts, each a small picture with its lines beside it."""
+    step = (PAGE - 2 * MARGIN + GAP) / TILES
+    width = min(TILE * frame[1] / frame[2], 0.55 * (step - GAP))
+    height = width * frame[2] / frame[1]
+    letters = int((step - GAP - width - 12) / 8.6)
+    for number, tile in enumerate(row[:TILES]):
+        left = MARGIN + number * step
+        axes = page.axes(left, top, width, height)
+        _show_patches(axes, image, frame, tile.heat, tile.boxes)
+        axes.set(xlim=frame[:2], ylim=frame[2:], xticks=[], yticks=[])
+        for place, line in enumerate((tile.name, *tile.lines[:3])):
+            style: dict[str, Any] = {"weight": "bold"} if place == 0 else {"color": SOFT}
+            page.write(left + width + 12, top + 8 + place * TILE_LINE, _cut(line, letters), size=11, **style)
+
+
+def _cut(line: str, letters: int) -> str:
+    """The line, shortened where it is longer: within a quotation at its beginning, for the last word counts; else at
+    its end."""
+    if len(line) <= letters:
+        return line
+    before, quote, quoted = line.partition("“")
+    if quote:
+        return f"{before}“…{quoted[len(line) + 1 - letters :].lstrip()}"
+    return line[: max(1, letters - 1)].rstrip() + "…"
 
 
 def _panel_size(count: int, aspect: float) -> tuple[int, float, float]:
@@ -210,11 +267,24 @@ def _show(axes: Axes, image: np.ndarray, frame: tuple):
     axes.imshow(np.clip(image, 0, 1), extent=frame, interpolation="bilinear", aspect="auto")
 
 
-def _show_patches(axes: Axes, image: np.ndarray, frame: tuple, heat: np.ndarray, extent: tuple):
-    left, top, right, bottom = extent
+def _show_patches(axes: Axes, image: np.ndarray, frame: tuple, heat: np.ndarray, boxes: np.ndarray):
     _show(axes, image, frame)
-    colours = _heat_colours(heat / max(heat.max(), 1e-9))
-    axes.imshow(colours, extent=(left, right, bottom, top), interpolation="nearest", aspect="auto")
+    painted = paint_boxes(heat / max(heat.max(initial=0), 1e-9), boxes, *image.shape[:2])
+    axes.imshow(_heat_colours(painted), extent=frame, interpolation="nearest", aspect="auto")
+
+
+def _show_prompts(axes: Axes, image: np.ndarray, frame: tuple, prompts: list[dict]):
+    _show(axes, image, frame)
+    for prompt in prompts:
+        colour = css_colour(slot_colour(prompt["slot"]))
+        if prompt["box"]:
+            left, top, right, bottom = prompt["box"]
+            for edge, width in (("white", 4.5), (colour, 2.2)):
+                axes.add_patch(
+                    Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=edge, linewidth=width)
+                )
+        if prompt["point"]:
+            axes.plot(*prompt["point"], "o", markersize=9, color=colour, markeredgecolor="white", markeredgewidth=1.5)
 
 
 def _show_masks(axes: Axes, image: np.ndarray, frame: tuple, instances: list[dict], masks: np.ndarray, verdict: str):

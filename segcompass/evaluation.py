@@ -8,10 +8,11 @@ is decided by the metric's protocols (segcompass/loaders/reasoning_segmentation)
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index
 from tqdm import tqdm
 
+from segcompass.boxes_route import BoxesRoute
 from segcompass.gallery import write_gallery
 from segcompass.journal import claim_folder, weights_of
 from segcompass.loaders import load_rows
@@ -48,6 +50,7 @@ from segcompass.predictions import (
     read_parts,
     read_predictions,
 )
+from segcompass.routes import PHOTOGRAPH, QUERY_SOURCES, Route, check_route
 from segcompass.trainers.image_features import ImageFeatures, open_image_features
 from segcompass.trainers.rewards import format_score
 
@@ -72,6 +75,11 @@ class Evaluation:
     """SegCompass folder or Hub id; empty where predictions are scored."""
     predictions: Path | None = None
     """JSONL of any model's predictions, scored instead of a model."""
+    route: Route = "concepts"
+    """from the response to masks; "boxes" takes `mllm` and `image_encoder` instead of a model."""
+    mllm: str | None = None
+    """see `BoxesRoute`, as for the next."""
+    image_encoder: str | None = None
     dataset: str = "scenes"
     """see `load_rows`, as for the next six."""
     split: str = "test"
@@ -86,16 +94,28 @@ class Evaluation:
     protocol: str = "rela"
     """a name of `PROTOCOLS`."""
     batch_size: int = 32
-    query_source: str = "both"
-    """what the queries are built from: "both", "tokens" or "concepts"."""
+    query_source: str | None = None
+    """what the queries are built from: "both", "tokens" or "concepts"; None takes what the route means."""
     threshold: float | None = None
-    """confidence from which a slot is kept; None takes 0.5, and 0 where the protocol matches all slots."""
+    """confidence from which a slot is kept; None takes 0.5, and 0 where the protocol matches all slots or an MLLM has
+    chosen them by boxes."""
     image_features: str | None = None
     """folder that `segcompass precompute-features` wrote."""
 
     def __post_init__(self):
-        if bool(self.model) == (self.predictions is not None):
+        if self.route == "boxes":
+            self._check_boxes()
+        elif bool(self.model) == (self.predictions is not None):
             raise ValueError("either a model or predictions are evaluated; give one of --model and --predictions.")
+        if self.predictions is not None and self.route != "concepts":
+            raise ValueError(f"route is {self.route!r} with predictions, which are made already; leave it out.")
+        meant = QUERY_SOURCES.get(self.route)
+        if self.route != "concepts" and self.query_source not in (None, meant):
+            raise ValueError(
+                f"query_source is {self.query_source!r} with route {self.route!r}, which says what masks are made "
+                "from; leave it out."
+            )
+        self.query_source = self.query_source or meant
         if self.protocol not in PROTOCOLS:
             raise ValueError(f"the protocol is {self.protocol!r}; choose one of {', '.join(PROTOCOLS)}.")
         if self.num_samples is None and self.dataset == "scenes":
@@ -105,12 +125,30 @@ class Evaluation:
         if self.unit is None:  # ReasonSeg's texts describe the same target, and everybody evaluates on the first
             self.unit = "ref" if self.dataset == "reasonseg" else PROTOCOLS[self.protocol].unit
 
+    def _check_boxes(self):
+        """Raises ValueError where the boxes route lacks a part, or has one that it does not take."""
+        if not self.mllm or not self.image_encoder:
+            raise ValueError(f"route 'boxes' needs an MLLM and a SAM, such as {PHOTOGRAPH}.")
+        for name in ("model", "predictions", "image_features"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name} is {str(getattr(self, name))!r} with route 'boxes', which takes mllm and image_encoder "
+                    "alone; leave it out."
+                )
+
     @property
     def min_confidence(self) -> float:
         """The threshold, or its default."""
         if self.threshold is not None:
             return self.threshold
-        return 0.0 if PROTOCOLS[self.protocol].matched else 0.5
+        return 0.0 if PROTOCOLS[self.protocol].matched or self.route == "boxes" else 0.5
+
+    @property
+    def name(self) -> str:
+        """What is evaluated, as titles call it."""
+        if self.route == "boxes":
+            return f"{str(self.mllm).rstrip('/')}-boxes"
+        return self.model if self.predictions is None else self.predictions.stem
 
 
 def evaluate(run: Evaluation) -> dict:
@@ -207,8 +245,7 @@ def predict_rest(run: Evaluation, state: PartialState, rows: Dataset, names: lis
     batches = [range(start, min(start + run.batch_size, len(rows))) for start in starts]
     batches = [batch for batch in batches if any(names[index] not in done for index in batch)]
     batches = batches[state.process_index :: state.num_processes]
-    model, processor = load(run.model, state.device)
-    features = open_image_features(run.image_features, model, processor) if run.image_features else None
+    predicted = predictor(run, state.device)
     ious = [iou for iou in (sample_iou(record, run.protocol) for record in done.values()) if iou is not None]
     total = len(done) + sum(names[index] not in done for batch in batches for index in batch)
     rows = leave_images_encoded(rows)
@@ -217,7 +254,7 @@ def predict_rest(run: Evaluation, state: PartialState, rows: Dataset, names: lis
     with bar:
         for batch in batches:
             lines = ""
-            for record in predict(run, model, processor, [rows[index] for index in batch], features):
+            for record in predicted([rows[index] for index in batch]):
                 if record["sample_id"] in done:
                     continue
                 lines += signed_json(record) + "\n"
@@ -226,6 +263,27 @@ def predict_rest(run: Evaluation, state: PartialState, rows: Dataset, names: lis
                 bar.update()
             append_whole(part, lines)
             bar.set_postfix(gIoU=f"{sum(ious) / len(ious):.3f}" if ious else "none")
+
+
+def predictor(run: Evaluation, device: Any) -> Callable[[list[dict]], Iterator[dict]]:
+    """What makes a batch of rows into records.
+
+    Args:
+        run: what to evaluate.
+        device: where the model goes.
+
+    Returns:
+        `predict` or `predict_by_boxes`, with everything loaded.
+
+    Raises:
+        ValueError: no such model, or one that cannot take the route.
+    """
+    if run.route == "boxes":
+        return partial(predict_by_boxes, run, BoxesRoute(str(run.mllm), str(run.image_encoder), device))
+    model, processor = load(run.model, device)
+    check_route(model, run.route)
+    features = open_image_features(run.image_features, model, processor) if run.image_features else None
+    return lambda batch: predict(run, model, processor, batch, features)
 
 
 def predict(
@@ -265,21 +323,64 @@ def predict(
     texts = processor.batch_decode(outputs.sequences[:, outputs.prompt_length :], skip_special_tokens=True)
     seconds = (time.perf_counter() - began) / len(batch)
     for row, text, result in zip(batch, texts, results, strict=True):
-        masks = result["masks"].cpu().numpy()
-        slots = [
-            {"slot": slot, "score": score, "segmentation": encode_mask(mask)}
-            for slot, score, mask in zip(result["slots"].tolist(), result["scores"].tolist(), masks, strict=True)
-        ]
-        yield {
-            "sample_id": row["sample_id"],
-            **({"kind": row["kind"]} if row.get("kind") else {}),
-            "instruction": row["instruction"],
-            "text": text,
-            "format": format_score(text, processor.num_slots),
-            "slots": slots,
-            **counts_of(row, [s["segmentation"] for s in slots], run.protocol),
-            "seconds": seconds,
-        }
+        yield record_of(row, text, format_score(text, processor.num_slots), result, run.protocol, seconds)
+
+
+def predict_by_boxes(run: Evaluation, route: BoxesRoute, batch: list[dict]) -> Iterator[dict]:
+    """As `predict`, by an MLLM's boxes.
+
+    Args:
+        run: what to evaluate.
+        route: the MLLM and SAM.
+        batch: rows.
+
+    Yields:
+        One record per row; its "format" is 1 if the answer points at something or says that nothing is there, else 0.
+
+    Raises:
+        ValueError: as `predict`.
+        OSError: likewise.
+    """
+    batch = [{**row, "image": row_image(row)} for row in batch]
+    began = time.perf_counter()
+    with naming_rows([row["sample_id"] for row in batch]):
+        outputs, answers = route.segment([row["image"] for row in batch], [row["instruction"] for row in batch])
+    sizes = [(row["height"], row["width"]) for row in batch]
+    results = route.processor.post_process_instance_segmentation(outputs, run.min_confidence, target_sizes=sizes)
+    seconds = (time.perf_counter() - began) / len(batch)
+    for row, answer, result in zip(batch, answers, results, strict=True):
+        yield record_of(row, answer.text, float(answer.fault is None), result, run.protocol, seconds)
+
+
+def record_of(row: dict, text: str, form: float, result: dict, protocol: str, seconds: float) -> dict:
+    """What predictions.jsonl holds of a row.
+
+    Args:
+        row: of the shared schema.
+        text: what was written about it.
+        form: how well the text has the form that it must have, in [0, 1].
+        result: of `post_process_instance_segmentation`.
+        protocol: how it is counted.
+        seconds: that it took.
+
+    Returns:
+        The record.
+    """
+    masks = result["masks"].cpu().numpy()
+    slots = [
+        {"slot": slot, "score": score, "segmentation": encode_mask(mask)}
+        for slot, score, mask in zip(result["slots"].tolist(), result["scores"].tolist(), masks, strict=True)
+    ]
+    return {
+        "sample_id": row["sample_id"],
+        **({"kind": row["kind"]} if row.get("kind") else {}),
+        "instruction": row["instruction"],
+        "text": text,
+        "format": form,
+        "slots": slots,
+        **counts_of(row, [s["segmentation"] for s in slots], protocol),
+        "seconds": seconds,
+    }
 
 
 def counts_of(row: dict, masks: list[dict], protocol: str, answer: bool | None = None) -> dict:
@@ -325,6 +426,10 @@ def describe_run(run: Evaluation, rows: Dataset) -> dict:
     """What the predictions depend on: the arguments, the model's files, the questions, masks and images."""
     if run.predictions is not None:
         source: dict[str, Any] = {"predictions": hashlib.sha256(run.predictions.read_bytes()).hexdigest()}
+    elif run.route == "boxes":
+        source = {"route": run.route, "threshold": run.min_confidence}
+        for name in ("mllm", "image_encoder"):
+            source |= {name: getattr(run, name), f"{name}_weights": weights_of(getattr(run, name))}
     else:
         source = {"model": run.model, "weights": weights_of(run.model)}
         source |= {"query_source": run.query_source, "threshold": run.min_confidence}
@@ -365,7 +470,7 @@ def summarise_run(run: Evaluation, records: list[dict]) -> dict:
 
 def write_results(run: Evaluation, rows: Dataset, records: list[dict], metrics: dict) -> None:
     """Write metrics.json, model-index.yml and, where there are images, gallery.html."""
-    name = run.model if run.predictions is None else run.predictions.stem
+    name = run.name
     title = f"{name} on {run.dataset} {run.split}, protocol {run.protocol}"
     if rows[0]["image"] is not None:
         write_gallery(run.output / "gallery.html", leave_images_encoded(rows), records, run.protocol, title)

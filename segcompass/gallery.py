@@ -3,7 +3,6 @@
 import base64
 import io
 import random
-from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +12,11 @@ from PIL import Image
 from segcompass.loaders.masks import decode_mask
 from segcompass.loaders.reasoning_segmentation.reasoning_segmentation import sample_iou
 from segcompass.loaders.rows import row_image
+from segcompass.modeling_segcompass.palette import IGNORED, PREDICTED, WANTED
+from segcompass.modeling_segcompass.report_page import page, text
 from segcompass.modeling_segcompass.whole_files import write_whole
 
-PREDICTED, WANTED, IGNORED = (255, 140, 0), (0, 200, 255), (128, 128, 128)
 SIDE = 320
-
-PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 15px/1.4 system-ui, sans-serif; margin: 2rem; max-width: 90rem; }}
-section {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 1.5rem; }}
-figure {{ margin: 0; }} img {{ width: 100%; image-rendering: auto; }} figcaption {{ overflow-wrap: anywhere; }}
-code {{ color: #555; }} b.swatch {{ display: inline-block; width: 1em; height: 1em; vertical-align: -.1em; }}
-</style><h1>{title}</h1><p>{legend}</p>{sections}</html>
-"""
 
 
 def write_gallery(path: Path, rows: Dataset, records: list[dict], protocol: str, title: str, count: int = 12) -> None:
@@ -43,29 +35,44 @@ def write_gallery(path: Path, rows: Dataset, records: list[dict], protocol: str,
     drawn = random.Random(0).sample(range(len(records)), min(count, len(records)))
     chosen = {"Best": ranked[::-1][:count], "Worst": ranked[:count], "Random": sorted(drawn)}
     sections = "".join(
-        f"<h2>{name}</h2><section>{''.join(_card(rows[i], records[i], ious[i]) for i in indices)}</section>"
+        f"<h2>{name}</h2><div class='grid'>{''.join(_card(rows[i], records[i], ious[i]) for i in indices)}</div>"
         for name, indices in chosen.items()
     )
     names = {"predicted": PREDICTED, "wanted (outline)": WANTED, "ignored": IGNORED}
     legend = " &nbsp; ".join(
-        f'<b class="swatch" style="background: rgb{colour}"></b> {name}' for name, colour in names.items()
+        f'<span class="swatch" style="background: rgb{colour}"></span> {name}' for name, colour in names.items()
     )
-    write_whole(path, PAGE.format(title=escape(title), legend=legend, sections=sections))
+    write_whole(path, page(title, sections, legend))
 
 
 def _card(row: dict, record: dict, iou: float | None) -> str:
     """One sample as an HTML figure."""
     verdict = "left out by the protocol" if iou is None else f"IoU {iou:.3f}"
     scores = ", ".join(f"{slot['score']:.2f}" for slot in record["slots"] if "score" in slot)
+    count = len(record["slots"])
     lines = [
-        f"<strong>{verdict}</strong> <code>{escape(record['sample_id'])}</code>",
-        escape(row["instruction"]),
-        f"<em>{escape(record.get('text') or '')}</em>",
-        f"{len(record['slots'])} masks" + (f", confidence {scores}" if scores else ""),
+        f"<strong>{verdict}</strong> <code>{text(record['sample_id'])}</code>",
+        text(row["instruction"]),
+        f"<em>{text(record.get('text') or '')}</em>",
+        f"{count} mask{'s' * (count != 1)}" + (f", confidence {scores}" if scores else ""),
     ]
-    picture = base64.b64encode(_picture(row, record)).decode("ascii")
-    image = f'<img alt="{escape(row["instruction"])}" src="data:image/jpeg;base64,{picture}">'
-    return f"<figure>{image}<figcaption>{'<br>'.join(lines)}</figcaption></figure>"
+    return sample_figure(_picture(row, record), row["instruction"], lines)
+
+
+def sample_figure(jpeg: bytes, instruction: str, lines: list[str]) -> str:
+    """A sample's picture above what is said of it, for a `grid` of the page.
+
+    Args:
+        jpeg: the picture.
+        instruction: what was asked, for those who cannot see the picture.
+        lines: markup, whose texts are escaped.
+
+    Returns:
+        Markup.
+    """
+    link = f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode('ascii')}"
+    caption = "<br>".join(lines)
+    return f'<figure><img alt="{text(instruction)}" src="{link}"><figcaption>{caption}</figcaption></figure>'
 
 
 def _picture(row: dict, record: dict) -> bytes:

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
 from segcompass.modeling_segcompass.backbone_files import read_mllm
+from segcompass.modeling_segcompass.saved_folders import check_loaded
 from segcompass.modeling_segcompass.tokens import give_rows
 
 
@@ -33,7 +34,10 @@ def load(path: str | Path, device: str | torch.device | None = None) -> tuple[Se
 
 
 def load_mllm(
-    path: str, dtype: str = "float32", device: str | torch.device | None = None
+    path: str,
+    dtype: str = "float32",
+    device: str | torch.device | None = None,
+    chat_template: str | None = None,
 ) -> tuple[PreTrainedModel, SegCompassProcessor]:
     """What a sparse autoencoder reads: a SegCompass model, or an MLLM alone.
 
@@ -41,9 +45,13 @@ def load_mllm(
         path: folder or Hub id of either.
         dtype: of the weights.
         device: where the model goes; by default the GPU, or the CPU where there is none.
+        chat_template: of an MLLM that comes without one.
 
     Returns:
         The model, and a SegCompassProcessor that makes its inputs (without a prompt of ours for an MLLM alone).
+
+    Raises:
+        ValueError: no MLLM, a file of it that is missing, or weights that are missing or not finite.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     config = AutoConfig.from_pretrained(path)
@@ -53,8 +61,10 @@ def load_mllm(
     processor = SegCompassProcessor(
         encoder_image_processor=SamImageProcessorPil(),  # not used: an MLLM alone has no image encoder
         prompt_template="{instruction}",
-        **read_mllm(path),
+        **read_mllm(path, chat_template=chat_template),
     )
-    mllm: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
+    mllm: Any
+    mllm, info = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    check_loaded(mllm, info, path, unexpected=False)
     give_rows(mllm, processor.tokenizer, processor.new_tokens)  # as a SegCompass model that is built from it has them
     return mllm.to(device), processor

@@ -6,24 +6,36 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
-from segcompass.drawing import draw_overlay, label_image
+from segcompass.box_formats import Answer
+from segcompass.boxes_route import BoxesRoute
+from segcompass.drawing import ConceptTile, draw_overlay, label_image
 from segcompass.loaders.folder_lock import folder_lock
 from segcompass.loaders.masks import encode_mask
 from segcompass.loading import load
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
-from segcompass.modeling_segcompass.explanation import heaviest_concepts
+from segcompass.modeling_segcompass.explanation import Explanation, heaviest_concepts
 from segcompass.modeling_segcompass.explanation_page import render_html
 from segcompass.modeling_segcompass.images import read_image
+from segcompass.modeling_segcompass.patch_boxes import has_area
 from segcompass.modeling_segcompass.whole_files import write_whole
+from segcompass.routes import QUERY_SOURCES, check_route
 from segcompass.white_box import ConceptDictionary
 
 NO_TOKENS = "no mask: the response had no concentration tokens"
 
 
 def segment_image(
-    source: str, instruction: str, model: str, output: Path, threshold: float = 0.5, explain: bool = False
+    source: str,
+    instruction: str,
+    model: str,
+    output: Path,
+    threshold: float = 0.5,
+    explain: bool = False,
+    route: str = "concepts",
 ) -> dict:
     """Segment an image, print the result, and write overlay.png, masks.png and result.json.
 
@@ -34,18 +46,22 @@ def segment_image(
         output: folder to write into; made if it does not exist.
         threshold: confidence, in [0, 1], from which a slot is kept.
         explain: write explanation.html and explanation.png too.
+        route: "concepts" or "tokens".
 
     Returns:
         The content of result.json.
 
     Raises:
         OSError: the image cannot be read, the results cannot be written, or another run writes into the folder.
-        ValueError: no such model, or an empty or too long instruction.
+        ValueError: no such model, one that cannot take the route, or an empty or too long instruction.
     """
     image = read_image(source)
     segcompass, processor = load(model)
+    check_route(segcompass, route)
     inputs = processor(images=image, text=instruction).to(segcompass.device)
-    outputs: Any = segcompass.segment(**inputs)
+    with torch.no_grad():  # once, for the masks and for what they lose without a concept
+        keys = segcompass.get_image_embeddings(inputs.pop("encoder_pixel_values"))
+    outputs: Any = segcompass.segment(**inputs, image_embeddings=keys, query_source=QUERY_SOURCES[route])
 
     sizes = inputs["original_sizes"]
     instances = processor.post_process_instance_segmentation(outputs, threshold, target_sizes=sizes)[0]
@@ -58,17 +74,69 @@ def segment_image(
     slots, scores = instances["slots"].tolist(), instances["scores"].tolist()
     heatmaps = slot_heatmaps(outputs, processor, image, slots)
     shown = [slot for slot, _, _ in heatmaps]
-    concepts = concept_heat(outputs, segcompass, processor, image, shown)
-    figure = draw_overlay(np.asarray(image), result, reasoning, verdict, masks, heatmaps, concepts)
+    concepts = concept_heat(outputs, segcompass, shown)
+    dictionary = ConceptDictionary.from_pretrained(model)
+    explanations = explain_slots(segcompass, processor, outputs, shown, dictionary, keys)
+    tiles = {report.slot: concept_tiles(report) for report in explanations if outputs.grounding is not None}
+    figure = draw_overlay(np.asarray(image), result, reasoning, verdict, masks, heatmaps, concepts, tiles)
+    write_results(output, result, label_image(masks, scores, slots), figure)
+    if explain:
+        write_explanation(output, segcompass, processor, outputs, image, instruction, explanations)
+    return result
+
+
+def segment_image_by_boxes(
+    source: str, instruction: str, mllm: str, image_encoder: str, output: Path, threshold: float = 0.0
+) -> dict:
+    """As `segment_image`, by the boxes route: overlay.png has the boxes of the answer in place of heatmaps.
+
+    Args:
+        source: file or URL of the image.
+        instruction: what to segment in it.
+        mllm: see `BoxesRoute`.
+        image_encoder: likewise.
+        output: folder to write into; made if it does not exist.
+        threshold: SAM's estimate of a mask's IoU, in [0, 1], from which the mask is kept.
+
+    Returns:
+        The content of result.json.
+
+    Raises:
+        OSError: the image cannot be read, the results cannot be written, or another run writes into the folder.
+        ValueError: what `BoxesRoute` refuses, or an empty or too long instruction.
+    """
+    image = read_image(source)
+    route = BoxesRoute(mllm, image_encoder)
+    outputs, (answer,) = route.segment([image], [instruction])
+    sizes = [(image.height, image.width)]
+    instances = route.processor.post_process_instance_segmentation(outputs, threshold, target_sizes=sizes)[0]
+    result = {
+        "instruction": instruction,
+        "text": answer.text,
+        "no_target": answer.nothing,
+        "instances": list_instances(instances),
+        "concepts": [],
+        "prompts": [
+            {"slot": slot, "box": region.box, "point": region.point} for slot, region in enumerate(answer.regions)
+        ],
+        "left_out": answer.left_out,
+        "fault": answer.fault,
+    }
+    verdict = verdict_of_answer(answer, len(result["instances"]), threshold)
+    report(result, answer.text.strip(), verdict, "answer")
+    masks, slots = instances["masks"].cpu().numpy(), instances["slots"].tolist()
+    figure = draw_overlay(np.asarray(image), result, answer.text, verdict, masks, [], prompts=result["prompts"])
+    write_results(output, result, label_image(masks, instances["scores"].tolist(), slots), figure)
+    return result
+
+
+def write_results(output: Path, result: dict, labels: Image.Image, figure: Figure) -> None:
+    """Write result.json, masks.png and overlay.png. Raises OSError."""
     with folder_lock(output):
         write_whole(output / "result.json", json.dumps(result, indent=2) + "\n")
-        write_whole(output / "masks.png", label_image(masks, scores, slots).save)
+        write_whole(output / "masks.png", labels.save)
         write_whole(output / "overlay.png", figure.savefig)
     print(f"wrote overlay.png, masks.png and result.json to {output}")
-    if explain:
-        dictionary = ConceptDictionary.from_pretrained(model)
-        write_explanation(output, segcompass, processor, outputs, image, instruction, shown, dictionary)
-    return result
 
 
 # -- results as text and JSON ------------------------------------------------------------------------------------------
@@ -92,22 +160,27 @@ def describe(instruction: str, outputs: Any, processor: SegCompassProcessor, ins
         "instruction": instruction,
         "text": text,
         "no_target": bool(outputs.slot_mask[0].any()) and not slots,
-        "instances": [
-            {"slot": slot, "score": score, "box": box, "segmentation": encode_mask(mask)}
-            for slot, score, box, mask in zip(
-                slots,
-                instances["scores"].tolist(),
-                instances["boxes"].int().tolist(),
-                instances["masks"].cpu().numpy(),
-                strict=True,
-            )
-        ],
+        "instances": list_instances(instances),
         "concepts": [
             {"slot": slot, "index": concept.index, "weight": concept.weight, "value": concept.value}
             for slot in slots
             for concept in heaviest_concepts(outputs, slot)
         ],
     }
+
+
+def list_instances(instances: dict) -> list[dict[str, Any]]:
+    """The instances of one image as result.json has them."""
+    return [
+        {"slot": slot, "score": score, "box": box, "segmentation": encode_mask(mask)}
+        for slot, score, box, mask in zip(
+            instances["slots"].tolist(),
+            instances["scores"].tolist(),
+            instances["boxes"].int().tolist(),
+            instances["masks"].cpu().numpy(),
+            strict=True,
+        )
+    ]
 
 
 def reasoning_of(text: str) -> str:
@@ -120,13 +193,37 @@ def verdict_of(result: dict, outputs: Any) -> str:
     """The result in one line, such as "2 instances" or "no target"."""
     if not outputs.slot_mask[0].any():
         return NO_TOKENS
-    count = len(result["instances"])
-    return "no target" if result["no_target"] else f"{count} instance" + "s" * (count > 1)
+    return "no target" if result["no_target"] else _counted(len(result["instances"]))
 
 
-def report(result: dict, reasoning: str, verdict: str) -> None:
-    """Print the result."""
-    print(f"instruction  {result['instruction']}\nreasoning    {reasoning}\nresult       {verdict}")
+def verdict_of_answer(answer: Answer, count: int, threshold: float) -> str:
+    """What became of an MLLM's boxes, in one line.
+
+    Args:
+        answer: the MLLM's.
+        count: of instances.
+        threshold: from which a mask was kept.
+
+    Returns:
+        Such as "2 instances", "no target" or "no mask: the answer holds no box".
+    """
+    if answer.nothing:
+        return "no target"
+    if answer.fault:
+        return f"no mask: {answer.fault}"
+    if not count:
+        return f"no mask: SAM made none with a pixel and a confidence of {threshold:g} or more"
+    more = f", {answer.left_out} of the answer's boxes left out: no area, or outside the image" * bool(answer.left_out)
+    return _counted(count) + more
+
+
+def _counted(count):
+    return f"{count} instance" + "s" * (count > 1)
+
+
+def report(result: dict, text: str, verdict: str, called: str = "reasoning") -> None:
+    """Print the result: what was asked, what was written and what it is called, and what came of it."""
+    print(f"instruction  {result['instruction']}\n{called:<13}{text}\nresult       {verdict}")
     for instance in result["instances"]:
         box = ", ".join(map(str, instance["box"]))
         print(f"             slot {instance['slot']}  score {instance['score']:.3f}  box ({box})")
@@ -151,39 +248,87 @@ def slot_heatmaps(
 def concept_heat(
     outputs: Any,
     model: SegCompassModel,
-    processor: SegCompassProcessor,
-    image: Image.Image,
     slots: list[int],
-) -> tuple[np.ndarray, tuple[float, float, float, float]] | None:
-    """How strongly the slots' top concepts fire at each image patch, and the part of the image the patches cover.
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """How strongly the slots' top concepts fire at each image patch, and the part of the image that each shows.
 
     Args:
         outputs: SegCompassOutput of `model.segment` for one image.
         model: the model.
-        processor: its processor.
-        image: the image.
         slots: the slots whose concepts are added up.
 
     Returns:
-        None when no slot is shown or no concepts were used, or (float (rows, columns), (left, top, right, bottom)).
+        None when no slot is shown or no concepts were used, or (float (P,), float (P, 4) boxes of `patch_boxes`).
     """
     if not slots or outputs.concept_weights is None:
         return None
-    rows, columns = outputs.patch_grid[0].tolist()
-    seen = model.backbone.seen_extent(processor.image_processor, *image.size)
+    shows = has_area(outputs.patch_boxes[0])  # (P,)
+    boxes = outputs.patch_boxes[0][shows].float().cpu().numpy()  # (patches, 4)
     if outputs.grounding is not None:  # what is shown is what the heatmap is the sum of
-        heat = sum(outputs.grounding.on_patches(0, slot).sum(0) for slot in slots)[: rows * columns]
-        return heat.view(rows, columns).float().cpu().numpy(), seen
+        heat = sum(outputs.grounding.on_patches(0, slot).sum(0) for slot in slots)[: len(boxes)]
+        return heat.float().cpu().numpy(), boxes
     activations = outputs.concept_activations[0]  # (T, M)
-    activations = activations[outputs.sequences[0, : len(activations)] == model.config.image_token_id]  # (patches, M)
+    activations = activations[outputs.sequences[0, : len(activations)] == model.config.image_token_id]
+    activations = activations[shows[: len(activations)]]  # (patches, M)
     heat = activations.new_zeros(len(activations))
     for slot in slots:
         heaviest = [concept.column for concept in heaviest_concepts(outputs, slot)]
         heat += activations[:, heaviest] @ outputs.concept_weights[0, slot, heaviest]
-    return heat.view(rows, columns).cpu().numpy(), seen
+    return heat.float().cpu().numpy(), boxes
 
 
 # -- explanation -------------------------------------------------------------------------------------------------------
+
+
+def explain_slots(
+    model: SegCompassModel,
+    processor: SegCompassProcessor,
+    outputs: Any,
+    slots: list[int],
+    dictionary: ConceptDictionary | None = None,
+    image_embeddings: torch.Tensor | None = None,
+) -> list[Explanation]:
+    """The explanations of some slots.
+
+    Args:
+        model: the model.
+        processor: its processor.
+        outputs: SegCompassOutput of `model.segment` for one image.
+        slots: which slots.
+        dictionary: names the concepts.
+        image_embeddings: float (1, d_k, h, w) that the masks were decoded with; of a grounded read-out the
+            explanations then say what each mask loses without each concept. Others leave them aside.
+
+    Returns:
+        One per slot; none where the queries were built without concepts.
+    """
+    if outputs.concept_weights is None:
+        return []
+    labels = dictionary.labels if dictionary else None
+    keys = None if outputs.grounding is None else image_embeddings
+    return [model.explain(outputs, slot, labels=labels, processor=processor, image_embeddings=keys) for slot in slots]
+
+
+def concept_tiles(explanation: Explanation) -> list[ConceptTile]:
+    """What the overlay shows of a slot's concepts: name, share, the phrase that called it, what the mask loses.
+
+    Args:
+        explanation: of the slot.
+
+    Returns:
+        One per concept, heaviest first.
+    """
+    tiles = []
+    for concept in explanation.concepts:
+        heat = np.array([hit.strength for hit in concept.patches], np.float32)
+        boxes = np.array([hit.box for hit in concept.patches], np.float32).reshape(-1, 4)
+        lines = [f"{concept.weight:.0%} of the slot"]
+        if concept.tokens:
+            lines.append(f"by “{concept.tokens[0].phrase or concept.tokens[0].text.strip()}”")
+        if concept.lost is not None:
+            lines.append(f"without it {'−' if concept.lost >= 0.005 else '±'}{concept.lost:.0%}")
+        tiles.append(ConceptTile(concept.label or f"concept {concept.index}", tuple(lines), heat, boxes))
+    return tiles
 
 
 def write_explanation(
@@ -193,8 +338,7 @@ def write_explanation(
     outputs: Any,
     image: Image.Image,
     instruction: str,
-    slots: list[int],
-    dictionary: ConceptDictionary | None = None,
+    explanations: list[Explanation],
 ) -> None:
     """Write explanation.html of the slots and explanation.png of the most confident of them.
 
@@ -205,20 +349,16 @@ def write_explanation(
         outputs: SegCompassOutput of `model.segment` for one image.
         image: the image.
         instruction: what was asked.
-        slots: the slots to explain; without any, a line says so and nothing is written.
-        dictionary: names the concepts.
+        explanations: of the slots; without any, a line says so and nothing is written.
     """
-    if not slots:
+    if not explanations:
         print("nothing to explain: the response had no concentration tokens")
         return
-    labels = dictionary.labels if dictionary else None
-    explanations = [model.explain(outputs, slot=slot, labels=labels, processor=processor) for slot in slots]
+    slots = [explanation.slot for explanation in explanations]
     logits = processor.post_process_masks(outputs.pred_masks, [(image.height, image.width)])[0]  # (K, H, W)
     masks = (logits[slots] > 0).cpu().numpy()
-    extent = model.backbone.seen_extent(processor.image_processor, *image.size)
-    page = render_html(explanations, image, masks, extent, instruction)
-    write_whole(folder / "explanation.html", page)
+    write_whole(folder / "explanation.html", render_html(explanations, image, masks, instruction))
     first = max(range(len(explanations)), key=lambda place: explanations[place].confidence)
-    figure = explanations[first].to_figure(image, masks[first], instruction, extent)
+    figure = explanations[first].to_figure(image, masks[first], instruction)
     write_whole(folder / "explanation.png", lambda part: figure.savefig(part, dpi=100))
     print(f"wrote explanation.html and explanation.png to {folder}")

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from segcompass.box_formats import Box, says_nothing
 from segcompass.loaders.masks import decode_mask
 from segcompass.loaders.rows import check_reasoning
 from segcompass.loaders.surroundings import masks_alone
@@ -36,15 +37,12 @@ POSITION = (
     "of what is meant? Answer with one of: {places}. If several things are meant, answer with one part for each, "
     "separated by commas. If nothing in the image is meant, answer: none. Nothing else."
 )
-BOX = (
-    'Somebody asked about this image: "{instruction}". One thought: "{trace}" Give the bounding box of what is meant '
-    "as [x1, y1, x2, y2]. If several things are meant, one box for each. If nothing is meant, answer: none."
-)
 TELLS = re.compile(
     r"\b(red|drawn|marked|highlighted|thick|coloured|colored)\s+(line|lines|outline|outlines|box|boxes|contour|border)\b"
     r"|\b(outlined|circled|highlighted|encircled|bounding box)\b",
     re.IGNORECASE,
 )
+ELSEWHERE = "the check picks another place"
 COORDINATES = re.compile(r"[\[(]\s*\d+(\.\d+)?\s*,\s*\d+|\d+\s*(px|pixels)\b|\b\d{2,4}\s*,\s*\d{2,4}\b|\bx\s*=\s*\d")
 
 
@@ -117,48 +115,66 @@ def fault_of_trace(trace: str) -> str | None:
     return None
 
 
-def checking_question(row: Mapping[str, Any], trace: str, check: Check) -> str:
-    """The text that asks where the target is, beside the plain image.
+def position_question(row: Mapping[str, Any], trace: str) -> str:
+    """The text that asks in which part of the plain image the target is.
 
     Args:
         row: of the shared schema.
         trace: the teacher's own.
-        check: whether a part of the image or a box is asked for.
 
     Returns:
         The text.
     """
-    if check == "box":
-        return BOX.format(instruction=_one_line(row["instruction"]), trace=trace)
     return POSITION.format(instruction=_one_line(row["instruction"]), trace=trace, places=", ".join(PLACES))
 
 
-def fault_of_check(row: Mapping[str, Any], answer: str, check: Check) -> str | None:
-    """Why an answer does not name the target; None if it does.
+def with_thought(row: Mapping[str, Any], trace: str) -> str:
+    """The instruction by which a teacher is asked for the target's box in the plain image.
 
     Args:
         row: of the shared schema.
-        answer: to `checking_question`.
-        check: what was asked for.
+        trace: the teacher's own.
+
+    Returns:
+        The text.
+    """
+    return f"{_one_line(row['instruction'])} ({trace})"
+
+
+def fault_of_position(row: Mapping[str, Any], answer: str) -> str | None:
+    """Why an answer does not name the part of the image where the target is; None if it does.
+
+    Args:
+        row: of the shared schema.
+        answer: to `position_question`.
 
     Returns:
         A reason that the report counts by.
     """
-    boxes = [thing.box for thing in masks_alone(row)]
+    named = _places_in(answer)
     none = re.search(r"\b(none|nothing)\b", answer, re.IGNORECASE) is not None
-    height, width = row["height"], row["width"]
-    if check == "position":
-        named = _places_in(answer)
-        wanted = sorted({place(box, height, width) for box in boxes})
-        if not named and not none:
-            return "the check's answer names no part of the image"
-        right = sorted(set(named)) == wanted
-    else:
-        found = _boxes_in(answer, height, width)
-        if not found and not none:
-            return "the check's answer holds no box"
-        right = any(_same_boxes(boxes, reading) for reading in found) if boxes else not found
-    return None if right else "the check picks another place"
+    if not named and not none:
+        return "the check's answer names no part of the image"
+    wanted = {place(thing.box, row["height"], row["width"]) for thing in masks_alone(row)}
+    return None if sorted(set(named)) == sorted(wanted) else ELSEWHERE
+
+
+def fault_of_boxes(row: Mapping[str, Any], answer: str, readings: Sequence[Sequence[Box]]) -> str | None:
+    """Why an answer's boxes are not the target's; None if they are.
+
+    Args:
+        row: of the shared schema.
+        answer: of the teacher.
+        readings: its boxes in pixels, once for each way in which they can be meant.
+
+    Returns:
+        A reason that the report counts by.
+    """
+    if not readings and not says_nothing(answer):
+        return "the check's answer holds no box"
+    wanted = [thing.box for thing in masks_alone(row)]
+    right = any(_same_boxes(wanted, found) for found in readings) if wanted else not readings
+    return None if right else ELSEWHERE
 
 
 def _places_in(answer: str) -> list[str]:
@@ -168,17 +184,6 @@ def _places_in(answer: str) -> list[str]:
         words, count = re.subn(rf"\b{name}\b", " ", words)
         found += [name] * bool(count)
     return found
-
-
-def _boxes_in(answer: str, height: int, width: int) -> list[list[tuple[float, float, float, float]]]:
-    """The boxes of an answer, read in each way that its numbers allow: pixels, thousandths, shares; [] if none."""
-    numbers = [float(text) for text in re.findall(r"(?<![\w.])-?\d+(?:\.\d+)?(?![\w])", answer)]  # not bbox_2d's, x1's
-    groups = [numbers[start : start + 4] for start in range(0, len(numbers) - 3, 4)]
-    if not groups or len(numbers) % 4:
-        return []
-    largest = max(max(group) for group in groups)
-    scales = [(width, height)] if largest <= 1 else [(1, 1)] + [(width / 1000, height / 1000)] * (largest <= 1000)
-    return [[(a * x, b * y, c * x, d * y) for a, b, c, d in groups] for x, y in scales]
 
 
 def _same_boxes(wanted: Sequence[tuple[float, ...]], found: Sequence[tuple[float, ...]]) -> bool:

@@ -1,6 +1,6 @@
-"""Models that write traces: an MLLM that is loaded here, or any server that speaks OpenAI's chat completions.
+"""Models that are asked about pictures: an MLLM that is loaded here, or any server with OpenAI's chat completions.
 
-A teacher answers questions about pictures, several at once. Knows nothing about what is asked.
+A teacher answers questions, several at once, and says by boxes where something is. Knows nothing about traces or masks.
 """
 
 import base64
@@ -13,12 +13,16 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from PIL import Image
+from transformers import AutoConfig
 
+from segcompass.box_formats import Answer, Box, BoxFormat, format_of, known_format, possible_boxes
 from segcompass.loading import load_mllm
+from segcompass.modeling_segcompass.backbone import backbone_of
+from segcompass.modeling_segcompass.tokens import THINK
 
 KEY = "OPENAI_API_KEY"
 """The environment variable with the server's key, where it wants one."""
@@ -30,6 +34,22 @@ class NoAnswer(Exception):
     """A teacher could not be asked: nothing is known about the sample, and it can be asked again later."""
 
 
+ANY_BOX = (
+    'Give the bounding box of what is meant by "{instruction}" in this image as [x1, y1, x2, y2]. If several things '
+    "are meant, one box for each. If nothing is meant, answer: none."
+)
+"""What is asked of a model of which it is not known how it writes boxes."""
+
+
+class Located(NamedTuple):
+    """Where something is, as a teacher says it."""
+
+    text: str
+    """the answer."""
+    readings: list[list[Box]]
+    """the boxes, once for each way in which the numbers can be meant; [] without a usable box."""
+
+
 class Teacher(Protocol):
     """What answers questions about pictures."""
 
@@ -38,6 +58,9 @@ class Teacher(Protocol):
 
     def ask(self, questions: Sequence[tuple[Image.Image, str]]) -> list[str | NoAnswer]:
         """One answer per (picture, text), or why there is none."""
+
+    def locate(self, questions: Sequence[tuple[Image.Image, str]]) -> list[Located | NoAnswer]:
+        """The boxes of what is meant, per (picture, instruction), or why there is no answer."""
 
 
 class ServerTeacher:
@@ -85,6 +108,24 @@ class ServerTeacher:
         with ThreadPoolExecutor(self.parallel) as pool:
             return list(pool.map(lambda question: self._one(*question), questions))
 
+    def locate(self, questions: Sequence[tuple[Image.Image, str]]) -> list[Located | NoAnswer]:
+        """Ask the server for boxes; how it counts is not known, so every reading is given.
+
+        Args:
+            questions: pictures with instructions.
+
+        Returns:
+            One each.
+
+        Raises:
+            ValueError: as `ask`.
+        """
+        answers = self.ask([(image, ANY_BOX.format(instruction=text)) for image, text in questions])
+        return [
+            answer if isinstance(answer, NoAnswer) else Located(answer, possible_boxes(answer, image.size))
+            for answer, (image, _) in zip(answers, questions, strict=True)
+        ]
+
     def _one(self, image: Image.Image, text: str) -> str | NoAnswer:
         content = [
             {"type": "image_url", "image_url": {"url": data_url(image)}},
@@ -130,18 +171,34 @@ class BackboneTeacher:
     Args:
         path: folder or Hub id of an MLLM, or of a SegCompass model.
         max_tokens: longest answer.
+        device: where the MLLM goes; by default the GPU, or the CPU where there is none.
+        chat_template: of an MLLM that comes without one; such an MLLM is refused where None is given.
 
     Example:
         teacher = BackboneTeacher("Qwen/Qwen2.5-VL-3B-Instruct")
+        (answer,) = teacher.ask([(image, "What is this?")])
+        (answer,) = teacher.point([(image, "the mug nearest the sink")])  # its regions are in the image's pixels
     """
 
-    def __init__(self, path: str, max_tokens: int = 300):
-        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-        self.model, self.processor = load_mllm(path, dtype)
-        self.model.eval()
-        self.name, self.max_tokens = path, max_tokens
+    boxes: BoxFormat | None
+    """how it writes boxes; None where that is not known."""
 
-    @torch.no_grad()
+    def __init__(
+        self,
+        path: str,
+        max_tokens: int = 300,
+        device: str | torch.device | None = None,
+        chat_template: str | None = None,
+    ):
+        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+        self.boxes = format_of(AutoConfig.from_pretrained(path))
+        self.model, self.processor = load_mllm(path, dtype, device, chat_template)
+        self.model.eval()
+        self.mllm: Any = getattr(self.model, "mllm", self.model)
+        self.name, self.max_tokens = path, max_tokens
+        places = self.mllm.config.get_text_config().max_position_embeddings
+        self.processor.max_prompt_length = places - min(max_tokens, places // 2)
+
     def ask(self, questions: Sequence[tuple[Image.Image, str]]) -> list[str | NoAnswer]:
         """Ask the model, all questions in one batch.
 
@@ -154,15 +211,64 @@ class BackboneTeacher:
         Raises:
             ValueError: a question that the processor refuses, such as one that is too long.
         """
+        return [*self._write(questions, "{instruction}")[0]]
+
+    def point(self, questions: Sequence[tuple[Image.Image, str]]) -> list[Answer]:
+        """Ask for boxes in the MLLM's own format, all questions in one batch.
+
+        Args:
+            questions: pictures with instructions.
+
+        Returns:
+            One answer each, with regions in pixels of the image.
+
+        Raises:
+            ValueError: the MLLM's format is not known, or a question that the processor refuses.
+        """
+        written = known_format(self.mllm.config, self.name)
+        images = self.processor.image_processor
+        given = [(written.picture(image, images), text) for image, text in questions]
+        texts, batch = self._write(given, written.question)
+        return [
+            written.read(text, image.size, written.shown_size(batch, row, images))
+            for row, (text, (image, _)) in enumerate(zip(texts, questions, strict=True))
+        ]
+
+    def locate(self, questions: Sequence[tuple[Image.Image, str]]) -> list[Located | NoAnswer]:
+        """Ask for boxes; of an MLLM whose format is not known every reading is given.
+
+        Args:
+            questions: pictures with instructions.
+
+        Returns:
+            One each.
+
+        Raises:
+            ValueError: a question that the processor refuses.
+        """
+        if self.boxes is None:
+            texts, _ = self._write(questions, ANY_BOX)
+            pairs = zip(texts, questions, strict=True)
+            return [Located(text, possible_boxes(text, image.size)) for text, (image, _) in pairs]
+        located: list[Located | NoAnswer] = []
+        for answer in self.point(questions):
+            found = [region.box for region in answer.regions if region.box is not None]
+            located.append(Located(answer.text, [found] if found else []))
+        return located
+
+    @torch.no_grad()
+    def _write(self, questions, template):
+        """The answers' texts, and the batch that the MLLM was given."""
         images, texts = zip(*questions, strict=True)
+        self.processor.prompt_template = template
         batch = self.processor(images=list(images), text=list(texts), image_encoder=False)
-        mllm: Any = getattr(self.model, "mllm", self.model)
-        inputs = {name: value.to(mllm.device) for name, value in batch.items() if name not in NOT_OF_MLLM}
-        made = mllm.generate(**inputs, max_new_tokens=self.max_tokens, do_sample=False)
-        return self.processor.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-NOT_OF_MLLM = ("original_sizes", "reshaped_input_sizes")
+        taken = backbone_of(self.mllm).mllm_inputs(self.mllm, batch)
+        inputs = {name: value.to(self.mllm.device) for name, value in taken.items()}
+        made = self.mllm.generate(**inputs, max_new_tokens=self.max_tokens, do_sample=False)
+        prompts = self.processor.batch_decode(inputs["input_ids"][:, -4:])  # some templates begin the reasoning
+        answers = self.processor.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        begun = [THINK if prompt.rstrip().endswith(THINK) else "" for prompt in prompts]
+        return [start + answer for start, answer in zip(begun, answers, strict=True)], batch
 
 
 def data_url(image: Image.Image) -> str:

@@ -4,7 +4,6 @@ Everything lands in one folder, which the trainers read as a data set: the rows 
 name their images; what became of each row, as a journal from which an interrupted run goes on; a report and a gallery.
 """
 
-import base64
 import io
 import json
 import random
@@ -12,16 +11,16 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
+from PIL import Image
 from tqdm import tqdm
 
-from segcompass.gallery import PAGE, SIDE
+from segcompass.gallery import SIDE, sample_figure
 from segcompass.journal import Journal
 from segcompass.loaders.files import read_json
 from segcompass.loaders.identity import rows_digest
@@ -29,14 +28,17 @@ from segcompass.loaders.mixing import HELD_OUT, mix_rows, note_held_out, read_pa
 from segcompass.loaders.refcoco import SPLIT_BY
 from segcompass.loaders.rows import check_reasoning, leave_images_encoded, row_image
 from segcompass.loaders.surroundings import Surroundings, masks_alone, read_surroundings
+from segcompass.modeling_segcompass.report_page import page, text
 from segcompass.modeling_segcompass.whole_files import write_whole
 from segcompass.trace_questions import (
     Check,
-    checking_question,
     clean_trace,
     draw_targets,
-    fault_of_check,
+    fault_of_boxes,
+    fault_of_position,
     fault_of_trace,
+    position_question,
+    with_thought,
     writing_question,
 )
 from segcompass.trace_teachers import BackboneTeacher, NoAnswer, ServerTeacher, Teacher
@@ -261,13 +263,38 @@ def ask_teacher(teacher: Teacher, batch: Sequence[dict], check: Check) -> tuple[
             written.append((row, image, trace))
     if not written:
         return records, unanswered
-    answers = teacher.ask([(image, checking_question(row, trace, check)) for row, image, trace in written])
-    for (row, _, trace), answer in zip(written, answers, strict=True):
+    for (row, _, trace), answer in zip(written, check_by(teacher, written, check), strict=True):
         if isinstance(answer, NoAnswer):
             unanswered.append(str(answer))
         else:
-            records.append(_record(row, trace, fault_of_check(row, answer, check), answer))
+            records.append(_record(row, trace, *answer))
     return records, unanswered
+
+
+def check_by(
+    teacher: Teacher, written: Sequence[tuple[dict, Image.Image, str]], check: Check
+) -> list[tuple[str | None, str] | NoAnswer]:
+    """Let a teacher find the targets by its traces, in the plain images.
+
+    Args:
+        teacher: who is asked.
+        written: rows, images and traces.
+        check: what it must find.
+
+    Returns:
+        Why it does not find one (None if it does) and its answer, or why there is none.
+    """
+    if check == "box":
+        located = teacher.locate([(image, with_thought(row, trace)) for row, image, trace in written])
+        return [
+            found if isinstance(found, NoAnswer) else (fault_of_boxes(row, found.text, found.readings), found.text)
+            for (row, _, _), found in zip(written, located, strict=True)
+        ]
+    answers = teacher.ask([(image, position_question(row, trace)) for row, image, trace in written])
+    return [
+        answer if isinstance(answer, NoAnswer) else (fault_of_position(row, answer), answer)
+        for (row, _, _), answer in zip(written, answers, strict=True)
+    ]
 
 
 def _own_trace(row: dict) -> str | None:
@@ -387,11 +414,10 @@ def write_gallery(
     for title, numbers in (("Kept", kept), ("Dropped", dropped)):
         chosen = sorted(random.Random(0).sample(list(numbers), min(SHOWN, len(numbers))))
         cards = "".join(_card(rows[number], records[names[number]]) for number in chosen)
-        sections += f"<h2>{title}, {len(numbers):,}</h2><section>{cards}</section>"
+        sections += f"<h2>{title}, {len(numbers):,}</h2><div class='grid'>{cards}</div>"
     title = f"Traces of {run.dataset} {run.split}, by {run.mllm or run.server_model or 'annotations'}"
     legend = "The red line is the target; whoever checks a trace sees the image without it."
-    page = PAGE.format(title=escape(title), legend=legend, sections=sections)
-    write_whole(run.output / f"{run.split}-gallery.html", page)
+    write_whole(run.output / f"{run.split}-gallery.html", page(title, sections, legend))
 
 
 def _card(row: dict, record: dict) -> str:
@@ -399,15 +425,10 @@ def _card(row: dict, record: dict) -> str:
     image.thumbnail((SIDE, SIDE))
     file = io.BytesIO()
     image.save(file, format="JPEG", quality=85)
-    picture = base64.b64encode(file.getvalue()).decode("ascii")
-    lines = [f"<code>{escape(record['sample_id'])}</code>", f"<strong>{escape(row['instruction'])}</strong>"]
-    lines.append(f"<em>{escape(record['trace'])}</em>")
+    lines = [f"<code>{text(record['sample_id'])}</code>", f"<strong>{text(row['instruction'])}</strong>"]
+    lines.append(f"<em>{text(record['trace'])}</em>")
     if record["dropped"]:
-        lines.append(f"dropped: {escape(record['dropped'])}")
+        lines.append(f"dropped: {text(record['dropped'])}")
     if record.get("check"):
-        lines.append(f"checked: {escape(record['check'])}")
-    alt = escape(row["instruction"], quote=True)
-    return (
-        f'<figure><img alt="{alt}" src="data:image/jpeg;base64,{picture}"><figcaption>{"<br>".join(lines)}'
-        "</figcaption></figure>"
-    )
+        lines.append(f"checked: {text(record['check'])}")
+    return sample_figure(file.getvalue(), row["instruction"], lines)

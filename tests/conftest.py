@@ -19,3 +19,8 @@ def pytest_addoption(parser):
         action="store_true",
         help="tests/trainers/test_trl_options.py: try every option of TRL, not only the fast ones",
     )
+    parser.addoption(
+        "--all-families",
+        action="store_true",
+        help="tests/families: try every family of MLLMs, and renew the table of docs/families.md",
+    )

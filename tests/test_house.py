@@ -5,6 +5,7 @@ import contextlib
 import importlib
 import inspect
 import io
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -232,11 +233,55 @@ def test_every_path_in_docstrings_comments_and_recipes_exists():
     assert not missing, "paths that do not exist:\n" + "\n".join(f"{name}: {paths}" for name, paths in missing.items())
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md", ROOT / "dev" / "log.md"], ids=name_of)
+LINKING = [
+    *PAGES,
+    ROOT / "CHANGELOG.md",
+    ROOT / "dev" / "log.md",
+    *sorted((ROOT / "examples" / "notebooks").glob("*.ipynb")),
+]
+
+
+def prose(page: Path) -> str:
+    """The text of a page, or of a notebook's cells of text, without its code blocks."""
+    text = page.read_text(encoding="utf-8")
+    if page.suffix == ".ipynb":
+        cells = json.loads(text)["cells"]
+        text = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    return re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+
+
+def anchors(page: Path) -> set[str]:
+    """What a forge calls the headings of a page."""
+    found: list[str] = []
+    for heading in re.findall(r"^#+ (.+)$", prose(page), re.M):
+        words = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
+        slug = re.sub(r"[^\w\- ]", "", words).replace(" ", "-")
+        found.append(f"{slug}-{found.count(slug)}" if slug in found else slug)
+    return set(found)
+
+
+def dead_links(text: str, page: Path) -> list[str]:
+    """The relative links of a page that name a file, or a heading of a page, that does not exist."""
+    dead = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = target.partition("#")
+        there = page.parent / path if path else page
+        if re.match(r"https?://|mailto:", target):
+            continue
+        if not there.exists() or (anchor and there.suffix == ".md" and anchor not in anchors(there)):
+            dead.append(target)
+    return dead
+
+
+@pytest.mark.parametrize("page", LINKING, ids=name_of)
 def test_every_link_leads_somewhere(page):
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
-        if not re.match(r"https?://|#|mailto:", target):
-            assert (page.parent / target.split("#")[0]).exists(), f"{name_of(page)} links to {target}"
+    dead = dead_links(prose(page), page)
+    assert not dead, f"{name_of(page)} links to {dead}"
+
+
+def test_a_dead_link_is_found():
+    text = "[a](data.md#jsonl) [b](data.md#json) [c](gone.md) [d](#start) [e](https://x.y/#z) [f](../README.md#rows)"
+    assert dead_links(text, ROOT / "docs" / "sae.md") == ["data.md#json", "gone.md", "#start"]
 
 
 def test_contributing_says_which_file_to_edit_and_it_exists():

@@ -31,7 +31,7 @@ def test_the_page_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     ran = 0
     for marker, language, code in blocks("own_data.md"):
         if not marker.startswith("run"):
-            assert marker.startswith("not run: needs")
+            assert marker.startswith("not run here: needs")
             continue
         if language == "python":
             exec(compile(code, "own_data.md", "exec"), {})

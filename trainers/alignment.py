@@ -4,7 +4,7 @@ An SAE of that layer can then share a feature between a word and what it looks l
 training does not ask for. All it needs is rows with `phrases` (`loaders.rows.PHRASES`): words, and masks of what they
 name. It knows nothing about slots, concepts or labels of attributes.
 
-    targets = AlignmentTargets(processor, model.config.mllm_config)(rows, batch)
+    targets = AlignmentTargets(processor)(rows, batch)
     loss = alignment_loss(outputs.hidden_states[layer], targets)
 
 Patches that no mask touches are taken as showing none of the words (padding and ground alike); a data set whose phrases
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from segcompass.modeling_segcompass.backbone import backbone_of
+from segcompass.modeling_segcompass.patch_boxes import has_area
 
 from .targets import patch_coverage
 
@@ -61,13 +61,12 @@ class AlignmentTargets:
 
     Args:
         processor: a SegCompassProcessor with a fast tokenizer.
-        mllm_config: the MLLM's configuration.
         word_kind: what a word says. Patches tell words of one kind apart (red, green, blue) rather than from all
             others; `loaders.scene_questions.word_kind` knows the scenes' words, `any_word` takes them as they are.
         misnamed: meaning -> another one that its words are said to have. For a control only: it trains on wrong pairs.
 
     Example:
-        >>> make = AlignmentTargets(processor, model.config.mllm_config)
+        >>> make = AlignmentTargets(processor)
         >>> alignment = make(rows, collator(rows))
         >>> alignment.shown.shape
         torch.Size([128, 11])
@@ -76,12 +75,10 @@ class AlignmentTargets:
     def __init__(
         self,
         processor: Any,
-        mllm_config: Any,
         word_kind: WordKind = any_word,
         misnamed: Mapping[str, str] | None = None,
     ):
         self.processor = processor
-        self.mllm_config = mllm_config
         self.word_kind = word_kind
         self.misnamed = misnamed or {}
 
@@ -98,19 +95,17 @@ class AlignmentTargets:
         Raises:
             ValueError: a row without phrases, or a phrase that does not stand where it says.
         """
-        backbone = backbone_of(self.processor)
-        grids = backbone.patch_grid(self.mllm_config, batch["input_ids"], batch).tolist()
         images = [row.nonzero()[:, 0].tolist() for row in batch["input_ids"] == self.processor.image_token_id]
         responses = [row.nonzero()[:, 0].tolist() for row in batch["response_mask"]]
         words, patches, names = [], [], []  # names: of each word its own meaning, by which patches are told
         told: list[tuple[int, list[tuple[tuple[str, str], Tensor]]]] = []
         for sample, row in enumerate(rows):
             phrases = self._phrases(row)
-            extent = backbone.seen_extent(self.processor.image_processor, row["width"], row["height"])
+            boxes = batch["patch_boxes"][sample, : len(images[sample])]
             things = {mask["counts"]: mask for phrase in phrases for mask in phrase["masks"]}
-            cover = patch_coverage(list(things.values()), row["height"], row["width"], extent, tuple(grids[sample]))
-            owned = dict(zip(things, cover.flatten(1) >= 0.5, strict=True))  # (patches,) each
-            clear = (cover.flatten(1) >= 0.5).any(0) | (cover.flatten(1).sum(0) == 0)
+            cover = patch_coverage(list(things.values()), row["height"], row["width"], boxes)  # (things, patches)
+            owned = dict(zip(things, cover >= 0.5, strict=True))  # (patches,) each
+            clear = ((cover >= 0.5).any(0) | (cover.sum(0) == 0)) & has_area(boxes)
             said: list[tuple[tuple[str, str], Tensor]] = []
             for phrase, position, name in self._words(row, phrases, responses[sample]):
                 words.append((sample, position))

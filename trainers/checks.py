@@ -3,6 +3,7 @@
 Each check raises with what it is, what it must be, and what to do. Knows nothing about how training is done.
 """
 
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -11,9 +12,11 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from PIL import Image
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin
 from transformers.integrations import is_deepspeed_zero3_enabled
+from trl import GRPOTrainer
 
 from segcompass.loaders.identity import check_sample_ids
 from segcompass.loaders.masks import has_pixels
@@ -32,6 +35,26 @@ if TYPE_CHECKING:  # the config imports what this file imports
 ROW_COLUMNS = ("image", "image_id", "sample_id", "instruction", "masks", "height", "width")
 CHECKED_ROWS = 2000  # whose masks are checked before the first step; the others when their turn comes
 MAX_SAMPLING_GAP = 0.2  # nats per token between vLLM's and the trained policy's log-probabilities; bf16 alone is ~0.02
+
+
+def check_carried_inputs(processor: Any) -> None:
+    """Refuse a family of MLLMs with inputs that TRL does not hand on to its scoring passes.
+
+    Args:
+        processor: a SegCompassProcessor.
+
+    Raises:
+        ValueError: naming the inputs.
+    """
+    prompt = processor.apply_chat_template(processor.build_messages("it"), tokenize=False, add_generation_prompt=True)
+    made = processor(images=[[Image.new("RGB", (64, 64))]], text=[prompt], return_tensors="pt")
+    scoring = inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters
+    lost = sorted(set(made) - set(scoring))
+    if lost:
+        raise ValueError(
+            f"the passes of an MLLM of type {processor.mllm_type!r} need {', '.join(lost)}, which TRL does not hand on "
+            "from the rollout; train it with SegCompassSFTTrainer, or choose another MLLM (docs/families.md)."
+        )
 
 
 def check_before_training(
@@ -61,6 +84,7 @@ def check_before_training(
         ValueError: anything else that does not fit.
     """
     check_model(model, processor)
+    check_carried_inputs(processor)
     check_dataset(train_dataset)
     check_rows(train_dataset, eval_dataset, args)
     check_reward_weights(rewards, args.reward_weights)

@@ -25,6 +25,7 @@ from torch.nn.utils.rnn import pad_sequence
 from segcompass.modeling_segcompass.backbone import backbone_of
 from segcompass.modeling_segcompass.grounded_reading import DECODER_CONFIDENCE, centred, concept_spread
 from segcompass.modeling_segcompass.image_encoder import encoder_of
+from segcompass.modeling_segcompass.patch_boxes import boxes_of_tokens, has_area
 from segcompass.modeling_segcompass.token_layout import conclusion_mask, gather_positions
 from segcompass.modeling_segcompass.whole_files import write_whole
 
@@ -133,40 +134,36 @@ def _records(model, processor, rows, word_kind):
     batch = SegCompassCollator(processor, 4 * config.key_grid)(rows)
     targets = batch.pop("mask_targets")
     ids, attention, response = (batch[name] for name in ("input_ids", "attention_mask", "response_mask"))
-    grids = backbone.patch_grid(config.mllm_config, ids, batch)
     with model.reading_states() as recorder:
         backbone.without_head(model.mllm)(**backbone.mllm_inputs(model.mllm, batch), use_cache=False)
-        states = recorder.states_of_pass(ids, attention, response, grids)
+        states = recorder.states_of_pass(ids, attention, response)
     keys = encoder_of(model).encode(model.image_encoder, batch["encoder_pixel_values"])
     image = ids == config.image_token_id
     words, word_mask = gather_positions(conclusion_mask(ids, attention, response, config) & ~image)
-    patches, is_patch = gather_positions(image)  # (B, P)
-    xy = backbone.patch_positions(image, grids)[torch.arange(len(ids))[:, None], patches]  # (B, P, 2)
-    xy, seen, on_image = config.frame.place_patches(
-        xy.masked_fill(~is_patch[..., None], -1e3), batch["reshaped_input_sizes"], config.image_view
-    )
+    boxes = boxes_of_tokens(batch["patch_boxes"], image)  # (B, T, 4)
+    shows = has_area(boxes)
+    patches, is_patch = gather_positions(shows)  # (B, P)
+    boxes = boxes[torch.arange(len(ids))[:, None], patches] * is_patch[..., None]  # (B, P, 4)
+    xy, size, on_image = config.frame.place_boxes(boxes, batch["reshaped_input_sizes"])
     usual = model.sae.mean_active_activation.clamp_min(1e-6)
     records = []
     for index, row in enumerate(rows):
         places = words[index][word_mask[index]]
-        extent = backbone.seen_extent(processor.image_processor, row["width"], row["height"])
-        cover = partial(
-            patch_coverage, height=row["height"], width=row["width"], extent=extent, grid=tuple(grids[index].tolist())
-        )
+        cover = partial(patch_coverage, height=row["height"], width=row["width"], boxes=boxes[index][is_patch[index]])
         records.append(
             {
                 "image": row["image_id"],
                 "things": [mask["counts"] for mask in row["masks"]],
                 "word_codes": (model.sae.encode(states.z[index, places]) / usual).half().to_sparse(),
                 "word_states": states.last_hidden[index, places].half(),
-                "patch_codes": (model.sae.encode(states.z[index, image[index]]) / usual).half().to_sparse(),
+                "patch_codes": (model.sae.encode(states.z[index, shows[index]]) / usual).half().to_sparse(),
                 "patch_mask": on_image[index][is_patch[index]],
                 "patch_xy": xy[index][is_patch[index]],
-                "patch_size": (seen / grids.flip(-1)[:, None])[index],
+                "patch_size": size[index][is_patch[index]],
                 "keys": keys[index].half(),
                 "reshaped": batch["reshaped_input_sizes"][index],
                 "masks": (255 * targets[index]).round().byte(),
-                "coverage": cover(row["masks"]).flatten(1),
+                "coverage": cover(row["masks"]),
                 **_said(row, cover, word_kind),
             }
         )
@@ -180,7 +177,7 @@ def _said(row, cover, word_kind):
     reasoning = row["reasoning"].rstrip(" .")
     conclusion = reasoning.rfind(". ") + 1
     for phrase in row.get("phrases") or []:
-        owned = (cover(phrase["masks"]).flatten(1) >= 0.5).any(0)
+        owned = (cover(phrase["masks"]) >= 0.5).any(0)
         for word in re.findall(r"[^\W\d_]+|\d", phrase["text"]):
             if (meaning := word_kind(word)) is None:
                 continue

@@ -55,7 +55,8 @@ class JointForward(TrimmedForward):
 
     Args:
         model: the policy, in whatever wrappers it trains.
-        segmentation: `image_embeddings`, B tensors (d_k, h, w), and `reshaped_input_sizes`, long (B, 2).
+        segmentation: `image_embeddings`, B tensors (d_k, h, w), `reshaped_input_sizes`, long (B, 2), and `patch_boxes`,
+            float (B, P, 4).
         rows: the rows of the one call that get masks; None, all rows of however many calls.
         **flags: further keywords of the model's forward, such as skip_lm_head=True.
 
@@ -70,6 +71,7 @@ class JointForward(TrimmedForward):
         self.flags, self.rows = flags, rows
         self.image_embeddings: list[Tensor] = segmentation["image_embeddings"]
         self.reshaped_input_sizes: Tensor = segmentation["reshaped_input_sizes"]
+        self.patch_boxes: Tensor = segmentation["patch_boxes"]
         self.outputs: list[Any] = []
         self.first: tuple[Tensor, Tensor] | None = None  # ids and attention mask (B, t) of the first call
         self.done = 0
@@ -81,6 +83,7 @@ class JointForward(TrimmedForward):
             **inputs,
             image_embeddings=torch.stack([self.image_embeddings[row] for row in rows]),  # (rows, d_k, h, w)
             reshaped_input_sizes=self.reshaped_input_sizes[rows],  # (rows, 2)
+            patch_boxes=self.patch_boxes[rows],  # (rows, P, 4)
             mask_rows=self.rows,
             **self.flags,
         )

@@ -37,9 +37,10 @@ def freeze(
     model.freeze_encoders()
     model.image_encoder.requires_grad_(train_image_encoder)
     backbone = backbone_of(model)
-    projector = backbone.projector(model.mllm)
-    if projector is not None:
-        projector.requires_grad_(train_below_sae_layer)
+    vision = backbone.vision_names(model.mllm)
+    for name, weight in model.mllm.named_parameters():
+        if name.startswith(vision):
+            weight.requires_grad_(train_below_sae_layer)  # the projector, and what else lies between
     backbone.vision_tower(model.mllm).requires_grad_(train_vision_tower)  # with the projector, where it is a part of it
     if train_below_sae_layer:
         return
@@ -108,10 +109,12 @@ def lora_config(model: Any, **settings: Any) -> Any:
     """
     from peft import LoraConfig
 
+    matrix = model.get_input_embeddings()
+    embeddings = next(name.rpartition(".")[2] for name, module in model.named_modules() if module is matrix)
     defaults = {
         "target_modules": backbone_of(model).lora_targets(model.mllm),
         "modules_to_save": [*segmentation_modules(model), *([] if is_tied(model) else ["lm_head"])],
-        "trainable_token_indices": {"embed_tokens": learned_rows(model)},  # PEFT ties the head to them, if it was tied
+        "trainable_token_indices": {embeddings: learned_rows(model)},  # PEFT ties the head to them, if it was tied
     }
     return LoraConfig(**{**defaults, **settings})
 

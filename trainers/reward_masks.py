@@ -51,6 +51,7 @@ def decode_written(
         image = {
             "image_embeddings": torch.stack(segmentation["image_embeddings"][rows]),  # (rows, d_k, h, w)
             "reshaped_input_sizes": segmentation["reshaped_input_sizes"][rows],
+            "patch_boxes": segmentation["patch_boxes"][rows],
         }
         states = written.rows(rows).trimmed()._replace(**image)
         with trainer.accelerator.autocast():
@@ -113,6 +114,11 @@ def scoring_inputs(
     attention_mask = torch.cat([inputs.pop("attention_mask"), mask], 1)  # (B, T)
     trainer.core.backbone.append_text(inputs, ids.shape[1])
     inputs.update(batch_size=trainer.scoring_batch_size, num_images=[1] * len(prompts))
+    pixels = inputs.get("pixel_values")
+    if pixels is not None and pixels.dim() == 4 and len(pixels) != len(prompts):  # tiles, as TRL counts them
+        counts = (input_ids == trainer.core.config.image_token_id).sum(1)
+        tiles = trainer.core.backbone.split_rows(pixels, counts)
+        inputs["num_tiles"] = None if tiles is None else [len(part) for part in tiles]
     return (input_ids, attention_mask, ids.shape[1]), inputs
 
 

@@ -32,7 +32,8 @@ class Rollout:
     """One generation batch of B responses while TRL generates and scores it."""
 
     segmentation: dict[str, Any]
-    """what joins TRL's batch: image_embeddings, mask_targets (lists of B tensors), reshaped_input_sizes (B, 2), and,
+    """what joins TRL's batch: image_embeddings, mask_targets (lists of B tensors), reshaped_input_sizes (B, 2),
+    patch_boxes (B, P, 4) and,
     once they are known, mask_scores (B,)."""
     images: list[Image.Image]
     """the image of each row, to be drawn on."""
@@ -82,7 +83,8 @@ def segmentation_batch(trainer: "SegCompassGRPOTrainer", rows: Sequence[Row]) ->
         rows: B rows as `decode_images` returns them.
 
     Returns:
-        `image_embeddings`, B tensors (d_k, h, w); `reshaped_input_sizes`, long (B, 2); `mask_targets`, B tensors
+        `image_embeddings`, B tensors (d_k, h, w); `reshaped_input_sizes`, long (B, 2); `patch_boxes`, float (B, P, 4);
+        `mask_targets`, B tensors
         (G_i, s, s); all on the device.
     """
     config = trainer.core.config
@@ -98,6 +100,7 @@ def segmentation_batch(trainer: "SegCompassGRPOTrainer", rows: Sequence[Row]) ->
     return {
         "image_embeddings": list(embeddings),
         "reshaped_input_sizes": torch.stack(sizes),  # (B, 2)
+        "patch_boxes": trainer.processing_class.patch_boxes([row["image"] for row in rows]).to(sizes[0].device),
         "mask_targets": [targets[_masks_key(row)] for row in rows],
     }
 

@@ -170,7 +170,7 @@ class SparseAutoencoderTrainer(WholeCheckpoints, Trainer):
         args: SparseAutoencoderTrainerConfig,
         train_dataset: IterableDataset | None = None,
         eval_dataset: IterableDataset | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         check_precision(model)
         if train_dataset is not None:

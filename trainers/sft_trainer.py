@@ -178,7 +178,7 @@ class SegCompassSFTTrainer(WholeCheckpoints, HeldOutMasks, Trainer):
                     f"lambda_align={args.lambda_align} changes the states at the SAE's layer, but "
                     "train_below_sae_layer=False keeps them; set it to True, or lambda_align to 0."
                 )
-            alignment = AlignmentTargets(processing_class, model.config.mllm_config, word_kind)
+            alignment = AlignmentTargets(processing_class, word_kind)
         collator = SegCompassCollator(processing_class, mask_side, features, alignment)
         for name in ("train_dataset", "eval_dataset"):
             kwargs[name] = leave_images_encoded(kwargs.get(name))

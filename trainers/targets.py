@@ -51,8 +51,7 @@ def patch_coverage(
     masks: list[dict],
     height: int,
     width: int,
-    extent: tuple[float, float, float, float],
-    grid: tuple[int, int],
+    boxes: torch.Tensor,
 ) -> torch.Tensor:
     """Coverage by each mask of each patch that the MLLM sees.
 
@@ -60,35 +59,45 @@ def patch_coverage(
         masks: G compressed RLE dicts, one per instance.
         height: of the image (and of every mask) in pixels.
         width: of the image (and of every mask) in pixels.
-        extent: (left, top, right, bottom) of what the MLLM sees, in pixels of the image (`Backbone.seen_extent`); it
-            may reach beyond the image, where nothing is.
-        grid: (rows, columns) of patches, which divide the extent evenly.
+        boxes: float (P, 4), the part of the image that each patch shows (the processor's `patch_boxes`), in fractions
+            of its width and height; it may reach beyond the image, where nothing is.
 
     Returns:
-        (G, rows, columns) float32 in [0, 1].
+        (G, P) float32 in [0, 1]; 0 for a box without area.
 
     Raises:
         ValueError: a mask's size is not `[height, width]`.
     """
-    coverage = torch.zeros(len(masks), *grid)
-    left, top, right, bottom = extent
-    cell_height, cell_width = (bottom - top) / grid[0], (right - left) / grid[1]
+    coverage = torch.zeros(len(masks), len(boxes))
+    edges = boxes.double().cpu().numpy() * [width, height, width, height]  # (P, 4) in pixels
+    areas = np.maximum((edges[:, 2:] - edges[:, :2]).prod(1), 1e-9)  # (P,)
     for index, mask in enumerate(masks):
         if list(mask["size"]) != [height, width]:
             raise ValueError(f"mask {index} is {list(mask['size'])}, but its image is [{height}, {width}].")
-        pixels = coco_mask.decode(mask).T  # (W, H)
-        rows = _cell_sums(pixels, cell_height, grid[0], top).T  # (rows, W)
-        coverage[index] = torch.from_numpy(_cell_sums(rows, cell_width, grid[1], left) / (cell_height * cell_width))
+        running = np.zeros((height + 1, width + 1))  # pixels of the mask above and left of each corner
+        running[1:, 1:] = coco_mask.decode(mask).cumsum(0, dtype=np.float64).cumsum(1)
+        corners = [_between(running, edges[:, row], edges[:, column]) for row in (1, 3) for column in (0, 2)]
+        coverage[index] = torch.from_numpy((corners[3] - corners[2] - corners[1] + corners[0]) / areas)
     return coverage.clamp_(0.0, 1.0)
 
 
-def _cell_sums(values: np.ndarray, cell: float, grid_size: int, start: float = 0.0) -> np.ndarray:
-    """Integrate the rows of (N, length) unit-wide steps over cells of width `cell` from `start`: (N, grid_size).
+def _between(running: np.ndarray, down: np.ndarray, across: np.ndarray) -> np.ndarray:
+    """Sums up to places between the corners: (H + 1, W + 1) and two (P,) -> (P,). Beyond the edge nothing is added."""
+    down, across = down.clip(0, len(running) - 1), across.clip(0, running.shape[1] - 1)
+    row, column = np.minimum(down.astype(int), len(running) - 2), np.minimum(across.astype(int), running.shape[1] - 2)
+    down, across = down - row, across - column
+    upper = running[row, column] * (1 - across) + running[row, column + 1] * across
+    lower = running[row + 1, column] * (1 - across) + running[row + 1, column + 1] * across
+    return upper * (1 - down) + lower * down
+
+
+def _cell_sums(values: np.ndarray, cell: float, grid_size: int) -> np.ndarray:
+    """Integrate the rows of (N, length) unit-wide steps over cells of width `cell`: (N, grid_size).
 
     It is 0 where there are no steps.
     """
     length = values.shape[1]
-    edges = np.clip(start + np.arange(grid_size + 1) * cell, 0, length)
+    edges = np.clip(np.arange(grid_size + 1) * cell, 0, length)
     whole = np.minimum(edges.astype(np.int64), length - 1)
     steps = values[:, whole]
     running = np.cumsum(values, axis=1, dtype=np.int32 if values.dtype == np.uint8 else np.float64)

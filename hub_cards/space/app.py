@@ -397,10 +397,12 @@ class Demo:
         fired = outputs.concept_activations[0, :, column].float()
         start = answer.inputs["input_ids"].shape[1]
         ids = outputs.sequences[0, : len(fired)]
-        patches = fired[ids == self.model.config.image_token_id]
+        boxes = outputs.patch_boxes[0].float().cpu()  # (P, 4), in fractions of the image
+        shows = (boxes[:, 2:] > boxes[:, :2]).all(1)  # (P,), not the end of a row
+        patches = fired[ids == self.model.config.image_token_id].cpu()[shows]
         if outputs.grounding is not None:
             patches = outputs.grounding.maps[0, :, column].float()  # what it adds to the heatmap, per unit of weight
-        heat = self.over_image(answer, (patches / patches.max().clamp_min(1e-6)).cpu().numpy())
+        heat = over_image(answer.image, boxes[shows].numpy(), (patches / patches.max().clamp_min(1e-6)).cpu().numpy())
         response = fired[start:]
         response = (response / response.max().clamp_min(1e-6)).tolist()
         words = self.words(ids[start:].tolist())
@@ -414,16 +416,15 @@ class Demo:
             words.append(self.processor.decode([before, token])[len(self.processor.decode([before])) :])
         return words
 
-    def over_image(self, answer: Answer, patches: np.ndarray) -> np.ndarray:
-        """Values of the MLLM's patches (row by row) as float (H, W) over the image; 0 where it did not look."""
-        width, height = answer.image.size
-        extent = self.model.backbone.seen_extent(self.processor.image_processor, width, height)
-        left, top, right, bottom = map(round, extent)
-        rows, columns = answer.outputs.patch_grid[0].tolist()
-        seen = Image.fromarray(patches.reshape(rows, columns).astype(np.float32))
-        canvas = Image.new("F", (width, height))
-        canvas.paste(seen.resize((right - left, bottom - top), Image.Resampling.BILINEAR), (left, top))
-        return np.asarray(canvas).clip(0, 1)
+
+def over_image(image: Image.Image, boxes: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Values of the MLLM's patches, (P,), in their boxes, (P, 4), over the image: float (H, W), 0 where none is."""
+    width, height = image.size
+    edges = np.rint(boxes * [width, height, width, height]).astype(int).clip(0, [width, height, width, height])
+    canvas = np.zeros((height, width), np.float32)
+    for value, (left, top, right, bottom) in zip(values, edges, strict=True):
+        canvas[top:bottom, left:right] = np.maximum(canvas[top:bottom, left:right], value)
+    return canvas.clip(0, 1)
 
 
 def within(number: Any, name: str) -> float:

@@ -100,8 +100,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     dictionary.save_pretrained(args.output)
     if args.save_to:
         dictionary.save_pretrained(args.save_to)
-    page = dictionary.to_html(patch_pictures(rows, processor), scores=scores)
-    write_whole(journal.path.with_name("dictionary.html"), page)
+    write_whole(journal.path.with_name("dictionary.html"), dictionary.to_html(patch_pictures(rows), scores=scores))
     print(f"wrote concepts.json and dictionary.html to {args.output}")
     return scores
 

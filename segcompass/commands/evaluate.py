@@ -3,6 +3,8 @@
     segcompass evaluate --model PATH --dataset scenes --split test --output runs/test
     accelerate launch -m segcompass evaluate --model PATH --dataset refcoco --root REFER --image-dir train2014 \\
         --split testA --output runs/testA
+    segcompass evaluate --route boxes --mllm Qwen/Qwen2.5-VL-7B-Instruct --image-encoder facebook/sam-vit-huge \\
+        --dataset refcoco --root REFER --image-dir train2014 --split testA --output runs/boxes-testA
     segcompass evaluate --predictions THEIRS.jsonl --dataset reasonseg --root ReasonSeg --split val \\
         --protocol lisa --output runs/theirs
 
@@ -25,9 +27,10 @@ from . import options
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command's options."""
     parser = options.command_parser("evaluate", __doc__)
-    what = parser.add_mutually_exclusive_group(required=True)
+    what = parser.add_mutually_exclusive_group()
     what.add_argument("--model", default="", help=options.MODEL)
     what.add_argument("--predictions", type=Path, help="JSONL of any model's predictions to score instead of a model")
+    options.add_route(parser)
     options.add_rows(parser, "test", None, "all rows, and 500 of the scenes", dataset=options.ROWS)
     options.add_benchmark(parser)
     parser.add_argument(
@@ -44,17 +47,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--query-source",
         choices=["both", "tokens", "concepts"],
-        default="both",
-        help="what the slots' queries are built from; default: %(default)s",
+        help="what the slots' queries are built from; default: both, and tokens with --route tokens",
     )
     parser.add_argument(
         "--threshold",
         type=options.probability,
-        help="confidence from which a slot is kept; default: 0.5, and 0 for the protocol segcompass_released",
+        help="confidence from which a slot is kept; default: 0.5, and 0 for the protocol segcompass_released and for "
+        "--route boxes",
     )
     parser.add_argument("--image-features", help="folder that `segcompass precompute-features` wrote")
     parser.add_argument("--output", type=Path, required=True, help="folder that the results are written into")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    options.check_route(parser, args, "")
+    if args.route != "boxes" and not args.model and args.predictions is None:
+        parser.error("one of --model, --predictions and --route boxes is required.")
+    return args
 
 
 def main(argv: list[str] | None = None) -> dict:

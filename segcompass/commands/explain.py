@@ -28,17 +28,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Run the command with these options; None takes the process's own."""
     args = parse(argv)
+    import torch
+
     from segcompass.loading import load
     from segcompass.modeling_segcompass.images import read_image
-    from segcompass.segmentation import slot_heatmaps, write_explanation
+    from segcompass.segmentation import explain_slots, slot_heatmaps, write_explanation
     from segcompass.white_box import ConceptDictionary
 
     image = read_image(args.image)
     model, processor = load(args.model)
     inputs = processor(images=image, text=args.instruction).to(model.device)
-    outputs = model.segment(**inputs)
+    with torch.no_grad():
+        keys = model.get_image_embeddings(inputs.pop("encoder_pixel_values"))
+    outputs = model.segment(**inputs, image_embeddings=keys)
     kept = processor.post_process_instance_segmentation(outputs, args.threshold, target_sizes=inputs["original_sizes"])
     slots = [slot for slot, _, _ in slot_heatmaps(outputs, processor, image, kept[0]["slots"].tolist())]
     dictionary = ConceptDictionary.from_pretrained(args.model)
     args.output.mkdir(parents=True, exist_ok=True)
-    write_explanation(args.output, model, processor, outputs, image, args.instruction, slots, dictionary)
+    explanations = explain_slots(model, processor, outputs, slots, dictionary, keys)
+    write_explanation(args.output, model, processor, outputs, image, args.instruction, explanations)

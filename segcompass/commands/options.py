@@ -1,9 +1,11 @@
 """Options that several commands share, so that they are spelled, checked and explained in one way."""
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
+from segcompass.routes import PHOTOGRAPH, ROUTES
 from segcompass.shipped import MODEL as SHIPPED
 from segcompass.shipped import default_scene
 
@@ -48,7 +50,7 @@ def add_image(parser: argparse.ArgumentParser, output: str, fate: str) -> None:
         "--threshold",
         type=probability,
         default=0.5,
-        help=f"confidence from which a slot is {fate}; default: %(default)s",
+        help=f"confidence from which a slot is {fate}; default: 0.5",
     )
 
 
@@ -57,8 +59,49 @@ def fill_image(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     if args.image is None:
         image, args.instruction = default_scene()
         args.image = str(image)
-    if args.instruction is None:
+    elif args.instruction is None:
         parser.error(f'no instruction; say what to segment in {args.image}, e.g. "the mug nearest the sink".')
+    elif getattr(args, "route", "concepts") != "boxes" and is_shipped(args.model):
+        print(
+            "note         the small model knows drawn scenes only; for a photograph: segcompass segment "
+            f'{shlex.quote(args.image)} "…" {PHOTOGRAPH}'
+        )
+
+
+def is_shipped(model: str) -> bool:
+    """Whether a model is the small one that ships with the package."""
+    return Path(model).exists() and Path(model).resolve() == SHIPPED.resolve()
+
+
+def add_route(parser: argparse.ArgumentParser) -> None:
+    """Add --route, --mllm and --image-encoder; `check_route` says which go together."""
+    parser.add_argument(
+        "--route",
+        choices=ROUTES,
+        default="concepts",
+        help="from the response to masks: by concepts, by the concentration tokens alone, or by boxes that an MLLM "
+        "writes and SAM fills (docs/routes.md); default: %(default)s",
+    )
+    parser.add_argument("--mllm", help="of the boxes route: folder or Hub id of the MLLM that writes boxes")
+    parser.add_argument("--image-encoder", help="of the boxes route: folder or Hub id of a whole SAM")
+
+
+def check_route(parser: argparse.ArgumentParser, args: argparse.Namespace, model: str) -> None:
+    """End the command where the options are another route's.
+
+    Args:
+        parser: of the command.
+        args: parsed.
+        model: the default of --model.
+    """
+    given = [name for name in ("mllm", "image_encoder") if getattr(args, name)]
+    if args.route != "boxes":
+        if given:
+            parser.error(f"--{given[0].replace('_', '-')} is for --route boxes, but the route is {args.route}.")
+    elif args.model != model:
+        parser.error("--model is for the routes concepts and tokens; --route boxes takes --mllm and --image-encoder.")
+    elif len(given) < 2:
+        parser.error(f"--route boxes needs an MLLM and a SAM, such as {PHOTOGRAPH}.")
 
 
 def add_rows(

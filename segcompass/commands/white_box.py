@@ -15,10 +15,13 @@ The model writes its own reasoning on procedural scenes, greedily; each right ma
     content          share of what deleting the top 5 costs that is lost when only their content is the mean's
     shown            share of the mask that is lost when what fires on the image is taken away
     sum_error        greatest difference between the sum of what is shown and the heatmap
+    write_swap       a colour or shape replaced while the response is written: the conclusion says the other one
+    write_off        its detectors off while the response is written: the conclusion no longer names it
 Concepts are labelled on other scenes: thresholds on training scenes, F1 and lift on scenes of another seed. Prints as
 its last line "RESULT {json}", [mean, low, high] of each. Writes into the output folder
     metrics.json   all of it, with the controls
     report.md      the same as tables
+    report.html    the same as bars, with intervals and controls
     items.jsonl    what was measured of each sample
 Repeat the command to resume an interrupted run.
 """
@@ -32,7 +35,7 @@ from . import options
 
 KEYS = (
     *("name", "name_look", "selectivity", "pointing", "auc_others", "move", "steer_own", "steer_others", "steer_flip"),
-    *("content", "shown", "sum_error"),
+    *("content", "shown", "sum_error", "write_swap", "write_off"),
 )
 BARS = {
     "name": "≥ .60",
@@ -61,6 +64,8 @@ CONTROLS = {
     "steer_flip": "the weight to as many random concepts",
     "content": "as many random concepts' content",
     "shown": "what fires on words taken away",
+    "write_swap": "at each token a random direction of the same length",
+    "write_off": "as many random concepts of the sample off",
 }
 
 
@@ -118,6 +123,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     from segcompass.modeling_segcompass.whole_files import read_signed_json, signed_json, write_whole
     from segcompass.white_box.concept_access import reading_of
     from segcompass.white_box.criteria import summarise_criteria
+    from segcompass.white_box.criteria_page import criteria_page
     from segcompass.white_box.criteria_records import find_labels, measure_scenes, reference_batches
     from segcompass.white_box.examination import examine, read_rows
 
@@ -153,12 +159,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     records = examine(journal, rows, measure_batch, args.batch_size)
     measured = {
         part: [(record["sample_id"], value) for record in records for value in record[part]]
-        for part in ("slots", "moves", "twins")
+        for part in ("slots", "moves", "twins", "steered")
     }
     values = {part: [value for _, value in pairs] for part, pairs in measured.items()}
     images = {part: [name for name, _ in pairs] for part, pairs in measured.items()}
     metrics = summarise_criteria(
-        *(values["slots"], images["slots"], values["moves"], images["moves"], values["twins"], images["twins"]),
+        *(column for part in values for column in (values[part], images[part])),
         seed=args.seed,
     )
     metrics = {
@@ -169,8 +175,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "labels": read_signed_json(found_file),
     }
     write_whole(args.output / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    page = report(metrics, f"{args.model}, {args.dataset}, split {args.split}, seed {args.seed}")
+    source = f"{args.model}, {args.dataset}, split {args.split}, seed {args.seed}"
+    page = report(metrics, source)
     write_whole(args.output / "report.md", page)
+    write_whole(args.output / "report.html", criteria_page(metrics, source, BARS, CONTROLS))
     print(page)
     print("RESULT " + json.dumps({name: metrics[name] for name in KEYS}))
     return metrics
@@ -200,6 +208,14 @@ def report(metrics: dict[str, Any], source: str) -> str:
     for name, bar in BARS.items():
         control = _interval(metrics["controls"].get(name))
         lines.append(f"| {name} | {_interval(metrics[name])} | {control} | {CONTROLS.get(name, '–')} | {bar} |")
+    for name in ("write_swap", "write_off"):
+        control = _interval(metrics["controls"][name])
+        lines.append(f"| {name} | {_interval(metrics[name])} | {control} | {CONTROLS[name]} | – |")
+    lines += [
+        "",
+        f"Written again under steering: {metrics['steered responses']} responses. With the same concepts doubled, the "
+        f"wrong sign, {_interval(metrics['write_doubled'])} no longer name the attribute.",
+    ]
     lines += ["", f"Objects whose looks another object has too, found: {_interval(metrics['twins'])} (bar ≥ .80)."]
     shared = {name: "–" if value is None else value for name, value in labels["shared"].items()}
     shared |= {name: f"{value:.3f}" for name, value in shared.items() if isinstance(value, float)}

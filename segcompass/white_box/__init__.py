@@ -9,6 +9,7 @@
     faithfulness           one mask without, and with only, its heaviest concepts
     faithfulness_records   the same for every right mask of a data set
     criteria               six questions to a mask: does the white box mean what it shows?
+    criteria_page          the criteria as a page
     concept_access         how a read-out uses its concepts, for the criteria
     criteria_records       the criteria over scenes, with labels from other scenes
     figure_records         what the paper's figures are drawn from

@@ -13,6 +13,7 @@ import torch
 
 from segcompass.modeling_segcompass import SegCompassModel
 from segcompass.modeling_segcompass.grounded_reading import DECODER_CONFIDENCE
+from segcompass.modeling_segcompass.patch_boxes import grid_shape, has_area
 from segcompass.modeling_segcompass.query_codebook import Concepts
 from segcompass.modeling_segcompass.states import ReasoningStates
 from segcompass.modeling_segcompass.token_layout import IMAGE
@@ -118,12 +119,14 @@ class AttentionReading:
 
     def shown(self, weights: np.ndarray) -> np.ndarray:
         """See `criteria.Reading`."""
-        fired = self.outputs.concept_activations[0][self.on_image].float().cpu().numpy()  # (patches, M)
+        shows = has_area(self.outputs.patch_boxes[0]).cpu()
+        fired = self.outputs.concept_activations[0][self.on_image].float().cpu()
+        fired = fired[shows[: len(fired)]].numpy()  # (patches, M)
         return np.maximum(fired - fired.mean(0), 0) @ weights
 
     def sum_error(self, slot: int) -> float:
         """See `criteria.Reading`: the shown map, over the heatmap's grid, is no account of the heatmap's logits."""
-        rows, columns = self.outputs.patch_grid[0].tolist()
+        rows, columns = grid_shape(self.outputs.patch_boxes[0])
         shown = torch.from_numpy(self.shown(self.weights[slot])).reshape(1, 1, rows, columns).float()
         heatmap = self.outputs.heatmaps[0, slot].float().cpu()
         shown = torch.nn.functional.interpolate(shown, size=heatmap.shape, mode="bilinear")[0, 0]

@@ -5,7 +5,6 @@
 or images.
 """
 
-import html
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -15,23 +14,18 @@ from pathlib import Path
 import torch
 
 from segcompass.modeling_segcompass.manifest import MANIFEST, check, signing
+from segcompass.modeling_segcompass.report_page import page, text
 from segcompass.modeling_segcompass.token_layout import IMAGE, INSTRUCTION, RESPONSE
 from segcompass.modeling_segcompass.whole_files import read_signed_json, signed_json, write_whole
 
 FILE = "concepts.json"
 TOKEN_KINDS = {IMAGE: "image", INSTRUCTION: "instruction", RESPONSE: "response"}
 MAX_NAME = 24  # characters of a name made of texts that share nothing
+HEADER = ("feature", "label", "density", "strength", "fires on", "strongest contexts")
 
-PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 14px/1.4 system-ui, sans-serif; color: #1b1f27; margin: 2em }}
-td, th {{ border-top: 1px solid #c9ced6; padding: .3em .6em; text-align: left; vertical-align: top }}
-.context {{ display: inline-block; margin-right: 1em; color: #5b6472 }} .context b {{ color: #1b1f27 }}
-img {{ height: 48px; vertical-align: middle; margin-right: .3em }}
-</style></head><body><h1>{title}</h1><p>{lead}</p>
-{scores}<table><tr><th>feature<th>label<th>density<th>strength<th>fires on<th>strongest contexts</tr>
-{rows}
-</table></body></html>
+STYLE = """
+body { max-width: 100rem } .context { display: inline-block; margin-right: 1rem; color: var(--soft) }
+.context b { color: var(--ink) } .context img { height: 48px; vertical-align: middle; margin-right: .3rem }
 """
 
 
@@ -48,9 +42,12 @@ class Context:
     text: str
     """the word piece; for an image patch what the data set knows of it ("" when nothing)."""
     around: str
-    """the words around it, or "row r, column c" of a patch."""
+    """the words around it, or where a patch is, such as "row r, column c"."""
     cell: list[int] | None = None
-    """(row, column, rows, columns) of a patch in its grid; None for a word piece."""
+    """(row, column, rows, columns) of a patch in its grid, in dictionaries of earlier versions."""
+    box: list[float] | None = None
+    """the part of the image that a patch shows, (left, top, right, bottom) in fractions of its width and height; None
+    for a word piece."""
 
 
 @dataclass
@@ -174,37 +171,42 @@ class ConceptDictionary:
             contexts = []
             for context in entry.contexts:
                 link = picture(context) if picture else None
-                image = f'<img src="{html.escape(link)}" alt="">' if link else ""
-                words = f"<b>{html.escape(context.text)}</b> {html.escape(context.around)} ({context.strength:.2f})"
+                image = f'<img src="{text(link)}" alt="">' if link else ""
+                words = f"<b>{text(context.text)}</b> {text(context.around)} ({context.strength:.2f})"
                 contexts.append(f"<span class='context'>{image}{words}</span>")
-            profile = ", ".join(f"{html.escape(kind)} {share:.0%}" for kind, share in entry.profile.items() if share)
+            profile = ", ".join(f"{text(kind)} {share:.0%}" for kind, share in entry.profile.items() if share)
             rows.append(
-                f"<tr id='c{entry.index}'><td>{entry.index}</td><td>{html.escape(entry.label or '')}</td>"
+                f"<tr id='c{entry.index}'><td>{entry.index}</td><td>{text(entry.label or '')}</td>"
                 f"<td>{entry.density:.3%}</td><td>{entry.strength:.2f}</td><td>{profile}</td>"
                 f"<td>{''.join(contexts)}</td></tr>"
             )
         fired = len(rows)
-        lead = f"{fired} of {len(self.entries)} features fired on {self.tokens} tokens of {html.escape(self.source)}."
+        lead = f"{fired} of {len(self.entries)} features fired on {self.tokens} tokens of {text(self.source)}."
         table = _score_table(scores) if scores else ""
-        return PAGE.format(title=html.escape(title), lead=lead, scores=table, rows="\n".join(rows))
+        header = "".join(f"<th>{name}</th>" for name in HEADER)
+        listed = "\n".join(rows)
+        features = f"<h2>Features</h2><div class='scroll'><table><tr>{header}</tr>\n{listed}\n</table></div>"
+        return page(title, table + features, lead, STYLE)
 
 
 def _score_table(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> str:
     """The best detectors as an HTML table: F1, lift and feature of each attribute in each reading."""
     attributes = list(dict.fromkeys(name for found in scores.values() for name in found))
-    rows = ["<tr><th>attribute" + "".join(f"<th>{html.escape(reading)}: F1<th>lift<th>feature" for reading in scores)]
+    columns = "".join(f"<th>{text(reading)}: F1</th><th>lift</th><th>feature</th>" for reading in scores)
+    rows = [f"<tr><th>attribute</th>{columns}</tr>"]
     for name in attributes:
-        cells = [f"<tr><td>{html.escape(name)}"]
+        cells = [f"<td>{text(name)}</td>"]
         for found in scores.values():
             detector = found.get(name)
             if detector is None:
-                cells.append("<td>–<td>–<td>–")
+                cells.append("<td>–</td>" * 3)
                 continue
             index = int(detector["index"])
-            cells.append(f"<td>{detector['f1']:.3f}<td>{detector['lift']:.2f}<td><a href='#c{index}'>{index}</a>")
-        rows.append("".join(cells))
+            link = f"<a href='#c{index}'>{index}</a>"
+            cells.append(f"<td>{detector['f1']:.3f}</td><td>{detector['lift']:.2f}</td><td>{link}</td>")
+        rows.append(f"<tr>{''.join(cells)}</tr>")
     lead = "Lift is what F1 has above a feature that always fires, as a share of what is above that."
-    return f"<p>{lead}</p><table id='scores'>{''.join(rows)}</table>\n"
+    return f"<p>{lead}</p><div class='scroll'><table id='scores'>{''.join(rows)}</table></div>\n"
 
 
 class DictionaryBuilder:

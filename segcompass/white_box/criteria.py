@@ -276,6 +276,8 @@ def summarise_criteria(
     move_groups: Sequence[str] = (),
     twins: Sequence[float] = (),
     twin_groups: Sequence[str] = (),
+    steered: Sequence[Mapping[str, float]] = (),
+    steered_groups: Sequence[str] = (),
     seed: int = 0,
 ) -> dict[str, Any]:
     """The criteria with 95 % bootstrap intervals over images.
@@ -287,6 +289,8 @@ def summarise_criteria(
         move_groups: the image of each pair.
         twins: of each target whose looks another object has too, 1 if a right mask shows it, else 0.
         twin_groups: the image of each of those.
+        steered: what `measure_steered_reasoning` returned of each response.
+        steered_groups: the image of each of those.
         seed: of the bootstrap.
 
     Returns:
@@ -313,6 +317,8 @@ def summarise_criteria(
     controls["selectivity"] = interval(pair(column("own_control"), column("others_control")), _mean_ratio)
     controls["move"] = interval(column("move_control", moves), of=move_groups)
     controls["content"] = interval(pair(lost("mean_random"), lost("without_top")), _mean_ratio)
+    for name in ("swap", "off"):
+        controls[f"write_{name}"] = interval(column(f"{name}_control", steered), of=steered_groups)
     controls["shown"] = interval(pair(lost("without_words"), column("iou_full")), _mean_ratio)
     errors = column("sum_error")
     return {
@@ -328,6 +334,9 @@ def summarise_criteria(
         "steer_flip": interval(column("steer_flip")),
         "content": interval(pair(lost("mean_top"), lost("without_top")), _mean_ratio),
         "shown": interval(pair(lost("without_shown"), column("iou_full")), _mean_ratio),
+        "write_swap": interval(column("swap", steered), of=steered_groups),
+        "write_off": interval(column("off", steered), of=steered_groups),
+        "write_doubled": interval(column("doubled", steered), of=steered_groups),
         "twins": interval(np.array(twins, float), of=twin_groups),
         "sum_error": float(f"{errors.max():.3g}") if len(errors) else None,
         "controls": controls,
@@ -337,4 +346,5 @@ def summarise_criteria(
         },
         "masks": len(slots),
         "pairs": len(moves),
+        "steered responses": len(steered),
     }

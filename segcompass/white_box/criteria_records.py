@@ -30,6 +30,7 @@ from .detectors import score_all
 from .dictionary_reader import TokenReader
 from .scene_attributes import ATTRIBUTES, COVERED, NAMES_F1, NAMES_LIFT
 from .shared_concepts import Sample, decoder_cosines, exchanged, identity, shared_detectors
+from .steered_reasoning import measure_steered_reasoning
 
 PLACES = (
     *(column + row for column in "ABCD" for row in "1234"),
@@ -42,6 +43,8 @@ READINGS = ("scene", "patch", "word", "phrase")
 """Where: those of `scene_attributes`, and words of the reasoning that describe an object which has the attribute."""
 STEERS_F1, HANDS_F1, DETECTORS = 0.3, 0.5, 10
 CONFIDENT = 0.5
+STEERED = 100
+"""Of so many first scenes the response is written again under steering, six times each."""
 
 _PHRASE = re.compile(
     rf"\b([A-D][1-4])(?:(?: small| large)?(?: {'| '.join(COLOURS)}) (?:{'|'.join(SHAPES)}))?",
@@ -61,23 +64,18 @@ def _attributes(thing: Any) -> list[str]:
     return [thing.colour, thing.shape, thing.size, thing.place, f"column {column}", f"row {row}"]
 
 
-def patch_cover(
-    model: SegCompassModel, processor: SegCompassProcessor, scene: Scene, grid: tuple[int, int]
-) -> np.ndarray:
+def patch_cover(scene: Scene, boxes: torch.Tensor) -> np.ndarray:
     """How much of each patch that the MLLM sees shows each object.
 
     Args:
-        model: for how its backbone sees an image.
-        processor: the model's.
         scene: with n objects.
-        grid: (rows, columns) of the image patches.
+        boxes: float (P, 4), the part of the image that each patch shows.
 
     Returns:
-        float (n, rows * columns).
+        float (n, P).
     """
     height, width = scene.image.shape[:2]
-    extent = model.backbone.seen_extent(processor.image_processor, width, height)
-    return patch_coverage([encode_mask(mask) for mask in scene.masks], height, width, extent, grid).flatten(1).numpy()
+    return patch_coverage([encode_mask(mask) for mask in scene.masks], height, width, boxes).numpy()
 
 
 def _read_labelled(reader, dataset, split, seed, count, batch_size):
@@ -95,7 +93,7 @@ def _read_labelled(reader, dataset, split, seed, count, batch_size):
             has = np.zeros((len(scene.objects), len(NAMED)), bool)  # (n, A)
             for row, thing in enumerate(scene.objects):
                 has[row, [place_of[name] for name in _attributes(thing)]] = True
-            cover = patch_cover(reader.model, reader.processor, scene, tokens.grid)  # (n, patches)
+            cover = patch_cover(scene, tokens.boxes)  # (n, patches)
             clear = ((cover.max(0) >= COVERED) | (cover.sum(0) == 0)).nonzero()[0]
             image = tokens.activations[tokens.types == IMAGE]  # (patches, d_sae)
             values["scene"].append(image.amax(0, keepdim=True))
@@ -274,7 +272,8 @@ def measure_scenes(
     Yields:
         One record per row, of types that JSON knows: `sample_id`; `slots`, what `measure_slot` says of each right mask
         (None for nan), with its `slot` and `heaviest` concept; `twins`, of each target whose looks another object has
-        too, whether a right mask shows it; `moves`, of each ordered pair of questions whose own masks were right.
+        too, whether a right mask shows it; `moves`, of each ordered pair of questions whose own masks were right;
+        `steered`, of each response that was written again, see `measure_steered_reasoning`.
     """
     reading_class = reading_of(model)
     scenes = [scene_question(split, seed, number, **STYLES[dataset]) for number in numbers]
@@ -298,12 +297,16 @@ def measure_scenes(
         right = _right_slots(outputs, place, masks, question.targets)
         shown = {target for _, target in right}
         record["twins"] = [float(t in shown) for t in question.targets if looks.count(looks[t]) > 1]
+        record["steered"] = []
+        if numbers[place] < STEERED:
+            rng = np.random.default_rng([seed, numbers[place]])
+            steered = measure_steered_reasoning(model, processor, row, labels.hands, rng)
+            record["steered"] = [] if steered is None else [steered]
         if right:
             reading = reading_class(model, single_sample(states, place), means)
-            rows_columns = outputs.patch_grid[place].tolist()
             truth = Truth(
                 masks=masks,
-                cover=patch_cover(model, processor, scene, tuple(rows_columns)),
+                cover=patch_cover(scene, outputs.patch_boxes[place]),
                 looks=looks,
                 places=[tuple(_attributes(thing)[3:]) for thing in scene.objects],
                 targets=list(question.targets),

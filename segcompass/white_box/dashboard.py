@@ -5,7 +5,6 @@ what a mask loses when the concept is switched off, and which words the feature'
 needs nothing but itself; `neuronpedia` writes the same as files.
 """
 
-import html
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ import torch
 
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
 from segcompass.modeling_segcompass.explanation import heaviest_concepts
+from segcompass.modeling_segcompass.report_page import page, text
 from segcompass.modeling_segcompass.states import ReasoningStates
 
 from .concept_dictionary import ConceptDictionary, ConceptEntry, Context
@@ -217,26 +217,22 @@ def feature_cards(
 
 # -- the page ----------------------------------------------------------------------------------------------------------
 
-PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><style>
-:root {{ color-scheme: light dark; --line: #8884; --soft: #8882; --blue: #3278e6 }}
-body {{ font: 14px/1.45 system-ui, sans-serif; max-width: 72em; margin: 1.5em auto; padding: 0 1em }}
-input {{ font: inherit; padding: .4em .6em; width: 100%; box-sizing: border-box; margin: .5em 0 1em }}
-article {{ border-top: 1px solid var(--line); padding: .8em 0; display: grid; grid-template-columns: 25em 1fr;
-  gap: .2em 1.5em; break-inside: avoid }}
-figure {{ margin: 1em 0 }} figcaption {{ opacity: .65 }}
-h2 {{ font-size: 1.1em; margin: 0; grid-column: 1 / -1 }} h2 small {{ opacity: .65; font-weight: normal }}
-dl {{ margin: 0; display: grid; grid-template-columns: auto 1fr; gap: 0 .7em; align-content: start }}
-dt {{ opacity: .65 }} dd {{ margin: 0 }}
-.bar {{ display: inline-block; height: .6em; background: var(--blue); border-radius: 2px; vertical-align: baseline }}
-.context {{ display: inline-flex; align-items: center; gap: .4em; margin: 0 .8em .4em 0; max-width: 100% }}
-.context img {{ height: 44px; border-radius: 3px }} .context span {{ opacity: .75 }} .context i {{ opacity: .6 }}
-.word {{ background: var(--soft); border-radius: 3px; padding: 0 .3em; white-space: pre }}
-p.small {{ opacity: .75 }} @media (max-width: 45em) {{ article {{ grid-template-columns: 1fr }} }}
-@media print {{ input {{ display: none }} }}
-</style></head><body><h1>{title}</h1><p>{lead}</p>{histogram}
-<p class="small">{key}</p>
+STYLE = """
+#filter { font: inherit; padding: .4em .6em; width: 100%; margin: .5em 0 1em; border: 1px solid var(--control);
+  background: var(--panel); color: inherit; border-radius: 3px }
+article { border-top: 1px solid var(--line); padding: .8em 0; display: grid; grid-template-columns: 25em 1fr;
+  gap: .2em 1.5em; break-inside: avoid }
+article h3 { grid-column: 1 / -1 } article dl { margin: 0; display: grid; grid-template-columns: auto 1fr; gap: 0 .7em;
+  align-content: start } dt { color: var(--soft) } dd { margin: 0 }
+article .bar { display: inline-block; height: .6em; margin: 0; background: var(--accent) }
+.context { display: inline-flex; align-items: center; gap: .4em; margin: 0 .8em .4em 0; max-width: 100% }
+.context img { height: 44px; border-radius: 3px }
+.word { background: var(--panel); border-radius: 3px; padding: 0 .3em; white-space: pre }
+article[hidden] { display: none }
+@media (max-width: 45em) { article { grid-template-columns: 1fr } } @media print { #filter { display: none } }
+"""
+BODY = """{histogram}
+<p class="soft">{key}</p>
 <input id="filter" type="search" placeholder="a name, a word or a number" aria-label="show features with this text">
 {cards}
 <script>
@@ -245,8 +241,7 @@ document.querySelector("#filter").addEventListener("input", event => {{
   const asked = event.target.value.trim().toLowerCase()
   cards.forEach((card, number) => {{ card.hidden = !texts[number].includes(asked) }})
 }})
-</script></body></html>
-"""
+</script>"""
 KEY = (
     "<b>Density</b>: share of tokens it fires on. <b>Detects</b>: how well its firing says that an attribute is there, "
     "on held-out scenes; lift is what F1 has above a feature that always fires, as a share of what is above that. "
@@ -278,14 +273,13 @@ def dashboard_page(
     densities = [entry.density for entry in dictionary.entries if entry.density > 0]
     lead = (
         f"{len(densities):,} of {len(dictionary.entries):,} features fired on {dictionary.tokens:,} tokens of "
-        f"{html.escape(dictionary.source)}. Shown are {len(cards):,}: those that steer masks or detect something "
-        f"first, then the most frequent. {html.escape(steering_of)}"
+        f"{text(dictionary.source)}. Shown are {len(cards):,}: those that steer masks or detect something "
+        f"first, then the most frequent. {text(steering_of)}"
     )
     most = max((card.entry.density for card in cards), default=1.0)
     shown = "\n".join(_article(card, most, picture) for card in cards)
-    return PAGE.format(
-        title=html.escape(title), lead=lead, key=KEY, cards=shown, histogram=_density_histogram(densities)
-    )
+    body = BODY.format(key=KEY, cards=shown, histogram=_density_histogram(densities))
+    return page(title, body, lead, STYLE)
 
 
 def _article(card: FeatureCard, most: float, picture: Callable[[Context], str | None] | None) -> str:
@@ -293,11 +287,11 @@ def _article(card: FeatureCard, most: float, picture: Callable[[Context], str | 
     facts = {
         "density": f"{entry.density:.3%} <span class='bar' style='width:{6 * entry.density / most:.2f}em'></span>",
         "strength": f"{entry.strength:.2f} where it fires",
-        "fires on": ", ".join(f"{html.escape(kind)} {share:.0%}" for kind, share in entry.profile.items() if share),
+        "fires on": ", ".join(f"{text(kind)} {share:.0%}" for kind, share in entry.profile.items() if share),
     }
     if card.detects:
         facts["detects"] = "<br>".join(
-            f"{html.escape(one['attribute'])} ({one['reading']}): F1 {one['f1']:.2f}, lift {one['lift']:.2f}"
+            f"{text(one['attribute'])} ({one['reading']}): F1 {one['f1']:.2f}, lift {one['lift']:.2f}"
             for one in card.detects[:3]
         )
     if card.steered:
@@ -306,23 +300,23 @@ def _article(card: FeatureCard, most: float, picture: Callable[[Context], str | 
             f"{steered.masks} mask{'s' * (steered.masks > 1)}, share {steered.weight:.2f}; {steered.lost:.0%} gone "
             f"without it <span class='bar' style='width:{6 * steered.lost:.2f}em'></span>"
         )
-    listed = "".join(f"<dt>{name}</dt><dd>{text}</dd>" for name, text in facts.items())
+    listed = "".join(f"<dt>{name}</dt><dd>{fact}</dd>" for name, fact in facts.items())
     contexts = []
     for context in entry.contexts[:CONTEXTS]:
         link = picture(context) if picture else None
-        image = f'<img src="{html.escape(link)}" alt="">' if link else ""
-        words = f"<b>{html.escape(context.text)}</b><span>{html.escape(context.around)}</span>"
-        contexts.append(f"<div class='context'>{image}{words}<i>{context.strength:.1f}</i></div>")
+        image = f'<img src="{text(link)}" alt="">' if link else ""
+        words = f"<b>{text(context.text)}</b><span class='soft'>{text(context.around)}</span>"
+        contexts.append(f"<div class='context'>{image}{words}<i class='soft'>{context.strength:.1f}</i></div>")
     words = "".join(
         f"<div>{name}: "
-        + " ".join(f"<span class='word' title='{value:+.3f}'>{html.escape(text)}</span>" for text, value in pieces)
+        + " ".join(f"<span class='word' title='{value:+.3f}'>{text(piece)}</span>" for piece, value in pieces)
         + "</div>"
         for name, pieces in (("promotes", card.promotes), ("makes less likely", card.demotes))
         if pieces
     )
-    label = html.escape(entry.label or "no label")
+    label = text(entry.label or "no label")
     return (
-        f"<article id='f{entry.index}'><h2>{label} <small>feature {entry.index}</small></h2>"
+        f"<article id='f{entry.index}'><h3>{label} <span class='soft'>feature {entry.index}</span></h3>"
         f"<dl>{listed}</dl><div>{''.join(contexts)}{words}</div></article>"
     )
 
@@ -339,12 +333,12 @@ def _density_histogram(densities: Sequence[float], width: int = 480, height: int
     step, top = width / len(bins), height - 18
     bars = "".join(
         f"<rect x='{number * step + 1:.1f}' y='{top - top * count / max(bins):.1f}' width='{step - 2:.1f}' "
-        f"height='{top * count / max(bins):.1f}' fill='var(--blue)'><title>{count} features</title></rect>"
+        f"height='{top * count / max(bins):.1f}' fill='var(--accent)'><title>{count} features</title></rect>"
         for number, count in enumerate(bins)
     )
     marks = "".join(
         f"<text x='{min(max((power - low) * 4 * step, 24), width - 24):.0f}' y='{height - 4}' text-anchor='middle' "
-        f"font-size='11' fill='currentColor'>{f'{100 * 10.0**power:g}%'}</text>"
+        f"class='soft'>{f'{100 * 10.0**power:g}%'}</text>"
         for power in range(low, high + 1)
     )
     name = "How many features fire on which share of the tokens"

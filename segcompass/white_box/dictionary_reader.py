@@ -16,7 +16,7 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
-from segcompass.modeling_segcompass.backbone import backbone_of
+from segcompass.modeling_segcompass.patch_boxes import grid_shape, has_area
 from segcompass.modeling_segcompass.token_layout import IMAGE, token_types
 from segcompass.modeling_segcompass.whole_files import write_whole
 from segcompass.trainers.activations import layer_hidden_states
@@ -40,8 +40,13 @@ class SampleTokens(NamedTuple):
     """float (T, d_sae), on the CPU."""
     states: torch.Tensor
     """float (T, d_π), hidden states at the SAE's layer, on the CPU."""
-    grid: tuple[int, int]
-    """(rows, columns) of the image tokens, which come row by row."""
+    boxes: torch.Tensor
+    """float (P, 4), the part of the image that each image token shows, see `patch_boxes`; on the CPU."""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of the image tokens, where they are one grid. Raises ValueError."""
+        return grid_shape(self.boxes)
 
 
 class TokenReader:
@@ -80,7 +85,7 @@ class TokenReader:
         z = layer_hidden_states(self.model, dict(inputs), self.model.config.sae_config.layer)  # (B, T, d_π)
         may_fire = self.model.concept_token_mask(ids, inputs["attention_mask"])  # (B, T)
         types = token_types(ids, inputs["response_mask"], self.model.config.image_token_id)  # (B, T)
-        grids = self.model.backbone.patch_grid(self.model.config.mllm_config, ids, inputs)  # (B, 2)
+        counts = (types == IMAGE).sum(1).tolist()
         for place, row in enumerate(rows):
             chosen = may_fire[place]
             yield SampleTokens(
@@ -89,7 +94,7 @@ class TokenReader:
                 types=types[place, chosen].cpu(),
                 activations=self.model.sae.encode(z[place, chosen]).float().cpu(),
                 states=z[place, chosen].float().cpu(),
-                grid=tuple(grids[place].tolist()),
+                boxes=inputs["patch_boxes"][place, : counts[place]].cpu(),
             )
 
     def words(self, ids: list[int]) -> list[str]:
@@ -131,7 +136,7 @@ def build_dictionary(
         ValueError: `partial` was written by another version of this project.
     """
     builder = DictionaryBuilder(reader.model.config.sae_config.d_sae, contexts)
-    samples: list[tuple[str, list[int], list[int], list[int]]] = []  # sample_id, token ids, token types, grid
+    samples: list[tuple[str, list[int], list[int], torch.Tensor]] = []  # ..., token types, boxes
     if partial.exists():
         try:
             state = torch.load(partial, weights_only=True)
@@ -145,7 +150,7 @@ def build_dictionary(
             batch = [rows[index] for index in range(start, min(start + batch_size, len(rows)))]
             for tokens in reader.read(batch):
                 builder.add(tokens.activations, tokens.types)
-                samples.append((tokens.sample, tokens.ids, tokens.types.tolist(), list(tokens.grid)))
+                samples.append((tokens.sample, tokens.ids, tokens.types.tolist(), tokens.boxes))
             if start // batch_size % SAVE_EVERY == SAVE_EVERY - 1 or len(samples) == len(rows):
                 _save_whole(partial, {"builder": builder.state_dict(), "samples": samples})
             bar.update(len(batch))
@@ -153,17 +158,16 @@ def build_dictionary(
 
     def describe(place: int) -> dict[str, Any]:
         number = int(np.searchsorted(starts, place, side="right")) - 1
-        sample, ids, types, (rows_, columns) = samples[number]
+        sample, ids, types, boxes = samples[number]
         token = int(place - starts[number])
         if types[token] == IMAGE:
             patch = types[:token].count(IMAGE)
-            row, column = divmod(patch, columns)
             return {
                 "sample": sample,
                 "part": TOKEN_KINDS[IMAGE],
-                "text": patch_words(number, (rows_, columns))[patch] if patch_words else "",
-                "around": f"row {row}, column {column}",
-                "cell": [row, column, rows_, columns],
+                "text": patch_words(number, grid_shape(boxes))[patch] if patch_words else "",
+                "around": _place(boxes, patch),
+                "box": boxes[patch].tolist() if has_area(boxes[patch]) else None,
             }
         text = [position for position, kind in enumerate(types) if kind != IMAGE]
         here = text.index(token)
@@ -178,34 +182,42 @@ def build_dictionary(
     return builder.finish(describe, source)
 
 
+def _place(boxes: torch.Tensor, patch: int) -> str:
+    """Where a patch is: "row r, column c", or in percent of the image where patches are no single grid."""
+    if not has_area(boxes[patch]):
+        return "no patch"
+    try:
+        row, column = divmod(patch, grid_shape(boxes)[1])
+    except ValueError:
+        left, top, right, bottom = (round(100 * edge) for edge in boxes[patch].tolist())
+        return f"{left}-{right} % across, {top}-{bottom} % down"
+    return f"row {row}, column {column}"
+
+
 def _save_whole(path: Path, state: dict[str, Any]) -> None:
     """Write a file that is never seen half written."""
     write_whole(path, lambda part: torch.save(state, part))
 
 
-def patch_pictures(rows: Dataset, processor: SegCompassProcessor, side: int = 72) -> Callable[[Context], str | None]:
+def patch_pictures(rows: Dataset, side: int = 72) -> Callable[[Context], str | None]:
     """Pictures for `ConceptDictionary.to_html`: an image patch with its neighbours.
 
     Args:
         rows: the data set that the dictionary was made from.
-        processor: the model's.
         side: of a picture in pixels.
 
     Returns:
         Context -> data URL of a JPEG; None for a word.
     """
-    backbone = backbone_of(processor)
     places = {name: place for place, name in enumerate(rows["sample_id"])}
 
     def picture(context: Context) -> str | None:
-        if context.cell is None:
+        if context.box is None:
             return None
         image = rows[places[context.sample]]["image"].convert("RGB")
-        left, top, right, bottom = backbone.seen_extent(processor.image_processor, *image.size)
-        row, column, rows_, columns = context.cell
-        step_x, step_y = (right - left) / columns, (bottom - top) / rows_
-        x, y = left + column * step_x, top + row * step_y
-        crop = image.crop([round(n) for n in (x - step_x, y - step_y, x + 2 * step_x, y + 2 * step_y)])
+        left, top, right, bottom = np.array(context.box) * [*image.size, *image.size]
+        across, down = right - left, bottom - top
+        crop = image.crop([round(n) for n in (left - across, top - down, right + across, bottom + down)])
         file = io.BytesIO()
         crop.resize((side, side)).save(file, format="JPEG", quality=60)
         return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode("ascii")

@@ -13,7 +13,6 @@ import torch
 from pycocotools import mask as coco_mask
 
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
-from segcompass.modeling_segcompass.backbone import backbone_of
 from segcompass.modeling_segcompass.image_encoder import Frame
 from segcompass.modeling_segcompass.token_layout import IMAGE, INSTRUCTION
 from segcompass.trainers.losses import segmentation_loss
@@ -60,7 +59,7 @@ def measure(
         types = outputs.token_types[place]  # (T,)
         targets = mask_targets(row["masks"], row["height"], row["width"], frame, side).to(z.device)  # (G, 4h, 4w)
         instances = coco_mask.decode(row["masks"]).astype(bool).transpose(2, 0, 1) if row["masks"] else []  # (G, H, W)
-        patch_of = patches_of_pixels(processor, row["image"], tuple(outputs.patch_grid[place].tolist()))
+        patch_of = patches_of_pixels(outputs.patch_boxes[place].cpu().numpy(), *row["image"].size)
         kinds = kinds_of_tokens(types, may_fire[place], instances, patch_of)
         chosen = [h[kinds == number] for number in range(len(KINDS))]
         error = (z - sae.decode(h)).square().sum(-1)  # (T,)
@@ -83,23 +82,25 @@ def measure(
         yield record
 
 
-def patches_of_pixels(processor: SegCompassProcessor, image: Any, grid: tuple[int, int]) -> np.ndarray:
-    """The image token that sees each pixel.
+def patches_of_pixels(boxes: np.ndarray, width: int, height: int) -> np.ndarray:
+    """The image token that sees each pixel; of several the one that sees least beside it.
 
     Args:
-        processor: the model's.
-        image: PIL image.
-        grid: (rows, columns) of the image tokens.
+        boxes: float (P, 4), the part of the image that each token shows, in fractions of its width and height.
+        width: of the image in pixels.
+        height: of the image in pixels.
 
     Returns:
-        int (H, W), from 0 row by row; -1 outside what the MLLM sees.
+        int (H, W), from 0 in the order of the tokens; -1 outside what the MLLM sees.
     """
-    left, top, right, bottom = backbone_of(processor).seen_extent(processor.image_processor, *image.size)
-    rows, columns = grid
-    row = np.floor((np.arange(image.height) + 0.5 - top) / (bottom - top) * rows).astype(int)[:, None]  # (H, 1)
-    column = np.floor((np.arange(image.width) + 0.5 - left) / (right - left) * columns).astype(int)[None]  # (1, W)
-    inside = (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
-    return np.where(inside, row * columns + column, -1)
+    patch_of = np.full((height, width), -1)
+    edges = np.ceil(boxes.astype(np.float64) * [width, height, width, height] - 0.5 - 1e-4).astype(int)
+    edges = edges.clip(0, [width, height, width, height])  # a pixel belongs where its centre lies
+    areas = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
+    for token in np.argsort(-areas, kind="stable"):
+        left, top, right, bottom = edges[token]
+        patch_of[top:bottom, left:right] = token
+    return patch_of
 
 
 def kinds_of_tokens(
@@ -121,7 +122,7 @@ def kinds_of_tokens(
     shown = np.bincount(patch_of[patch_of >= 0], minlength=count)  # (patches,) pixels
     union = np.any(instances, axis=0) & (patch_of >= 0) if len(instances) else np.zeros_like(patch_of, dtype=bool)
     share = np.bincount(patch_of[union], minlength=count) / np.maximum(shown, 1)
-    patches = torch.from_numpy(np.where(share >= INSTANCE_SHARE, 2, np.where(share == 0, 3, -1)))
+    patches = torch.from_numpy(np.where(share >= INSTANCE_SHARE, 2, np.where((share == 0) & (shown > 0), 3, -1)))
     kinds[types == IMAGE] = patches.to(kinds.device)
     return kinds.masked_fill(~may_fire, -1)
 

@@ -15,7 +15,6 @@ import torch
 from scipy import stats
 
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
-from segcompass.modeling_segcompass.backbone import backbone_of
 from segcompass.modeling_segcompass.explanation_page import draw_panels
 from segcompass.modeling_segcompass.palette import SLOT_COLOURS, css_colour
 from segcompass.modeling_segcompass.whole_files import write_whole
@@ -201,8 +200,7 @@ def figure9(
         mask = processor.post_process_masks(outputs.pred_masks, size)[0][slot].cpu().numpy() > 0  # (H, W)
         first, *others = axes[count]
         first.text(0.5, 0.5, textwrap.fill(row["instruction"], 22), ha="center", va="center", parse_math=False)
-        extent = backbone_of(model).seen_extent(processor.image_processor, *row["image"].size)
-        draw_panels(others, explanation, row["image"].convert("RGB"), mask, extent)
+        draw_panels(others, explanation, row["image"].convert("RGB"), mask)
         count += 1
         if count == panels:
             break

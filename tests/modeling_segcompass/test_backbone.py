@@ -5,10 +5,10 @@ import re
 import pytest
 import torch
 from transformers import AutoProcessor, LlavaProcessor
-from transformers import __version__ as version
 
-from segcompass.modeling_segcompass import SegCompassProcessor
+from segcompass.modeling_segcompass import SegCompassProcessor, family_processor
 from segcompass.modeling_segcompass.backbone import FAMILIES, GENERIC, Backbone, backbone_of
+from segcompass.modeling_segcompass.patch_boxes import has_area
 from tests.support.scripted import INSTRUCTIONS, noise_image, noise_images
 from tests.support.tiny import BACKBONES, tiny_mllm, tiny_processor, tiny_segcompass
 
@@ -104,7 +104,7 @@ def test_language_models_without_blocks_are_refused():
 def test_image_token_stands_as_often_as_the_model_has_features(parts):
     _, model, processor, backbone = parts
     inputs = processor(images=noise_images(), text=INSTRUCTIONS)
-    assert processor.image_token == backbone.image_token
+    assert processor.image_token == {"llava": "<image>", "qwen2_5_vl": "<|image_pad|>"}[parts[0]]
     with torch.no_grad():
         features = model.mllm.get_image_features(
             **{name: inputs[name] for name in ("pixel_values", "image_grid_thw") if name in inputs}
@@ -126,12 +126,18 @@ def test_patch_grid_covers_the_image_tokens_in_the_images_aspect(parts):
         assert torch.equal(grid, inputs["image_grid_thw"][:, 1:] // processor.image_processor.merge_size)
 
 
-def test_patch_positions_run_row_by_row(parts):
-    backbone = parts[-1]
-    is_image = torch.tensor([[False, True, True, True, True, True, True, False]])
-    xy = backbone.patch_positions(is_image, torch.tensor([[2, 3]]))[is_image]
-    expected = [(x, y) for y in (0.25, 0.75) for x in (1 / 6, 0.5, 5 / 6)]
-    torch.testing.assert_close(xy, torch.tensor(expected))
+def test_boxes_of_the_processor_are_those_of_the_grid_over_what_the_mllm_sees(parts):
+    name, model, processor, backbone = parts
+    images = noise_images()
+    inputs = processor(images=images, text=INSTRUCTIONS)
+    seen = backbone.seen_boxes(model.config.mllm_config, inputs["input_ids"], inputs)
+    for image, boxes, whole in zip(images, inputs["patch_boxes"], seen, strict=True):
+        short = min(image.size)
+        crop = torch.tensor([short / image.size[0], short / image.size[1]] if name == "llava" else [1.0, 1.0])
+        expected = (1 - crop).repeat(2) / 2 + whole * crop.repeat(2)
+        shown = has_area(whole)
+        torch.testing.assert_close(boxes[shown], expected[shown])
+        assert torch.equal(shown, has_area(boxes))
 
 
 def test_samples_can_be_chosen_from_the_inputs(parts):
@@ -139,7 +145,7 @@ def test_samples_can_be_chosen_from_the_inputs(parts):
     images = [noise_image(30, 44, 1), noise_image(44, 28, 2), noise_image(20, 64, 3)]
     inputs = processor(images=images, text=["the box"] * 3, response=RESPONSES[:3])
     rows = [2, 0, 2]
-    chosen = backbone.select_rows(inputs, rows)
+    chosen = backbone.select_rows(inputs, rows, processor.image_token_id)
     again = processor(images=[images[row] for row in rows], text=["the box"] * 3, response=RESPONSES[:3])
     assert torch.equal(chosen["pixel_values"], again["pixel_values"])
     with torch.no_grad():
@@ -156,22 +162,17 @@ def test_tokens_can_be_cut_and_text_appended(parts):
     assert cut["input_ids"].shape == cut["attention_mask"].shape == (4, 5)
     assert cut["pixel_values"] is inputs["pixel_values"]
     backbone.append_text(inputs, 3)
-    if backbone.returns_token_types:
+    if processor.token_types is not None:
         assert inputs["mm_token_type_ids"].shape == (4, length + 3) and not inputs["mm_token_type_ids"][:, -3:].any()
     else:
         assert inputs.keys() == cut.keys()
 
 
-def test_seen_extent_is_the_centre_that_the_image_processor_keeps(parts):
-    name, _, processor, backbone = parts
-    extent = backbone.seen_extent(processor.image_processor, 60, 40)
-    assert extent == ((10, 0, 50, 40) if name == "llava" else (0, 0, 60, 40))
-
-
 def test_a_family_whose_processor_does_not_say_its_image_tokens_is_refused(monkeypatch):
     monkeypatch.delattr(LlavaProcessor, "replace_image_token")  # as in a transformers that is older than this family's
-    with pytest.raises(ValueError, match=f"LlavaProcessor of transformers {version} does not say .* transformers>=5"):
-        tiny_processor("llava")(images=noise_image(30, 44), text="it")
+    monkeypatch.setattr(family_processor, "transformers_version", "5.14.1")
+    with pytest.raises(ValueError, match="'llava' cannot be used: .* does not say .* transformers>=5.15.* of 5.14.1"):
+        tiny_processor("llava")
 
 
 @pytest.mark.parametrize("name", BACKBONES)

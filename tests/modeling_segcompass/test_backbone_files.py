@@ -103,8 +103,8 @@ def test_what_is_no_mllm_or_no_image_encoder_is_refused_by_name(hub, tmp_path):
         LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     ).save_pretrained(tmp_path / "llama")
     for mllm, encoder, message in (
-        (hub / SAM, hub / SAM, f"mllm=.*{SAM}.* is of type 'sam', which is no MLLM"),
-        (tmp_path / "llama", hub / SAM, "mllm=.*llama.* is of type 'llama', which is no MLLM"),
+        (hub / SAM, hub / SAM, f"mllm=.*{SAM}.* is of type 'sam' and cannot be used: it is no MLLM"),
+        (tmp_path / "llama", hub / SAM, "mllm=.*llama.* is of type 'llama' and cannot be used: it is no MLLM"),
         (hub / LLAVA, hub / QWEN, f"image_encoder=.*{QWEN}.* is of type 'qwen2_5_vl', which is no image encoder"),
         ("nobody/nothing", hub / SAM, "mllm='nobody/nothing' is no folder or Hub id of a model"),
         (hub / LLAVA, tmp_path / "none", "image_encoder=.*none.* cannot be read"),

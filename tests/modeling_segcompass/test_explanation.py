@@ -58,8 +58,8 @@ def test_tokens_and_patches_are_where_the_sae_fires(explained):
         ids = inputs["input_ids"][sample].tolist()
         image_at = [place for place, token in enumerate(ids) if token == model.config.image_token_id]
         report = model.explain(outputs, slot=0, sample=sample, top=6, processor=processor)
-        rows, columns = report.patch_grid
-        assert rows * columns == len(image_at)
+        assert len(report.patch_boxes) == len(image_at)
+        assert np.allclose(report.patch_boxes, inputs["patch_boxes"][sample, : len(image_at)])
         for concept in report.concepts:
             h = dense[sample, :, concept.index]
             text_at = {
@@ -74,9 +74,10 @@ def test_tokens_and_patches_are_where_the_sae_fires(explained):
                 assert hit.text == processor.tokenizer.decode([ids[hit.position]])
                 is_response = bool(inputs["response_mask"][sample, hit.position])
                 assert hit.part == ("response" if is_response else "instruction")
-            on_image = {(hit.row, hit.column): hit.strength for hit in concept.patches}
+            on_image = {hit.number: hit.strength for hit in concept.patches}
+            assert all(hit.box == tuple(report.patch_boxes[hit.number].tolist()) for hit in concept.patches)
             for order, place in enumerate(image_at):
-                strength = on_image.get((order // columns, order % columns), 0.0)
+                strength = on_image.get(order, 0.0)
                 assert strength == pytest.approx(float(h[place]), abs=1e-4)
             for hits in (concept.tokens, concept.patches):
                 strengths = [hit.strength for hit in hits]
@@ -206,7 +207,7 @@ def test_page_is_whole_and_needs_nothing_else(explained):
 def test_figure_has_the_panels_of_the_paper(explained):
     model, processor, images, _, outputs = explained
     report = model.explain(outputs, slot=0, processor=processor)
-    figure = report.to_figure(images[0], np.ones((40, 40), bool), "cost $5 to $6", extent=(5, 0, 35, 40))
+    figure = report.to_figure(images[0], np.ones((40, 40), bool), "cost $5 to $6")
     titles = [axes.get_title() for axes in figure.axes]
     assert titles[:2] == ["image", "activated tokens"] and titles[2].startswith("heatmap") and titles[3] == "mask"
     assert len(figure.axes[4].patches) == len(report.concepts)

@@ -60,11 +60,11 @@ def states_of(model, inputs):
         for name, value in inputs.items()
         if name in ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "mm_token_type_ids")
     }
-    grid = model.backbone.patch_grid(model.config.mllm_config, inputs["input_ids"], inputs)
     with torch.no_grad(), model.reading_states() as recorder:
         model.mllm(**language)
-        states = recorder.states_of_pass(inputs["input_ids"], inputs["attention_mask"], inputs["response_mask"], grid)
+        states = recorder.states_of_pass(inputs["input_ids"], inputs["attention_mask"], inputs["response_mask"])
         return states._replace(
+            patch_boxes=inputs["patch_boxes"],
             image_embeddings=model.get_image_embeddings(inputs["encoder_pixel_values"]),
             reshaped_input_sizes=inputs["reshaped_input_sizes"],
         )
@@ -494,6 +494,11 @@ def test_explanation_names_concepts_with_their_places_words_and_losses(grounded)
     shares = [word.strength for word in report.words]
     assert sum(shares) == pytest.approx(1, abs=1e-4)
     assert "".join(word.text for word in report.words if word.strength > 0) == CONCLUSIONS[0]
+    read, window = [word for word in report.words if word.strength > 0], model.config.phrase_window
+    for place, word in enumerate(read):  # a word is read together with those before it
+        together = read[max(0, place + 1 - window) : place + 1]
+        assert word.phrase == "".join(one.text for one in together).strip()
+    assert not any(word.phrase for word in report.words if word.position < read[0].position)
     full = decode(model, states).pred_masks[0, 0] > 0
     for concept in report.concepts:
         # the confidence does not enter a grounded mask, so scaling by 0 is the same decoding

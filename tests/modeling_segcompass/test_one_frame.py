@@ -11,14 +11,17 @@ from tests.support.tiny import tiny_segcompass
 
 def centres_among_keys(processor, inputs, columns, rows):
     """Where a grid over what the MLLM sees has its centres among the image keys, from pixel geometry alone."""
-    height, width = (inputs["reshaped_input_sizes"][0] / processor.frame.side).tolist()
+    pixels, images = inputs["original_sizes"][0].flip(0), processor.image_processor  # (2,) width and height
+    across, start = torch.ones(2), torch.zeros(2)  # what the MLLM sees, in fractions of the image
+    if getattr(images, "do_center_crop", False):
+        across = min(pixels) / pixels
+        start = (1 - across) / 2
+    elif getattr(images, "do_pad", False):
+        side = images.pad_size["height"]
+        across = side / (side * pixels // max(pixels))
     x, y = ((torch.arange(count) + 0.5) / count for count in (columns, rows))
-    if getattr(processor.image_processor, "do_center_crop", False):
-        side = min(height, width)
-        x, y = (width - side) / 2 + x * side, (height - side) / 2 + y * side
-    elif not getattr(processor.image_processor, "do_pad", False):
-        x, y = x * width, y * height
-    return torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1)
+    places = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).flatten(0, 1)
+    return (start + places * across) * inputs["reshaped_input_sizes"][0].flip(0) / processor.frame.side
 
 
 @pytest.mark.parametrize("view", ["llava, padded", "llava, its centre", "qwen"])
@@ -29,9 +32,9 @@ def test_concepts_and_image_keys_have_one_frame_on_images_of_any_aspect(view, mo
     model.config.image_view = processor.model_tokens()["image_view"]
     seen = []
 
-    def recorded(types, image_xy, distance):
+    def recorded(types, image_xy, distance, placed):
         seen.append((types, image_xy))
-        return token_position_features(types, image_xy, distance)
+        return token_position_features(types, image_xy, distance, placed)
 
     monkeypatch.setattr("segcompass.modeling_segcompass.modeling_segcompass.token_position_features", recorded)
     for height, width in ((56, 56), (28, 56), (56, 28), (40, 61)):

@@ -60,7 +60,7 @@ class GenerationChecks:
         self.assertNotEqual(*lengths)
         together = model.generate(**prompts, **options)[:, -NEW:]
         for row, length in enumerate(lengths):
-            alone = model.backbone.select_rows(prompts, [row])
+            alone = model.backbone.select_rows(prompts, [row], model.config.image_token_id)
             alone = model.backbone.select_tokens(alone, slice(-length, None))
             self.assertTrue(torch.equal(model.generate(**alone, **options)[0, -NEW:], together[row]))
 

@@ -1,6 +1,7 @@
 """Tiny saved models for the scripts, and a way to make them write a given response."""
 
 import pytest
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from segcompass.modeling_segcompass import SegCompassModel
 from tests.support.scripted import Script, lively_segcompass
@@ -37,3 +38,29 @@ def saved(request, tmp_path_factory):
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder, processor
+
+
+@pytest.fixture
+def says(monkeypatch):
+    """Makes every MLLM that is loaded from now on write the given answers, one per row of a batch, and over again."""
+    answers = []
+    load = AutoModelForImageTextToText.from_pretrained
+
+    def load_and_force(path, **kwargs):
+        model, info = load(path, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        generate = model.generate
+
+        def scripted(input_ids, **inputs):
+            rows = [answers[row % len(answers)] for row in range(len(input_ids))]
+            return generate(input_ids=input_ids, logits_processor=[Script(tokenizer, rows)], **inputs)
+
+        model.generate = scripted
+        return model, info
+
+    monkeypatch.setattr(AutoModelForImageTextToText, "from_pretrained", load_and_force)
+
+    def script(*texts):
+        answers[:] = texts
+
+    return script

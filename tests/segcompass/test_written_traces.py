@@ -11,13 +11,14 @@ import pytest
 from PIL import Image
 
 from segcompass import cli, trace_teachers
+from segcompass.box_formats import possible_boxes
 from segcompass.commands import train_sft, write_traces
 from segcompass.loaders import load_rows
 from segcompass.loaders.masks import encode_mask
 from segcompass.loaders.mixing import HELD_OUT, mix_rows
 from segcompass.loaders.rows import leave_images_encoded, reserved_token
 from segcompass.loaders.surroundings import Thing
-from segcompass.trace_questions import clean_trace, draw_targets, fault_of_check, fault_of_trace
+from segcompass.trace_questions import clean_trace, draw_targets, fault_of_boxes, fault_of_position, fault_of_trace
 from segcompass.trace_teachers import BackboneTeacher, NoAnswer, ServerTeacher
 from segcompass.trace_templates import PLACES, place, plural, write_trace
 from tests.support.refer import ref, write_images, write_instances
@@ -192,10 +193,16 @@ def boxed(*boxes, height=90, width=120):
         ([(0, 0, 20, 20), (80, 60, 110, 85)], "box", "[80,60,110,85] [0,0,20,20]", None),
         ([(0, 0, 20, 20)], "box", "[0,0,20,20] [80,60,110,85]", "another place"),
         ([], "box", "None.", None),
+        ([], "box", "[]", None),
+        ([], "box", "[12, 9, 60, 45]", "another place"),
     ],
 )
 def test_a_trace_must_lead_to_its_target(boxes, check, answer, fault):
-    found = fault_of_check(boxed(*boxes), answer, check)
+    row = boxed(*boxes)
+    if check == "box":
+        found = fault_of_boxes(row, answer, possible_boxes(answer, (row["width"], row["height"])))
+    else:
+        found = fault_of_position(row, answer)
     assert found is None if fault is None else fault in found
 
 

@@ -133,13 +133,9 @@ def tiny_mllm(backbone, processor, hidden=32, layers=4):
     return mllm
 
 
-def tiny_segcompass(backbone, seed=0, num_slots=3, image_encoder=None, **config):
-    """A whole tiny SegCompass model on a real backbone class, and its processor. Same seed, same weights."""
-    torch.manual_seed(seed)
-    processor = tiny_processor(backbone, num_slots)
-    if image_encoder is not None:
-        processor.encoder_image_processor = image_processor_of(image_encoder)
-    sam = image_encoder or SamVisionModel(
+def tiny_sam():
+    """SAM's vision encoder with a frame of 32 pixels and a grid of 8 x 8 keys."""
+    return SamVisionModel(
         SamVisionConfig(
             hidden_size=16,
             output_channels=16,
@@ -152,6 +148,14 @@ def tiny_segcompass(backbone, seed=0, num_slots=3, image_encoder=None, **config)
             mlp_dim=32,
         )
     )
+
+
+def tiny_segcompass(backbone, seed=0, num_slots=3, image_encoder=None, **config):
+    """A whole tiny SegCompass model on a real backbone class, and its processor. Same seed, same weights."""
+    torch.manual_seed(seed)
+    processor = tiny_processor(backbone, num_slots)
+    if image_encoder is not None:
+        processor.encoder_image_processor = image_processor_of(image_encoder)
     defaults = dict(
         sae_config=SparseAutoencoderConfig(d_in=32, d_sae=128, layer=2),
         d_c=16,
@@ -163,6 +167,7 @@ def tiny_segcompass(backbone, seed=0, num_slots=3, image_encoder=None, **config)
         decoder_mlp_dim=32,
         max_response_length=24,
     )
+    sam = image_encoder or tiny_sam()  # before the MLLM, so that a seed keeps giving the same weights
     model = SegCompassModel.from_backbones(
         tiny_mllm(backbone, processor), sam, processor=processor, **{**defaults, **config}
     )

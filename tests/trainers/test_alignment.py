@@ -10,6 +10,7 @@ from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPi
 from segcompass.loaders.masks import encode_mask
 from segcompass.loaders.scene_questions import word_kind
 from segcompass.loaders.scenes import load_mixed_scenes
+from segcompass.modeling_segcompass.patch_boxes import grid_boxes
 from segcompass.trainers import SegCompassSFTConfig, SegCompassSFTTrainer
 from segcompass.trainers.alignment import Alignment, AlignmentTargets, alignment_loss
 from segcompass.trainers.collator import SegCompassCollator
@@ -86,12 +87,12 @@ def test_no_named_patch_gives_a_zero_that_is_connected():
 def test_patches_of_a_padded_image_are_covered_where_the_mask_lies():
     mask = np.zeros((40, 80), dtype=bool)
     mask[10:20, 40:80] = True  # rows 1 of 8, columns 4 to 7 of 8, in cells of 10 pixels
-    cover = patch_coverage([encode_mask(mask)], 40, 80, (0, 0, 80, 80), (8, 8))[0]
+    cover = patch_coverage([encode_mask(mask)], 40, 80, grid_boxes(8, 8, (0, 0, 1, 2)))[0].view(8, 8)
     expected = torch.zeros(8, 8)
     expected[1, 4:] = 1
     assert torch.equal(cover, expected)
     # A crop of the centre: 40 x 40 pixels from (20, 0), of which the mask holds the right half of columns 2 and 3.
-    cropped = patch_coverage([encode_mask(mask)], 40, 80, (20, 0, 60, 40), (4, 4))[0]
+    cropped = patch_coverage([encode_mask(mask)], 40, 80, grid_boxes(4, 4, (0.25, 0, 0.75, 1)))[0].view(4, 4)
     expected = torch.zeros(4, 4)
     expected[1, 2:] = 1
     assert torch.equal(cropped, expected)
@@ -109,7 +110,7 @@ def parts():
 
 def test_words_and_patches_of_rows_are_those_of_their_phrases(parts):
     model, processor, rows = parts
-    make = AlignmentTargets(processor, model.config.mllm_config, word_kind)
+    make = AlignmentTargets(processor, word_kind)
     batch = SegCompassCollator(processor, alignment=make)(rows)
     alignment = batch["alignment_targets"]
     said = {}
@@ -127,17 +128,15 @@ def test_words_and_patches_of_rows_are_those_of_their_phrases(parts):
 def test_misnamed_words_change_the_pairs_and_nothing_else(parts):
     model, processor, rows = parts
     batch = SegCompassCollator(processor)(rows)
-    right = AlignmentTargets(processor, model.config.mllm_config, word_kind)(rows, batch)
-    wrong = AlignmentTargets(processor, model.config.mllm_config, word_kind, {"small": "large", "large": "small"})(
-        rows, batch
-    )
+    right = AlignmentTargets(processor, word_kind)(rows, batch)
+    wrong = AlignmentTargets(processor, word_kind, {"small": "large", "large": "small"})(rows, batch)
     assert torch.equal(right.shown, wrong.shown)
     assert len(right.words) == len(wrong.words) and not torch.equal(right.meanings, wrong.meanings)
 
 
 def test_rows_without_phrases_and_phrases_out_of_place_are_refused(parts):
     model, processor, rows = parts
-    collate = SegCompassCollator(processor, alignment=AlignmentTargets(processor, model.config.mllm_config))
+    collate = SegCompassCollator(processor, alignment=AlignmentTargets(processor))
     with pytest.raises(ValueError, match="has no phrases; .*lambda_align"):
         collate([{**rows[0], "phrases": None}])
     moved = [{**phrase, "start": phrase["start"] + 1} for phrase in rows[0]["phrases"]]
@@ -150,9 +149,7 @@ def test_a_few_steps_raise_the_cosine_of_words_and_their_patches_over_others(par
 
     def gap():
         """Mean cosine of centred word and patch over pairs that match, minus over those that do not."""
-        batch = SegCompassCollator(
-            processor, alignment=AlignmentTargets(processor, model.config.mllm_config, word_kind)
-        )(rows)
+        batch = SegCompassCollator(processor, alignment=AlignmentTargets(processor, word_kind))(rows)
         alignment = batch.pop("alignment_targets")
         with torch.no_grad():
             states = model(**batch, output_hidden_states=True).hidden_states[model.config.sae_config.layer]

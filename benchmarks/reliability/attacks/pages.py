@@ -93,8 +93,7 @@ def attacks() -> Iterator[Attack]:
                 labels = {number: payload if place == "label" else "mug" for number in range(128)}
                 explained = [model.explain(outputs, slot=0, labels=labels, processor=processor)]
                 mask = (processor.post_process_masks(outputs.pred_masks, [(30, 44)])[0][:1] > 0).numpy()
-                extent = model.backbone.seen_extent(processor.image_processor, *image.size)
-                page = render_html(explained, image, mask, extent, payload if place == "instruction" else "a mug")
+                page = render_html(explained, image, mask, payload if place == "instruction" else "a mug")
                 return payload not in page
 
             yield Attack(f"{name} as an explanation's {place}", explanation)

@@ -483,7 +483,7 @@ def main():
                 states[0],
             )
             talking, minutes = Talking(model, seeing.head), (1 - SEEING_SHARE) * args.minutes
-        align = AlignmentTargets(processor, model.config, word_kind) if args.grounded else None
+        align = AlignmentTargets(processor, word_kind) if args.grounded else None
         images = 8 if args.grounded else 4
         train(talking, lambda seed: Conversations(processor, align, cells, images, seed), minutes, states[1])
     else:
