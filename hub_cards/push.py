@@ -177,8 +177,7 @@ def draw_explanation(
     best = int(found["scores"].argmax())
     labels = read_labels(folder, model.config.sae_config.d_sae)
     explanation = model.explain(outputs, slot=int(found["slots"][best]), labels=labels, processor=processor)
-    extent = model.backbone.seen_extent(processor.image_processor, *image.size)
-    figure = explanation.to_figure(image, found["masks"][best].cpu().numpy(), instruction, extent)
+    figure = explanation.to_figure(image, found["masks"][best].cpu().numpy(), instruction)
     figure.savefig(Path(folder, PICTURE), dpi=100, metadata={"Description": instruction})
     return True
 

@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     name = args.name or Path(args.model).name
     steering_of = f"Concepts were switched off in the masks of {len(segmented):,} rows, by the model's own reasoning."
     title = f"Features of {name}"
-    page = dashboard_page(dictionary, cards, title, steering_of, patch_pictures(rows, processor))
+    page = dashboard_page(dictionary, cards, title, steering_of, patch_pictures(rows))
     write_whole(args.output / "dashboard.html", page)
     write_whole(args.output / "features.json", summaries(cards))
     reader = TokenReader(model, processor)

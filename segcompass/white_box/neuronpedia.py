@@ -161,10 +161,14 @@ def _record(texts: list[str], tokens: SampleTokens, index: int) -> dict[str, Any
 def _texts(reader: TokenReader, tokens: SampleTokens) -> list[str]:
     """Each token's text with the space before it; of an image token its place."""
     decode = reader.processor.tokenizer.decode
+    try:
+        columns = tokens.grid[1]
+    except ValueError:  # patches of several sizes: they are counted
+        columns = None
     texts, patch, before = [], 0, None
     for token, kind in zip(tokens.ids, tokens.types.tolist(), strict=True):
         if kind == IMAGE:
-            texts.append(f"[patch {patch // tokens.grid[1]},{patch % tokens.grid[1]}]")
+            texts.append(f"[patch {patch // columns},{patch % columns}]" if columns else f"[patch {patch}]")
             patch += 1
             continue
         start = "" if before is None else decode([before])
