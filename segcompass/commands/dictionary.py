@@ -69,10 +69,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     from segcompass.journal import Journal, weights_of
     from segcompass.loaders.identity import rows_digest
     from segcompass.loading import load
+    from segcompass.modeling_segcompass.patch_boxes import grid_shape
     from segcompass.modeling_segcompass.whole_files import write_whole
     from segcompass.white_box.annotated_truth import patch_texts as texts_of_patches
     from segcompass.white_box.concept_labels import read_labelled, score_looks
-    from segcompass.modeling_segcompass.patch_boxes import grid_shape
     from segcompass.white_box.dictionary_reader import TokenReader, build_dictionary, patch_pictures
     from segcompass.white_box.examination import read_rows, truths_of
     from segcompass.white_box.image_truth import looks_of
