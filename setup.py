@@ -65,9 +65,9 @@ setup(
     ],
     extras_require={
         "test": ["pytest>=9", "parameterized", "ruff", "mypy", "pydoclint", "tensorboard", "bitsandbytes>=0.46"],
-        "demo": ["gradio>=6"],
+        "demo": ["gradio>=6", "mcp"],
         "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1", "nbclient>=0.10", "ipykernel>=7"],  # the site
-        "browser": ["gradio>=6", "selenium>=4.40"],  # the Space's test; also Debian's chromium and chromium-driver
+        "browser": ["gradio>=6", "mcp", "selenium>=4.40"],  # tests of the Space; and chromium, chromium-driver
         "serve": ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.18"],
         "qlora": ["bitsandbytes>=0.46"],
         "vllm": ["vllm>=0.27,<0.31"],  # TRL 1.16 stops at 0.31, and 0.31 wants an older transformers

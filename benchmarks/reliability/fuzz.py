@@ -32,7 +32,6 @@ from PIL import Image, ImageOps  # noqa: E402
 
 from benchmarks.reliability import writers  # noqa: E402
 from benchmarks.reliability.children import each_in_child, options, say  # noqa: E402
-from benchmarks.reliability.space import told  # noqa: E402
 from segcompass.journal import Journal  # noqa: E402
 from segcompass.loaders import load_rows  # noqa: E402
 from segcompass.loaders.files import read_json, read_pickle  # noqa: E402
@@ -397,18 +396,19 @@ def pipeline(draw: random.Random) -> None:
 
 def space(draw: random.Random) -> None:
     """The Space's functions, as any client may call them."""
-    if "demo" not in _MADE:
+    if "app" not in _MADE:
         from benchmarks.reliability.load import make_demo
-        from benchmarks.reliability.space import space as space_parts
+        from tests.support.space import space_modules
 
-        _MADE["demo"] = make_demo(space_parts(), stub=True)
+        _MADE["app"] = space_modules().asking
+        _MADE["demo"] = make_demo(space_modules(), stub=True)
     demo, visitor = _MADE["demo"], SimpleNamespace(session_hash=draw.choice(("a", "b", None)))
     way = draw.randrange(5)
     try:
         if way == 0:
             image = draw.choice((noise_image(20, 30), odd(draw), None))
             last = list(demo.ask(image, draw.choice((*TEXTS, odd(draw))), draw.choice((0.5, odd(draw))), visitor))[-1]
-            expect(isinstance(told(last)[1], str), "an answer without a verdict")
+            expect(last.why is not None and bool(last.why.verdict), "an answer without a verdict")
         else:
             question = draw.choice((None, "", "0", odd(draw)))
             if draw.random() < 0.7 and (kept := demo.answers._kept.get(visitor.session_hash or "")):
@@ -416,10 +416,15 @@ def space(draw: random.Random) -> None:
             concept = draw.choice((0, 1, 5, odd(draw)))
             threshold = draw.choice((0.5, odd(draw)))
             if way == 1:
-                change = getattr(demo, "change", None) or demo.scale
-                change(question, concept, draw.choice((0.0, 2.0, odd(draw))), threshold, visitor)
-            elif way == 2 and hasattr(demo, "where"):
-                demo.where(question, concept, visitor)
+                demo.change(question, concept, draw.choice((0.0, 2.0, "blue", odd(draw))), threshold, visitor)
+            elif way == 2:
+                names = (
+                    draw.choice(("blue", "1", "0, 1", odd(draw))),
+                    draw.choice(("", "2")),
+                    draw.choice(("", "a=b", "=")),
+                )
+                tools = _MADE["app"].Tools(demo)
+                tools.change_concepts(noise_image(20, 30), draw.choice((*TEXTS, odd(draw))), *names, threshold)
             elif way == 3:
                 demo.restore(question, threshold, visitor)
             else:
@@ -427,7 +432,7 @@ def space(draw: random.Random) -> None:
     except demo.refusals as error:  # what a visitor reads
         raise ValueError(str(error)) from error
     finally:
-        expect(demo.line._tickets == [], "a question is still in the line")
+        expect(len(demo.line) == 0, "a question is still in the line")
 
 
 TARGETS: dict[str, tuple[Callable[[random.Random], None], int]] = {

@@ -27,26 +27,27 @@ import psutil  # noqa: E402
 import torch  # noqa: E402
 
 from benchmarks.reliability.children import options, say  # noqa: E402
-from benchmarks.reliability.space import demo_of, name_of, space, told  # noqa: E402
 from tests.support.scripted import INSTRUCTIONS, Script, lively_segcompass, noise_images  # noqa: E402
+from tests.support.space import demo_of, space_modules  # noqa: E402
 
 ANSWER = "<think>left of it</think><REF_POS><REF_POS><REF_POS>"
 FULL = dict(requests=10_000, model_requests=200, left=200, sessions=1000, segment_calls=60, clients=8)
 QUICK = dict(requests=60, model_requests=4, left=4, sessions=20, segment_calls=6, clients=4)
 
 
-def make_demo(parts: SimpleNamespace, stub: bool) -> Any:
+def make_demo(space: Any, stub: bool) -> Any:
     """A demo of a tiny model.
 
     Args:
-        parts: the Space's, see `space`.
+        space: the Space's modules.
         stub: whether the model's forward pass is left out: four tokens come from nowhere, and masks are decoded from
             the states of one answer that was really given.
 
     Returns:
         The demo; `demo.passes` counts the tokens.
     """
-    demo = demo_of(parts, *lively_segcompass("llava", num_slots=3))
+    demo = demo_of(space, *lively_segcompass("llava", num_slots=3))
+    demo.passes, demo.refusals = Counter(), space.asking.gr.Error
     reason = demo.model.reason
     tokens = demo.processor.tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
 
@@ -86,10 +87,16 @@ def ask(demo: Any, visitor: str, number: int, threshold: float = 0.0) -> Any:
 
 def same(answer: Any, alone: Any) -> bool:
     """Whether two answers show the same."""
-    if isinstance(answer, str):
+    if isinstance(answer, str) or answer.why is None:
         return False
-    (*words, picture), (*wanted, other) = told(answer), told(alone)
-    return words == wanted and np.array_equal(picture, other)
+    slots = list(zip(answer.why.slots, alone.why.slots, strict=False))
+    return (
+        answer.text == alone.text
+        and answer.why.verdict == alone.why.verdict
+        and len(answer.why.slots) == len(alone.why.slots)
+        and all(one.number == other.number and np.array_equal(one.mask, other.mask) for one, other in slots)
+        and all(str(one.concepts) == str(other.concepts) for one, other in slots)
+    )
 
 
 def concurrent(demo: Any, requests: int, clients: int, end: float) -> Counter:
@@ -143,7 +150,8 @@ def sessions(demo: Any, count: int, end: float) -> tuple[int, float]:
         answer = ask(demo, visitor, number)
         assert not isinstance(answer, str), answer
         request = SimpleNamespace(session_hash=visitor)
-        demo.restore(name_of(answer), 0.0, request)
+        demo.change(answer.question, 0, 0.0, 0.0, request)
+        demo.restore(answer.question, 0.0, request)
         demo.leave(request)
 
     process = psutil.Process()
@@ -193,9 +201,9 @@ def main(argv: list[str] | None = None) -> dict:
     args = options(__doc__, argv)
     size = QUICK if args.quick else FULL
     torch.set_num_threads(1)
-    parts = space()
+    space = space_modules()
     threads = threading.active_count()
-    stubbed, real = make_demo(parts, stub=True), make_demo(parts, stub=False)
+    stubbed, real = make_demo(space, stub=True), make_demo(space, stub=False)
     asked = concurrent(stubbed, size["requests"], size["clients"], args.end)
     print(f"{asked['asked']} requests of {size['clients']} clients", flush=True)
     modelled = concurrent(real, size["model_requests"], size["clients"], args.end)

@@ -1,528 +1,210 @@
-"""The Space: ask for something in an image, watch the reasoning, look into the slots, switch concepts off.
+"""The Space: ask for something in an image, and see why the mask is where it is and what would move it.
 
     segcompass demo                                                       # this page, where the project is installed
     SEGCOMPASS_MODEL=ORG/MODEL GRADIO_SERVER_PORT=7861 python app.py      # as a Space runs it
 
-As a Space, with this folder as its repository, set SEGCOMPASS_MODEL to a Hub id; elsewhere the small model that ships
-with the project is used. It takes the model as remote code, so it needs transformers and not this project. Moving a
-concept's slider decodes the masks again from the states that generation left behind; the MLLM does not run again.
-
-Visitors are many and memory is not: questions wait in a line of limited length (`Line`), images, texts and waiting have
-limits, and what an answer leaves behind is kept for a while, of the latest visitors alone (`Answers`), and let go when
-its visitor leaves.
+As a Space, with this folder as its repository, the model is the variable SEGCOMPASS_MODEL or the one that README.md
+names; elsewhere the small model that ships with the project. It is taken as remote code, so the Space needs
+transformers and not this project. This file is the page; `asking.py` has the model, `visitors.py` the line and the
+limits, `why.py` the account of an answer and `why_page.py` its HTML. Three functions are also an API and tools for MCP
+clients: `segment`, `explain` and `change_concepts`.
 """
 
-import html
+import base64
+import io
 import json
 import os
-import secrets
-import time
-from collections import OrderedDict
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from functools import wraps
+from html import escape
 from pathlib import Path
-from threading import Condition, Event, Lock, Thread
 from typing import Any
 
-import gradio as gr
-import numpy as np
-import torch
-from matplotlib import colormaps
-from PIL import Image, ImageOps
-from transformers import AutoModel, AutoProcessor, TextIteratorStreamer
-
 HERE = Path(__file__).resolve().parent
-EXAMPLES = HERE.parents[1] / "examples" if len(HERE.parents) > 1 else HERE
-COLOURS = np.array(  # those of modeling_segcompass/palette.py, which a Space's own repository does not hold
-    [
-        (230, 60, 50),
-        (50, 120, 230),
-        (60, 180, 75),
-        (245, 190, 40),
-        (160, 80, 200),
-        (40, 190, 200),
-        (232, 51, 139),
-        (192, 116, 74),
-    ]
-)
-TOP_CONCEPTS = 8
-MAX_TEXT = 1000
-"""Characters of an instruction."""
-MAX_PIXELS = 25_000_000
-"""Of an image; a larger one is refused before it is decoded."""
-MAX_FILE = "20mb"
-"""Of an upload."""
-AT_ONCE, MAX_WAITING, PATIENCE = 1, 16, 120.0
-"""Questions that are answered at a time, that wait for it, and how many seconds they wait at most."""
-MAX_ANSWERS, MAX_BYTES, KEPT_SECONDS = 64, 2**30, 1800.0
-"""How many answers are kept for their visitors to look into, in how many bytes, and for how long."""
-STYLE = (
-    "#image img, #overlay img, #fired img {width: 100%; height: 100%; object-fit: contain}"  # small images too
-    "#concepts label:has(input:checked) {outline: 2px solid currentcolor}"
-)
+sys.path.insert(0, str(HERE))  # the files of a Space lie side by side and are no package
+
+import gradio as gr  # noqa: E402
+from asking import Demo, Shown, Tools  # noqa: E402
+from PIL import Image  # noqa: E402
+from visitors import AT_ONCE, MAX_FILE, MAX_TEXT, MAX_WAITING  # noqa: E402
+from why_page import answer_page, waiting_page  # noqa: E402
+
+MINI = HERE.parents[1] / "examples" / "checkpoints" / "mini" if len(HERE.parents) > 1 else HERE
+SMALL = 20_000_000
+"""Parameters up to which a model is taken for the one that ships: it knows drawn scenes and nothing else."""
 ABOUT = (
-    "# SegCompass\nAsk for something in the image. The model reasons, turns what it thought into concepts, the "
-    "concepts into one heatmap per slot, and the heatmaps into masks. Choose a concept to see where it fired; move its "
-    "slider and the masks follow, while the reasoning stays as it is."
+    "# Why this mask?\nAsk for something in an image. The model writes what it sees; its words fire concepts; each "
+    "concept adds heat where it finds itself; the heat becomes the mask. Point at any of them to see what it is linked "
+    "with, then change a concept and watch the mask move."
 )
+KNOWS = (
+    "The small model that runs here ({millions:.1f} million parameters) has only ever seen drawn scenes like the "
+    "examples; photographs mean nothing to it. It calls places by a board: A to D from left to right, 1 to 4 from top "
+    "to bottom."
+)
+EXAMPLES_JS = """
+element.addEventListener('click', event => {
+  const card = event.target.closest('[data-example]');
+  if (card) trigger('take', {number: Number(card.dataset.example)});
+});
+"""
 
 
-def refusal(message: Any) -> gr.Error:
-    """An error that the page shows as text, whatever a visitor wrote into it."""
-    return gr.Error(html.escape(str(message)))
+def examples() -> list[dict]:
+    """The scenes that lie beside this file: each has image (a path), instruction and shows."""
+    listed = HERE / "examples.json"
+    found = json.loads(listed.read_text(encoding="utf-8")) if listed.exists() else []
+    return [{**each, "image": HERE / each["image"]} for each in found]
 
 
-class Line:
-    """Questions that wait for the model, first come, first served.
-
-    Args:
-        at_once: how many are answered at a time.
-        waiting: how many may wait.
-    """
-
-    def __init__(self, at_once: int = AT_ONCE, waiting: int = MAX_WAITING):
-        self.at_once, self.waiting = at_once, waiting
-        self._tickets: list[object] = []
-        self._moved = Condition()
-
-    def enter(self) -> object:
-        """A ticket, to be given back with `leave`. Raises gr.Error when the line is full."""
-        with self._moved:
-            if len(self._tickets) >= self.at_once + self.waiting:
-                raise refusal(f"{self.waiting} questions are waiting already, which is the limit; try again later.")
-            ticket = object()
-            self._tickets.append(ticket)
-            return ticket
-
-    def before(self, ticket: object) -> int:
-        """How many must be answered before it is this one's turn."""
-        with self._moved:
-            place = self._tickets.index(ticket) if ticket in self._tickets else 0
-            return max(0, place + 1 - self.at_once)
-
-    def wait(self, ticket: object, seconds: float) -> bool:
-        """Whether it is this one's turn, after so many seconds at most."""
-        with self._moved:
-            return self._moved.wait_for(lambda: ticket not in self._tickets[self.at_once :], seconds)
-
-    def leave(self, ticket: object) -> None:
-        """Make room for the next; nothing where that was done before."""
-        with self._moved:
-            if ticket in self._tickets:
-                self._tickets.remove(ticket)
-                self._moved.notify_all()
+def cards(shown: list[dict]) -> str:
+    """The examples as buttons."""
+    parts = []
+    for number, each in enumerate(shown):
+        file = io.BytesIO()
+        thumb = Image.open(each["image"]).convert("RGB")
+        thumb.thumbnail((108, 108))
+        thumb.save(file, "jpeg", quality=85)
+        picture = base64.b64encode(file.getvalue()).decode("ascii")
+        parts.append(
+            f"<button type='button' data-example='{number}'><img alt='' src='data:image/jpeg;base64,{picture}'>"
+            f"<span>{escape(each['instruction'])}<small>{escape(each['shows'])}</small></span></button>"
+        )
+    return f"<div class='cards'>{''.join(parts)}</div>"
 
 
-class Answer:
-    """What one question left behind: the inputs, what masks are decoded from, and the concepts' factors.
+class Page:
+    """What the elements of the page call: the demo's answers as HTML.
 
     Args:
-        image: PIL image, RGB.
-        inputs: what the processor made of it.
+        demo: the model and its visitors.
     """
 
-    def __init__(self, image: Image.Image, inputs: Any):
-        self.image, self.inputs = image, inputs
-        self.states: Any = None  # what masks are decoded from
-        self.outputs: Any = None  # of the response as it was written, before any intervention
-        self.factors: dict[int, float] = {}
-        self.name, self.used = secrets.token_hex(8), time.monotonic()
+    def __init__(self, demo: Demo):
+        self.demo, self.examples = demo, examples()
 
-    def bytes(self) -> int:
-        """About how much memory it takes."""
-        tensors = [*self.inputs.values(), *(self.states or ()), *(self.outputs or {}).values()]
-        known = {
-            value.untyped_storage().data_ptr(): value.untyped_storage().nbytes()
-            for value in tensors
-            if torch.is_tensor(value)
-        }
-        return 3 * self.image.width * self.image.height + sum(known.values())
+    def html(self, shown: Shown) -> str:
+        """What is shown at a moment."""
+        if shown.why is None:
+            return waiting_page(shown.text, shown.note)
+        answer: Any = shown.answer
+        return answer_page(shown.why, answer.image, answer.concepts, self.demo.swaps, answer.name)
 
+    def take(self, event: gr.EventData) -> tuple:
+        """The image and the instruction of an example."""
+        number = getattr(event, "number", None)
+        known = isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(self.examples)
+        if not known:
+            raise gr.Error("There is no such example.")
+        return Image.open(self.examples[number]["image"]).convert("RGB"), self.examples[number]["instruction"]
 
-class Answers:
-    """The last answer of each visitor, as long as there is room and the visitor is there.
+    def ask(self, image: str, instruction: str, threshold: float, request: gr.Request) -> Iterator[tuple]:
+        """(page, name of the answer), again and again while it grows."""
+        for shown in self.demo.ask(image, instruction, threshold, request):
+            yield self.html(shown), shown.question
 
-    Args:
-        limit: how many are kept.
-        limit_bytes: in how much memory; the newest is kept however large.
-        seconds: how long one is kept that is not looked into.
-    """
+    def steer(self, question: str, threshold: float, event: gr.EventData, request: gr.Request) -> str:
+        """The page with one concept changed."""
+        action = getattr(event, "action", None)
+        change = {"off": 0.0, "double": 2.0}.get(str(action), getattr(event, "other", None))
+        return self.html(self.demo.change(question, getattr(event, "concept", None), change, threshold, request))
 
-    def __init__(self, limit: int = MAX_ANSWERS, limit_bytes: int = MAX_BYTES, seconds: float = KEPT_SECONDS):
-        self.limit, self.limit_bytes, self.seconds = limit, limit_bytes, seconds
-        self._kept: OrderedDict[str, Answer] = OrderedDict()  # by visitor, the one used last at the end
-        self._lock = Lock()
+    def undo(self, question: str, threshold: float, request: gr.Request) -> str:
+        """The page with nothing changed."""
+        return self.html(self.demo.restore(question, threshold, request))
 
-    def __len__(self) -> int:
-        return len(self._kept)
-
-    def put(self, visitor: str, answer: Answer) -> None:
-        """Keep an answer in place of the visitor's last one."""
-        with self._lock:
-            self._kept.pop(visitor, None)
-            self._kept[visitor] = answer
-            size = sum(each.bytes() for each in self._kept.values())
-            oldest = time.monotonic() - self.seconds
-            for other, each in list(self._kept.items())[:-1]:
-                if len(self._kept) > self.limit or size > self.limit_bytes or each.used < oldest:
-                    size -= each.bytes()
-                    del self._kept[other]
-
-    def get(self, visitor: str, question: str | None) -> Answer:
-        """The visitor's answer. Raises gr.Error when there is none to this question."""
-        with self._lock:
-            answer = self._kept.get(visitor)
-            if question is None:
-                raise refusal("Ask something first.")
-            if answer is None or answer.name != question:
-                raise refusal("This answer was put away to make room for others; ask again.")
-            answer.used = time.monotonic()
-            self._kept.move_to_end(visitor)
-            return answer
-
-    def forget(self, visitor: str) -> None:
-        """Let go of what a visitor left behind."""
-        with self._lock:
-            self._kept.pop(visitor, None)
-
-
-def visitor_of(request: Any) -> str:
-    """Whose request it is: one open page each."""
-    return getattr(request, "session_hash", None) or ""
-
-
-class Demo:
-    """The model, and what each part of the page shows of an answer. It knows nothing about gradio's layout.
-
-    Args:
-        path: SegCompass folder or Hub id.
-    """
-
-    def __init__(self, path: str):
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = AutoModel.from_pretrained(path, trust_remote_code=True).to(device).eval()
-        self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
-        self.line, self.answers = Line(), Answers()
-        self._asking: dict[str, tuple[Event, object]] = {}  # visitor -> (set when the visitor has left, its ticket)
-
-    # -- asking ------------------------------------------------------------------------------------------------------
-
-    def ask(self, image: Any, instruction: str, threshold: float, request: gr.Request | None = None) -> Iterator[tuple]:
-        """Yield what the page shows: first the reasoning as it grows, then everything."""
-        check_question(image, instruction, threshold)
-        visitor, left = visitor_of(request), Event()
-        ticket = self.line.enter()
-        try:
-            self._asking[visitor] = left, ticket
-            patience = time.monotonic() + PATIENCE
-            while not self.line.wait(ticket, min(1.0, PATIENCE)):
-                if left.is_set():
-                    return
-                if time.monotonic() > patience:
-                    raise refusal(f"No answer within {PATIENCE:.0f} seconds, so many are asking; try again later.")
-                before = self.line.before(ticket)
-                yield f"{before} question{'s' * (before > 1)} before yours …", *[gr.skip()] * 6
-            if left.is_set():
-                return
-            yield from self._answer(image, instruction, threshold, visitor, left)
-        finally:
-            left.set()
-            if self._asking.get(visitor) == (left, ticket):
-                del self._asking[visitor]
-            self.line.leave(ticket)
-
-    def leave(self, request: gr.Request | None = None) -> None:
-        """A visitor has closed the page: the model stops, and what the visitor left behind is let go."""
-        visitor = visitor_of(request)
-        left, ticket = self._asking.pop(visitor, (None, None))
-        if left is not None:
-            left.set()
-            self.line.leave(ticket)  # nobody may ever ask for the rest of the answer
-        self.answers.forget(visitor)
-
-    def _answer(self, image: Any, instruction: str, threshold: float, visitor: str, left: Event) -> Iterator[tuple]:
-        """As `ask`, when it is this question's turn."""
-        try:
-            image = read(image)
-            inputs = self.processor(images=image, text=instruction, return_tensors="pt").to(self.model.device)
-        except (ValueError, OSError) as error:  # an empty or too long instruction, an image that cannot be read
-            raise refusal(error) from error
-        answer = Answer(image, inputs)
-        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        failed = []
-
-        def stop(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-            return torch.full((len(input_ids),), left.is_set(), dtype=torch.bool, device=input_ids.device)
-
-        def write() -> None:
-            try:
-                _, answer.states = self.model.reason(**inputs, streamer=streamer, stopping_criteria=[stop])
-                if not left.is_set():
-                    answer.outputs = self.decode(answer)
-            except Exception as error:
-                failed.append(error)
-                streamer.end()
-
-        writer = Thread(target=write)
-        writer.start()
-        text = ""
-        try:
-            for piece in streamer:
-                text += piece
-                yield text, *[gr.skip()] * 6
-        except GeneratorExit:  # the visitor left: the model stops at the next token
-            left.set()
-            raise
-        finally:
-            writer.join()  # before the next is served
-        if left.is_set():
-            return
-        if failed:
-            raise refusal(f"The model failed: {failed[0]}")
-        self.answers.put(visitor, answer)
-        concepts = self.concepts(answer, threshold)
-        choices = gr.Radio(choices=concepts, value=None)
-        shown = self.show(answer, answer.outputs, threshold)
-        yield text, *shown, answer.name, choices, gr.Slider(value=1.0)
-
-    @torch.no_grad()
-    def decode(self, answer: Answer, factors: dict[int, float] | None = None) -> Any:
-        """The masks with concepts scaled by these factors (None: as they are now): a SegCompassOutput."""
-        factors = answer.factors if factors is None else factors
-        return self.model.decode_masks(**answer.states._asdict(), concept_scale=factors)
-
-    def scale(
-        self,
-        question: str | None,
-        concept: int | None,
-        factor: float,
-        threshold: float,
-        request: gr.Request | None = None,
-    ) -> tuple:
-        """Masks with the chosen concept scaled, beside those scaled before; the response stays."""
-        answer = self.answers.get(visitor_of(request), question)
-        concept = self.chosen(answer, concept)
-        if not 0 <= within(factor, "the strength") <= 2:
-            raise refusal(f"The strength is {factor!r:.40}; choose a number from 0 to 2.")
-        check_threshold(threshold)
-        answer.factors = {**answer.factors, concept: float(factor)}
-        return self.show(answer, self.decode(answer), threshold)
-
-    def chosen(self, answer: Answer, concept: Any) -> int:
-        """The number of a concept of the answer. Raises gr.Error when it is none of them."""
-        known = [] if answer.outputs.concept_indices is None else answer.outputs.concept_indices[0].tolist()
-        if isinstance(concept, bool) or not isinstance(concept, int) or concept not in known:
-            raise refusal(f"The concept {concept!r:.40} is none of this answer's; choose one of the list.")
-        return concept
-
-    def restore(self, question: str | None, threshold: float, request: gr.Request | None = None) -> tuple:
-        """The masks with no concept scaled."""
-        answer = self.answers.get(visitor_of(request), question)
-        check_threshold(threshold)
-        answer.factors = {}
-        return *self.show(answer, answer.outputs, threshold), gr.Slider(value=1.0)
-
-    def rethreshold(self, question: str | None, threshold: float, request: gr.Request | None = None) -> tuple | list:
-        """The same masks, other slots kept."""
-        if question is None:
-            return [gr.skip()] * 3
-        check_threshold(threshold)
-        answer = self.answers.get(visitor_of(request), question)
-        return self.show(answer, self.decode(answer) if answer.factors else answer.outputs, threshold)
-
-    # -- showing -----------------------------------------------------------------------------------------------------
-
-    def show(self, answer: Answer, outputs: Any, threshold: float) -> tuple[np.ndarray, str, list]:
-        """(overlay, verdict, gallery of a heatmap and a mask for each slot)."""
-        sizes = answer.inputs["original_sizes"]
-        kept = self.processor.post_process_instance_segmentation(outputs, threshold, target_sizes=sizes)[0]
-        masks = dict(zip(kept["slots"].tolist(), kept["masks"].cpu().numpy(), strict=True))
-        picture = np.asarray(answer.image).astype(np.float32)
-        covered = np.zeros(picture.shape[:2], bool)
-        for slot, mask in masks.items():
-            picture[mask] = 0.4 * picture[mask] + 0.6 * COLOURS[slot % len(COLOURS)]
-            covered |= mask
-        found = outputs.slot_mask[0].nonzero()[:, 0].tolist()
-        if not found:
-            verdict = "no mask: the response had no concentration tokens"
-        elif not masks:
-            verdict = "no target: no slot is confident enough"
-        else:
-            verdict = f"{len(masks)} instance{'s' * (len(masks) > 1)}, {covered.sum()} pixels"
-        return picture.astype(np.uint8), verdict, self.slots(answer, outputs, found, masks)
-
-    def slots(self, answer: Answer, outputs: Any, found: list[int], masks: dict[int, np.ndarray]) -> list:
-        """(picture, caption) of each found slot's heatmap, and of its mask where it is kept."""
-        sizes = answer.inputs["original_sizes"]
-        heatmaps = self.processor.post_process_masks(outputs.heatmaps, sizes)[0].sigmoid().cpu().numpy()
-        confidences = outputs.pred_logits[0].sigmoid().tolist()
-        gallery = []
-        for slot in found:
-            gallery.append((self.heat_over(answer.image, heatmaps[slot]), f"slot {slot}: {confidences[slot]:.2f}"))
-            if slot in masks:
-                gallery.append((masks[slot].astype(np.uint8) * 255, f"mask {slot}"))
-        return gallery
-
-    @staticmethod
-    def heat_over(image: Image.Image, heat: np.ndarray) -> np.ndarray:
-        """A heat, float (H, W) in [0, 1] in colour over the image."""
-        colour = colormaps["inferno"](heat)[..., :3] * 255
-        return (0.35 * np.asarray(image) + 0.65 * colour).astype(np.uint8)
-
-    def concepts(self, answer: Answer, threshold: float) -> list[tuple[str, int]]:
-        """(label, index) of the concepts that weigh most in the kept slots, or in all found ones if none is kept."""
-        outputs = answer.outputs
-        if outputs.concept_indices is None or not outputs.slot_mask[0].any():
-            return []
-        kept = outputs.slot_mask[0] & (outputs.pred_logits[0].sigmoid() >= threshold)
-        weights = outputs.concept_weights[0, kept if kept.any() else outputs.slot_mask[0]].amax(0)
-        columns = weights.topk(min(TOP_CONCEPTS, len(weights))).indices
-        columns = columns[weights[columns] > 0].tolist()
-        indices = outputs.concept_indices[0].tolist()
-        names = self.model.concept_labels
-        return [
-            (
-                f"{names.get(indices[column], f'concept {indices[column]}')}, weight {weights[column]:.2f}",
-                indices[column],
-            )
-            for column in columns
-        ]
-
-    def where(self, question: str | None, concept: int | None, request: gr.Request | None = None) -> tuple:
-        """Where a concept fired: over the image, and on the tokens of the response. Also its present factor."""
-        if question is None or concept is None:
-            return gr.skip(), gr.skip(), gr.skip()
-        answer = self.answers.get(visitor_of(request), question)
-        outputs = answer.outputs
-        column = outputs.concept_indices[0].tolist().index(self.chosen(answer, concept))
-        fired = outputs.concept_activations[0, :, column].float()
-        start = answer.inputs["input_ids"].shape[1]
-        ids = outputs.sequences[0, : len(fired)]
-        boxes = outputs.patch_boxes[0].float().cpu()  # (P, 4), in fractions of the image
-        shows = (boxes[:, 2:] > boxes[:, :2]).all(1)  # (P,), not the end of a row
-        patches = fired[ids == self.model.config.image_token_id].cpu()[shows]
-        if outputs.grounding is not None:
-            patches = outputs.grounding.maps[0, :, column].float()  # what it adds to the heatmap, per unit of weight
-        heat = over_image(answer.image, boxes[shows].numpy(), (patches / patches.max().clamp_min(1e-6)).cpu().numpy())
-        response = fired[start:]
-        response = (response / response.max().clamp_min(1e-6)).tolist()
-        words = self.words(ids[start:].tolist())
-        tokens = [(word, round(value, 3) or None) for word, value in zip(words, response, strict=True)]
-        return self.heat_over(answer.image, heat), tokens, gr.Slider(value=answer.factors.get(int(concept), 1.0))
-
-    def words(self, ids: list[int]) -> list[str]:
-        """Each token's text with its space before it, which a token decoded alone would lose."""
-        words = [self.processor.decode(ids[:1])]
-        for before, token in zip(ids, ids[1:], strict=False):
-            words.append(self.processor.decode([before, token])[len(self.processor.decode([before])) :])
-        return words
-
-
-def over_image(image: Image.Image, boxes: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Values of the MLLM's patches, (P,), in their boxes, (P, 4), over the image: float (H, W), 0 where none is."""
-    width, height = image.size
-    edges = np.rint(boxes * [width, height, width, height]).astype(int).clip(0, [width, height, width, height])
-    canvas = np.zeros((height, width), np.float32)
-    for value, (left, top, right, bottom) in zip(values, edges, strict=True):
-        canvas[top:bottom, left:right] = np.maximum(canvas[top:bottom, left:right], value)
-    return canvas.clip(0, 1)
-
-
-def within(number: Any, name: str) -> float:
-    """A number that a visitor chose. Raises gr.Error when it is none."""
-    if isinstance(number, bool) or not isinstance(number, (int, float)) or number != number:
-        raise refusal(f"{name.capitalize()} is {number!r:.40}; choose a number.")
-    return number
-
-
-def check_threshold(threshold: Any) -> None:
-    """Raises gr.Error when it is no probability."""
-    if not 0 <= within(threshold, "the confidence") <= 1:
-        raise refusal(f"The confidence is {threshold!r:.40}; choose a number from 0 to 1.")
-
-
-def check_question(image: Any, instruction: Any, threshold: Any) -> None:
-    """What costs nothing to check, before a question waits. Raises gr.Error."""
-    if image is None:
-        raise refusal("No image yet: upload one, or take an example.")
-    if not isinstance(instruction, str) or len(instruction) > MAX_TEXT:
-        found = f"has {len(instruction):,} characters" if isinstance(instruction, str) else "is no text"
-        raise refusal(f"The instruction {found}; the limit is {MAX_TEXT:,}.")
-    check_threshold(threshold)
-
-
-def read(image: Any) -> Image.Image:
-    """A visitor's image.
-
-    Args:
-        image: a file's path, or a PIL image.
-
-    Returns:
-        PIL image of mode "RGB", upright.
-
-    Raises:
-        ValueError: it cannot be read, or has more than `MAX_PIXELS` pixels, which its header says.
-    """
-    try:
-        opened = image if isinstance(image, Image.Image) else Image.open(image)
-        if opened.width * opened.height > MAX_PIXELS:
-            raise ValueError(
-                f"the image has {opened.width} x {opened.height} pixels, the limit is {MAX_PIXELS:,}; make it smaller."
-            )
-        return ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, SyntaxError, AttributeError, TypeError, KeyError, MemoryError) as error:
-        raise ValueError(
-            f"the image cannot be read ({type(error).__name__}); save it again, as PNG or JPEG."
-        ) from error
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"the image has more than {MAX_PIXELS:,} pixels; make it smaller.") from error
-
-
-def examples() -> list[list[str]]:
-    """[[image path, instruction]] of the scene that ships beside this file or with the project."""
-    for folder in (HERE, EXAMPLES):
-        if (folder / "scene.json").exists():
-            scene = json.loads((folder / "scene.json").read_text())
-            return [[str(folder / scene["image"]), scene["instruction"]]]
-    return []
+    def rethreshold(self, question: str, threshold: float, request: gr.Request) -> Any:
+        """The page with other slots kept."""
+        shown = self.demo.rethreshold(question, threshold, request)
+        return gr.skip() if shown is None else self.html(shown)
 
 
 def page(demo: Demo) -> gr.Blocks:
     """The page, wired to the demo. Elements that a visitor or a test looks for carry an elem_id."""
-    with gr.Blocks(title="SegCompass", analytics_enabled=False, delete_cache=(600, 1800)) as blocks:
-        gr.Markdown(ABOUT)
+    calls, tools = Page(demo), Tools(demo)
+    millions = sum(weight.numel() for weight in demo.model.parameters()) / 1e6
+    about = ABOUT if 1e6 * millions > SMALL else f"{ABOUT}\n\n{KNOWS.format(millions=millions)}"
+    js = (HERE / "page.js").read_text(encoding="utf-8")
+    with gr.Blocks(title="SegCompass: why this mask?", analytics_enabled=False, delete_cache=(600, 1800)) as blocks:
+        gr.Markdown(about, elem_id="about")
         answer = gr.State()  # names the visitor's answer, which the demo keeps
         with gr.Row():
-            with gr.Column():
-                image = gr.Image(type="filepath", image_mode=None, label="Image", height=260, elem_id="image")
-                instruction = gr.Textbox(label="Instruction", elem_id="instruction", max_length=MAX_TEXT)
-                threshold = gr.Slider(0, 1, 0.5, step=0.05, label="Confidence from which a slot is kept")
-                ask = gr.Button("Segment", variant="primary", elem_id="ask")
-                if shown := examples():
-                    gr.Examples(shown, [image, instruction], cache_examples=False)
-            with gr.Column():
-                reasoning = gr.Textbox(label="Reasoning", lines=4, elem_id="reasoning")
-                overlay = gr.Image(label="Masks", format="png", height=260, elem_id="overlay")
-                verdict = gr.Textbox(label="Result", elem_id="verdict")
-                slots = gr.Gallery(label="Slots", columns=4, height=200, format="png", elem_id="slots")
-        with gr.Row():
-            with gr.Column():
-                concept = gr.Radio([], label="Concepts, heaviest first", elem_id="concepts")
-                factor = gr.Slider(0, 2, 1.0, step=0.1, label="Strength of the chosen concept", elem_id="factor")
-                restore = gr.Button("All concepts as they were", elem_id="restore")
-            with gr.Column():
-                fired = gr.Image(label="Where it fired", format="png", height=260, elem_id="fired")
-                tokens = gr.HighlightedText(label="Where it fired in the response", elem_id="tokens")
+            with gr.Column(scale=2, min_width=280):
+                image = gr.Image(
+                    type="filepath", image_mode=None, format="png", label="Image", height=236, elem_id="image"
+                )
+            with gr.Column(scale=3, min_width=280):
+                instruction = gr.Textbox(
+                    label="What to find",
+                    placeholder="everything to the left of the blue star",
+                    elem_id="instruction",
+                    max_length=MAX_TEXT,
+                )
+                with gr.Row():
+                    threshold = gr.Slider(
+                        0, 1, 0.5, step=0.05, label="Confidence needed", elem_id="threshold", min_width=200
+                    )
+                    ask = gr.Button("Segment", variant="primary", elem_id="ask", min_width=120)
+        chosen = None
+        if calls.examples:
+            chosen = gr.HTML(cards(calls.examples), js_on_load=EXAMPLES_JS, apply_default_css=False, elem_id="examples")
+        why = gr.HTML(waiting_page(), js_on_load=js, apply_default_css=False, elem_id="why")
 
-        shows = [overlay, verdict, slots]
-        asked = [reasoning, *shows, answer, concept, factor]
-        asking = {"concurrency_limit": AT_ONCE + MAX_WAITING, "concurrency_id": "ask"}
-        gr.on([ask.click, instruction.submit], demo.ask, [image, instruction, threshold], asked, **asking)
-        concept.input(demo.where, [answer, concept], [fired, tokens, factor])
-        factor.release(demo.scale, [answer, concept, factor, threshold], shows)
-        restore.click(demo.restore, [answer, threshold], [*shows, factor])
-        threshold.release(demo.rethreshold, [answer, threshold], shows)
+        ours: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        asking = {**ours, "concurrency_limit": AT_ONCE + MAX_WAITING, "concurrency_id": "ask"}
+        asked = [image, instruction, threshold], [why, answer]
+        gr.on([ask.click, instruction.submit], calls.ask, *asked, **asking)
+        if chosen is not None:
+            chosen.take(calls.take, None, [image, instruction], **ours).then(calls.ask, *asked, **asking)
+        why.steer(calls.steer, [answer, threshold], why, **ours)
+        why.undo(calls.undo, [answer, threshold], why, **ours)
+        threshold.release(calls.rethreshold, [answer, threshold], why, **ours)
         blocks.unload(demo.leave)
+        add_api(tools)
     return blocks.queue(max_size=4 * (AT_ONCE + MAX_WAITING))
+
+
+def as_json(function: Callable) -> Callable:
+    """The function with its name and description, answering in JSON; gradio would hand MCP clients Python."""
+
+    @wraps(function)
+    def called(*given: Any) -> str:
+        return json.dumps(function(*given))
+
+    return called
+
+
+def add_api(tools: Tools) -> None:
+    """The functions that programs call: as an API, and as MCP tools."""
+    with gr.Row(visible=False):
+        image = gr.Image(type="filepath", image_mode=None, label="image")
+        instruction, threshold = gr.Textbox(label="instruction"), gr.Number(0.5, label="threshold")
+        names = [gr.Textbox("", label=label) for label in ("switch_off", "double", "swap")]
+        result = gr.Textbox(label="result, as JSON")
+
+        def add(function: Callable, inputs: list) -> None:
+            gr.Button().click(
+                as_json(function),
+                inputs,
+                result,
+                api_name=function.__name__,
+                concurrency_limit=AT_ONCE + MAX_WAITING,
+                concurrency_id="ask",
+            )
+
+        add(tools.segment, [image, instruction, threshold])
+        add(tools.explain, [image, instruction, threshold])
+        add(tools.change_concepts, [image, instruction, *names, threshold])
+
+
+def model_of_the_space() -> str:
+    """The model to run: SEGCOMPASS_MODEL, else the first that README.md names, else the small one of this project."""
+    if named := os.environ.get("SEGCOMPASS_MODEL"):
+        return named
+    lines = (HERE / "README.md").read_text(encoding="utf-8").splitlines()
+    listed = [line.split("[", 1)[1].strip(" ]").split(",")[0] for line in lines if line.startswith("models: [")]
+    return listed[0] if listed and not listed[0].startswith("USER/") else str(MINI)
 
 
 def launch(model: str, port: int | None = None) -> None:
@@ -532,11 +214,24 @@ def launch(model: str, port: int | None = None) -> None:
         model: SegCompass folder or Hub id.
         port: None takes `GRADIO_SERVER_PORT`, or 7860 or the next free one.
     """
-    plain = gr.themes.Default(font=["sans-serif"], font_mono=["monospace"])  # no fonts from the network
+    try:
+        import mcp  # noqa: F401
+
+        serves_tools = True
+    except ImportError:  # the page works without
+        serves_tools = False
+    plain = gr.themes.Default(
+        primary_hue="blue", neutral_hue="slate", font=["sans-serif"], font_mono=["monospace"]
+    )  # no fonts from the network
     page(Demo(model)).launch(
-        server_port=port, theme=plain, css=STYLE, max_file_size=MAX_FILE, state_session_capacity=1000
+        server_port=port,
+        theme=plain,
+        css=(HERE / "page.css").read_text(encoding="utf-8"),
+        max_file_size=MAX_FILE,
+        state_session_capacity=1000,
+        mcp_server=serves_tools,
     )
 
 
 if __name__ == "__main__":
-    launch(os.environ.get("SEGCOMPASS_MODEL", str(EXAMPLES / "checkpoints" / "mini")))
+    launch(model_of_the_space())

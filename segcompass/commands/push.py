@@ -1,10 +1,11 @@
-"""Push a model, an SAE, a data set or the metric to the Hub, with its card.
+"""Push a model, an SAE, a data set, the metric or a Space to the Hub, with its card.
 
     segcompass push model PATH USER/NAME --image photo.jpg --instruction "the mug nearest the sink" \\
         --evaluation runs/test/metrics.json --evaluation-name "Scenes, test" --evaluation-data USER/scenes
     segcompass push sae runs/mini/sae USER/sae-mini --quality runs/mini/sae/quality.json
     segcompass push dataset scenes USER/scenes --split test --seed 100 --num-samples 500
     segcompass push metric USER/reasoning_segmentation
+    segcompass push space USER/NAME USER/SPACE    # a Space that shows a pushed model
 
 The Hub is that of `HF_ENDPOINT`, the token that of `hf auth login` or `HF_TOKEN`. Prints the commit to pin.
 `segcompass push KIND --help` lists the options of each kind.
@@ -26,7 +27,9 @@ if TYPE_CHECKING:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command's options."""
     parser = options.command_parser("push", __doc__)
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND", help="model, sae, dataset or metric")
+    kinds = parser.add_subparsers(
+        dest="kind", required=True, metavar="KIND", help="model, sae, dataset, metric or space"
+    )
     image, instruction = default_scene()
     model = kinds.add_parser("model", help="push a SegCompass model")
     model.add_argument("source", help="SegCompass folder")
@@ -63,12 +66,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     data.add_argument("--description", default="Rows for reasoning segmentation.", help="what the card says of them")
     metric = kinds.add_parser("metric", help="push the metric of this project")
-    for kind in (model, sae, data, metric):
+    space = kinds.add_parser("space", help="push the demo as a Space that shows a pushed model")
+    space.add_argument("source", help="the model's Hub id")
+    for kind in (model, sae, data, metric, space):
         kind.add_argument("repo_id", help="USER/NAME")
         kind.add_argument("--branch", help="where to push; default: main")
-        kind.add_argument("--tag", help="name for the commit")
         kind.add_argument("--private", action="store_true", help="make a new repository private")
-        if kind is not metric:
+        if kind is not space:
+            kind.add_argument("--tag", help="name for the commit")
+        if kind not in (metric, space):
             kind.add_argument("--license", default="apache-2.0", help="default: %(default)s")
     return parser.parse_args(argv)
 
@@ -81,10 +87,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def push(args: argparse.Namespace) -> "CommitInfo":
     """Push what the options name."""
-    from segcompass.hub_cards import push_dataset, push_metric, push_sae
+    from segcompass.hub_cards import push_dataset, push_metric, push_sae, push_space
     from segcompass.loaders import METRIC, load_rows
     from segcompass.modeling_segcompass import SparseAutoencoder
 
+    if args.kind == "space":
+        return push_space(args.source, args.repo_id, branch=args.branch, private=args.private)
     where = {"branch": args.branch, "tag": args.tag, "private": args.private}
     if args.kind == "metric":
         return push_metric(METRIC, args.repo_id, **where)

@@ -7,8 +7,8 @@ from tests.support.hub_client import ROOT
 
 
 def test_the_space_has_the_colours_of_the_palette():
-    tree = ast.parse((ROOT / "hub_cards" / "space" / "app.py").read_text())
+    tree = ast.parse((ROOT / "hub_cards" / "space" / "why_page.py").read_text())
     (value,) = (
         node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "COLOURS"
     )
-    assert tuple(ast.literal_eval(value.args[0])) == SLOT_COLOURS
+    assert ast.literal_eval(value) == SLOT_COLOURS

@@ -1,12 +1,10 @@
 """Visitors of the Space: one who leaves, one who waits, too many, and what each may ask for.
 
-The page's logic runs on a tiny model. Of gradio only the words it returns to the page are needed; where it is not
-installed, plain objects stand for them.
+The page's logic runs on a tiny model. Of gradio only its error is needed; where it is not installed, plain objects
+stand for it.
 """
 
 import gc
-import importlib.util
-import sys
 import threading
 import time
 import types
@@ -20,35 +18,26 @@ from PIL import Image
 from segcompass.loading import load
 from tests.support.hub_client import ROOT
 from tests.support.scripted import INSTRUCTIONS, Script, lively_segcompass, noise_images
+from tests.support.space import borrowed_space, demo_of
 from tests.support.tiny import BACKBONES
 
 ANSWER = "<think>left of it</think><REF_POS><REF_POS><REF_POS>"
 
 
 @pytest.fixture(scope="module")
-def app():
-    pytest.importorskip("matplotlib")
-    stand_in = importlib.util.find_spec("gradio") is None
-    if stand_in:
-        words = {"skip": lambda: None, "Radio": dict, "Slider": dict, "Error": RuntimeError, "Blocks": object}
-        sys.modules["gradio"] = types.SimpleNamespace(**words, Request=object)
-    spec = importlib.util.spec_from_file_location("space_app", ROOT / "hub_cards" / "space" / "app.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    if stand_in:
-        del sys.modules["gradio"]
+def space():
+    with borrowed_space() as modules:
+        yield modules
 
 
 def visitor(name):
     return types.SimpleNamespace(session_hash=name)
 
 
-def make_demo(app, backbone="llava"):
+def make_demo(space, backbone="llava"):
     """A demo of a tiny model that writes `ANSWER`; `demo.passes` counts the tokens it has begun."""
-    demo = app.Demo.__new__(app.Demo)
-    demo.model, demo.processor = lively_segcompass(backbone)
-    demo.line, demo.answers, demo._asking, demo.passes = app.Line(), app.Answers(), {}, []
+    demo = demo_of(space, *lively_segcompass(backbone))
+    demo.passes = []
     reason = demo.model.reason
 
     def scripted(**inputs):  # a tiny model writes no sense by itself
@@ -63,17 +52,32 @@ def make_demo(app, backbone="llava"):
 
 
 @pytest.fixture(scope="module")
-def demo(app):
-    return make_demo(app)
+def demo(space):
+    return make_demo(space)
+
+
+@pytest.fixture(scope="module")
+def mini(space):
+    return demo_of(space, *load(ROOT / "examples" / "checkpoints" / "mini"))
+
+
+def same_masks(first, second):
+    """Whether two accounts show the same masks, and the same as changed."""
+    sides = [(first.slots, second.slots), (list(first.after.values()), list(second.after.values()))]
+    return all(
+        [one.number for one in left] == [one.number for one in right]
+        and all((one.mask == other.mask).all() for one, other in zip(left, right, strict=True))
+        for left, right in sides
+    )
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_the_next_visitor_gets_the_same_answer_after_one_who_left(app, backbone):
-    demo = make_demo(app, backbone)
+def test_the_next_visitor_gets_the_same_answer_after_one_who_left(space, backbone):
+    demo = make_demo(space, backbone)
     image = noise_images()[1]
     alone = list(demo.ask(image, INSTRUCTIONS[2], 0.0))[-1]
     length = len(demo.passes)
-    assert alone[0] == ANSWER and alone[2].startswith("3 instances")
+    assert alone.text == ANSWER and alone.why.verdict.startswith("3 masks")
     for _ in range(3):
         demo.passes.clear()
         first = demo.ask(noise_images()[0], INSTRUCTIONS[0], 0.0, visitor("first"))
@@ -81,56 +85,83 @@ def test_the_next_visitor_gets_the_same_answer_after_one_who_left(app, backbone)
         first.close()  # gradio closes the generator when the page is gone
         assert len(demo.passes) < length  # it did not go on to its end
         after = list(demo.ask(image, INSTRUCTIONS[2], 0.0, visitor("second")))[-1]
-        assert after[0] == alone[0] and after[2] == alone[2] and (after[1] == alone[1]).all()
+        assert after.text == alone.text and after.why.verdict == alone.why.verdict
+        assert same_masks(after.why, alone.why)
 
 
 def test_a_closed_page_stops_its_answer_and_frees_what_it_left(demo):
     image = noise_images()[1]
-    shown = list(demo.ask(image, INSTRUCTIONS[2], 0.0, visitor("a")))[-1]
-    answer = weakref.ref(demo.answers.get("a", shown[4]))
+    shown = list(demo.ask(image, INSTRUCTIONS[2], 0.0, visitor("a")))[-1].question
+    answer = weakref.ref(demo.answers.get("a", shown))
     asking = demo.ask(image, INSTRUCTIONS[2], 0.0, visitor("a"))
     next(asking)
     demo.leave(visitor("a"))
     rest = list(asking)
-    assert not any(isinstance(piece[2], str) for piece in rest)  # pieces of text at most, no verdict
+    assert not any(piece.why for piece in rest)  # pieces of text at most, no masks
     gc.collect()
     assert answer() is None and len(demo.answers) == 0
     assert not [thread for thread in threading.enumerate() if "write" in thread.name]
 
 
-def test_concepts_of_a_grounded_model_have_names_and_their_own_place(app):
-    demo = app.Demo.__new__(app.Demo)
-    demo.model, demo.processor = load(ROOT / "examples" / "checkpoints" / "mini")
-    demo.line, demo.answers, demo._asking = app.Line(), app.Answers(), {}
+def test_words_concepts_and_places_of_a_grounded_model_belong_together(space, mini):
     image = Image.open(ROOT / "examples" / "scene.png").convert("RGB")
-    *_, verdict, _, question, radio, _ = list(demo.ask(image, "find the blue star", 0.5))[-1]
-    assert verdict.startswith("1 instance")
-    choices = radio["choices"] if isinstance(radio, dict) else radio.choices
-    name, concept = choices[0]
-    assert name.startswith("blue, weight 0.")
-    heat = np.asarray(demo.where(question, concept)[0], float)
-    added = (heat - 0.35 * np.asarray(image, float)).sum(-1)  # what is drawn over the image
-    y, x = np.unravel_index(added.argmax(), added.shape)
+    shown = list(mini.ask(image, "find the blue star", 0.5))[-1]
+    (slot,) = shown.why.slots
+    assert slot.kept and shown.why.verdict.startswith("1 mask")
+    blue = slot.concepts[0]
+    assert blue.name == "blue" and blue.kind == "look"
+    assert blue.share + sum(each.share for each in slot.concepts[1:]) + slot.rest == pytest.approx(1, abs=1e-4)
+    assert "blue" in {shown.why.words[word].strip() for word in blue.words}
+    row, column = np.unravel_index(blue.heat.argmax(), blue.heat.shape)
+    x, y = (column + 0.5) / blue.heat.shape[1] * 128, (row + 0.5) / blue.heat.shape[0] * 128
     assert 81 <= x <= 121 and 64 <= y <= 96, "on the star, whose box this is"
-    assert demo.scale(question, concept, 0.0, 0.5)[1].startswith("no target")
+    off = mini.change(shown.question, shown.answer.concepts.index("blue"), 0.0, 0.5)
+    told = space.why.moved(off.why.slots[0], off.why.after[slot.number], 0.5)
+    assert not off.why.after[slot.number].kept and told.startswith("No mask any more: confidence")
+    again = mini.restore(shown.question, 0.5)
+    assert not again.why.after and same_masks(again.why, shown.why)
 
 
-def test_each_visitor_decodes_from_an_answer_of_its_own(demo, app):
+def test_a_swapped_concept_moves_the_mask_to_the_other_thing(mini):
+    image = Image.open(ROOT / "examples" / "scene.png").convert("RGB")
+    shown = list(mini.ask(image, "everything to the left of the blue star", 0.5))[-1]
+    star = np.zeros((128, 128), bool)
+    star[64:96, 81:121] = True  # its box
+    moved = mini.change(shown.question, shown.answer.concepts.index("purple"), "blue", 0.5)
+    before, after = moved.why.slots[0], moved.why.after[moved.why.slots[0].number]
+    assert (
+        not (before.mask & star).sum() > 0.1 * before.mask.sum() and (after.mask & star).sum() > 0.9 * after.mask.sum()
+    )
+    assert moved.why.changes == {"purple": "blue"}
+
+
+def test_what_a_mask_loses_without_a_concept_is_what_it_loses_when_it_is_switched_off(mini):
+    image = Image.open(ROOT / "examples" / "scene.png").convert("RGB")
+    shown = list(mini.ask(image, "everything to the left of the blue star", 0.5))[-1]
+    place = shown.answer.concepts.index("4 (word)")
+    (told,) = (each.lost for slot in shown.why.slots for each in slot.concepts if each.key == "4 (word)")
+    off = mini.change(shown.question, place, 0.0, 0.5)
+    slot = next(slot for slot in off.why.slots if any(each.key == "4 (word)" for each in slot.concepts))
+    gone = (slot.mask & ~off.why.after[slot.number].mask).sum() / slot.mask.sum()
+    assert gone > 0.5 and told == pytest.approx(
+        gone, abs=0.05
+    )  # told on the decoder's grid, gone in the image's pixels
+
+
+def test_each_visitor_decodes_from_an_answer_of_its_own(demo):
     image, other = noise_images()[1], noise_images()[0]
     mine = list(demo.ask(image, INSTRUCTIONS[2], 0.0, visitor("mine")))[-1]
     theirs = list(demo.ask(other, INSTRUCTIONS[0], 0.0, visitor("theirs")))[-1]
-    concept = mine[5]["choices"][0][1] if isinstance(mine[5], dict) else mine[5].choices[0][1]
-    switched = demo.scale(mine[4], concept, 0.0, 0.0, visitor("mine"))
-    assert (switched[0] != mine[1]).any()
-    again = demo.restore(theirs[4], 0.0, visitor("theirs"))
-    assert (again[0] == theirs[1]).all()
-    assert (demo.restore(mine[4], 0.0, visitor("mine"))[0] == mine[1]).all()
-    for stranger in (mine[4], "0", ""):
+    switched = demo.change(mine.question, 0, 0.0, 0.0, visitor("mine"))
+    assert any((switched.why.after[slot.number].mask != slot.mask).any() for slot in mine.why.slots)
+    assert same_masks(demo.restore(theirs.question, 0.0, visitor("theirs")).why, theirs.why)
+    assert same_masks(demo.restore(mine.question, 0.0, visitor("mine")).why, mine.why)
+    for stranger in (mine.question, "0", ""):
         with pytest.raises(Exception, match="put away"):
             demo.restore(stranger, 0.0, visitor("theirs"))
 
 
-def test_answers_are_capped_in_number_bytes_and_time(app):
+def test_answers_are_capped_in_number_bytes_and_time(space):
     class Kept:
         def __init__(self, size=1):
             self.size, self.name, self.used = size, "name", time.monotonic()
@@ -138,7 +169,7 @@ def test_answers_are_capped_in_number_bytes_and_time(app):
         def bytes(self):
             return self.size
 
-    answers = app.Answers(limit=3, limit_bytes=100, seconds=60)
+    answers = space.visitors.Answers(limit=3, limit_bytes=100, seconds=60)
     for number in range(1000):
         answers.put(f"visitor {number}", Kept())
     assert len(answers) == 3
@@ -153,8 +184,8 @@ def test_answers_are_capped_in_number_bytes_and_time(app):
     assert len(answers) == 0
 
 
-def test_the_line_is_limited_and_serves_in_order(app):
-    line = app.Line(at_once=1, waiting=2)
+def test_the_line_is_limited_and_serves_in_order(space):
+    line = space.visitors.Line(at_once=1, waiting=2)
     first, second, third = (line.enter() for _ in range(3))
     with pytest.raises(Exception, match="2 questions are waiting already"):
         line.enter()
@@ -164,22 +195,22 @@ def test_the_line_is_limited_and_serves_in_order(app):
     assert line.wait(third, 0)
 
 
-def test_a_visitor_who_waits_too_long_is_told(demo, app, monkeypatch):
-    monkeypatch.setattr(app, "PATIENCE", 0.05)
+def test_a_visitor_who_waits_too_long_is_told(demo, space, monkeypatch):
+    monkeypatch.setattr(space.visitors, "PATIENCE", 0.05)
     ticket = demo.line.enter()
     try:
         with pytest.raises(Exception, match="so many are asking"):
             for said in demo.ask(noise_images()[0], "it", 0.0, visitor("late")):
-                assert said[0] == "1 question before yours …"
+                assert said.note == "1 question before yours …"
     finally:
         demo.line.leave(ticket)
-    assert demo.line._tickets == []
+    assert len(demo.line) == 0
 
 
-def test_what_is_too_much_is_refused_before_it_waits(demo, app, tmp_path, monkeypatch):
+def test_what_is_too_much_is_refused_before_it_waits(demo, space, tmp_path, monkeypatch):
     image = noise_images()[0]
     Image.fromarray(np.zeros((60, 60, 3), np.uint8)).save(tmp_path / "large.png")
-    monkeypatch.setattr(app, "MAX_PIXELS", 3000)
+    monkeypatch.setattr(space.visitors, "MAX_PIXELS", 3000)
     (tmp_path / "odd.png").write_bytes(b"<svg onload=alert(1)>")
     refused = {
         "limit is 1,000": (image, "x" * 1001, 0.5),
@@ -193,8 +224,59 @@ def test_what_is_too_much_is_refused_before_it_waits(demo, app, tmp_path, monkey
     for said, question in refused.items():
         with pytest.raises(Exception, match=said):
             list(demo.ask(*question, visitor("odd")))
-    assert demo.line._tickets == [] and demo._asking == {}
+        with pytest.raises(Exception, match=said):
+            space.asking.Tools(demo).segment(*question)
+    assert len(demo.line) == 0 and demo._asking == {}
     shown = list(demo.ask(image, "it", 0.0, visitor("b")))[-1]
-    for concept, factor in ((10**9, 0.0), ("0", 0.0), (None, 0.0), (True, 0.0), (0, float("nan"))):
-        with pytest.raises(Exception, match="none of this answer|choose a number"):
-            demo.scale(shown[4], concept, factor, 0.5, visitor("b"))
+    changes = ((10**9, 0.0), (-1, 0.0), ("0", 0.0), (None, 0.0), (True, 0.0), (0, float("nan")), (0, 3.0), (0, "<b>"))
+    for concept, change in changes:
+        with pytest.raises(Exception, match="none of this answer|choose a number|is no name"):
+            demo.change(shown.question, concept, change, 0.5, visitor("b"))
+    assert shown.answer.changes == {}
+
+
+def test_nothing_that_was_written_becomes_markup(demo, space, monkeypatch):
+    """The words of the model, the names of concepts, what waits: each reaches the page as text."""
+    evil = "<img src=x onerror=alert(1)>'\""
+    shown = list(demo.ask(noise_images()[0], "it", 0.0, visitor("c")))[-1]
+    monkeypatch.setattr(demo.model, "_concept_labels", {index: evil for index in range(4096)})
+    page = space.why_page
+    demo.restore(shown.question, 0.0, visitor("c"))
+    named = demo.show(shown.answer, 0.0)
+    changed = space.why.Why(**{**vars(named.why), "changes": {evil: evil}, "words": [evil] * len(named.why.words)})
+    html = page.answer_page(changed, shown.answer.image, shown.answer.concepts, [evil], evil)
+    html += page.waiting_page(evil) + page.waiting_page("", evil)
+    assert "<img" not in html and "onerror=alert(1)&gt;&#x27;&quot;" in html
+
+
+def test_a_gpu_that_is_lent_by_the_call_gets_and_returns_what_can_travel(space, monkeypatch):
+    """On ZeroGPU each call runs in a process of its own: what goes in and what comes out is pickled."""
+    import pickle
+
+    def lent(task):
+        def called(*given):
+            made = task(*pickle.loads(pickle.dumps(given)))
+            travelled = lambda each: pickle.loads(pickle.dumps(each))  # noqa: E731
+            return map_closing(travelled, made) if isinstance(made, types.GeneratorType) else travelled(made)
+
+        return called
+
+    def map_closing(travelled, made):
+        try:
+            for each in made:
+                yield travelled(each)
+        finally:
+            made.close()
+
+    alone = list(make_demo(space).ask(noise_images()[1], INSTRUCTIONS[2], 0.0, visitor("d")))[-1]
+    monkeypatch.setattr(space.asking, "ZERO_GPU", True)
+    monkeypatch.setattr(space.asking, "on_gpu", lent)
+    demo = make_demo(space)
+    shown = list(demo.ask(noise_images()[1], INSTRUCTIONS[2], 0.0, visitor("d")))[-1]
+    assert shown.text == ANSWER and same_masks(shown.why, alone.why)
+    assert demo.change(shown.question, 0, 0.0, 0.0, visitor("d")).why.after
+    leaving = demo.ask(noise_images()[1], INSTRUCTIONS[2], 0.0, visitor("d"))
+    next(leaving)
+    demo.passes.clear()
+    leaving.close()
+    assert len(demo.passes) < 10 and len(demo.line) == 0
