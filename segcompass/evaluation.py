@@ -318,7 +318,7 @@ def predict(
         inputs = processor(images=images, text=instructions, image_encoder=False)
     inputs.update(features.inputs(images) if features else encode_once(model, processor, images, names))
     inputs = inputs.to(model.device)
-    outputs: Any = model.segment(**inputs, query_source=run.query_source)
+    outputs: Any = model.segment(**inputs, query_source=str(run.query_source))
     sizes = [(row["height"], row["width"]) for row in batch]
     results = processor.post_process_instance_segmentation(outputs, run.min_confidence, target_sizes=sizes)
     texts = processor.batch_decode(outputs.sequences[:, outputs.prompt_length :], skip_special_tokens=True)

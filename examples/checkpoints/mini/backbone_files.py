@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, ProcessorMixin
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from .backbone import backbone_of
+from .family_processor import saved_settings
 from .image_encoder import image_processor_of
+from .patch_boxes import WHOLE, Views
 
 MIN_PIXELS, MAX_PIXELS = 3136, 705_600
 """The paper's limits on what an MLLM sees of an image, where its family has any: 4 to 900 tokens of Qwen2.5-VL."""
@@ -23,6 +24,7 @@ def read_mllm(
     min_pixels: int | None = None,
     max_pixels: int | None = None,
     stretched: bool = False,
+    chat_template: str | None = None,
 ) -> dict[str, Any]:
     """The parts of a processor that come from the MLLM.
 
@@ -32,6 +34,7 @@ def read_mllm(
         min_pixels: smaller images are enlarged to so many; None takes the paper's limit.
         max_pixels: larger images are reduced to so many; None takes the paper's limit.
         stretched: whether the image encoder stretches images to its square; then the MLLM's are stretched as well.
+        chat_template: taken where the MLLM has none.
 
     Returns:
         dict: arguments of SegCompassProcessor.
@@ -50,15 +53,16 @@ def read_mllm(
             f"mllm={str(source)!r} is a SegCompass model already; load its processor with "
             "SegCompassProcessor.from_pretrained, or name it as the model (--model)."
         )
-    if config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+    backbone = backbone_of(config)
+    if (obstacle := backbone.obstacle(config.model_type)) is not None:
         raise ValueError(
-            f"mllm={str(source)!r} is of type {config.model_type!r}, which is no MLLM: it must read images and write "
-            "text. Choose one such as llava-hf/llava-1.5-7b-hf or Qwen/Qwen2.5-VL-7B-Instruct."
+            f"mllm={str(source)!r} is of type {config.model_type!r} and cannot be used: {obstacle}. Choose one such as "
+            "llava-hf/llava-1.5-7b-hf or Qwen/Qwen2.5-VL-7B-Instruct (docs/families.md)."
         )
     tokenizer = _read(AutoTokenizer, source, "tokenizer")
     images = _read(AutoImageProcessor, source, "image processor", backend="pil")
     saved, _ = ProcessorMixin.get_processor_dict(str(source))
-    template = saved.get("chat_template") or tokenizer.chat_template
+    template = saved.get("chat_template") or tokenizer.chat_template or chat_template
     if template is None:
         raise ValueError(
             f"mllm={str(source)!r} has no chat template, so no prompt can be made; choose the MLLM's instruction-tuned "
@@ -70,8 +74,10 @@ def read_mllm(
         "chat_template": template,
         "mllm_type": config.model_type,
     }
-    of_vision = {"patch_size": getattr(config.vision_config, "patch_size", None)}
-    for name in backbone_of(config).processor_fields:
+    own = saved_settings(config.model_type, saved)
+    parts["family_settings"] = {name: value for name, value in own.items() if name not in backbone.processor_fields}
+    of_vision = {"patch_size": getattr(getattr(config, "vision_config", None), "patch_size", None)}
+    for name in backbone.processor_fields:
         value = saved.get(name, getattr(config, name, of_vision.get(name)))
         if value is not None:
             parts[name] = value
@@ -111,13 +117,16 @@ def see_all(image_processor: Any, stretched: bool = False) -> Any:
     the mean colour, which is what the released LLaVA-1.5 was trained to see beside an image.
 
     Args:
-        image_processor: the MLLM's; one that does not cut a square out of the centre stays as it is.
+        image_processor: the MLLM's; one that does not cut a square out of the centre, or that also shows the image
+            whole, stays as it is.
         stretched: fill the square by stretching instead, as the image encoder does.
 
     Returns:
         an image processor of the same class.
     """
     if not getattr(image_processor, "do_center_crop", False):
+        return image_processor
+    if any(view.box == WHOLE for view in Views(image_processor).of(64, 32)):  # beside its tiles
         return image_processor
     side = dict(image_processor.crop_size)
     if side["height"] != side["width"]:

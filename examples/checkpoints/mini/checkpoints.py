@@ -9,7 +9,9 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers import initialization as init
 from transformers.quantizers import AutoQuantizationConfig
 
+from .backbone import backbone_of
 from .configuration_segcompass import SegCompassConfig, SparseAutoencoderConfig
+from .family_check import check_family, check_parts
 from .image_encoder import check_frame, load_image_encoder
 from .modeling_sparse_autoencoder import SparseAutoencoder
 from .old_names import OLD_FIELDS, OLD_PARTS, OLD_WEIGHTS, with_new_names
@@ -52,6 +54,7 @@ def build_from_backbones(
         loaded: Any = AutoModelForImageTextToText.from_pretrained(mllm, dtype=dtype, output_loading_info=True)
         mllm, info = loaded
         check_loaded(mllm, info, mllm.config._name_or_path, unexpected=False)
+    check_parts(mllm, processor, backbone_of(mllm))
     image_encoder, decoder_weights = load_image_encoder(image_encoder, dtype=dtype)
     if isinstance(sae, str):
         sae = SparseAutoencoder.from_pretrained(sae, dtype=dtype)
@@ -81,6 +84,8 @@ def build_from_backbones(
         check_frame(whole, processor.encoder_image_processor)
     model = model_class(whole, mllm=mllm, image_encoder=image_encoder, sae=sae)
     _log_start(model.mask_decoder, start_mask_decoder(model, decoder_weights), type(image_encoder).__name__)
+    if processor is not None:
+        check_family(model, processor)
     return model
 
 

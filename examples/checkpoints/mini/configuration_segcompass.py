@@ -62,7 +62,7 @@ class SparseAutoencoderConfig(PreTrainedConfig):
         token_window: int | None = None,
         backbone_revision: str | None = None,
         nested_widths: list[int] | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         for name, value in (("d_in", d_in), ("d_sae", d_sae), ("k", k), ("layer", layer)):
             if not isinstance(value, int) or value < 1:

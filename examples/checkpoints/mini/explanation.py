@@ -10,15 +10,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from .patch_boxes import has_area
 from .token_layout import IMAGE, RESPONSE
 
 if TYPE_CHECKING:
     import torch
 
     from .processing_segcompass import SegCompassProcessor
-
-Extent = tuple[float, float, float, float]
-"""(left, top, right, bottom) in pixels: the part of an image that the image patches cover."""
 
 TOP_CONCEPTS = 8
 """How many concepts of a slot are listed where nobody says how many."""
@@ -49,13 +47,17 @@ class TokenHit(NamedTuple):
     """the piece; its token id in brackets when no processor was given."""
     strength: float
     """h_j there, above 0; what the word adds to the concept's logit, if the read-out is grounded."""
+    phrase: str = ""
+    """the words that were read together there, up to this one; "" unless the read-out is grounded."""
 
 
 class PatchHit(NamedTuple):
     """An image patch that a concept fired on."""
 
-    row: int
-    column: int
+    number: int
+    """its place among the explanation's patches, from 0."""
+    box: tuple[float, float, float, float]
+    """(left, top, right, bottom) in fractions of the image's width and height."""
     strength: float
     """h_j there, above 0; what the concept adds to the heatmap there, if the read-out is grounded."""
 
@@ -102,41 +104,38 @@ class Explanation:
     """weight of all other concepts: it and the concepts' weights sum to 1."""
     heatmap: np.ndarray
     """float (h, w) in [0, 1], H_k over the image (the frame's padding cut off)."""
-    patch_grid: tuple[int, int]
-    """(rows, columns) of image patches."""
+    patch_boxes: np.ndarray
+    """float (P, 4), the part of the image that each patch shows: (left, top, right, bottom) in fractions of its width
+    and height. Patches may overlap, where an MLLM sees the image whole and in tiles."""
     patch_map: np.ndarray
-    """float (rows, columns), at least 0: how strongly the slot's concepts fire at each patch, weighted by their
+    """float (P,), at least 0: how strongly the slot's concepts fire at each patch, weighted by their
     weights. What a concept does everywhere says nothing about a place: its mean over the patches is taken off. If the
     read-out is grounded, this is the heatmap itself in patch positions, less its offset."""
     words: list[TokenHit]
     """all words of instruction and response in order; strength is the slot's weighted sum, or, if the read-out is
     grounded, the word's share of the slot."""
 
-    def to_html(self, image: Any, mask: np.ndarray | None = None, extent: Extent | None = None) -> str:
+    def to_html(self, image: Any, mask: np.ndarray | None = None) -> str:
         """A page that needs nothing but itself, see `explanation_page.render_html`.
 
         Args:
             image: PIL image or uint8 (H, W, 3).
             mask: bool (H, W), or None.
-            extent: the part of the image that the patches cover; None = the whole image.
 
         Returns:
             The text of an HTML file.
         """
         from .explanation_page import render_html
 
-        return render_html([self], image, None if mask is None else [mask], extent)
+        return render_html([self], image, None if mask is None else [mask])
 
-    def to_figure(
-        self, image: Any, mask: np.ndarray | None = None, instruction: str | None = None, extent: Extent | None = None
-    ) -> Any:
+    def to_figure(self, image: Any, mask: np.ndarray | None = None, instruction: str | None = None) -> Any:
         """A matplotlib Figure, see `explanation_page.draw_figure`.
 
         Args:
             image: PIL image or uint8 (H, W, 3).
             mask: bool (H, W), or None.
             instruction: the title.
-            extent: the part of the image that the patches cover; None = the whole image.
 
         Returns:
             The figure.
@@ -146,7 +145,7 @@ class Explanation:
         """
         from .explanation_page import draw_figure
 
-        return draw_figure(self, image, mask, instruction, extent)
+        return draw_figure(self, image, mask, instruction)
 
 
 def heaviest_concepts(
@@ -187,6 +186,7 @@ def explain_slot(
     frame: int | None = None,
     lost: Mapping[int, float] | None = None,
     pad_token_id: int | None = None,
+    phrase_window: int = 1,
 ) -> Explanation:
     """Read the explanation of a slot out of what `segment` or `forward` returned.
 
@@ -200,6 +200,7 @@ def explain_slot(
         frame: side of the image encoder's frame in pixels, to cut its padding off the heatmap.
         lost: {feature index: share of the mask that is gone without it}, see `SegCompassModel.lost_without`.
         pad_token_id: of the padding, which is no word; None takes the processor's.
+        phrase_window: how many words of the conclusion a grounded read-out reads together.
 
     Returns:
         The explanation.
@@ -212,20 +213,26 @@ def explain_slot(
     weights = outputs.concept_weights[sample, slot].detach().float().cpu().numpy()  # (M,)
     activations = outputs.concept_activations[sample].detach().float().cpu().numpy()  # (T, M)
     types = outputs.token_types[sample].cpu().numpy()  # (T,)
-    rows, columns = outputs.patch_grid[sample].tolist()
-    on_image = activations[types == IMAGE][: rows * columns]  # (rows * columns, M)
+    shows = has_area(outputs.patch_boxes[sample]).cpu().numpy()  # (P,)
+    boxes = outputs.patch_boxes[sample].float().cpu().numpy()[shows]  # (patches, 4)
+    on_image = activations[types == IMAGE]
+    on_image = on_image[shows[: len(on_image)]]  # (patches, M)
     word_strengths, fired_words, fired_patches = activations @ weights, activations, on_image
     if outputs.grounding is not None:
-        word_strengths, fired_words, fired_patches = _grounded_parts(outputs, sample, slot, rows * columns)
+        word_strengths, fired_words, fired_patches = _grounded_parts(outputs, sample, slot, len(boxes))
         on_keys = outputs.grounding.on_keys(sample, slot).detach().float().cpu().numpy()  # (M, h, w)
         height, width = _extent(outputs, sample, frame, on_keys.shape[1:])
     if processor is not None:
         pad_token_id = processor.tokenizer.pad_token_id
     words = _words(outputs.sequences[sample], types, word_strengths, processor, pad_token_id)
+    if outputs.grounding is not None:
+        read = outputs.grounding.word_positions[sample][outputs.grounding.word_mask[sample]].tolist()
+        words = _with_phrases(words, read, phrase_window)
     concepts = []
     for heavy in heaviest_concepts(outputs, slot, sample, top):
-        fired = fired_patches[:, heavy.column]  # (rows * columns,)
-        patches = [PatchHit(p // columns, p % columns, float(fired[p])) for p in np.argsort(-fired) if fired[p] > 0]
+        fired = fired_patches[:, heavy.column]  # (patches,)
+        order = [int(number) for number in np.argsort(-fired) if fired[number] > 0]
+        patches = [PatchHit(number, tuple(boxes[number].tolist()), float(fired[number])) for number in order]
         tokens = [
             word._replace(strength=float(fired_words[word.position, heavy.column]))
             for word in words
@@ -238,7 +245,7 @@ def explain_slot(
             contribution = on_keys[heavy.column, :height, :width]
             concept = replace(concept, contribution=contribution, lost=(lost or {}).get(heavy.index))
         concepts.append(concept)
-    patch_map = np.zeros(rows * columns, np.float32)
+    patch_map = np.zeros(len(boxes), np.float32)
     if outputs.grounding is not None:
         patch_map[:] = fired_patches.sum(1)
     else:
@@ -250,8 +257,8 @@ def explain_slot(
         concepts=concepts,
         rest=max(0.0, 1.0 - sum(concept.weight for concept in concepts)),
         heatmap=_heatmap(outputs, sample, slot, frame),
-        patch_grid=(rows, columns),
-        patch_map=patch_map.reshape(rows, columns),
+        patch_boxes=boxes,
+        patch_map=patch_map,
         words=words,
     )
 
@@ -305,6 +312,16 @@ def _grounded_parts(outputs: Any, sample: int, slot: int, patches: int) -> tuple
     parts = grounding.on_patches(sample, slot).detach().float().cpu().numpy().T[:patches]
     on_patches[: len(parts)] = parts
     return shares, logits, on_patches
+
+
+def _with_phrases(words: list[TokenHit], read: list[int], window: int) -> list[TokenHit]:
+    """The same words; those at the positions that were read know the phrase that ends with them."""
+    texts = {word.position: word.text for word in words}
+    phrases = {
+        position: "".join(texts.get(earlier, "") for earlier in read[max(0, place + 1 - window) : place + 1])
+        for place, position in enumerate(read)
+    }
+    return [word._replace(phrase=phrases.get(word.position, "").strip()) for word in words]
 
 
 def _words(

@@ -18,6 +18,7 @@ OUR_INPUTS = (
     "image_embeddings",
     "original_sizes",
     "reshaped_input_sizes",
+    "patch_boxes",
     "labels",
     "response_mask",
 )

@@ -14,6 +14,7 @@ from .finite import refuse_non_finite
 from .grounded_reading import DECODER_CONFIDENCE, Grounding
 from .interventions import steer
 from .outputs import SegCompassOutput
+from .patch_boxes import boxes_of_tokens, has_area
 from .states import ReasoningStates
 from .token_layout import IMAGE, conclusion_mask, find_slots, gather_positions, token_types
 
@@ -29,7 +30,7 @@ def decode_grounded(
 
     Args:
         model: a SegCompassModel whose read-out is grounded.
-        states: hidden states and image keys, with or without `patch_grid`.
+        states: hidden states and image keys, with or without `patch_boxes`.
         concept_scale: see `SegCompassModel.decode_masks`.
         concept_add: see `SegCompassModel.decode_masks`.
         concept_replace: see `SegCompassModel.decode_masks`.
@@ -50,14 +51,13 @@ def decode_grounded(
     types = token_types(ids, states.response_mask, config.image_token_id)  # (B, T)
     conclusion = conclusion_mask(ids, states.attention_mask, states.response_mask, config)
     word_positions, word_mask = gather_positions(conclusion & (types != IMAGE))  # (B, R)
-    patch_positions, is_patch = gather_positions((types == IMAGE) & states.attention_mask.bool())  # (B, P)
-    grid = states.patch_grid
-    if grid is None:
-        grid = model.backbone.patch_grid(config.mllm_config, ids)
-    patch_xy = _rows_of(model.backbone.patch_positions(types == IMAGE, grid), patch_positions)  # (B, P, 2)
-    patch_xy = patch_xy.masked_fill(~is_patch[..., None], -1e3)  # far off, so that nothing takes it for the nearest
-    patch_xy, seen, on_image = config.frame.place_patches(patch_xy, states.reshaped_input_sizes, config.image_view)
-    patch_mask = on_image & is_patch
+    given = states.patch_boxes
+    if given is None:
+        given = model.boxes_without_processor({"input_ids": ids}, states.reshaped_input_sizes)
+    boxes = boxes_of_tokens(given, types == IMAGE)  # (B, T, 4)
+    patch_positions, is_patch = gather_positions(has_area(boxes) & states.attention_mask.bool())  # (B, P)
+    boxes = _rows_of(boxes, patch_positions) * is_patch[..., None]  # (B, P, 4)
+    patch_xy, patch_size, patch_mask = config.frame.place_boxes(boxes, states.reshaped_input_sizes)
     if not patch_mask.any(1).all():
         raise ValueError(
             "a sample has no image token, and the grounded read-out is made of what image tokens show; give each "
@@ -80,7 +80,6 @@ def decode_grounded(
     keys = states.image_embeddings.to(dtype).expand(len(ids), -1, -1, -1)  # type: ignore[union-attr]  # (B, d_k, h, w)
     key_positions = model.key_positions(keys.shape[-2:]).to(dtype)  # (1, d_k, h, w)
     cell_mask = model.cell_mask(keys, states.reshaped_input_sizes)  # (B, h, w)
-    patch_size = seen / grid.flip(-1)[:, None]  # (B, 1, 2), (x, y)
     upsampling = reading.upsampling(keys, patch_xy, patch_size, patch_mask)  # (B, h, w, P)
     heatmaps = reading.to_keys(account["patch_heatmaps"], upsampling).to(dtype)  # (B, K_s, h, w)
 
@@ -102,7 +101,7 @@ def decode_grounded(
         concept_activations=at_tokens.scatter_add(1, places, activations),
         grounding=Grounding(patch_xy=patch_xy, upsampling=upsampling, word_positions=word_positions, **account),
         token_types=types,
-        patch_grid=grid,
+        patch_boxes=given,
         sequences=ids,
         reshaped_input_sizes=states.reshaped_input_sizes,
     )

@@ -152,7 +152,7 @@ class GuidedUpsampling(nn.Module):
         Args:
             keys: float (B, d_k, h, w), image keys K.
             patch_xy: float (B, P, 2), (x, y) of the patches' centres on the frame, which is 1 wide and 1 high.
-            patch_size: float (B, 1, 2), (x, y) from one patch to the next.
+            patch_size: float (B, P or 1, 2), the patches' width and height there, above 0.
             patch_mask: bool (B, P), the patches that lie on the image, at least one per sample.
 
         Returns:
@@ -166,8 +166,8 @@ class GuidedUpsampling(nn.Module):
         xy, size = patch_xy.float(), patch_size.float()
         across = (torch.arange(width, device=keys.device) + 0.5) / width  # (w,)
         down = (torch.arange(height, device=keys.device) + 0.5) / height  # (h,)
-        across = ((across[:, None] - xy[:, None, :, 0]) / size[..., :1]).square()  # (B, w, P), in patches
-        down = ((down[:, None] - xy[:, None, :, 1]) / size[..., 1:]).square()  # (B, h, P)
+        across = ((across[:, None] - xy[:, None, :, 0]) / size[:, None, :, 0]).square()  # (B, w, P), in patches
+        down = ((down[:, None] - xy[:, None, :, 1]) / size[:, None, :, 1]).square()  # (B, h, P)
         distance = down[:, :, None] + across[:, None]  # (B, h, w, P)
         scores = likeness.float().view_as(distance) - distance * torch.exp(-2 * self.log_sigma.float()) / 2
         return scores.masked_fill(~patch_mask[:, None, None], float("-inf")).softmax(-1)

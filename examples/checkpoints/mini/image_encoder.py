@@ -28,6 +28,7 @@ from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPi
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from transformers.utils import IMAGE_PROCESSOR_NAME, PROCESSOR_NAME, cached_file
 
+from .patch_boxes import has_area, snapped
 from .sam_weights import read_original_sam, take_apart
 from .saved_folders import HUB_KEYWORDS, check_loaded
 
@@ -41,6 +42,9 @@ IMAGE_VIEWS = ("whole", "center_crop", "center_pad", "frame")
 square; or as the image encoder does, in a square's top left corner."""
 
 DINOV3_TERMS = "DINOv3 is under Meta's own DINOv3 License, and the Hub asks for access before it is loaded."
+
+FAR = -1e3
+"""Where a patch is laid that shows nothing, so that no cell takes it for the nearest."""
 
 NORMALISATION = ("image_mean", "image_std", "do_normalize", "do_rescale", "rescale_factor")
 """Settings of a repository's own image processor that are kept; where the image lies is decided here."""
@@ -132,6 +136,26 @@ class Frame(NamedTuple):
         xy = start + patch_xy * seen
         outside = torch.relu(xy - image) + torch.relu(-xy)  # (B, P, 2)
         return xy, seen, (outside <= outside.amin(1, keepdim=True)).all(-1)
+
+    def place_boxes(
+        self, boxes: torch.Tensor, reshaped_sizes: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Lay parts of the image over the frame.
+
+        Args:
+            boxes: float (B, P, 4), as in `patch_boxes.py`.
+            reshaped_sizes: long (B, 2), (H, W) of the image inside the frame; None = the whole frame.
+
+        Returns:
+            In units of the frame's side, the boxes' centres (x, y), float (B, P, 2), and their width and height, float
+            (B, P, 2); and which of them count, bool (B, P): they show something, and their centre lies on the image as
+            in `place_patches`. A box that shows nothing lies far off and is 1 wide and high.
+        """
+        shown = has_area(boxes)
+        centres = ((boxes[..., :2] + boxes[..., 2:]) / 2).masked_fill(~shown[..., None], FAR)  # (B, P, 2)
+        xy, image, on_image = self.place_patches(centres, reshaped_sizes, "whole")
+        sizes = snapped((boxes[..., 2:] - boxes[..., :2]) * image).masked_fill(~shown[..., None], 1)
+        return snapped(xy), sizes, on_image & shown
 
 
 class ImageEncoder:

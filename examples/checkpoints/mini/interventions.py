@@ -1,6 +1,7 @@
 """Interventions on what a mask is made of: factors on concepts, queries of one source, the heaviest concepts erased.
 
-`Steering` is what the grounded read-out's concepts can be told besides: switched on, or replaced by others.
+`Steering` is what concepts can be told besides: switched on, or replaced by others. It acts on the weights of grounded
+slots, and, while the response is written, on the MLLM's hidden states.
 """
 
 import math
@@ -12,6 +13,7 @@ import torch
 from .concept_labels import concepts_named
 
 QUERY_SOURCES = ("both", "tokens", "concepts")
+MAX_ELEMENTS = 2**23  # about how many activations steering holds at once
 
 
 def scale_vector(
@@ -57,7 +59,7 @@ def scale_vector(
 
 
 class Steering(NamedTuple):
-    """What a user changes about the weights of grounded slots: replace first, then scale, then add. Made by `steer`.
+    """What a user changes about concepts: replace first, then scale, then add. Made by `steer`.
 
     Example:
         steering = steer({"blue": 0}, None, {"box": "ball"}, like=z, d_sae=1024, labels=model.concept_labels)
@@ -103,6 +105,39 @@ class Steering(NamedTuple):
         for new, weight in self.add:
             weights[..., new] += weight * _shares(fires[:, new])[:, None]
         return weights, strengths
+
+    @torch.no_grad()
+    def on_states(self, sae: Any, z: torch.Tensor) -> torch.Tensor:
+        """Change hidden states, so that the MLLM goes on as if its concepts fired otherwise.
+
+        What the SAE leaves unexplained stays: only the difference between the changed and the found activations is
+        decoded. A feature that takes over gets the greatest relative strength (activation / mean active activation) of
+        those it replaces; what is added is in units of the mean active activation.
+
+        Args:
+            sae: the SparseAutoencoder of the layer that z comes from.
+            z: float (B, T, d_π).
+
+        Returns:
+            float (B, T, d_π), of z's dtype.
+        """
+        usual = sae.mean_active_activation
+        steered = z.clone()
+        step = max(1, MAX_ELEMENTS // (len(z) * len(usual)))
+        for start in range(0, z.shape[1], step):
+            part = slice(start, start + step)
+            h = sae.encode(z[:, part])  # (B, n, d_sae)
+            changed = h.clone()
+            for old, new in self.replace:
+                strength = (h[..., old] / usual[old].clamp_min(1e-6)).amax(-1, keepdim=True)  # (B, n, 1)
+                changed[..., old] = 0
+                changed[..., new] = torch.maximum(changed[..., new], strength * usual[new])
+            if self.scale is not None:
+                changed *= self.scale if self.scale.dim() == 1 else self.scale[:, None]
+            for new, weight in self.add:
+                changed[..., new] += weight * usual[new]
+            steered[:, part] += ((changed - h) @ sae.W_dec).to(z.dtype)
+        return steered
 
 
 def _shares(fires):

@@ -9,6 +9,7 @@ the language loss live with the trainers.
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,10 +29,11 @@ from .generation_options import OUR_INPUTS, check_generation, one_generation_at_
 from .grounded_decoding import decode_grounded, lost_without
 from .grounded_reading import GroundedReading
 from .image_encoder import check_keys, encoder_of
-from .interventions import QUERY_SOURCES, kept_sources, scale_vector, without_heaviest
+from .interventions import QUERY_SOURCES, kept_sources, scale_vector, steer, without_heaviest
 from .mask_decoder import MaskDecoder
 from .modeling_sparse_autoencoder import SparseAutoencoder
 from .outputs import SegCompassOutput
+from .patch_boxes import boxes_of_tokens, has_area
 from .query_codebook import Concepts, QueryCodebook
 from .sa2va import predict_forward
 from .slot_mapper import SlotMapper
@@ -191,7 +193,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         last_hidden: torch.Tensor,
         image_embeddings: torch.Tensor,
         reshaped_input_sizes: torch.Tensor | None = None,
-        patch_grid: torch.Tensor | None = None,
+        patch_boxes: torch.Tensor | None = None,
         concept_scale: Mapping[int | str, float] | torch.Tensor | None = None,
         query_source: str = "both",
         concept_add: Mapping[int | str, float] | None = None,
@@ -207,7 +209,8 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             last_hidden: float (B, T, d_π), the last hidden states.
             image_embeddings: float (B, d_k, h, w) or (1, d_k, h, w) when all questions share one image.
             reshaped_input_sizes: long (B, 2), the image's (H, W) inside F_enc's frame; None = the whole frame.
-            patch_grid: long (B, 2), (rows, columns) of the image tokens; None = a square.
+            patch_boxes: float (B, P, 4), which part of the image each image token shows (`patch_boxes.py`); None = one
+                square grid, as of LLaVA-1.5.
             concept_scale: {feature index or label: factor on h_j}, or all factors, float (B, d_sae) or (d_sae,): 0
                 ablates a concept, other factors steer by it. Labels are those of `concept_labels`. In the grounded
                 read-out the factor is on the concept's contribution, and no other concept takes its place.
@@ -248,7 +251,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
                     last_hidden,
                     image_embeddings,
                     reshaped_input_sizes,
-                    patch_grid,
+                    patch_boxes,
                 ),
                 concept_scale,
                 concept_add,
@@ -270,22 +273,20 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         # E_sae, C, r_k: concepts of image, instruction and reasoning
         types = None
         if query_source == "tokens":
-            patch_grid = None
+            patch_boxes = None
             concepts = Concepts(e.new_zeros(*e.shape[:2], self.config.d_c))
         else:
             types = token_types(input_ids, response_mask, self.config.image_token_id)  # (B, T)
-            if patch_grid is None:
-                patch_grid = self.backbone.patch_grid(self.config.mllm_config, input_ids)
-            image_xy = self.backbone.patch_positions(types == IMAGE, patch_grid)  # (B, T, 2)
-            image_xy, _, _ = self.config.frame.place_patches(  # where the image keys have their positions
-                image_xy, reshaped_input_sizes, self.config.image_view
-            )
+            if patch_boxes is None:
+                patch_boxes = self.boxes_without_processor({"input_ids": input_ids}, reshaped_input_sizes)
+            boxes = boxes_of_tokens(patch_boxes, types == IMAGE)  # (B, T, 4)
+            image_xy, _, _ = self.config.frame.place_boxes(boxes, reshaped_input_sizes)  # as the image keys have theirs
             distance = distance_to_slots(attention_mask, positions, slot_mask).to(image_xy.dtype)  # (B, T)
             concepts = self.query_codebook(
                 self.sae,
                 z,
                 self.concept_token_mask(input_ids, attention_mask),
-                token_position_features(types, image_xy, distance),
+                token_position_features(types, image_xy, distance, has_area(boxes)),
                 scale_vector(concept_scale, z, self.config.sae_config.d_sae, self.labels_for(concept_scale)),
             )
 
@@ -313,10 +314,34 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             concept_weights=concepts.weights,
             concept_activations=concepts.activations,
             token_types=types,
-            patch_grid=patch_grid,
+            patch_boxes=patch_boxes,
             sequences=input_ids,
             reshaped_input_sizes=reshaped_input_sizes,
         )
+
+    def boxes_without_processor(
+        self, inputs: Mapping[str, Any], reshaped_input_sizes: torch.Tensor | None, rows: list[int] | None = None
+    ) -> torch.Tensor:
+        """The `patch_boxes` of inputs that lack the processor's, where an image's tokens are one grid.
+
+        Args:
+            inputs: of the MLLM, `input_ids` among them.
+            reshaped_input_sizes: long (B, 2), the image's (H, W) inside F_enc's frame; None = the whole frame.
+            rows: of these samples only; the sizes then belong to these.
+
+        Returns:
+            float (B, P, 4).
+
+        Raises:
+            ValueError: of this family only the processor can say it.
+        """
+        seen = self.backbone.seen_boxes(self.config.mllm_config, inputs["input_ids"], inputs)
+        seen = seen if rows is None else seen[rows]
+        frame, corners = self.config.frame, seen.unflatten(2, (2, 2)).flatten(1, 2)  # (B, 2 P, 2)
+        placed, _, _ = frame.place_patches(corners, reshaped_input_sizes, self.config.image_view)
+        _, image, _ = frame.place_patches(corners, reshaped_input_sizes, "whole")
+        boxes = (placed / image).unflatten(1, (-1, 2)).flatten(2)  # (B, P, 4)
+        return boxes * has_area(seen)[..., None]
 
     @property
     def concept_labels(self) -> dict[int, str]:
@@ -380,6 +405,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         image_grid_thw: torch.Tensor | None = None,
         mm_token_type_ids: torch.Tensor | None = None,
+        patch_boxes: torch.Tensor | None = None,
         **mllm_inputs: Any,
     ) -> SegCompassOutput | tuple:
         """One MLLM pass over prompt and response: language loss or log-probabilities, and masks.
@@ -395,8 +421,8 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             reshaped_input_sizes: long (B, 2), the image's (H, W) inside F_enc's frame.
             labels: long (B, T), -100 outside the response.
             response_mask: bool (B, T), response positions; taken from labels when absent.
-            mask_rows: decode masks of these samples only; image_embeddings and reshaped_input_sizes then belong to
-                these.
+            mask_rows: decode masks of these samples only; image_embeddings, reshaped_input_sizes and patch_boxes then
+                belong to these.
             concept_scale: see `decode_masks`.
             query_source: see `decode_masks`.
             concept_add: see `decode_masks`.
@@ -417,6 +443,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
                 says.
             image_grid_thw: long (B, 3), of families such as Qwen2.5-VL.
             mm_token_type_ids: long (B, T), of families such as Qwen2.5-VL.
+            patch_boxes: float (B, P, 4), see `decode_masks`; the processor makes them.
             **mllm_inputs: what else the MLLM takes.
 
         Returns:
@@ -468,7 +495,8 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         )
         inputs = {name: value for name, value in inputs.items() if value is not None}
         self.backbone.check_inputs(self.mllm, inputs)
-        self._check_given(pixel_values, encoder_pixel_values, inputs_embeds, image_grid_thw)
+        self.backbone.mark_response(inputs, response_mask)
+        self._check_given(input_ids, pixel_values, encoder_pixel_values, inputs_embeds)
         if output_hidden_states is None and self.config.output_hidden_states:
             output_hidden_states = True
         with self.reading_states() as recorder:
@@ -483,9 +511,11 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
                 policy = self.mllm(**inputs, labels=labels, output_hidden_states=output_hidden_states)
         output = SegCompassOutput()
         if wants_masks:
-            patch_grid = self.backbone.patch_grid(self.config.mllm_config, inputs["input_ids"], inputs)
-            states = recorder.states_of_pass(input_ids, attention_mask, response_mask, patch_grid)
+            states = recorder.states_of_pass(input_ids, attention_mask, response_mask)
+            if patch_boxes is None and query_source != "tokens":
+                patch_boxes = self.boxes_without_processor(inputs, reshaped_input_sizes, mask_rows)
             states = (states if mask_rows is None else states.rows(mask_rows))._replace(
+                patch_boxes=patch_boxes,
                 image_embeddings=self._image_keys(encoder_pixel_values, image_embeddings),
                 reshaped_input_sizes=reshaped_input_sizes,
             )
@@ -514,12 +544,13 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             output.loss_dict = {"language": output.loss.detach()}
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
-    def _check_given(self, pixel_values, encoder_pixel_values, inputs_embeds, image_grid_thw):
+    def _check_given(self, input_ids, pixel_values, encoder_pixel_values, inputs_embeds=None):
         """Refuse NaN and infinity in the inputs, by sample."""
-        by_patch = isinstance(pixel_values, torch.Tensor) and "pixel_values" in self.backbone.per_patch_inputs
-        if by_patch and image_grid_thw is not None and len(pixel_values) == int(image_grid_thw.prod(-1).sum()):
-            images = pixel_values.split(image_grid_thw.prod(-1).tolist())
-            pixel_values = torch.stack([image.abs().amax() for image in images])  # (B,), finite where an image is
+        if isinstance(pixel_values, torch.Tensor) and input_ids is not None and len(pixel_values) > len(input_ids):
+            counts = (input_ids == self.config.image_token_id).sum(1)
+            images = self.backbone.split_rows(pixel_values, counts)  # patches or tiles of all images together
+            if images is not None:
+                pixel_values = torch.stack([image.abs().amax() for image in images])  # (B,), finite where an image is
         given = {"pixel_values": pixel_values, "encoder_pixel_values": encoder_pixel_values}
         refuse_non_finite({**given, "inputs_embeds": inputs_embeds})
 
@@ -536,6 +567,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: what cannot be right, see `generation_options.check_generation`.
         """
+        boxes, sizes = kwargs.get("patch_boxes"), kwargs.get("reshaped_input_sizes")
         kwargs = {name: value for name, value in kwargs.items() if name not in OUR_INPUTS}
         if inputs is not None:
             kwargs["input_ids"] = inputs
@@ -554,8 +586,9 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             if (sequences[:, -1] == self.config.ref_token_id).any():
                 self._read_whole(recorder, sequences, kwargs)
             states = recorder.states_of_generation(sequences, prompt, mask, *ends)
-            grid = self.backbone.patch_grid(self.config.mllm_config, states.input_ids, kwargs)
-            recorder.states = states._replace(patch_grid=grid)
+            if boxes is None and self.backbone.one_grid:  # in other families whoever decodes must have them
+                boxes = self.boxes_without_processor({**kwargs, "input_ids": states.input_ids}, sizes)
+            recorder.states = states._replace(patch_boxes=boxes)
         return output
 
     @torch.no_grad()
@@ -579,6 +612,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         query_source: str = "both",
         concept_add: Mapping[int | str, float] | None = None,
         concept_replace: Mapping[int | str, int | str] | None = None,
+        steer_reasoning: bool = False,
         **inputs: Any,
     ) -> SegCompassOutput:
         """Reason about the image, then decode masks from the states that generation left behind.
@@ -589,6 +623,8 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             query_source: see `decode_masks`.
             concept_add: see `decode_masks`.
             concept_replace: see `decode_masks`.
+            steer_reasoning: let factors, additions and replacements act while the response is written too, see
+                `reason`; False leaves the response as it is.
             **inputs: the processor's other outputs and options, see `reason`.
 
         Returns:
@@ -599,15 +635,10 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             ValueError: neither encoder_pixel_values nor image_embeddings; inputs that hold a response; an option of
                 `generate` that masks cannot follow (docs/generation.md); NaN or infinity.
         """
-        sequences, states = self.reason(input_ids, **inputs)
+        told = dict(concept_scale=concept_scale, concept_add=concept_add, concept_replace=concept_replace)
+        sequences, states = self.reason(input_ids, **inputs, **(told if steer_reasoning else {}))
         with torch.no_grad():
-            output = self.decode_masks(
-                **states._asdict(),
-                concept_scale=concept_scale,
-                query_source=query_source,
-                concept_add=concept_add,
-                concept_replace=concept_replace,
-            )
+            output = self.decode_masks(**states._asdict(), **told, query_source=query_source)
         output.sequences = sequences
         output.prompt_length = input_ids.shape[1]
         return output
@@ -622,9 +653,16 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         original_sizes: torch.Tensor | None = None,
         reshaped_input_sizes: torch.Tensor | None = None,
         do_sample: bool | None = None,
+        concept_scale: Mapping[int | str, float] | torch.Tensor | None = None,
+        concept_add: Mapping[int | str, float] | None = None,
+        concept_replace: Mapping[int | str, int | str] | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, ReasoningStates]:
         """Write the response and keep what masks are decoded from, so that they can be decoded again and again.
+
+        With factors, additions or replacements the MLLM reads image, instruction and its own words as if concepts
+        fired otherwise: after the SAE's layer every hidden state gets the difference in decoder directions
+        (`Steering.on_states`). The states that are kept are those before that change.
 
         Args:
             input_ids: long (B, T), the prompts.
@@ -634,6 +672,9 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             original_sizes: accepted and ignored, so that a processor's output can be passed whole.
             reshaped_input_sizes: long (B, 2), the image's (H, W) inside F_enc's frame; None = the whole frame.
             do_sample: None = as a `generation_config` argument says, and greedy without one.
+            concept_scale: {feature index or label: factor on h_j}, or all factors, float (B, d_sae) or (d_sae,).
+            concept_add: {feature index or label: what is added to h_j, in its mean active activations}.
+            concept_replace: {feature index or label: the one that takes over its strength}.
             **kwargs: the MLLM's other inputs and options of `generate` (`max_new_tokens`, `streamer`, ...).
 
         Returns:
@@ -650,7 +691,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
                 "the inputs hold a response (labels, response_mask), and segment writes its own; call the processor "
                 "without response=, or model(**inputs) for the masks of this response."
             )
-        self._check_given(kwargs.get("pixel_values"), encoder_pixel_values, None, kwargs.get("image_grid_thw"))
+        self._check_given(input_ids, kwargs.get("pixel_values"), encoder_pixel_values)
         given = kwargs.get("generation_config")
         if do_sample is None and getattr(given, "do_sample", None) is None:
             do_sample = False
@@ -661,8 +702,15 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         asked = [kwargs.get(name, getattr(given, name, None)) for name in lengths]
         if asked == [None, None] and self.generation_config.max_new_tokens is None:
             kwargs["max_new_tokens"] = self.config.max_response_length
+        labels = self.labels_for(concept_scale, concept_add, concept_replace)
+        like, d_sae = self.sae.W_enc.new_empty(len(input_ids), 0), self.config.sae_config.d_sae
+        steering = steer(concept_scale, concept_add, concept_replace, like, d_sae, labels)
         with self.reading_states() as recorder:
-            output = self.generate(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+            if steering is not None:
+                recorder.steer = partial(steering.on_states, self.sae)
+            output = self.generate(
+                input_ids=input_ids, attention_mask=attention_mask, reshaped_input_sizes=reshaped_input_sizes, **kwargs
+            )
         keys = self._image_keys(encoder_pixel_values, image_embeddings)
         states = recorder.states._replace(image_embeddings=keys, reshaped_input_sizes=reshaped_input_sizes)
         return getattr(output, "sequences", output), states
@@ -698,11 +746,12 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         if labels is None and self.grounded:
             labels = self.concept_labels
         side, padding = self.config.frame.side, self.generation_config.pad_token_id
-        explanation = explain_slot(outputs, slot, sample, top, labels, processor, side, None, padding)
+        window = self.config.phrase_window
+        explanation = explain_slot(outputs, slot, sample, top, labels, processor, side, None, padding, window)
         if image_embeddings is None:
             return explanation
         lost = self.lost_without(outputs, slot, sample, image_embeddings)
-        return explain_slot(outputs, slot, sample, top, labels, processor, side, lost, padding)
+        return explain_slot(outputs, slot, sample, top, labels, processor, side, lost, padding, window)
 
     lost_without = lost_without
     predict_forward = predict_forward
@@ -759,7 +808,8 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
 
         Raises:
             ValueError: no or an unknown image encoder, or a processor that prepares images for another; an SAE of
-                another width, layer or backbone.
+                another width, layer or backbone; an MLLM that cannot serve. With a processor it is tried on a generated
+                image (`family_check.py`), which takes as long as some ten questions.
         """
         return build_from_backbones(cls, mllm, image_encoder, sae, processor, dtype, config)
 

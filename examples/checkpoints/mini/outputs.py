@@ -52,8 +52,9 @@ class SegCompassOutput(ModelOutput):
     """with `concept_reading="grounded"`: the contributions whose sum the heatmaps are, and the words behind them."""
     token_types: torch.Tensor | None = None
     """long (B, T), IMAGE, INSTRUCTION or RESPONSE of `token_layout`; with concepts."""
-    patch_grid: torch.Tensor | None = None
-    """long (B, 2), (rows, columns) of the image tokens; with concepts."""
+    patch_boxes: torch.Tensor | None = None
+    """float (B, P, 4), which part of the image each image token shows: (left, top, right, bottom) in fractions of its
+    width and height, without area where it shows none; with concepts."""
     sequences: torch.Tensor | None = None
     """long (B, T), prompt and response; `segment` adds the last token it wrote."""
     prompt_length: int | None = None

@@ -1,4 +1,7 @@
-"""The colours of slots, the same in every overlay, figure and page: slot 0 is red wherever it is drawn."""
+"""The colours of everything that is drawn: of slots, the same in every overlay, figure and page, and of pages.
+
+Slot 0 is red wherever it is drawn. Knows nothing about how pages are built: `report_page` does.
+"""
 
 Colour = tuple[int, int, int]
 """(red, green, blue), 0 to 255 each."""
@@ -13,6 +16,24 @@ SLOT_COLOURS: tuple[Colour, ...] = (
     (232, 51, 139),  # pink
     (192, 116, 74),  # brown
 )
+
+PREDICTED: Colour = (255, 140, 0)
+"""A mask that a model made, where it stands beside the true one."""
+WANTED: Colour = (0, 200, 255)
+"""The true mask."""
+IGNORED: Colour = (128, 128, 128)
+"""Pixels that do not count."""
+
+PAGE_COLOURS: dict[str, tuple[str, str]] = {
+    "paper": ("#ffffff", "#14171c"),
+    "panel": ("#f5f6f8", "#1d2128"),
+    "line": ("#c9ced6", "#3a414c"),
+    "soft": ("#5b6472", "#a3acb9"),  # 4.5 to 1 on paper and on panel, both ways
+    "ink": ("#1b1f27", "#e8ebf0"),
+    "accent": ("#2459b8", "#8ab4ff"),
+    "control": ("#8b93a0", "#7d8694"),
+}
+"""What a page is made of -> (in the light, in the dark), as CSS reads them."""
 
 
 def slot_colour(slot: int) -> Colour:

@@ -1,23 +1,29 @@
 """From images and instructions to model inputs, and from model outputs to masks at the image's own size.
 
 One processor for all backbones: it expands image tokens as the MLLM's own processor does (`backbone.py`), without a
-video part, so it works without torchvision. It knows nothing about weights.
+video part, so it works without torchvision, and says which part of the image each of them shows (`patch_boxes.py`). It
+knows nothing about weights.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import groupby
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import BatchFeature, ProcessorMixin
+from transformers.image_utils import make_flat_list_of_images
 from transformers.utils import CONFIG_NAME
 
-from .backbone import Backbone, backbone_of
+from .backbone import TOKEN_TYPE_INPUTS, Backbone, backbone_of
 from .backbone_files import holds_processor, read_image_encoder, read_mllm
 from .image_encoder import Frame, frame_of, without_torchvision
 from .images import MAX_PIXELS, read_image
 from .manifest import MANIFEST, READ_BY_PROCESSORS
 from .old_names import with_new_names
+from .patch_boxes import REMEMBERED, Views, pad_boxes
 from .row_errors import RowError, check_prompt_lengths
 from .saved_folders import check_saved, signing_saved
 from .tokens import (
@@ -36,6 +42,9 @@ ENCODER_INPUTS = ("encoder_pixel_values", "original_sizes", "reshaped_input_size
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SENTENCE_ENDS = ".!?。！？\n"
+
+UNUSED = ("batch_num_images",)
+"""Inputs left out because a sample has one image, which MLLMs take for granted where nothing is said."""
 
 STRIP = 1 << 18
 """Pixels of a mask that are resized at once: small enough to stay in a processor's cache."""
@@ -64,11 +73,13 @@ class SegCompassProcessor(ProcessorMixin):
         num_additional_image_tokens: as in LlavaProcessor; unused for Qwen.
         mllm_type: `model_type` of the MLLM's configuration; None = LLaVA-1.5 or Qwen2.5-VL, as the image processor
             shows.
+        family_settings: settings of the family's own processor that differ from its defaults, such as
+            `{"image_seq_length": 64}` of InternVL (`family_processor.py`).
         **kwargs: as ProcessorMixin's.
 
     Raises:
-        ValueError: the prompt template contains `<REF_POS>`, other fields, or no `{instruction}`; or the tokenizer does
-            not find the tokens of a well-formed response.
+        ValueError: the prompt template contains `<REF_POS>`, other fields, or no `{instruction}`; the tokenizer does
+            not find the tokens of a well-formed response; or the family's own processor cannot be made.
 
     Example:
         processor = SegCompassProcessor.from_pretrained(path)
@@ -91,6 +102,7 @@ class SegCompassProcessor(ProcessorMixin):
         vision_feature_select_strategy: str = "default",
         num_additional_image_tokens: int = 1,
         mllm_type: str | None = None,
+        family_settings: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ):
         check_prompt_template(prompt_template)
@@ -101,13 +113,30 @@ class SegCompassProcessor(ProcessorMixin):
         self.vision_feature_select_strategy = vision_feature_select_strategy
         self.num_additional_image_tokens = num_additional_image_tokens
         self.mllm_type = mllm_type
+        self.family_settings = dict(family_settings or {})
         self.image_processor = image_processor  # which tells the family, where mllm_type does not
-        self.return_mm_token_type_ids = self.backbone.returns_token_types
+        self.tokenizer = tokenizer
+        self.own = self.backbone.own_processor(self)
+        """the family's own processor, None for a family of which transformers has none."""
+        self._known_boxes: dict[tuple[tuple[int, int], str], torch.Tensor] = {}
+        self._views = Views(image_processor)
+        taken = self.backbone.taken_inputs(mllm_type) or ()
+        self.token_types = next((name for name in reversed(TOKEN_TYPE_INPUTS) if name in taken), None)
+        """the name under which the MLLM takes token types, None if it takes none."""
+        self.return_mm_token_type_ids = self.token_types is not None
         self.new_tokens = add_response_tokens(tokenizer)
         """the tokens of a response that the tokenizer lacked when this processor was made."""
         check_response_tokens(tokenizer, self.format_response(PROBE), num_slots)
-        self.image_token = self.backbone.image_token
-        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        image_token: str | None = self.backbone.image_token or getattr(self.own, "image_token", None)
+        if image_token is None:
+            raise ValueError(
+                f"{mllm_type!r} is a family for which transformers has no processor with an image token; choose "
+                "another MLLM, or define one in a class of this family (docs/extending.md)."
+            )
+        self.image_token = image_token
+        """the text that stands for an image in a prompt."""
+        self.image_token_id = self._image_token_id()
+        """the token that stands once per image token in a prompt's ids."""
         self.ref_token_id = tokenizer.convert_tokens_to_ids(REF_TOKEN)
         self.think_id, self.think_end_id = tokenizer.convert_tokens_to_ids([THINK, THINK_END])
         super().__init__(image_processor, tokenizer, encoder_image_processor, chat_template=chat_template)
@@ -198,6 +227,21 @@ class SegCompassProcessor(ProcessorMixin):
         return fields, kwargs
 
     @property
+    def views(self) -> Views:
+        """Which parts of an image the MLLM's pictures of it show; the image processor may be exchanged."""
+        if self._views.image_processor is not self.image_processor:
+            self._views = Views(self.image_processor)
+        return self._views
+
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers', which would copy the family's own processor with its tokenizer."""
+        own, self.own = self.own, None
+        try:
+            return super().to_dict()
+        finally:
+            self.own = own
+
+    @property
     def backbone(self) -> Backbone:
         """The MLLM's family."""
         return backbone_of(self)
@@ -206,9 +250,9 @@ class SegCompassProcessor(ProcessorMixin):
     def model_input_names(self) -> list[str]:
         """What a call without `response` returns, by name."""
         names = [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
-        names += ["mm_token_type_ids"] if self.return_mm_token_type_ids else []
-        once = dict.fromkeys([*names, *ENCODER_INPUTS])
-        return [name for name in once if name not in self.unused_input_names]
+        names += [] if self.token_types is None else [self.token_types]
+        names = [name for name in dict.fromkeys(names) if self._is_kept(name) and name not in self.unused_input_names]
+        return [*names, "patch_boxes", *ENCODER_INPUTS]
 
     @property
     def frame(self) -> Frame:
@@ -254,6 +298,20 @@ class SegCompassProcessor(ProcessorMixin):
             if token == THINK or (set(text) & set(SENTENCE_ENDS) and not any(map(str.isalnum, text))):
                 ends.append(number)
         return sorted(ends)
+
+    def _image_options(self):
+        """What the family asks of its image processor on every call."""
+        return {} if self.own is None else self.own.image_options
+
+    def _image_token_id(self):
+        """In some families an image is written by one token in a prompt and by another one, many times, in its ids."""
+        known = self.tokenizer.convert_tokens_to_ids(self.image_token)
+        if self.own is None or self.backbone.image_token is not None or self.backbone.processor_fields:
+            return known
+        text = self._process_images([[read_image(np.zeros((64, 64, 3), np.uint8))]])[1][0]
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        runs = [(len(list(run)), token) for token, run in groupby(ids)]
+        return max(runs)[1]  # the one that stands most often in a row
 
     # -- prompts and responses ---------------------------------------------------------------------------------------
 
@@ -334,15 +392,17 @@ class SegCompassProcessor(ProcessorMixin):
 
         Returns:
             BatchFeature: input_ids, attention_mask (B, T) long, prompts padded left, responses right; pixel_values
-            (and image_grid_thw, mm_token_type_ids for Qwen2.5-VL); encoder_pixel_values float (B, 3, S, S);
-            original_sizes and reshaped_input_sizes (B, 2) long, (H, W); labels (B, T) long and response_mask (B, T)
-            bool with `response`.
+            and what else the family takes (image_grid_thw, token types); patch_boxes float (B, P, 4), see
+            `patch_boxes`, except with finished prompts; encoder_pixel_values float (B, 3, S, S); original_sizes and
+            reshaped_input_sizes (B, 2) long, (H, W); labels (B, T) long and response_mask (B, T) bool with `response`.
 
         Raises:
             ValueError: no or empty image, empty or too long text, control tokens in text or response, lengths that
                 differ.
             OSError: an image that cannot be read.
         """
+        if kwargs.get("videos") is not None:
+            raise ValueError("videos are given; masks are made of one image: pass a frame as images=.")
         texts = [text] if isinstance(text, str) else list(text or [])
         if texts and all(map(self._is_finished_prompt, texts)):
             if response is not None:
@@ -350,7 +410,7 @@ class SegCompassProcessor(ProcessorMixin):
                     "a response was given with a finished prompt, which already holds the image token; give the plain "
                     "instruction as text, and the processor makes the prompt."
                 )
-            return _of_mllm(super().__call__(images=_read_all(images), text=text, **kwargs))
+            return self._finished(_read_all(images), texts, kwargs)
         images = self._check_images(images)
         self._check_aspects(images, self.backbone.largest_aspect(self.image_processor), "the MLLM")
         if len(images) != len(texts):
@@ -365,7 +425,7 @@ class SegCompassProcessor(ProcessorMixin):
         given = {**kwargs.get("text_kwargs", {}), **kwargs}
         padding = {"padding": self.tokenizer.init_kwargs.get("padding", True), "padding_side": "left"}
         kwargs |= {name: value for name, value in padding.items() if name not in given}
-        inputs = _of_mllm(super().__call__(images=images, text=prompts, return_tensors="pt", **kwargs))
+        inputs = self._named(super().__call__(images=images, text=prompts, return_tensors="pt", **kwargs))
         lengths = inputs["attention_mask"].sum(-1).tolist()
         if max(lengths) > self.max_prompt_length:
             ids = [row[mask.bool()] for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
@@ -380,6 +440,60 @@ class SegCompassProcessor(ProcessorMixin):
         if response is not None:
             self._append_responses(inputs, [response] if isinstance(response, str) else list(response))
         return BatchFeature(dict(inputs), tensor_type=return_tensors or "pt")
+
+    def _finished(self, images, texts, kwargs):
+        """The MLLM's own inputs of finished prompts, as its own processor makes them."""
+        several = max(text.count(self.image_token) for text in texts)
+        if several > 1:
+            raise ValueError(
+                f"a prompt holds {several} images; masks are made of one image per prompt: ask about one at a time."
+            )
+        inputs = self._named(super().__call__(images=images, text=texts, **kwargs))
+        inputs.pop("patch_boxes", None)  # the MLLM does not take them
+        return inputs
+
+    def _named(self, inputs):
+        """Token types under the name that the MLLM takes."""
+        for name in TOKEN_TYPE_INPUTS:
+            if name in inputs and name != self.token_types:
+                value = inputs.pop(name)
+                if name == "mm_token_type_ids" and self.token_types is not None:
+                    inputs[self.token_types] = value
+        for name in set(inputs) - {"patch_boxes"}:
+            if not self._is_kept(name):
+                inputs.pop(name)
+        return inputs
+
+    def _is_kept(self, name):
+        """Whether an input is the MLLM's, rather than one that only counts tokens."""
+        if name in TOKEN_TYPE_INPUTS:
+            return name == self.token_types
+        taken = self.backbone.taken_inputs(self.mllm_type)
+        return name not in (*UNUSED, *ENCODER_INPUTS) and (taken is None or name in taken)
+
+    def patch_boxes(self, images: Any) -> torch.Tensor:
+        """Which part of its image each image token shows.
+
+        Args:
+            images: one image or a list, as for the call.
+
+        Returns:
+            float (B, P, 4), (left, top, right, bottom) in fractions of the image's width and height, of the image
+            tokens in order. A box without area is a token that shows no patch: the end of a row, or none at all where
+            an image has fewer tokens than P.
+
+        Raises:
+            ValueError: no or an empty image, or a family of which it cannot be told.
+            OSError: an image that cannot be read.
+        """
+        images, settings = self._check_images(images), repr(vars(self.image_processor))
+        sized = {(image.size, settings): image for image in images}
+        if len(self._known_boxes) + len(sized) > REMEMBERED:
+            self._known_boxes.clear()
+        for key, image in sized.items():
+            if key not in self._known_boxes:
+                self._known_boxes[key] = self._process_images([[image]], return_tensors="pt")[0]["patch_boxes"][0]
+        return pad_boxes([self._known_boxes[image.size, settings] for image in images])
 
     def encoder_inputs(self, images: Any) -> dict[str, torch.Tensor]:
         """The image encoder's part of the inputs.
@@ -441,6 +555,38 @@ class SegCompassProcessor(ProcessorMixin):
         inputs["input_ids"] = torch.cat([inputs["input_ids"], rows["input_ids"]], 1)
         inputs["attention_mask"] = torch.cat([inputs["attention_mask"], rows["attention_mask"]], 1)
         self.backbone.append_text(inputs, mask.shape[1])
+
+    def _process_images(self, images, **kwargs):
+        """Called by ProcessorMixin: the image processor's tensors with `patch_boxes`, and each image's tokens."""
+        flat = make_flat_list_of_images(images)
+        kwargs = {**self._image_options(), **kwargs}
+        processed = self.image_processor([[image] for image in flat], **kwargs)  # one per sample
+        written = [self.replace_image_token(processed, place, **kwargs) for place in range(len(flat))]
+        if hasattr(self, "image_token_id"):
+            token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+            options = {name: value for name, value in kwargs.items() if name != "return_tensors"}
+            boxes = []
+            for place, (image, text) in enumerate(zip(flat, written, strict=True)):
+                views = partial(self.views.of, *image.size, options)
+                boxes.append(self.backbone.image_boxes(self, processed, place, image.size, text.count(token), views))
+            processed["patch_boxes"] = pad_boxes(boxes)
+        return processed, written
+
+    def create_mm_token_type_ids(self, input_ids: Any) -> list[list[int]]:
+        """The token types of prompts, as the family has them."""
+        return self.backbone.prompt_types(self, [row if isinstance(row, list) else row.tolist() for row in input_ids])
+
+    def _check_special_mm_tokens(self, text, text_inputs, modalities):
+        """As ProcessorMixin's, of the token that stands once per image token."""
+        token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+        for number, (words, ids) in enumerate(zip(text, text_inputs["input_ids"], strict=True)):
+            if words.count(token) != list(ids).count(self.image_token_id):
+                raise ValueError(f"prompt {number} lost image tokens when it was cut; shorten it, or do not cut it.")
+
+    @property
+    def unused_input_names(self) -> list[str]:
+        """What the image processor returns only to count tokens by."""
+        return [] if self.own is None else self.own.unused_input_names
 
     def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
         """The image placeholder repeated once per image token of the backbone (called by ProcessorMixin)."""
@@ -612,13 +758,6 @@ class SegCompassProcessor(ProcessorMixin):
         """
         results = self.post_process_instance_segmentation(outputs, threshold, mask_threshold, target_sizes)
         return [result["masks"].any(0) for result in results]
-
-
-def _of_mllm(inputs):
-    """The MLLM's own inputs: where SAM's image processor prepares them, it also gives sizes that no MLLM takes."""
-    for name in ENCODER_INPUTS:
-        inputs.pop(name, None)
-    return inputs
 
 
 def _read_all(images):

@@ -5,7 +5,7 @@ on one model keep their states apart. Its hooks are gone when the call is over. 
 written; `generation_options.py` says which options of `generate` can be followed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -38,8 +38,8 @@ class ReasoningStates(NamedTuple):
     """float (B, d_k, h, w) image keys K, or (1, d_k, h, w) when all questions share one image."""
     reshaped_input_sizes: torch.Tensor | None = None
     """long (B, 2), the image's (H, W) inside F_enc's frame; None = the whole frame."""
-    patch_grid: torch.Tensor | None = None
-    """long (B, 2), (rows, columns) of the image tokens."""
+    patch_boxes: torch.Tensor | None = None
+    """float (B, P, 4), which part of the image each image token shows (`patch_boxes.py`)."""
 
     def rows(self, rows: slice | Sequence[int]) -> "ReasoningStates":
         """The states of some of the samples; embeddings of an image that all questions share stay as they are."""
@@ -84,6 +84,9 @@ class StateRecorder:
         """whether the passes heard are those of a generation."""
         self.whole_passes = False
         """whether each pass holds the whole sequence so far (no key-value cache), so that only the last one counts."""
+        self.steer: Callable[[torch.Tensor], torch.Tensor] | None = None
+        """what the blocks after block L get in the place of its output, float (B, t, d_π); None changes nothing. `z`
+        keeps the output as it was, so that what is steered here is not steered again where masks are decoded."""
 
     def __enter__(self) -> "StateRecorder":
         self._hooks = [
@@ -116,7 +119,12 @@ class StateRecorder:
             kept.append(states)
 
     def _keep_z(self, module, inputs, output):
-        self._keep(self.z, output[0] if isinstance(output, tuple) else output)
+        z = output[0] if isinstance(output, tuple) else output
+        self._keep(self.z, z)
+        if self.steer is None or _OPEN.get() is not self:
+            return None
+        steered = self.steer(z)
+        return (steered, *output[1:]) if isinstance(output, tuple) else steered
 
     def _keep_last_hidden(self, module, inputs, output):
         self._keep(self.last_hidden, output.last_hidden_state)
@@ -125,19 +133,16 @@ class StateRecorder:
         if self.generating and _OPEN.get() is self:  # -inf is a token switched off; NaN and +inf have no largest
             refuse_non_finite({"the MLLM's next-token logits": output.logits[:, -1].amax(-1)}, module)
 
-    def states_of_pass(
-        self, input_ids: Any, attention_mask: Any, response_mask: Any, patch_grid: torch.Tensor
-    ) -> ReasoningStates:
+    def states_of_pass(self, input_ids: Any, attention_mask: Any, response_mask: Any) -> ReasoningStates:
         """The states of the one pass over prompt and response, without the image.
 
         Args:
             input_ids: long (B, T).
             attention_mask: (B, T), 0 at padding.
             response_mask: bool (B, T), True at response tokens.
-            patch_grid: long (B, 2), (rows, columns) of the image tokens.
 
         Returns:
-            ReasoningStates: without the image.
+            ReasoningStates: without the image and the patches' boxes.
 
         Raises:
             ValueError: the pass did not hold these tokens, all of them.
@@ -150,7 +155,7 @@ class StateRecorder:
                     f"{name} has shape {tuple(value.shape)}, the MLLM's pass was over {tuple(z.shape[:2])} tokens; "
                     "masks need prompt and response in one pass, and one value of each of these per token."
                 )
-        return ReasoningStates(input_ids, attention_mask, response_mask, z, last_hidden, patch_grid=patch_grid)
+        return ReasoningStates(input_ids, attention_mask, response_mask, z, last_hidden)
 
     def states_of_generation(
         self,
@@ -170,7 +175,7 @@ class StateRecorder:
             pad: id that fills a row which ended before the others did; None = no row did.
 
         Returns:
-            ReasoningStates: without image and patch grid.
+            ReasoningStates: without the image and the patches' boxes.
 
         Raises:
             ValueError: the passes heard are not those in which these sequences were written.

@@ -140,13 +140,16 @@ def distance_to_slots(attention_mask: torch.Tensor, positions: torch.Tensor, slo
     return (end - steps).clamp_min(0)
 
 
-def token_position_features(token_types: torch.Tensor, image_xy: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
+def token_position_features(
+    token_types: torch.Tensor, image_xy: torch.Tensor, distance: torch.Tensor, placed: torch.Tensor | None = None
+) -> torch.Tensor:
     """Describe where each token sits, so that a concept can carry where it fired.
 
     Args:
         token_types: long (B, T), IMAGE, INSTRUCTION or RESPONSE.
         image_xy: float (B, T, 2), centre of an image token's patch in [0, 1]; ignored for text.
         distance: float (B, T), tokens from here to the first concentration token; ignored for image tokens.
+        placed: bool (B, T), the image tokens that show a patch, others have no position; None = all.
 
     Returns:
         float (B, T, TOKEN_POSITION_DIM): type indicator, Fourier features of the patch position, of the text distance.
@@ -157,6 +160,7 @@ def token_position_features(token_types: torch.Tensor, image_xy: torch.Tensor, d
     steps = torch.pi / 2.0 ** torch.arange(TEXT_FREQUENCIES, device=image_xy.device)
     text = distance[..., None] * steps  # (B, T, TEXT_FREQUENCIES)
     is_image = kind[..., :1]
+    shows = is_image if placed is None else is_image * placed[..., None]
     return torch.cat(
-        [kind, is_image * xy.sin(), is_image * xy.cos(), (1 - is_image) * text.sin(), (1 - is_image) * text.cos()], -1
+        [kind, shows * xy.sin(), shows * xy.cos(), (1 - is_image) * text.sin(), (1 - is_image) * text.cos()], -1
     )

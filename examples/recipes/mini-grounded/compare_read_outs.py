@@ -3,12 +3,12 @@
     python examples/recipes/mini-grounded/compare_read_outs.py --model runs/mini-grounded/joined \\
         --sae runs/mini-grounded/sae --masks runs/mini-grounded/masks/masks.pt --output runs/mini-grounded/compared
 
-`attention` is the paper's query codebook and slot mapper, trained on Eq. 6. `grounded` is what replaces them, trained on
-its own losses (`trainers/grounded_masks.py`); `grounded-eq6` is the same read-out on Eq. 6 alone. All learn on kept
+`attention` is the paper's query codebook and slot mapper, trained on Eq. 6. `grounded` is what replaces them, trained
+on its own losses (`trainers/grounded_masks.py`); `grounded-eq6` is the same read-out on Eq. 6 alone. All learn on kept
 states, each from --seeds. The test scenes' answers are written once, and every read-out makes its masks from the same
-answers. Prints gIoU and cIoU, and the paired difference to attention with a 95 % bootstrap interval over scenes, of each
-seed and of all; the last line is RESULT {json}. Repeat the command to resume. `segcompass white-box --model OUTPUT/NAME`
-then measures the criteria of each.
+answers. Prints gIoU and cIoU, and the paired difference to attention with a 95 % bootstrap interval over scenes, of
+each seed and of their mean; the last line is RESULT {json}. Repeat the command to resume. Afterwards
+`segcompass white-box --model OUTPUT/NAME` measures the criteria of each.
 """
 
 import argparse
@@ -68,11 +68,14 @@ def keep_states(model, processor, rows, folder):
             batch = collate([rows[index] for index in range(first, min(first + ROWS, start + PART, len(rows)))])
             targets, keys = batch.pop("mask_targets"), model.get_image_embeddings(batch["encoder_pixel_values"])
             ids, attention, response = (batch[name] for name in ("input_ids", "attention_mask", "response_mask"))
-            grids = backbone.patch_grid(model.config.mllm_config, ids, batch)
             with model.reading_states() as recorder:
                 backbone.without_head(model.mllm)(**backbone.mllm_inputs(model.mllm, batch), use_cache=False)
-                states = recorder.states_of_pass(ids, attention, response, grids)
-            states = states._replace(image_embeddings=keys, reshaped_input_sizes=batch["reshaped_input_sizes"])
+                states = recorder.states_of_pass(ids, attention, response)
+            states = states._replace(
+                image_embeddings=keys,
+                reshaped_input_sizes=batch["reshaped_input_sizes"],
+                patch_boxes=batch["patch_boxes"],
+            )
             for row in range(len(ids)):
                 one = states.rows([row]).trimmed()
                 kept.append(
