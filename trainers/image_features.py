@@ -227,8 +227,8 @@ class ImageFeatures:
         """
         key = image_key(image)
         if key not in self._place_of:
-            values = sorted(self.folder.glob("shard-*.npy"))
-            alone = [path.stem for path in values if not path.with_suffix(".json").exists()]
+            shards = sorted(self.folder.glob("shard-*.npy"))
+            alone = [path.stem for path in shards if not path.with_suffix(".json").exists()]
             raise KeyError(
                 f"an image of {image.size[0]} x {image.size[1]} pixels (key {key}) is not among the {len(self)} in "
                 f"{self.folder}{''.join(f', where {name}.npy lacks its {name}.json' for name in alone[:3])}; run "
