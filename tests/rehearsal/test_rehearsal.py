@@ -44,8 +44,10 @@ SMALLER = {
     "train sae": f"{CPU} --layer 2 --d_sae 128 --num_samples 24 --evaluation_samples 4 --evaluation_tokens 400 "
     "--samples_per_batch 8 --tokens_per_batch 512 --buffer_size 1024 --max_steps 30 --logging_steps 5 "
     "--learning_rate 3e-3 --save_steps 30",
-    "train sft": f"{CPU} --max_steps 60 --per_device_train_batch_size 4 --gradient_accumulation_steps 1 "
-    "--learning_rate 5e-3 --lr_scheduler_type constant --warmup_steps 0 --logging_steps 5 --save_steps 60 "
+    "train sft": f"{CPU} --max_steps 70 --per_device_train_batch_size 4 --gradient_accumulation_steps 1 "
+    "--learning_rate 5e-3 --lr_scheduler_type constant --warmup_steps 0 --logging_steps 5 --save_steps 70 "
+    # at the language's rate masks fell into all or nothing on some machines and not on others
+    "--query_codebook_lr_multiplier 0.4 --slot_mapper_lr_multiplier 0.4 --mask_decoder_lr_multiplier 0.4 "
     f"--gradient_checkpointing false --token_dropout 0 --model_config {shlex.quote(json.dumps(MODEL))}",
     "train grpo": f"{CPU} --max_steps 2 --per_device_train_batch_size 2 --gradient_accumulation_steps 1 "
     "--num_generations 2 --max_completion_length 48 --logging_steps 1 --learning_rate 1e-5 --save_steps 2 "
@@ -162,8 +164,7 @@ def test_the_commands_of_the_page_lead_from_plain_backbones_to_masks(mllm, tmp_p
     rehearse(world, sft, mllm)
     log = log_of(results / "sft")
     assert values(log, "seg/slots_found") and set(values(log, "seg/slots_found")) == {float(SLOTS)}
-    # masks have only begun by then, and equal runs differ: the dice loss was 0.95 or 0.98 of its start after 60 steps
-    for name, share in (("language", 0.2), ("seg/mask_dice", 0.985), ("seg/heatmap_bce", 0.95)):
+    for name, share in (("language", 0.2), ("seg/mask_dice", 0.8), ("seg/heatmap_bce", 0.8)):
         first, *rest = values(log, name)
         assert sum(rest[-3:]) / 3 < share * first, (name, values(log, name))
 
