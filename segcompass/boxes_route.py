@@ -57,7 +57,8 @@ class BoxesRoute:
         self.processor = self.teacher.processor
         self.processor.encoder_image_processor = image_processor_of(image_encoder)
         load: Any = AutoModelForMaskGeneration.from_pretrained
-        sam, info = load(image_encoder, dtype=torch.float32, output_loading_info=True)
+        asked = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # `check_loaded` refuses them
+        sam, info = load(image_encoder, dtype=torch.float32, **asked)
         check_loaded(sam, info, image_encoder, unexpected=False)
         self.sam: Any = sam.to(self.teacher.mllm.device).eval()
 
@@ -87,18 +88,21 @@ class BoxesRoute:
         ]
         slots = max(1, *(len(answer.regions) for answer in answers))
         side = max(masks.shape[-1] for masks, _ in made)
-        outputs = SegCompassOutput(
-            pred_masks=torch.zeros(len(answers), slots, side, side),
-            pred_logits=torch.zeros(len(answers), slots),
-            slot_mask=torch.zeros(len(answers), slots, dtype=torch.bool),
-            reshaped_input_sizes=inputs["reshaped_input_sizes"],
-        )
+        pred_masks = torch.zeros(len(answers), slots, side, side)
+        pred_logits = torch.zeros(len(answers), slots)
+        slot_mask = torch.zeros(len(answers), slots, dtype=torch.bool)
         for row, (masks, confidences) in enumerate(made):
             count = len(masks)
             if count:
-                outputs.pred_masks[row, :count] = masks
-                outputs.pred_logits[row, :count] = confidences.clamp(CERTAIN, 1 - CERTAIN).logit()
-                outputs.slot_mask[row, :count] = True
+                pred_masks[row, :count] = masks
+                pred_logits[row, :count] = confidences.clamp(CERTAIN, 1 - CERTAIN).logit()
+                slot_mask[row, :count] = True
+        outputs = SegCompassOutput(
+            pred_masks=pred_masks,
+            pred_logits=pred_logits,
+            slot_mask=slot_mask,
+            reshaped_input_sizes=inputs["reshaped_input_sizes"],
+        )
         return outputs, answers
 
     @torch.no_grad()

@@ -63,8 +63,9 @@ def load_mllm(
         prompt_template="{instruction}",
         **read_mllm(path, chat_template=chat_template),
     )
-    mllm: Any
-    mllm, info = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    asked = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}  # `check_loaded` refuses
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(path, **asked)
+    mllm, info = loaded
     check_loaded(mllm, info, path, unexpected=False)
     give_rows(mllm, processor.tokenizer, processor.new_tokens)  # as a SegCompass model that is built from it has them
     return mllm.to(device), processor

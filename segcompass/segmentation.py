@@ -110,7 +110,7 @@ def segment_image_by_boxes(
     outputs, (answer,) = route.segment([image], [instruction])
     sizes = [(image.height, image.width)]
     instances = route.processor.post_process_instance_segmentation(outputs, threshold, target_sizes=sizes)[0]
-    result = {
+    result: dict[str, Any] = {
         "instruction": instruction,
         "text": answer.text,
         "no_target": answer.nothing,

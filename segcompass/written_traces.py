@@ -263,11 +263,11 @@ def ask_teacher(teacher: Teacher, batch: Sequence[dict], check: Check) -> tuple[
             written.append((row, image, trace))
     if not written:
         return records, unanswered
-    for (row, _, trace), answer in zip(written, check_by(teacher, written, check), strict=True):
-        if isinstance(answer, NoAnswer):
-            unanswered.append(str(answer))
+    for (row, _, trace), checked in zip(written, check_by(teacher, written, check), strict=True):
+        if isinstance(checked, NoAnswer):
+            unanswered.append(str(checked))
         else:
-            records.append(_record(row, trace, *answer))
+            records.append(_record(row, trace, *checked))
     return records, unanswered
 
 

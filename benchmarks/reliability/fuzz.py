@@ -429,7 +429,7 @@ def space(draw: random.Random) -> None:
                 demo.restore(question, threshold, visitor)
             else:
                 demo.rethreshold(question, threshold, visitor)
-    except _MADE["app"].gr.Error as error:  # what a visitor reads
+    except demo.refusals as error:  # what a visitor reads
         raise ValueError(str(error)) from error
     finally:
         expect(len(demo.line) == 0, "a question is still in the line")

@@ -24,6 +24,7 @@ QUESTIONS = {
             "pointing": "its maximum lies on the object",
             "auc_others": "it tells the object's patches from other objects' (0.5 is chance)",
             "energy": "share of it that lies on the object",
+            "twins": "of objects whose looks another object has too, those that are found",
         },
     ),
     "Move": (
@@ -36,6 +37,8 @@ QUESTIONS = {
             "steer_own": "IoU lost without the detectors of the object's looks, less that without random ones",
             "steer_others": "IoU lost without the detectors of another object's looks",
             "steer_flip": "the weight handed to another object's detectors makes that object appear",
+            "write_swap": "a look replaced while the response is written: the conclusion says the other one",
+            "write_off": "its detectors off while the response is written: the conclusion no longer names it",
         },
     ),
     "No switch": (
@@ -52,6 +55,8 @@ QUESTIONS = {
 }
 """Criterion -> (what it asks, {measure: what it is})."""
 LOGARITHMIC = ("selectivity",)
+LATER = ("energy", "twins", "write_swap", "write_off")
+"""Measures that RESULT, or the metrics of an earlier version, may lack."""
 STYLE = """
 .measure { border: 1px solid var(--line); border-radius: 6px; padding: .8rem; background: var(--panel) }
 .measure svg { margin: .3rem 0 } .measure b { color: var(--ink) }
@@ -103,7 +108,7 @@ def _counted(metrics: Mapping[str, Any]) -> str:
 
 def _number(metrics: Mapping[str, Any], name: str) -> Interval | float | None:
     """A measure; None where nothing was measured."""
-    if name not in metrics and name != "energy":  # RESULT leaves it out
+    if name not in metrics and name not in LATER:
         raise ValueError(f"no {name!r} among the metrics; give what `segcompass white-box` wrote into metrics.json.")
     value = metrics.get(name)
     if value is None or isinstance(value, int | float):
