@@ -93,7 +93,7 @@ class Page:
 
     def take(self, event: gr.EventData) -> tuple:
         """The image and the instruction of an example."""
-        number = getattr(event, "number", None)
+        number: Any = getattr(event, "number", None)
         known = isinstance(number, int) and not isinstance(number, bool) and 0 <= number < len(self.examples)
         if not known:
             raise gr.Error("There is no such example.")
