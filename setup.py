@@ -40,7 +40,7 @@ setup(
     package_data={
         "segcompass": ["py.typed"],
         "segcompass.loaders.reasoning_segmentation": ["README.md"],
-        "segcompass.hub_cards": ["templates/*.md", "space/*"],
+        "segcompass.hub_cards": ["templates/*", "endpoint/*", "space/*"],
         "segcompass.examples": ["accelerate/*.yaml", "recipes/*/*.yaml", "checkpoints/mini/*", "scene.*"],
     },
     entry_points={"console_scripts": ["segcompass = segcompass.cli:main"]},
@@ -68,9 +68,11 @@ setup(
         "demo": ["gradio>=6"],
         "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1", "nbclient>=0.10", "ipykernel>=7"],  # the site
         "browser": ["gradio>=6", "selenium>=4.40"],  # the Space's test; also Debian's chromium and chromium-driver
+        "serve": ["fastapi>=0.115", "uvicorn>=0.30", "python-multipart>=0.0.18"],
         "qlora": ["bitsandbytes>=0.46"],
         "vllm": ["vllm>=0.27,<0.31"],  # TRL 1.16 stops at 0.31, and 0.31 wants an older transformers
         "sam": ["segment-anything", "torchvision"],
+        "photos": ["scikit-image"],  # whose photographs benchmarks/pasted_photographs.py cuts up
         "peers": ["sae-lens", "eai-sparsify"],  # what benchmarks/ compares with
     },
 )

@@ -4,18 +4,30 @@ A card says only what it is given: a figure that nobody measured leaves no row b
 it stands once the repository exists.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import transformers
-from huggingface_hub import DatasetCard, DatasetCardData, EvalResult, ModelCard, ModelCardData, RepoCard, SpaceCardData
+from huggingface_hub import (
+    DatasetCard,
+    DatasetCardData,
+    EvalResult,
+    EvalResultEntry,
+    ModelCard,
+    ModelCardData,
+    RepoCard,
+    SpaceCardData,
+)
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from segcompass.modeling_segcompass import SegCompassConfig, SparseAutoencoderConfig
 
 TEMPLATES = Path(__file__).parent / "templates"
 TAGS = ["segcompass", "reasoning-segmentation", "sparse-autoencoder", "custom_code"]
 SCORES = ("gIoU", "cIoU", "N-acc", "T-acc")
+FEATURES_SHOWN = 12
+"""Rows of an SAE card's table of features."""
 
 
 class Evaluation(NamedTuple):
@@ -36,6 +48,8 @@ class Evaluation(NamedTuple):
     split: str
     command: str | None = None
     """the command that measured it."""
+    revision: str | None = None
+    """the commit of the data set, if it is on the Hub."""
 
     def scores(self) -> dict[str, float]:
         """The metrics that compare models, where there was something to divide by; no Pr@X, counts or groups."""
@@ -51,10 +65,36 @@ class Evaluation(NamedTuple):
                 dataset_type=self.dataset,
                 dataset_name=self.name,
                 dataset_split=self.split,
+                dataset_revision=self.revision,
                 metric_type=metric,
                 metric_name=f"{metric} ({counted['protocol']} protocol)",
                 metric_value=value,
                 metric_args=counted,
+            )
+            for metric, value in self.scores().items()
+        ]
+
+    def entries(self) -> list[EvalResultEntry]:
+        """The scores as files in `.eval_results` hold them, by a task `<split>_<metric>` of the data set.
+
+        Such a file points at a data set on the Hub; of any other (a loader's name, a file) there are no entries.
+        """
+        try:
+            validate_repo_id(self.dataset)
+        except HFValidationError:
+            return []
+        if self.dataset.count("/") != 1 or Path(self.dataset).exists():
+            return []
+        notes = f"{self.metrics['protocol']} protocol, {self.metrics['n']} samples, fractions from 0 to 1"
+        if self.command:
+            notes += f"; {self.command}"
+        return [
+            EvalResultEntry(
+                dataset_id=self.dataset,
+                task_id=f"{self.split}_{metric}",
+                value=value,
+                dataset_revision=self.revision,
+                notes=notes,
             )
             for metric, value in self.scores().items()
         ]
@@ -74,6 +114,7 @@ def model_card(
     sae_quality: dict | None = None,
     limitations: str | None = None,
     emissions: float | None = None,
+    picture: str | None = None,
 ) -> ModelCard:
     """The card of a SegCompass model.
 
@@ -90,6 +131,7 @@ def model_card(
         sae_quality: measure -> value.
         limitations: sentences about what the model cannot do.
         emissions: grams of CO2 of the training; None where unknown.
+        picture: file beside the card that shows why the example's mask is where it is.
 
     Returns:
         The card, not yet saved.
@@ -128,6 +170,7 @@ def model_card(
         sae_quality=sae_quality,
         limitations=limitations,
         emissions=emissions,
+        picture=picture,
         transformers_version=transformers.__version__,
     )
 
@@ -147,6 +190,7 @@ def sae_card(
     datasets: list[str] | None = None,
     training: dict | None = None,
     command: str | None = None,
+    features: Sequence[Mapping[str, Any]] = (),
 ) -> ModelCard:
     """The card of a sparse autoencoder.
 
@@ -158,6 +202,7 @@ def sae_card(
         datasets: Hub ids of the data whose hidden states it was trained on.
         training: argument -> value.
         command: what measured the quality.
+        features: the features.json of `segcompass dashboard`, whose page is pushed beside the card; () without one.
 
     Returns:
         The card, not yet saved.
@@ -180,6 +225,8 @@ def sae_card(
         quality=quality,
         training=training,
         command=command,
+        features=[feature for feature in features if feature["label"]][:FEATURES_SHOWN],
+        dashboard=bool(features),
     )
 
 
@@ -191,6 +238,8 @@ def dataset_card(
     license: str = "apache-2.0",
     language: str = "en",
     metadata: dict[str, Any] | None = None,
+    splits: Mapping[str, Mapping[str, int]] | None = None,
+    columns: Sequence[str] = (),
 ) -> DatasetCard:
     """The card of a data set in the project's row schema.
 
@@ -201,6 +250,8 @@ def dataset_card(
         license: of the rows.
         language: of the instructions.
         metadata: what `datasets` noted in the repository's card (`dataset_info`, `configs`), kept as it is.
+        splits: split -> {"rows", "no_target", "masks"}, counted; they become a table and `size_categories`.
+        columns: the rows' own, to describe those alone; () describes all of the schema.
 
     Returns:
         The card, not yet saved.
@@ -209,13 +260,48 @@ def dataset_card(
         license=license,
         language=language,
         task_categories=["image-segmentation"],
+        size_categories=size_category(sum(counts["rows"] for counts in splits.values())) if splits else None,
+        pretty_name=repo_id.split("/")[-1],
         tags=["reasoning-segmentation", "segcompass"],
         **(metadata or {}),
     )
-    template = str(TEMPLATES / "dataset.md")
     return DatasetCard.from_template(
-        data, template_path=template, repo_id=repo_id, split=split, description=description
+        data,
+        template_path=str(TEMPLATES / "dataset.md"),
+        repo_id=repo_id,
+        split=split,
+        description=description,
+        splits=splits or {},
+        columns={name: text for name, text in COLUMNS.items() if name in columns or not columns},
+        others=[name for name in columns if name not in COLUMNS],
     )
+
+
+COLUMNS = {
+    "image": ("image", "null where only masks are needed"),
+    "image_id": ("string", "several rows may ask about one image"),
+    "sample_id": ("string", "unique"),
+    "dataset": ("string", "where the row is from"),
+    "split": ("string", ""),
+    "instruction": ("string", "what to segment; one sentence is one sample"),
+    "reasoning": ("string or null", "reference trace"),
+    "phrases": ("list", "what words of the reasoning name: text, start, masks"),
+    "masks": ("list of COCO RLE", "one per instance; empty where nothing matches"),
+    "ignore": ("COCO RLE or null", "pixels that count neither way"),
+    "height": ("int", "of the image, in pixels"),
+    "width": ("int", "of the image, in pixels"),
+    "kind": ("string or null", "groups rows in reports"),
+}
+"""Columns of the row schema -> (type, meaning), for data-set cards."""
+
+
+def size_category(rows: int) -> str:
+    """The Hub's name for so many rows, like "1K<n<10K"."""
+    steps = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
+    place = next((place for place in range(len(steps)) if rows < 1000 * 10**place), len(steps))
+    if place == 0:
+        return "n<1K"
+    return "n>1T" if place == len(steps) else f"{steps[place - 1]}<n<{steps[place]}"
 
 
 def metric_card(repo_id: str, text: str) -> RepoCard:
@@ -229,6 +315,13 @@ def metric_card(repo_id: str, text: str) -> RepoCard:
         The card, not yet saved.
     """
     data = SpaceCardData(
-        title="Reasoning segmentation", sdk="static", tags=["evaluate", "metric", "image-segmentation"]
+        title="Reasoning segmentation",
+        sdk="static",
+        license="apache-2.0",
+        colorFrom="red",
+        colorTo="blue",
+        pinned=False,
+        short_description="gIoU, cIoU, N-acc and T-acc of masks, by protocol",
+        tags=["evaluate", "metric", "image-segmentation"],
     )
     return RepoCard.from_template(data, template_path=str(TEMPLATES / "metric.md"), repo_id=repo_id, text=text)

@@ -4,23 +4,43 @@ A push that changes nothing makes no commit, and an interrupted push leaves the 
 the Hub from the environment (`HF_ENDPOINT`, `HF_TOKEN`) and raise the Hub's own errors.
 """
 
+import copy
+import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import yaml
 from datasets import Dataset, DatasetDict
-from huggingface_hub import CommitInfo, DatasetCard, HfApi, RepoCard
+from huggingface_hub import CommitInfo, DatasetCard, HfApi, RepoCard, eval_result_entries_to_yaml
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from PIL import Image
+from transformers.utils import cached_file
 
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor, SparseAutoencoder
 from segcompass.modeling_segcompass.checkpoints import load_submodel
-from segcompass.modeling_segcompass.manifest import signing
+from segcompass.modeling_segcompass.concept_labels import DICTIONARY, read_labels
+from segcompass.modeling_segcompass.manifest import MANIFEST, noted_files, sha256, signing
 
-from .cards import dataset_card, metric_card, model_card, sae_card
+from .cards import Evaluation, dataset_card, metric_card, model_card, sae_card
 
-STALE = ["*.safetensors", "*.safetensors.index.json", "*.py"]  # of an earlier push, when this one has fewer files
+EXAMPLE, PICTURE, RESULTS = "example.png", "explanation.png", ".eval_results/segcompass-results.yaml"
+DASHBOARD, FEATURES, NEURONPEDIA = "dashboard.html", "features.json", "neuronpedia"
+STALE = [  # of an earlier push, when this one has fewer files
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.py",
+    DICTIONARY,
+    PICTURE,
+    RESULTS,
+    DASHBOARD,
+    FEATURES,
+    f"{NEURONPEDIA}/*",
+]
+ENDPOINT = Path(__file__).parent / "endpoint"
 
 
 def push_model(
@@ -36,7 +56,9 @@ def push_model(
     token: str | None = None,
     **card: Any,
 ) -> CommitInfo:
-    """Push a SegCompass model with its processor, its code and its card.
+    """Push a SegCompass model with its processor, its code and its card, ready for Inference Endpoints.
+
+    The example is segmented once, for the card's picture of why its mask is where it is.
 
     Args:
         model: the model.
@@ -65,10 +87,113 @@ def push_model(
         model.save_pretrained(folder, references=pinned)
         processor.save_pretrained(folder)
         with signing(folder):
-            image.save(Path(folder, "example.png"))
+            image.save(Path(folder, EXAMPLE))
+            copy_dictionary(model, folder)
+            for name in ("handler.py", "requirements.txt"):
+                shutil.copyfile(ENDPOINT / name, Path(folder, name))
+            picture = kept_picture(api, repo_id, branch, instruction, folder) or draw_explanation(
+                model, processor, image, instruction, folder
+            )
+        write_results(card.get("evaluations", ()), Path(folder, RESULTS))
         config: Any = type(model.config).from_pretrained(folder)
-        described = model_card(repo_id, config, instruction, **card)
+        described = model_card(repo_id, config, instruction, picture=PICTURE if picture else None, **card)
         return upload(api, folder, described, repo_id, "model", "Push SegCompass model", branch, tag, private)
+
+
+def copy_dictionary(pretrained: SegCompassModel | SparseAutoencoder, folder: str) -> None:
+    """Put the concept dictionary into a folder, if one lies beside what was loaded: without it concepts have no names.
+
+    Args:
+        pretrained: the model or the SAE, as `from_pretrained` made it.
+        folder: what will be pushed.
+    """
+    source, revision = pretrained.config._name_or_path, getattr(pretrained.config, "_commit_hash", None)
+    lenient: dict[str, Any] = {
+        f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")
+    }
+    try:
+        path = cached_file(str(source), DICTIONARY, revision=revision, **lenient) if source else None
+    except OSError:  # what it was loaded from is gone
+        path = None
+    if path is not None:
+        shutil.copyfile(path, Path(folder, DICTIONARY))
+
+
+def kept_picture(api: HfApi, repo_id: str, branch: str | None, instruction: str, folder: str) -> bool:
+    """Take the repository's own `explanation.png`, if it is of the very same files and instruction.
+
+    Drawn again, it would differ in the last bits that matrix products round, and the same push would be a new commit.
+
+    Args:
+        api: the Hub.
+        repo_id: the repository.
+        branch: the branch that is pushed to; None = main.
+        instruction: what the picture must be of.
+        folder: what will be pushed, whole but for the picture, which is put there.
+
+    Returns:
+        Whether it was taken.
+    """
+    try:
+        there = Path(api.hf_hub_download(repo_id, MANIFEST, revision=branch)).parent
+        noted = noted_files(there)
+        picture = Path(api.hf_hub_download(repo_id, PICTURE, revision=branch))
+    except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError, ValueError):
+        return False
+    ours = {path.name: path for path in Path(folder).iterdir() if path.name != MANIFEST}
+    if noted.keys() - {PICTURE} != ours.keys():
+        return False
+    sizes = all(path.stat().st_size == noted[name]["size"] for name, path in ours.items())
+    if not sizes or any(sha256(path) != noted[name]["sha256"] for name, path in ours.items()):
+        return False
+    with Image.open(picture) as drawn:
+        if drawn.info.get("Description") != instruction:
+            return False
+    shutil.copyfile(picture, Path(folder, PICTURE))
+    return True
+
+
+def draw_explanation(
+    model: SegCompassModel, processor: SegCompassProcessor, image: Image.Image, instruction: str, folder: str
+) -> bool:
+    """Segment an image, and draw which concepts made the mask of the most confident slot, as `explanation.png`.
+
+    Args:
+        model: the model.
+        processor: its processor.
+        image: PIL image.
+        instruction: what to segment in it.
+        folder: where to write; a concept dictionary in it names the concepts.
+
+    Returns:
+        Whether it was written; False where no slot is confident, so that there is no mask to explain.
+    """
+    processor = copy.deepcopy(processor)  # a tokenizer that was used saves how it padded last
+    inputs = processor(images=image, text=instruction).to(model.device)
+    outputs: Any = model.segment(**inputs)
+    found = processor.post_process_instance_segmentation(outputs, target_sizes=inputs["original_sizes"])[0]
+    if not len(found["slots"]) or outputs.concept_weights is None:
+        return False
+    best = int(found["scores"].argmax())
+    labels = read_labels(folder, model.config.sae_config.d_sae)
+    explanation = model.explain(outputs, slot=int(found["slots"][best]), labels=labels, processor=processor)
+    figure = explanation.to_figure(image, found["masks"][best].cpu().numpy(), instruction)
+    figure.savefig(Path(folder, PICTURE), dpi=100, metadata={"Description": instruction})
+    return True
+
+
+def write_results(evaluations: Sequence[Evaluation], path: Path) -> None:
+    """Write evaluation results as the Hub reads them beside a model; nothing where none is of a data set on the Hub.
+
+    Args:
+        evaluations: what was measured.
+        path: of the YAML file, in a folder `.eval_results` that is made.
+    """
+    entries = [entry for evaluation in evaluations for entry in evaluation.entries()]
+    if entries:
+        path.parent.mkdir(exist_ok=True)
+        text = yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False, allow_unicode=True)
+        path.write_text(text, encoding="utf-8")
 
 
 def pin(api: HfApi, model: SegCompassModel, part: str, repo: str) -> dict[str, str]:
@@ -108,6 +233,7 @@ def push_sae(
     sae: SparseAutoencoder,
     repo_id: str,
     *,
+    dashboard: str | Path | None = None,
     branch: str | None = None,
     tag: str | None = None,
     private: bool | None = None,
@@ -119,6 +245,7 @@ def push_sae(
     Args:
         sae: the SAE.
         repo_id: the repository; made if it does not exist.
+        dashboard: output folder of `segcompass dashboard`, whose page and Neuronpedia files are pushed beside it.
         branch: where to push; None pushes to main.
         tag: name for the commit afterwards.
         private: whether a new repository is private.
@@ -127,11 +254,48 @@ def push_sae(
 
     Returns:
         Its `oid` is the revision to pin.
+
+    Raises:
+        ValueError: the dashboard's folder is not one, or of another SAE.
     """
     with TemporaryDirectory() as folder:
         sae.save_pretrained(folder)
+        with signing(folder):
+            copy_dictionary(sae, folder)
+        if dashboard is not None:
+            card["features"] = copy_dashboard(Path(dashboard), Path(folder), sae.config.d_sae)
         described = sae_card(repo_id, sae.config, **card)
         return upload(HfApi(token=token), folder, described, repo_id, "model", "Push SAE", branch, tag, private)
+
+
+def copy_dashboard(source: Path, folder: Path, d_sae: int) -> list[dict[str, Any]]:
+    """Put a dashboard's page, its features and its Neuronpedia files into a folder.
+
+    Args:
+        source: output folder of `segcompass dashboard`.
+        folder: what will be pushed.
+        d_sae: features of the SAE that is pushed.
+
+    Returns:
+        The features, for the card.
+
+    Raises:
+        ValueError: files are missing, or it is of an SAE with fewer features.
+    """
+    for name in (DASHBOARD, FEATURES, NEURONPEDIA):
+        if not (source / name).exists():
+            raise ValueError(f"{source} holds no {name}; name the output folder of `segcompass dashboard`.")
+    features = json.loads((source / FEATURES).read_text(encoding="utf-8"))
+    last = max((feature["index"] for feature in features), default=0)
+    if last >= d_sae:
+        raise ValueError(
+            f"{source} is of an SAE with a feature {last}, this one has {d_sae} features; run `segcompass dashboard` "
+            "on a model with this SAE."
+        )
+    shutil.copyfile(source / DASHBOARD, folder / DASHBOARD)
+    shutil.copyfile(source / FEATURES, folder / FEATURES)
+    shutil.copytree(source / NEURONPEDIA, folder / NEURONPEDIA)
+    return features
 
 
 def push_dataset(
@@ -168,9 +332,20 @@ def push_dataset(
     noted = DatasetCard.load(api.hf_hub_download(repo_id, "README.md", repo_type="dataset", revision=committed.oid))
     metadata = {name: noted.data.get(name) for name in ("dataset_info", "configs") if noted.data.get(name)}
     split = split or next(iter(getattr(dataset, "keys", lambda: ["train"])()))
-    described = dataset_card(repo_id, split, description=description, metadata=metadata, **card)
+    parts = dataset if isinstance(dataset, DatasetDict) else {split: dataset}
+    counts = {name: count_rows(rows) for name, rows in parts.items()}
+    columns = parts[split].column_names
+    described = dataset_card(
+        repo_id, split, description=description, metadata=metadata, splits=counts, columns=columns, **card
+    )
     with TemporaryDirectory() as folder:
         return upload(api, folder, described, repo_id, "dataset", "Describe the data", branch, tag, private)
+
+
+def count_rows(rows: Dataset) -> dict[str, int]:
+    """How many rows a split has, how many of them have no target, and how many masks there are."""
+    masks = [len(row["masks"]) for row in rows.select_columns(["masks"])]
+    return {"rows": len(masks), "no_target": masks.count(0), "masks": sum(masks)}
 
 
 def push_metric(

@@ -38,6 +38,7 @@ def load_rows(
     split_by: str | None = None,
     unit: str = "sentence",
     image_dir: str | os.PathLike | None = None,
+    instances: bool = False,
 ) -> Dataset | IterableDataset:
     """Rows by name.
 
@@ -52,9 +53,11 @@ def load_rows(
         split_by: of the RefCOCO family: whose division into splits.
         unit: of a benchmark: what one row is, see `load_refcoco`.
         image_dir: of the RefCOCO family and OBELICS: the folder of the images.
+        instances: of the RefCOCO family: rows also carry all annotated things of their image. A .jsonl file and a
+            folder carry them where they were written with them.
 
     Returns:
-        The rows, with the columns of `rows.FEATURES`.
+        The rows, with the columns of `rows.FEATURES`, and of `rows.INSTANCES` where they carry them.
 
     Raises:
         ValueError: no such data set, or one without an argument that it needs.
@@ -66,6 +69,7 @@ def load_rows(
     """
     dataset, load = str(dataset), _loader(str(dataset))
     options = {"split": split, "seed": seed, "root": root, "split_by": split_by, "unit": unit, "image_dir": image_dir}
+    options |= {"instances": True} if instances else {}
     return call_loader(dataset, load, num_samples, streaming, **options)
 
 

@@ -67,12 +67,12 @@ def check_shards(files: Iterable[Path | str]) -> None:
     Raises:
         ValueError: shards are missing, or two divisions lie side by side.
     """
-    found: dict[str, Counter[int]] = {}
-    folder = Path()
+    found: dict[str, dict[int, set[int]]] = {}
+    folder, ending = Path(), ""
     for file in map(Path, files):
         if match := re.fullmatch(r"(.+)-(\d{5})-of-(\d{5})", file.stem):
-            found.setdefault(match[1], Counter())[int(match[3])] += 1
-            folder = file.parent
+            found.setdefault(match[1], {}).setdefault(int(match[3]), set()).add(int(match[2]))
+            folder, ending = file.parent, file.suffix
     for name, divisions in found.items():
         if len(divisions) > 1:
             shown = " and ".join(map(str, sorted(divisions)))
@@ -80,10 +80,11 @@ def check_shards(files: Iterable[Path | str]) -> None:
                 f"{folder} holds files of {name!r} from divisions into {shown}: two conversions. Delete one of them."
             )
         ((total, there),) = divisions.items()
-        if there != total:
+        if len(there) != total:
+            absent = [f"{name}-{number:05}-of-{total:05}{ending}" for number in range(total) if number not in there]
             raise ValueError(
-                f"{folder} holds {there} of the {total} files {name}-*-of-{total:05}: a part would pass for the whole. "
-                "Add the missing files, or finish the conversion."
+                f"{folder} holds {len(there)} of the {total} files {name}-*-of-{total:05}: a part would pass for the "
+                f"whole. Add {', '.join(absent[:3])}{' ...' if len(absent) > 3 else ''}, or finish the conversion."
             )
 
 

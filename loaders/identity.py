@@ -17,10 +17,10 @@ JUDGED = ("sample_id", "instruction", "masks", "ignore")
 
 
 def rows_digest(rows: Dataset, images: bool = True) -> str:
-    """A hash of what results on rows depend on: questions, masks and, by their files' content, images.
+    """A hash of what results on rows depend on: questions, masks, instances and, by their files' content, images.
 
     Args:
-        rows: with the columns of `rows.FEATURES`; `ignore` may be missing.
+        rows: with the columns of `rows.FEATURES`; `ignore` may be missing, and `instances`.
         images: False leaves the images out, where only masks are compared.
 
     Returns:
@@ -33,6 +33,9 @@ def rows_digest(rows: Dataset, images: bool = True) -> str:
     names = [name for name in JUDGED if name in rows.column_names]
     for row in rows.select_columns(names):
         digest.update(json.dumps([row.get(name) for name in JUDGED]).encode())
+    if "instances" in rows.column_names:  # which the white box's criteria read
+        for row in rows.select_columns(["instances"]):
+            digest.update(json.dumps(row["instances"]).encode())
     if images and "image" in rows.column_names:
         digest.update(images_digest(rows).encode())
     return digest.hexdigest()

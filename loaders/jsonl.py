@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, Features
 
 from .files import inside_folder, need, read_jsonl
 from .masks import has_pixels, read_mask, read_polygons
-from .rows import check_reasoning, target_kind, to_dataset
+from .rows import FEATURES, INSTANCES, check_reasoning, target_kind, to_dataset
 
 MASK_KEYS = ("masks", "polygons", "rle", "mask")
 
@@ -29,8 +29,11 @@ def load_jsonl(
         "rle"       an RLE dict or a list of them, compressed or not
         "mask"      a mask file, or a list of them, one per instance: what is not 0 (black) is inside
     ([] says that nothing is meant; a mask without a pixel is refused). It may have "ignore" (an RLE dict or a mask
-    file), "sample_id", "image_id", "dataset", "split", "reasoning" and "kind"; null and "" are as good as absent, for
-    these and for the four above. docs/data.md says what a mask file may hold.
+    file), "sample_id", "image_id", "dataset", "split", "reasoning", "kind" and "instances"; null and "" are as good as
+    absent, for these and for the four above. docs/data.md says what a mask file may hold.
+
+    "instances" lists all things in the image, for the white box's criteria: each {"category": str} with its mask as one
+    entry of "polygons", "rle" or "mask", and maybe "expressions" (texts that mean it alone) and "crowd" (true).
 
     Files are relative to the JSONL's folder or to `image_dir`, and may not lie outside it.
 
@@ -41,7 +44,8 @@ def load_jsonl(
         image_dir: the folder of the images and mask files; None takes the JSONL's.
 
     Returns:
-        Dataset with the columns of `loaders.rows.FEATURES`; `sample_id` is NAME-LINE where a line has none.
+        Dataset with the columns of `loaders.rows.FEATURES`, and of `loaders.rows.INSTANCES` where a line has
+        instances; `sample_id` is NAME-LINE where a line has none.
 
     Raises:
         FileNotFoundError: the file, an image or a mask file is missing.
@@ -52,24 +56,33 @@ def load_jsonl(
     """
     path = need(Path(path), "give a file with one JSON object per line.").resolve()
     folder = path.parent if image_dir is None else need(Path(image_dir), "`image_dir` holds the images.").resolve()
-    files = [path, *(file for file in _named_files(path, folder) if file.is_file())]
-    return to_dataset(_rows, {"path": path, "split": split, "folder": folder}, files, split, num_samples)
+    named, instances = _named_files(path, folder)
+    files = [path, *(file for file in named if file.is_file())]
+    arguments = {"path": path, "split": split, "folder": folder, "instances": instances}
+    features = Features({**FEATURES, **INSTANCES}) if instances else FEATURES
+    return to_dataset(_rows, arguments, files, split, num_samples, features=features)
 
 
-def _named_files(path: Path, folder: Path) -> list[Path]:
-    """The files that a JSONL names, each once; rows are made anew when one of them has changed."""
+def _named_files(path: Path, folder: Path) -> tuple[list[Path], bool]:
+    """The files that a JSONL names, each once (rows are made anew when one has changed); whether it has instances."""
     named: set[str] = set()
+    instances = False
     for _, line in read_jsonl(path):
         given = [line.get(name) for name in ("image", "ignore", "mask", "masks")]
+        if isinstance(things := line.get("instances"), list):
+            instances = True
+            given += [thing.get("mask") for thing in things if isinstance(thing, dict)]
         for value in given:
             named |= {each for each in (value if isinstance(value, list) else [value]) if isinstance(each, str)}
-    return [folder / name for name in sorted(named) if "\0" not in name and len(name) < 4096]
+    return [folder / name for name in sorted(named) if "\0" not in name and len(name) < 4096], instances
 
 
-def _rows(path: Path, split: str, folder: Path) -> Iterator[dict]:
+def _rows(path: Path, split: str, folder: Path, instances: bool) -> Iterator[dict]:
     for number, line in read_jsonl(path):
         try:
             row = _row(line, path, number, split, folder)
+            if row is not None and instances:
+                row["instances"] = _things(line.get("instances"), folder, row["height"], row["width"])
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{path}, line {number}: {error}") from error
         except (ValueError, TypeError, OSError) as error:
@@ -117,6 +130,30 @@ def _row(given: dict, path: Path, number: int, split: str, folder: Path) -> dict
         "width": width,
         "kind": str(given.get("kind", target_kind(len(masks)))),
     }
+
+
+def _things(given: Any, folder: Path, height: int, width: int) -> list[dict] | None:
+    """A line's instances, None where it has none. Raises ValueError."""
+    if given is None or given == "":
+        return None
+    if not isinstance(given, list):
+        raise ValueError("'instances' must be a list with one entry per thing in the image ([] for none).")
+    found = []
+    for number, each in enumerate(given, 1):
+        if not isinstance(each, dict) or not isinstance(each.get("category"), str) or not each["category"].strip():
+            raise ValueError(f"instance {number} has no 'category': give its name, such as \"mug\".")
+        said, keys = each.get("expressions") or [], [key for key in MASK_KEYS[1:] if key in each]
+        if not isinstance(said, list) or not all(isinstance(text, str) for text in said):
+            raise ValueError(f"instance {number}: 'expressions' must be a list of texts.")
+        if len(keys) != 1:
+            raise ValueError(f"instance {number} needs exactly one of {', '.join(MASK_KEYS[1:])}; got {keys or None}.")
+        try:
+            (mask,) = _instances({keys[0]: [each[keys[0]]]}, folder, height, width)
+        except ValueError as error:
+            raise ValueError(f"instance {number}: {error}") from error
+        name, crowd = each["category"].strip(), each.get("crowd", False) is True
+        found.append({"category": name, "expressions": said, "crowd": crowd, "mask": mask})
+    return found
 
 
 def _read(mask: Any, folder: Path, height: int, width: int) -> dict:

@@ -48,9 +48,11 @@ def load_reasonseg(
     images = sorted(folder.glob("*.jpg"))
     if not images:
         raise FileNotFoundError(f"{folder} holds no .jpg files; ReasonSeg's images and .json files lie side by side.")
-    alone = [image.name for image in images if not image.with_suffix(".json").exists()]
-    if alone:
-        raise FileNotFoundError(f"{len(alone)} images in {folder} have no .json beside them: {', '.join(alone[:5])}.")
+    absent = [image.with_suffix(".json").name for image in images if not image.with_suffix(".json").exists()]
+    if absent:
+        raise FileNotFoundError(
+            f"{len(absent)} images in {folder} have no .json beside them; add {', '.join(absent[:5])}."
+        )
     files = [file for image in images for file in (image, image.with_suffix(".json"))]
     arguments = {"folder": folder.resolve(), "split": split, "unit": unit}
     return to_dataset(_rows, arguments, files, split, num_samples)

@@ -8,13 +8,13 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, IterableDataset
 
 from .arrow_files import cached_json, file_stamps
 from .files import inside_folder, need, read_json, read_pickle
 from .masks import coco_rle
 from .registry import register_loader
-from .rows import LeftOut, expressions, target_kind, to_dataset
+from .rows import FEATURES, INSTANCES, LeftOut, expressions, target_kind, to_dataset
 
 SPLIT_BY = {
     "refcoco": ("unc", "google"),
@@ -37,6 +37,7 @@ def load_refcoco(
     unit: str = "sentence",
     num_samples: int | None = None,
     streaming: bool = False,
+    instances: bool = False,
 ) -> Dataset | IterableDataset:
     """Rows of a RefCOCO-like data set in the REFER layout.
 
@@ -49,9 +50,12 @@ def load_refcoco(
         unit: one row per "sentence", per "ref" (with its first sentence), or per ref with all its sentences "merged".
         num_samples: the first so many rows, or None for all.
         streaming: make the rows while they are read, instead of all of them first.
+        instances: rows also carry all annotated things of their image, as the white box's criteria need them; the
+            expressions are those of the same split.
 
     Returns:
-        Dataset, or IterableDataset when `streaming`, with the columns of `loaders.rows.FEATURES`. `sample_id` is
+        Dataset, or IterableDataset when `streaming`, with the columns of `loaders.rows.FEATURES`, and of
+        `loaders.rows.INSTANCES` when `instances`. `sample_id` is
         NAME-SPLIT_BY-SPLIT-REF-SENTENCE, `kind` "none", "single" or "multi" by the number of instances. What cannot be
         used is counted in a warning.
 
@@ -65,21 +69,23 @@ def load_refcoco(
     split_by = _split_by(name, split_by)
     expressions([], unit)
     where = f"{WHERE_GREF if name == 'grefcoco' else WHERE} hold it. `root` is the folder that has {name}/ in it."
-    instances = need(Path(root) / name / "instances.json", where)
+    annotated = need(Path(root) / name / "instances.json", where)
     refs = refs_file(root, name, split_by)
     if image_dir is not None:
         need(Path(image_dir), "`image_dir` is the folder of COCO's train2014 images (train2014.zip).")
     arguments = {
-        "instances": instances,
+        "annotated": annotated,
         "refs": refs,
         "name": name,
         "split_by": split_by,
         "split": split,
         "image_dir": image_dir if image_dir is None else Path(image_dir).resolve(),
         "unit": unit,
+        "instances": instances,
     }
     where = "They are in COCO's train2014.zip."
-    return to_dataset(_rows, arguments, [instances, refs], split, num_samples, where, streaming)
+    features = Features({**FEATURES, **INSTANCES}) if instances else FEATURES
+    return to_dataset(_rows, arguments, [annotated, refs], split, num_samples, where, streaming, features)
 
 
 def held_out_images(root: str | os.PathLike, name: str, split_by: str | None = None) -> dict[str, list[int]]:
@@ -138,9 +144,10 @@ def _register(name: str) -> None:
         image_dir: str | os.PathLike | None = None,
         unit: str = "sentence",
         num_samples: int | None = None,
+        instances: bool = False,
     ) -> Dataset | IterableDataset:
         # Without `streaming`, so that by name all images are looked for first and DataLoader workers get shards.
-        return load_refcoco(root, name, split_by, split, image_dir, unit, num_samples)
+        return load_refcoco(root, name, split_by, split, image_dir, unit, num_samples, instances=instances)
 
 
 for _name in SPLIT_BY:
@@ -148,20 +155,28 @@ for _name in SPLIT_BY:
 
 
 def _rows(
-    instances: Path, refs: Path, name: str, split_by: str, split: str, image_dir: Path | None, unit: str
+    annotated: Path,
+    refs: Path,
+    name: str,
+    split_by: str,
+    split: str,
+    image_dir: Path | None,
+    unit: str,
+    instances: bool,
 ) -> Iterator[dict]:
     found = _read_refs(refs, split)
-    images, annotations = _read_instances(instances, found)
+    images, annotations = _read_instances(annotated, found)
     left_out, known = LeftOut(), dict[int, dict | None]()
+    there = _Surroundings(annotated, found) if instances else None
     for ref in found:
         image = images.get(ref["image_id"])
         if image is None:
-            raise ValueError(f"ref {ref['ref_id']} is about image {ref['image_id']}, which {instances} does not hold.")
+            raise ValueError(f"ref {ref['ref_id']} is about image {ref['image_id']}, which {annotated} does not hold.")
         if image_dir is not None:
             try:
                 inside_folder(image_dir, image["file_name"])
             except ValueError as error:
-                raise ValueError(f"{instances}, image {image['id']}: {error}") from error
+                raise ValueError(f"{annotated}, image {image['id']}: {error}") from error
         masks = _masks(ref, image, annotations, name, left_out, known)
         if masks is None:
             continue
@@ -182,8 +197,53 @@ def _rows(
                 "height": image["height"],
                 "width": image["width"],
                 "kind": target_kind(len(masks)),
+                **({} if there is None else {"instances": there.of(image)}),
             }
     left_out.warn()
+
+
+class _Surroundings:
+    """All annotated things of the images that some refs are about, read when an image is asked for."""
+
+    def __init__(self, annotated: Path, refs: list[dict]):
+        content = read_json(annotated)
+        self.path = annotated
+        self.categories = {each["id"]: each["name"] for each in content.get("categories", ())}
+        self.annotations: dict[int, list[dict]] = {ref["image_id"]: [] for ref in refs}
+        for each in content["annotations"]:
+            if each["image_id"] in self.annotations:
+                self.annotations[each["image_id"]].append(each)
+        self.said: dict[int, list[str]] = {}
+        for ref in refs:
+            if len(ids := annotation_ids(ref)) == 1:
+                self.said.setdefault(ids[0], []).extend(text for _, text in _spoken(ref))
+        self.image, self.found = None, list[dict]()
+
+    def of(self, image: dict) -> list[dict]:
+        """The things of an image, as `loaders.rows.INSTANCES` has them. Raises ValueError."""
+        if self.image == image["id"]:
+            return self.found
+        self.image, self.found = image["id"], []
+        for each in self.annotations[image["id"]]:
+            try:
+                mask = coco_rle(each["segmentation"], image["height"], image["width"])
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{self.path}, annotation {each['id']}: {error}") from error
+            if mask is not None:
+                self.found.append(
+                    {
+                        "category": self.categories.get(each.get("category_id")),
+                        "expressions": list(dict.fromkeys(self.said.get(each["id"], ()))),
+                        "crowd": bool(each.get("iscrowd")),
+                        "mask": mask,
+                    }
+                )
+        return self.found
+
+
+def _spoken(ref: dict) -> list[tuple[str, str]]:
+    """(id, text) of a ref's sentences that are not blank."""
+    return expressions([(str(each["sent_id"]), each["sent"]) for each in ref["sentences"]], "sentence")
 
 
 def _read_refs(path: Path, split: str) -> list[dict]:

@@ -13,7 +13,7 @@ from .rows import FEATURES, NUM_SHARDS
 
 Loader = Callable[..., Dataset | IterableDataset]
 """A function that loads rows. It takes by name what it needs of `load_rows`' arguments: split, seed, num_samples (None
-means all rows), streaming, root, split_by, unit, image_dir. What has no default must be given by the user."""
+means all rows), streaming, root, split_by, unit, image_dir, instances. What has no default the user must give."""
 
 LOADERS: dict[str, Loader] = {}
 """Name -> the function that loads the data set."""

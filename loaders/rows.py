@@ -39,6 +39,15 @@ PHRASES = {"phrases": List({"text": Value("string"), "start": Value("int32"), "m
 """A further column that a data set may have: what the words of `reasoning` name. Each phrase has its text, where it
 begins in `reasoning`, and the masks of what it names, whether that is asked for or not."""
 
+INSTANCES = {
+    "instances": List(
+        {"category": Value("string"), "expressions": List(Value("string")), "crowd": Value("bool"), "mask": RLE}
+    )
+}
+"""A further column that a data set may have: all annotated things in the row's image, whether it asks for them or not,
+so that what is true of the image is known. Each has its category (None where nobody said), the expressions that mean it
+alone, whether it is a crowd (a region of many, of which none is marked), and its mask."""
+
 UNITS = ("sentence", "ref", "merged")
 """What one row of a benchmark is: a sentence, a referred object with its first sentence, or with all of them."""
 
@@ -191,6 +200,7 @@ def to_dataset(
     num_samples: int | None,
     where: str = "Put them back, or load the data set from where they are.",
     streaming: bool = False,
+    features: Features = FEATURES,
 ) -> Dataset | IterableDataset:
     """Stream rows into the `datasets` cache, once for the same arguments, source files and code.
 
@@ -202,9 +212,10 @@ def to_dataset(
         num_samples: take the first so many, or None for all.
         where: the end of an error about missing images: where they are found.
         streaming: make the rows while they are read instead; a missing image is then an error when its row is read.
+        features: the columns, where rows have more than those of `FEATURES`.
 
     Returns:
-        The rows, with the columns of `FEATURES`.
+        The rows, with these columns.
 
     Raises:
         FileNotFoundError: images of the rows are not on disk; they are named.
@@ -226,8 +237,8 @@ def to_dataset(
         "stamp": (file_stamps(files), code),
     }
     if streaming:
-        return IterableDataset.from_generator(_checked, features=FEATURES, gen_kwargs=given, split=NamedSplit(split))
-    rows = cached_rows(partial(_checked, **given), FEATURES, split, given)
+        return IterableDataset.from_generator(_checked, features=features, gen_kwargs=given, split=NamedSplit(split))
+    rows = cached_rows(partial(_checked, **given), features, split, given)
     _check_images(rows, where)
     return rows
 

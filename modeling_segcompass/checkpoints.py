@@ -51,7 +51,8 @@ def build_from_backbones(
     if image_encoder is None:
         raise ValueError("no image encoder was given; pass image_encoder=<model id, folder, .pth file or model>.")
     if isinstance(mllm, str):
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(mllm, dtype=dtype, output_loading_info=True)
+        asked = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}  # `check_loaded` refuses
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(mllm, **asked)
         mllm, info = loaded
         check_loaded(mllm, info, mllm.config._name_or_path, unexpected=False)
     check_parts(mllm, processor, backbone_of(mllm))
@@ -162,6 +163,7 @@ def load_whole(load: Callable, path: Any, args: tuple, output_loading_info: bool
                 f"{', '.join(references)}; load it without, save_pretrained it, and load that."
             )
     with init.no_init_weights() if references else nullcontext():
+        keywords["ignore_mismatched_sizes"] = True  # `check_loaded` refuses them, and names the file
         model, info = load(path, *args, output_loading_info=True, **keywords)
     loading = {name: keywords[name] for name in ("dtype", "attn_implementation") if name in keywords}
     for part, where in references.items():
@@ -197,6 +199,7 @@ def load_submodel(config: Any, part: str, repo_id: str, **keywords: Any) -> Any:
     if part == "image_encoder":
         return load_image_encoder(repo_id, **keywords)[0]
     part_class: Any = AutoModelForImageTextToText if part == "mllm" else SparseAutoencoder
+    keywords["ignore_mismatched_sizes"] = True  # `check_loaded` refuses them, and names the file
     loaded, info = part_class.from_pretrained(repo_id, output_loading_info=True, **keywords)
     check_loaded(loaded, info, repo_id, unexpected=False)
     return loaded

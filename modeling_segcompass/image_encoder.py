@@ -193,7 +193,8 @@ class ImageEncoder:
             if self.terms and not Path(source).is_dir():
                 logger.warning("%s: %s", source, self.terms)
             name = self.whole_classes.get(_read_config(source, keywords).model_type, self.model_class)
-            model, info = _transformers_class(name).from_pretrained(source, output_loading_info=True, **keywords)
+            keywords |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # `check_loaded` refuses them
+            model, info = _transformers_class(name).from_pretrained(source, **keywords)
             check_loaded(model, info, source, unexpected=False)
         encoder_class = _transformers_class(self.model_class)
         return (model, {}) if isinstance(model, encoder_class) else take_apart(model, encoder_class)

@@ -111,7 +111,7 @@ class SparseAutoencoder(PreTrainedModel):
         else:
             folder = check_saved(path, kwargs)
             own_config(path, PreTrainedConfig.get_config_dict(folder)[0], cls.config_class.model_type)
-        keywords = {"key_mapping": OLD_WEIGHTS, **kwargs, "output_loading_info": True}
+        keywords = {"key_mapping": OLD_WEIGHTS, **kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
         loaded: Any = super().from_pretrained(path, *args, **keywords)
         sae, info = loaded
         check_loaded(sae, info, path)

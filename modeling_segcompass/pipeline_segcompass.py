@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import Pipeline
 
+from .answering import Limits, answer_questions, read_question
 from .explanation import heaviest_concepts
 
 
@@ -109,6 +110,25 @@ class ReasoningSegmentationPipeline(Pipeline):
         rows = [{"image": image, "instruction": text} for image, text in zip(images, instructions, strict=True)]
         answers = super().__call__(rows, **kwargs)
         return answers if lists else answers[0]
+
+    def answer_request(self, request: Any, limits: Limits | None = None) -> dict[str, Any]:
+        """Answer a request that came as JSON, as an endpoint does; the image is bytes or base64, nothing is fetched.
+
+        Args:
+            request: see `answering.read_question`.
+            limits: see there.
+
+        Returns:
+            What can be written as JSON, see `answering.describe_answer`.
+
+        Raises:
+            ValueError: the request is refused, see `answering.Refusal`.
+        """
+        question = read_question(request, self.model, limits)
+        (answer,) = answer_questions(self.model, self.processor, [question])
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
     @staticmethod
     def _stream(rows):

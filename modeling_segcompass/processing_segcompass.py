@@ -212,6 +212,10 @@ class SegCompassProcessor(ProcessorMixin):
         """
         beside_model = any(os.path.exists(os.path.join(save_directory, name)) for name in (CONFIG_NAME, MANIFEST))
         keywords = {"push_to_hub": push_to_hub, "is_main_process": beside_model}
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        if backend is not None:  # how the last batch was padded is no part of a tokenizer, and each call sets it anew
+            backend.no_padding()
+            backend.no_truncation()
         with signing_saved(save_directory, keywords):
             saved = super().save_pretrained(save_directory, **kwargs)
         vars(self).pop("auto_map", None)  # what transformers noted for the file alone
@@ -669,12 +673,18 @@ class SegCompassProcessor(ProcessorMixin):
 
     def _sizes(self, pred_masks, original_sizes):
         """One (H, W) per prediction, as whole numbers. Raises ValueError."""
-        sizes = [tuple(int(n) for n in size) for size in original_sizes]
-        for size in sizes:
-            if len(size) != 2 or min(size) < 1 or size[0] * size[1] > MAX_PIXELS:
+        sizes: list[tuple[int, ...]] = []
+        for given in original_sizes:
+            try:
+                size = tuple(int(n) for n in given)
+                whole = all(n == side for n, side in zip(given, size, strict=True))
+            except (TypeError, ValueError, OverflowError):  # None, "a", NaN or infinity
+                size, whole = given, False
+            sizes.append(size)
+            if not whole or len(size) != 2 or min(size) < 1 or size[0] * size[1] > MAX_PIXELS:
                 raise ValueError(
-                    f"a target size is {size}; it is an image's (H, W) in pixels, each at least 1, and at most "
-                    f"{MAX_PIXELS:,} together."
+                    f"a target size is {size if whole else given}; it is an image's (H, W) in whole pixels, each at "
+                    f"least 1, and at most {MAX_PIXELS:,} together."
                 )
             if min(self.frame.reshaped_size(*size)) < 1:
                 raise ValueError(

@@ -109,7 +109,7 @@ def put_weights(
         names: which are needed; None = W_enc, b_enc, W_dec, b_dec and those of the activation.
 
     Raises:
-        ValueError: one is missing, unknown, or of another shape.
+        ValueError: one is missing, unknown, of another shape, or of whole numbers.
     """
     names = names or (*WEIGHTS, *sae.activation.tensors)
     for what, found in (("lacks", set(names) - weights.keys()), ("also holds", weights.keys() - set(names))):
@@ -125,6 +125,8 @@ def put_weights(
                 f"{source} holds {name} of shape {tuple(theirs.shape)}, but the configuration beside it means "
                 f"{tuple(ours.shape)}; take both from one SAE."
             )
+        if not theirs.is_floating_point():
+            raise ValueError(f"{source} holds {name} as {theirs.dtype}, where real numbers are needed; fetch it again.")
         with torch.no_grad():
             ours.copy_(theirs)
 

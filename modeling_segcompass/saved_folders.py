@@ -14,7 +14,7 @@ from typing import Any
 from transformers.utils import CONFIG_NAME, cached_file
 
 from .manifest import MANIFEST, READ_BY_MODELS, check, listed, signing
-from .weights import check_finite, check_types
+from .weights import check_finite, check_types, with_files
 
 HUB_KEYWORDS = ("cache_dir", "force_download", "local_files_only", "token")
 """Keywords of `from_pretrained` that say how to reach the Hub."""
@@ -139,8 +139,8 @@ def check_loaded(model: Any, info: dict[str, Any], source: Any, unexpected: bool
     if any(wrong.values()):
         found = "; ".join(f"{name}: {len(keys)} ({', '.join(keys[:3])} ...)" for name, keys in wrong.items() if keys)
         raise ValueError(
-            f"{source or 'state_dict'} does not match this model ({found}); nothing was loaded. Use the folder that "
-            "save_pretrained wrote, with its own config.json."
+            f"{with_files(source or 'state_dict')} does not match this model ({found}); nothing was loaded. Use the "
+            "folder that save_pretrained wrote, with its own config.json."
         )
     if source is not None and os.path.isdir(source):
         check_types(model, source)

@@ -117,9 +117,10 @@ def token_types(input_ids: torch.Tensor, response_mask: torch.Tensor, image_toke
         image_token_id: the MLLM's image token.
 
     Returns:
-        long (B, T), IMAGE, INSTRUCTION (with the words of the chat template) or RESPONSE.
+        long (B, T), IMAGE, INSTRUCTION (with the words of the chat template) or RESPONSE. An image token that the
+        model wrote shows nothing of the image, so it is RESPONSE.
     """
-    is_image = input_ids == image_token_id
+    is_image = (input_ids == image_token_id) & ~response_mask
     return torch.where(response_mask, RESPONSE, INSTRUCTION).masked_fill(is_image, IMAGE)
 
 

@@ -155,12 +155,12 @@ def check_finite(module: nn.Module, source: Any) -> None:
     ]
     if wrong:
         raise ValueError(
-            f"{_with_files(source)} holds NaN or infinity in {len(wrong)} tensors ({', '.join(wrong[:3])}); fetch or "
+            f"{with_files(source)} holds NaN or infinity in {len(wrong)} tensors ({', '.join(wrong[:3])}); fetch or "
             "copy the weights again, or take a checkpoint from before training diverged."
         )
 
 
-def _with_files(source):
+def with_files(source: Any) -> Any:
     """A folder with the names of its weights files, one of which is at fault; anything else as it is."""
     names = sorted(path.name for path in Path(str(source)).glob("*.safetensors"))
     return f"{source} ({', '.join(names[:3])})" if names else source

@@ -57,7 +57,8 @@ class BoxesRoute:
         self.processor = self.teacher.processor
         self.processor.encoder_image_processor = image_processor_of(image_encoder)
         load: Any = AutoModelForMaskGeneration.from_pretrained
-        sam, info = load(image_encoder, dtype=torch.float32, output_loading_info=True)
+        asked = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # `check_loaded` refuses them
+        sam, info = load(image_encoder, dtype=torch.float32, **asked)
         check_loaded(sam, info, image_encoder, unexpected=False)
         self.sam: Any = sam.to(self.teacher.mllm.device).eval()
 

@@ -25,6 +25,7 @@ COMMANDS = {
     "merge": ("merge", "Merge trained adapters into their model; the result is a model like any other."),
     "evaluate-sae": ("evaluate_sae", "Measure what a sparse autoencoder reconstructs, and what the MLLM loses by it."),
     "dictionary": ("dictionary", "List what each concept of a model fires on, and name the concepts."),
+    "dashboard": ("dashboard", "Draw what each feature does: fires on, detects, steers; and export for Neuronpedia."),
     "faithfulness": ("faithfulness", "Measure whether the concepts make the masks, by switching them off."),
     "white-box": ("white_box", "Measure whether the concepts mean what is shown, by six criteria with controls."),
     "interpret": ("interpret", "Draw the paper's interpretability figures of a model."),
@@ -33,6 +34,7 @@ COMMANDS = {
     "verify": ("verify", "Compare a saved folder with its manifest, every byte of it, or sign it anew."),
     "push": ("push", "Push a model, an SAE, a data set or the metric to the Hub, with its card."),
     "demo": ("demo", "Start the demo in a browser: ask, look into the slots, switch concepts off."),
+    "serve": ("serve", "Serve a model over HTTP: image and instruction in; text, masks and concepts out."),
     "recipes": ("recipes", "List the training recipes that ship with the package, or print one."),
 }
 """command -> (module in segcompass/commands/, what it does in one sentence)."""

@@ -125,7 +125,7 @@ def draw_overlay(
     rows = -(-len(panels) // columns)
     panels_top = MARGIN + len(headlines) * HEADLINE + 14
     tiles_top = panels_top + rows * (TITLE + panel_height + GAP)
-    shown = list((tiles or {}).items())[:MAX_TILE_ROWS] if concepts is not None else []
+    shown = list((tiles or {}).items())[:MAX_TILE_ROWS]
     text_top = tiles_top + len(shown) * (TITLE + TILE + GAP) + 6
     page = Page(text_top + (len(lines) + 1) * LINE + MARGIN - 8)
 
@@ -141,12 +141,12 @@ def draw_overlay(
         axes = page.axes(left, top + TITLE, panel_width, panel_height)
         panel.draw(axes)
         axes.set(xlim=frame[:2], ylim=frame[2:], xticks=[], yticks=[])
-    for number, (slot, row) in enumerate(shown):
+    for number, (slot, heaviest) in enumerate(shown):
         top = tiles_top + number * (TITLE + TILE + GAP)
         if slot in kept:
             page.square(MARGIN, top + 3, 15, css_colour(slot_colour(slot)))
         page.write(MARGIN + (23 if slot in kept else 0), top, f"slot {slot} is the sum of these concepts", size=13)
-        _draw_tiles(page, top + TITLE, row, dark, frame)
+        _draw_tiles(page, top + TITLE, heaviest, dark, frame)
     page.write(MARGIN, text_top, "reasoning" if prompts is None else "answer", size=13, color=SOFT)
     for number, line in enumerate(lines, 1):
         page.write(MARGIN, text_top + number * LINE, line, size=13)

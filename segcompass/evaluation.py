@@ -22,6 +22,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from huggingface_hub import EvalResult
 from huggingface_hub.repocard_data import eval_results_to_model_index
+from PIL import Image
 from tqdm import tqdm
 
 from segcompass.boxes_route import BoxesRoute
@@ -51,7 +52,7 @@ from segcompass.predictions import (
     read_predictions,
 )
 from segcompass.routes import PHOTOGRAPH, QUERY_SOURCES, Route, check_route
-from segcompass.trainers.image_features import ImageFeatures, open_image_features
+from segcompass.trainers.image_features import ImageFeatures, image_key, open_image_features
 from segcompass.trainers.rewards import format_score
 
 REPORTED = ("gIoU", "cIoU", "N-acc", "T-acc")
@@ -312,10 +313,10 @@ def predict(
     batch = [{**row, "image": row_image(row)} for row in batch]
     began = time.perf_counter()
     images, instructions = [row["image"] for row in batch], [row["instruction"] for row in batch]
-    with naming_rows([row["sample_id"] for row in batch]):
-        inputs = processor(images=images, text=instructions, image_encoder=not features)
-    if features:
-        inputs.update(features.inputs(images))
+    names = [row["sample_id"] for row in batch]
+    with naming_rows(names):
+        inputs = processor(images=images, text=instructions, image_encoder=False)
+    inputs.update(features.inputs(images) if features else encode_once(model, processor, images, names))
     inputs = inputs.to(model.device)
     outputs: Any = model.segment(**inputs, query_source=str(run.query_source))
     sizes = [(row["height"], row["width"]) for row in batch]
@@ -381,6 +382,34 @@ def record_of(row: dict, text: str, form: float, result: dict, protocol: str, se
         **counts_of(row, [s["segmentation"] for s in slots], protocol),
         "seconds": seconds,
     }
+
+
+@torch.no_grad()
+def encode_once(
+    model: SegCompassModel, processor: SegCompassProcessor, images: list[Image.Image], names: list[str]
+) -> dict[str, torch.Tensor]:
+    """In place of `processor.encoder_inputs(images)`: an image that several rows ask about is encoded once.
+
+    Args:
+        model: the model.
+        processor: its processor.
+        images: B images.
+        names: their sample ids, for errors.
+
+    Returns:
+        image_embeddings float (B, d_k, h, w); original_sizes and reshaped_input_sizes long (B, 2), (H, W).
+
+    Raises:
+        ValueError: an image that the encoder cannot take; its sample is named.
+    """
+    keys = [image_key(image) for image in images]
+    firsts = {key: keys.index(key) for key in keys}  # in the order in which they come
+    with naming_rows([names[row] for row in firsts.values()]):
+        inputs = processor.encoder_inputs([images[row] for row in firsts.values()])
+    pixels = inputs.pop("encoder_pixel_values").to(model.device)
+    found = {**inputs, "image_embeddings": model.get_image_embeddings(pixels)}
+    places = [list(firsts).index(key) for key in keys]
+    return {name: value[places] for name, value in found.items()}
 
 
 def counts_of(row: dict, masks: list[dict], protocol: str, answer: bool | None = None) -> dict:

@@ -63,8 +63,12 @@ def load_mllm(
         prompt_template="{instruction}",
         **read_mllm(path, chat_template=chat_template),
     )
-    loaded: Any = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, output_loading_info=True)
-    mllm, info = loaded
+    asked: Any = {
+        "dtype": dtype,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,
+    }  # `check_loaded` refuses
+    mllm, info = AutoModelForImageTextToText.from_pretrained(path, **asked)
     check_loaded(mllm, info, path, unexpected=False)
     give_rows(mllm, processor.tokenizer, processor.new_tokens)  # as a SegCompass model that is built from it has them
     return mllm.to(device), processor

@@ -39,7 +39,8 @@ class Conversion:
     """Which data set is converted, and into what.
 
     Raises:
-        ValueError: a download for another data set than OBELICS, or without its folders.
+        ValueError: a download for another data set than OBELICS, or without its folders; instances of a data set
+            other than the RefCOCO family's.
 
     Example:
         table = prepare_data(Conversion("mine.jsonl", Path("data/mine")))
@@ -61,12 +62,18 @@ class Conversion:
     images: str = "paths"
     """"paths" refers to the images where they are, "bytes" holds them, once per row."""
     rows_per_file: int = 1000
+    instances: bool = False
+    """rows also carry all annotated things of their image, see `load_rows`."""
     download: int | None = None
     """fetch the images of the first so many OBELICS documents."""
 
     def __post_init__(self):
         if self.download is not None and (self.dataset != "obelics" or not (self.root and self.image_dir)):
             raise ValueError("--download is for obelics and needs --root and --image-dir.")
+        if self.instances and self.dataset not in SPLIT_BY:
+            raise ValueError(
+                f"--instances is for {', '.join(SPLIT_BY)}; lines of a .jsonl file carry theirs under 'instances'."
+            )
         if self.dataset in SPLIT_BY:
             self.split_by = self.split_by or SPLIT_BY[self.dataset][0]
         self.split = self.split or list(SPLITS.get((self.dataset, self.split_by), ["train"]))
@@ -91,7 +98,7 @@ def prepare_data(conversion: Conversion) -> list[dict]:
         claim_conversion(conversion)
         if conversion.download is not None and conversion.root and conversion.image_dir:
             download(conversion.root, conversion.image_dir, conversion.download)
-        named = {name: getattr(conversion, name) for name in ("root", "split_by", "unit", "image_dir")}
+        named = {name: getattr(conversion, name) for name in ("root", "split_by", "unit", "image_dir", "instances")}
         for split in conversion.split:
             rows = load_rows(conversion.dataset, split, 0, conversion.num_samples, **named)
             claim_split(conversion, split, rows)
@@ -108,6 +115,7 @@ def claim_conversion(conversion: Conversion) -> None:
     conversion.output.mkdir(parents=True, exist_ok=True)
     names = ("dataset", "root", "image_dir", "split_by", "unit", "images", "num_samples", "rows_per_file")
     values = {name: getattr(conversion, name) for name in names}
+    values |= {"instances": True} if conversion.instances else {}
     noted = {name: None if value is None else str(value) for name, value in values.items()}
     claim_folder(conversion.output, noted, "prepared.json", "a conversion")
 
@@ -138,7 +146,8 @@ def claim_split(conversion: Conversion, split: str, rows: Dataset) -> None:
 def _texts_digest(rows: Dataset) -> str:
     """A hash of the columns that no result is judged by, but training reads."""
     digest = hashlib.sha256()
-    for row in rows.select_columns(["image_id", "dataset", "reasoning", "height", "width", "kind"]):
+    names = ["image_id", "dataset", "reasoning", "height", "width", "kind"]
+    for row in rows.select_columns([*names, *(["instances"] if "instances" in rows.column_names else [])]):
         digest.update(json.dumps(list(row.values())).encode())
     return digest.hexdigest()
 

@@ -57,8 +57,8 @@ def _read_meta(folder: Path, encoder: str) -> dict[str, Any]:
     meta = read_signed_json(folder / META)
     if meta.get("format") != FORMAT:
         raise ValueError(
-            f"{folder} is an image feature cache of format {meta.get('format')}, this version reads {FORMAT}; make it "
-            "again with `segcompass precompute-features`, in another folder."
+            f"{folder / META} says format {meta.get('format')}, this version reads image feature caches of format "
+            f"{FORMAT}; make it again with `segcompass precompute-features`, in another folder."
         )
     if meta["encoder"] != encoder:
         raise ValueError(
@@ -193,8 +193,13 @@ class ImageFeatures:
         self.frame = Frame(meta["image_size"], meta.get("stretched", False))  # caches of before knew padding only
         self._place_of: dict[str, tuple[str, int, int]] = {}
         self._shards: dict[str, np.ndarray] = {}
+        listed: dict[tuple, str] = {}
         for path in sorted(self.folder.glob("shard-*.json")):
             listing = _read_listing(path)
+            if (other := listed.setdefault(tuple(listing["keys"]), path.name)) != path.name:
+                raise ValueError(
+                    f"{path} lists the images of {other}; delete it and run `segcompass precompute-features` again."
+                )
             shape = tuple(_mapped(path.with_suffix(".npy")).shape)
             if shape != tuple(listing["shape"]):
                 raise ValueError(
@@ -222,9 +227,12 @@ class ImageFeatures:
         """
         key = image_key(image)
         if key not in self._place_of:
+            values = sorted(self.folder.glob("shard-*.npy"))
+            alone = [path.stem for path in values if not path.with_suffix(".json").exists()]
             raise KeyError(
                 f"an image of {image.size[0]} x {image.size[1]} pixels (key {key}) is not among the {len(self)} in "
-                f"{self.folder}; run `segcompass precompute-features` on this data set, it adds what is missing."
+                f"{self.folder}{''.join(f', where {name}.npy lacks its {name}.json' for name in alone[:3])}; run "
+                "`segcompass precompute-features` on this data set, it adds what is missing."
             )
         shard, row, crc = self._place_of[key]
         if shard not in self._shards:

@@ -4,6 +4,7 @@ A child is forked, so that everything imported is there at once. Linux and macOS
 """
 
 import argparse
+import gc
 import json
 import os
 import pickle
@@ -101,6 +102,17 @@ def each_in_child(
         left = left[done:]
 
 
+def warm_up(work: Callable[[], Any]) -> None:
+    """Do a piece of work here once, so that children forked later find everything imported, and no garbage to look at.
+
+    Args:
+        work: what children will do again and again.
+    """
+    work()
+    gc.collect()
+    gc.freeze()
+
+
 def in_child(work: Callable[[], Any], seconds: float = 120.0, megabytes: float = 4000.0) -> Outcome:
     """Do one piece of work in a child of its own."""
     return next(iter(list(each_in_child([("", work)], seconds, megabytes))))[1]
@@ -166,12 +178,15 @@ def _peak():
 # -- what the harnesses' commands share --------------------------------------------------------------------------------
 
 
-def options(description: str | None, argv: list[str] | None) -> argparse.Namespace:
+def options(
+    description: str | None, argv: list[str] | None, more: dict[str, dict[str, Any]] | None = None
+) -> argparse.Namespace:
     """A harness's options: --quick, --output, --minutes.
 
     Args:
         description: of the command.
         argv: the words; None takes the process's own.
+        more: options of this harness alone, with what argparse needs to know of them.
 
     Returns:
         The options; `end` is when the harness must stop, on the monotonic clock.
@@ -180,6 +195,8 @@ def options(description: str | None, argv: list[str] | None) -> argparse.Namespa
     parser.add_argument("--quick", action="store_true", help="a few cases of each kind, in seconds")
     parser.add_argument("--output", type=Path, default=Path("runs/reliability"), help="where cases are noted")
     parser.add_argument("--minutes", type=float, default=60.0, help="stop after so many; repeat the command to go on")
+    for name, known in (more or {}).items():
+        parser.add_argument(name, **known)
     args = parser.parse_args(argv)
     args.end = time.monotonic() + 60 * args.minutes
     return args

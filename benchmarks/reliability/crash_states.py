@@ -1,11 +1,12 @@
 """Every state that a crash can leave on the disk, of everything that writes files: does repeating the command mend it?
 
-    python benchmarks/reliability/crash_states.py [--quick]
+    python benchmarks/reliability/crash_states.py [--quick] [--sample 50] [--writers sft grpo]
 
 A writer runs once while each of its openings, renamings and removals is watched; before each, what is on the disk is a
 state that a kill leaves. What was written in between is also left out, cut to nothing and cut in half, with everything
 later absent. A renaming happens or does not. Each state is laid out, the writer runs again, and what it leaves must be
-the same bytes as without the crash. Keys of RESULT: crash_states, crash_exact, and both by writer.
+the same bytes as without the crash. --sample takes so many of each writer's states, evenly spread over its run; without
+it all are tried. Keys of RESULT: crash_states, crash_exact, and by writer [exact, tried, there are].
 """
 
 import hashlib
@@ -19,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.reliability import writers  # noqa: E402
-from benchmarks.reliability.children import in_child, options, say  # noqa: E402
+from benchmarks.reliability.children import in_child, options, say, warm_up  # noqa: E402
 from segcompass.journal import Journal  # noqa: E402
 
 State = dict[str, str]
@@ -124,14 +125,14 @@ def lay_out(state: State, folder: Path, blobs: Path) -> None:
         time.sleep(0)  # files of one state may share a time, as after a power cut
 
 
-def examine(name: str, work: Path, journal: Journal, quick: bool, end: float) -> None:
-    """All crash states of one writer.
+def examine(name: str, work: Path, journal: Journal, sample: int, end: float) -> None:
+    """Crash states of one writer.
 
     Args:
         name: of the writer.
         work: folder to work in.
         journal: of the cases.
-        quick: only a few states.
+        sample: how many states, evenly spread; 0 takes all.
         end: when to stop, on the monotonic clock.
     """
     folder, blobs = work / name / "run", work / name / "blobs"
@@ -144,8 +145,7 @@ def examine(name: str, work: Path, journal: Journal, quick: bool, end: float) ->
         return watch.states
 
     shutil.rmtree(folder, ignore_errors=True)
-    outcome = in_child(lambda: writers.run_quietly(name, folder))
-    assert outcome.kind == "done", f"{name} does not run: {outcome}"
+    warm_up(lambda: writers.run_quietly(name, folder))
     whole = writers.result(name, folder)
     shutil.copytree(folder, work / name / "first", dirs_exist_ok=True)
     shutil.rmtree(folder)
@@ -153,10 +153,8 @@ def examine(name: str, work: Path, journal: Journal, quick: bool, end: float) ->
     assert outcome.kind == "done", f"{name} does not run while it is watched: {outcome}"
     alike = writers.compared(name, [work / name / "first", folder])
     states = crash_states(outcome.value, blobs)
-    if quick:
-        states = states[1 :: max(1, len(states) // 3)][:3]
-    for number, state in enumerate(states):
-        case = f"{name} {number}"
+    for number in evenly(len(states), sample):
+        case, state = f"{name} {number}", states[number]
         if case in journal.records or time.monotonic() > end:
             continue
         lay_out(state, folder, blobs)
@@ -173,24 +171,32 @@ def examine(name: str, work: Path, journal: Journal, quick: bool, end: float) ->
     print(f"{name}: {len(states)} states, {len(alike)} files compared", flush=True)
 
 
+def evenly(count: int, sample: int) -> list[int]:
+    """So many of `count` numbers from 0, evenly spread; all of them where sample is 0."""
+    if not 0 < sample < count:
+        return list(range(count))
+    return [(2 * number + 1) * count // (2 * sample) for number in range(sample)]
+
+
 QUICK = ("sae", "evaluate", "feature_cache", "prepare", "converted_sae", "journal")
 """Writers of the quick form; the others' crash states are among tests/trainers/test_checkpoints.py."""
 
 
 def main(argv: list[str] | None = None) -> dict:
     """Run the harness and return what its RESULT says."""
-    args = options(__doc__, argv)
+    sample = {"type": int, "default": 0, "help": "states of each writer, evenly spread; default: all"}
+    args = options(__doc__, argv, {"--sample": sample, "--writers": writers.CHOICE})
     journal = Journal(args.output / ("crash_states_quick" if args.quick else "crash_states"), {"quick": args.quick})
     with tempfile.TemporaryDirectory() as work:
         writers.work_in(Path(work))
-        for name in QUICK if args.quick else writers.WRITERS:
+        for name in args.writers or (QUICK if args.quick else writers.WRITERS):
             if time.monotonic() < args.end:
-                examine(name, Path(work).resolve(), journal, args.quick, args.end)
+                examine(name, Path(work).resolve(), journal, 3 if args.quick else args.sample, args.end)
     records = list(journal.records.values())
-    by = {
-        name: [sum(r["exact"] for r in records if r["writer"] == name), sum(r["writer"] == name for r in records)]
-        for name in writers.WRITERS
-    }
+    by = {}
+    for name in writers.WRITERS:
+        chosen = [record for record in records if record["writer"] == name]
+        by[name] = [sum(r["exact"] for r in chosen), len(chosen), max((r["of"] for r in chosen), default=0)]
     exact = sum(record["exact"] for record in records)
     return say({"crash_states": len(records), "crash_exact": exact, "by_writer": by})
 

@@ -32,6 +32,7 @@ from PIL import Image, ImageOps  # noqa: E402
 
 from benchmarks.reliability import writers  # noqa: E402
 from benchmarks.reliability.children import each_in_child, options, say  # noqa: E402
+from benchmarks.reliability.space import told  # noqa: E402
 from segcompass.journal import Journal  # noqa: E402
 from segcompass.loaders import load_rows  # noqa: E402
 from segcompass.loaders.files import read_json, read_pickle  # noqa: E402
@@ -396,18 +397,18 @@ def pipeline(draw: random.Random) -> None:
 
 def space(draw: random.Random) -> None:
     """The Space's functions, as any client may call them."""
-    if "app" not in _MADE:
-        from benchmarks.reliability.load import make_demo, space_app
+    if "demo" not in _MADE:
+        from benchmarks.reliability.load import make_demo
+        from benchmarks.reliability.space import space as space_parts
 
-        _MADE["app"] = space_app()
-        _MADE["demo"] = make_demo(_MADE["app"], stub=True)
+        _MADE["demo"] = make_demo(space_parts(), stub=True)
     demo, visitor = _MADE["demo"], SimpleNamespace(session_hash=draw.choice(("a", "b", None)))
     way = draw.randrange(5)
     try:
         if way == 0:
             image = draw.choice((noise_image(20, 30), odd(draw), None))
             last = list(demo.ask(image, draw.choice((*TEXTS, odd(draw))), draw.choice((0.5, odd(draw))), visitor))[-1]
-            expect(isinstance(last[2], str), "an answer without a verdict")
+            expect(isinstance(told(last)[1], str), "an answer without a verdict")
         else:
             question = draw.choice((None, "", "0", odd(draw)))
             if draw.random() < 0.7 and (kept := demo.answers._kept.get(visitor.session_hash or "")):
@@ -415,14 +416,15 @@ def space(draw: random.Random) -> None:
             concept = draw.choice((0, 1, 5, odd(draw)))
             threshold = draw.choice((0.5, odd(draw)))
             if way == 1:
-                demo.scale(question, concept, draw.choice((0.0, 2.0, odd(draw))), threshold, visitor)
-            elif way == 2:
+                change = getattr(demo, "change", None) or demo.scale
+                change(question, concept, draw.choice((0.0, 2.0, odd(draw))), threshold, visitor)
+            elif way == 2 and hasattr(demo, "where"):
                 demo.where(question, concept, visitor)
             elif way == 3:
                 demo.restore(question, threshold, visitor)
             else:
                 demo.rethreshold(question, threshold, visitor)
-    except _MADE["app"].gr.Error as error:  # what a visitor reads
+    except demo.refusals as error:  # what a visitor reads
         raise ValueError(str(error)) from error
     finally:
         expect(demo.line._tickets == [], "a question is still in the line")

@@ -1,6 +1,6 @@
 """Real kills at random moments of everything that writes files; then the command is repeated until it is done.
 
-    python benchmarks/reliability/kills.py [--quick]
+    python benchmarks/reliability/kills.py [--quick] [--writers sft grpo]
 
 A writer runs in a process of its own, which is killed with -9 after a random part of the time that it takes; up to
 three times, then it may finish. What it leaves must be the same bytes as without the kills. Keys of RESULT: kills,
@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.reliability import writers  # noqa: E402
-from benchmarks.reliability.children import in_child, options, say  # noqa: E402
+from benchmarks.reliability.children import in_child, options, say, warm_up  # noqa: E402
 from segcompass.journal import Journal  # noqa: E402
 
 ROUNDS = {"full": 4, "quick": 1}
@@ -61,6 +61,7 @@ def examine(name: str, work: Path, journal: Journal, rounds: int, end: float) ->
         end: when to stop, on the monotonic clock.
     """
     folder, took = work / name / "run", 0.0
+    warm_up(lambda: writers.run_quietly(name, folder))
     for number in range(2):
         shutil.rmtree(folder, ignore_errors=True)
         outcome = in_child(lambda: writers.run_quietly(name, folder), 300)
@@ -92,12 +93,12 @@ def examine(name: str, work: Path, journal: Journal, rounds: int, end: float) ->
 
 def main(argv: list[str] | None = None) -> dict:
     """Run the harness and return what its RESULT says."""
-    args = options(__doc__, argv)
+    args = options(__doc__, argv, {"--writers": writers.CHOICE})
     form = "quick" if args.quick else "full"
     journal = Journal(args.output / f"kills_{form}", {"quick": args.quick})
     with tempfile.TemporaryDirectory() as work:
         writers.work_in(Path(work))
-        for name in QUICK if args.quick else writers.WRITERS:
+        for name in args.writers or (QUICK if args.quick else writers.WRITERS):
             if time.monotonic() < args.end:
                 examine(name, Path(work).resolve(), journal, ROUNDS[form], args.end)
     records = list(journal.records.values())

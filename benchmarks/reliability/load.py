@@ -11,14 +11,13 @@ threads_left, segment_calls, segment_wrong.
 """
 
 import gc
-import importlib.util
 import sys
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -28,43 +27,26 @@ import psutil  # noqa: E402
 import torch  # noqa: E402
 
 from benchmarks.reliability.children import options, say  # noqa: E402
+from benchmarks.reliability.space import demo_of, name_of, space, told  # noqa: E402
 from tests.support.scripted import INSTRUCTIONS, Script, lively_segcompass, noise_images  # noqa: E402
 
 ANSWER = "<think>left of it</think><REF_POS><REF_POS><REF_POS>"
-ROOT = Path(__file__).resolve().parents[2]
 FULL = dict(requests=10_000, model_requests=200, left=200, sessions=1000, segment_calls=60, clients=8)
 QUICK = dict(requests=60, model_requests=4, left=4, sessions=20, segment_calls=6, clients=4)
 
 
-def space_app() -> ModuleType:
-    """The Space's module; plain objects stand for gradio where it is not installed."""
-    if importlib.util.find_spec("gradio") is None and "gradio" not in sys.modules:
-        gradio = ModuleType("gradio")
-        refused = type("Error", (Exception,), {})
-        gradio.__dict__.update(skip=lambda: None, Radio=dict, Slider=dict, Error=refused, Blocks=object, Request=object)
-        sys.modules["gradio"] = gradio
-    spec = importlib.util.spec_from_file_location("space_app", ROOT / "hub_cards" / "space" / "app.py")
-    assert spec is not None and spec.loader is not None
-    app = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(app)
-    return app
-
-
-def make_demo(app: ModuleType, stub: bool) -> Any:
+def make_demo(parts: SimpleNamespace, stub: bool) -> Any:
     """A demo of a tiny model.
 
     Args:
-        app: the Space's module.
+        parts: the Space's, see `space`.
         stub: whether the model's forward pass is left out: four tokens come from nowhere, and masks are decoded from
             the states of one answer that was really given.
 
     Returns:
         The demo; `demo.passes` counts the tokens.
     """
-    demo = app.Demo.__new__(app.Demo)
-    demo.model, demo.processor = lively_segcompass("llava", num_slots=3)
-    demo.line, demo.answers, demo._asking, demo.passes = app.Line(), app.Answers(), {}, Counter()
-    demo.refusals = app.gr.Error
+    demo = demo_of(parts, *lively_segcompass("llava", num_slots=3))
     reason = demo.model.reason
     tokens = demo.processor.tokenizer(ANSWER, add_special_tokens=False)["input_ids"]
 
@@ -91,7 +73,7 @@ def make_demo(app: ModuleType, stub: bool) -> Any:
     return demo
 
 
-def ask(demo: Any, visitor: str, number: int, threshold: float = 0.0) -> tuple | str:
+def ask(demo: Any, visitor: str, number: int, threshold: float = 0.0) -> Any:
     """One question of a visitor to its end, or the words of its refusal."""
     images = noise_images()
     request = SimpleNamespace(session_hash=visitor)
@@ -104,12 +86,10 @@ def ask(demo: Any, visitor: str, number: int, threshold: float = 0.0) -> tuple |
 
 def same(answer: Any, alone: Any) -> bool:
     """Whether two answers show the same."""
-    return (
-        isinstance(answer, tuple)
-        and answer[0] == alone[0]
-        and answer[2] == alone[2]
-        and np.array_equal(answer[1], alone[1])
-    )
+    if isinstance(answer, str):
+        return False
+    (*words, picture), (*wanted, other) = told(answer), told(alone)
+    return words == wanted and np.array_equal(picture, other)
 
 
 def concurrent(demo: Any, requests: int, clients: int, end: float) -> Counter:
@@ -161,9 +141,9 @@ def sessions(demo: Any, count: int, end: float) -> tuple[int, float]:
     def one(number: int) -> None:
         visitor = f"session {number}"
         answer = ask(demo, visitor, number)
-        assert isinstance(answer, tuple)
+        assert not isinstance(answer, str), answer
         request = SimpleNamespace(session_hash=visitor)
-        demo.restore(answer[4], 0.0, request)
+        demo.restore(name_of(answer), 0.0, request)
         demo.leave(request)
 
     process = psutil.Process()
@@ -213,9 +193,9 @@ def main(argv: list[str] | None = None) -> dict:
     args = options(__doc__, argv)
     size = QUICK if args.quick else FULL
     torch.set_num_threads(1)
-    app = space_app()
+    parts = space()
     threads = threading.active_count()
-    stubbed, real = make_demo(app, stub=True), make_demo(app, stub=False)
+    stubbed, real = make_demo(parts, stub=True), make_demo(parts, stub=False)
     asked = concurrent(stubbed, size["requests"], size["clients"], args.end)
     print(f"{asked['asked']} requests of {size['clients']} clients", flush=True)
     modelled = concurrent(real, size["model_requests"], size["clients"], args.end)

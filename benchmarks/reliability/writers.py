@@ -211,6 +211,9 @@ WRITERS: dict[str, Callable[[Path], None]] = {
     "journal": journal,
 }
 
+CHOICE = {"nargs": "+", "choices": list(WRITERS), "help": "some of the writers; default: all"}
+"""What argparse needs to know of the option --writers."""
+
 
 def run_quietly(name: str, folder: Path) -> None:
     """Run a writer without what it prints."""

@@ -36,6 +36,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default="paths",
         help="refer to the images where they are, or hold them, once per row; default: %(default)s",
     )
+    parser.add_argument(
+        "--instances",
+        action="store_true",
+        help="of the RefCOCO family: also all annotated things of each image, for `segcompass white-box`",
+    )
     parser.add_argument("--num-samples", type=options.positive, help="use only the first N rows of each split")
     parser.add_argument(
         "--rows-per-file", type=options.positive, default=1000, help="rows in each file; default: %(default)s"

@@ -1,7 +1,7 @@
 """Push a model, an SAE, a data set or the metric to the Hub, with its card.
 
     segcompass push model PATH USER/NAME --image photo.jpg --instruction "the mug nearest the sink" \\
-        --evaluation runs/test/metrics.json --evaluation-name "Scenes, test" --evaluation-data scenes
+        --evaluation runs/test/metrics.json --evaluation-name "Scenes, test" --evaluation-data USER/scenes
     segcompass push sae runs/mini/sae USER/sae-mini --quality runs/mini/sae/quality.json
     segcompass push dataset scenes USER/scenes --split test --seed 100 --num-samples 500
     segcompass push metric USER/reasoning_segmentation
@@ -34,7 +34,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     model.add_argument("--instruction", default=instruction, help="what the snippet asks about it")
     model.add_argument("--evaluation", help="metrics.json that `segcompass evaluate` wrote")
     model.add_argument("--evaluation-name", default="Scenes", help="how people call the data set it was evaluated on")
-    model.add_argument("--evaluation-data", default="scenes", help="that data set's Hub id or loader")
+    model.add_argument("--evaluation-data", default="scenes", help="that data set's Hub id, ID@COMMIT, or loader")
     model.add_argument("--evaluation-split", default="test", help="its split; default: %(default)s")
     model.add_argument("--evaluation-command", help="the command that measured it")
     model.add_argument("--quality", help="quality.json that `segcompass train sae` wrote, for the SAE's table")
@@ -51,6 +51,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     sae = kinds.add_parser("sae", help="push a sparse autoencoder")
     sae.add_argument("source", help="SAE folder")
     sae.add_argument("--quality", help="quality.json that `segcompass train sae` wrote")
+    sae.add_argument("--dashboard", help="output folder of `segcompass dashboard`, pushed with it")
     data = kinds.add_parser("dataset", help="push a data set")
     data.add_argument("source", help=options.TRAINING_ROWS)
     data.add_argument("--split", default="test", help="split to push; default: %(default)s")
@@ -92,7 +93,8 @@ def push(args: argparse.Namespace) -> "CommitInfo":
         return push_dataset(rows, args.repo_id, args.description, split=args.split, license=args.license, **where)
     if args.kind == "sae":
         sae = SparseAutoencoder.from_pretrained(args.source)
-        return push_sae(sae, args.repo_id, quality=_read(args.quality), license=args.license, **where)
+        card = {"quality": _read(args.quality), "license": args.license}
+        return push_sae(sae, args.repo_id, dashboard=args.dashboard, **card, **where)
     return push_model_with_card(args, where)
 
 
@@ -104,7 +106,8 @@ def push_model_with_card(args: argparse.Namespace, where: dict) -> "CommitInfo":
 
     check_evaluation(args)
     metrics = _read(args.evaluation)
-    measured = (args.evaluation_name, args.evaluation_data, args.evaluation_split, args.evaluation_command)
+    data, _, revision = args.evaluation_data.partition("@")
+    measured = (args.evaluation_name, data, args.evaluation_split, args.evaluation_command, revision or None)
     card = {
         "evaluations": [Evaluation(metrics, *measured)] if metrics else [],
         "license": args.license,

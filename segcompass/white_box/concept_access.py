@@ -34,6 +34,26 @@ class ConceptMeans(NamedTuple):
     """float (d_sae, positions), where it fired, as `token_position_features` says it."""
 
 
+class PlaceMeans(NamedTuple):
+    """Each concept's mean map over the samples in which it was chosen."""
+
+    maps: torch.Tensor
+    """float (d_sae, rows * columns)."""
+    grid: tuple[int, int]
+    """rows and columns."""
+
+    def on(self, grid: tuple[int, int]) -> torch.Tensor:
+        """The maps on another grid of patches, float (d_sae, patches)."""
+        return _on_grid(self.maps[None], self.grid, grid)[0]
+
+
+def _on_grid(maps: torch.Tensor, grid: tuple[int, int], other: tuple[int, int]) -> torch.Tensor:
+    """Maps (B, M, patches of a grid) on another grid of the same extent."""
+    if grid == other:
+        return maps
+    return torch.nn.functional.interpolate(maps.unflatten(2, grid), size=other, mode="bilinear").flatten(2)
+
+
 @contextmanager
 def _changed_tokens(codebook: Any, change: Callable[..., Any]) -> Iterator[None]:
     """While open, the codebook's concept tokens are `change(indices, activations, token_positions)`."""
@@ -187,7 +207,7 @@ class PlacesReading:
         masks = reading.masks(0, [Change(), Change(off=(4711,), to=(12,))])
     """
 
-    def __init__(self, model: SegCompassModel, states: ReasoningStates, means: torch.Tensor):
+    def __init__(self, model: SegCompassModel, states: ReasoningStates, means: PlaceMeans):
         self.model, self.states, self.means = model, states, means
         outputs: Any = decode(model, states)
         self.outputs = outputs
@@ -199,29 +219,38 @@ class PlacesReading:
 
     @staticmethod
     @torch.no_grad()
-    def gather_means(model: SegCompassModel, batches: Iterator[dict[str, Any]]) -> torch.Tensor:
-        """Read samples of one image size, teacher-forced, and take the mean of every concept's map.
+    def gather_means(model: SegCompassModel, batches: Iterator[dict[str, Any]]) -> PlaceMeans:
+        """Read samples, teacher-forced, and take the mean of every concept's map, on the first sample's grid.
 
         Args:
             model: in evaluation mode.
             batches: inputs of the model's forward, with an image and a response.
 
         Returns:
-            float (d_sae, patches); 0 for concepts that were never chosen.
+            The means; 0 for concepts that were never chosen.
+
+        Raises:
+            ValueError: there are no samples.
         """
         d_sae = model.config.sae_config.d_sae
-        count, maps = torch.zeros(d_sae, 1), None
+        count, maps, grid = torch.zeros(d_sae, 1), None, (0, 0)
         for inputs in batches:
             outputs: Any = model(**inputs)
             indices = outputs.concept_indices.cpu()  # (B, M)
             found = outputs.grounding.maps.mT.float().cpu()  # (B, M, patches)
             chosen = (outputs.concept_values > 0).cpu()
-            maps = torch.zeros(d_sae, found.shape[-1]) if maps is None else maps
+            grids = [tuple(each) for each in outputs.patch_grid.tolist()]
+            if maps is None:
+                grid = grids[0]
+                maps = torch.zeros(d_sae, grid[0] * grid[1])
+            if set(grids) != {grid}:  # smaller grids of a batch are padded at the end
+                parts = zip(found, grids, strict=True)
+                found = torch.cat([_on_grid(each[None, :, : mine[0] * mine[1]], mine, grid) for each, mine in parts])
             maps.index_add_(0, indices[chosen], found[chosen])
             count.index_add_(0, indices[chosen], torch.ones(int(chosen.sum()), 1))
         if maps is None:
             raise ValueError("there are no samples to take concepts' means of; give at least one batch.")
-        return maps / count.clamp_min(1)
+        return PlaceMeans(maps / count.clamp_min(1), grid)
 
     def shown(self, weights: np.ndarray) -> np.ndarray:
         """See `criteria.Reading`."""
@@ -254,7 +283,9 @@ class PlacesReading:
         grounding, model = self.outputs.grounding, self.model
         maps = grounding.maps[0].mT.clone()  # (M, patches)
         replaced = torch.from_numpy(np.isin(self.indices, change.mean)).to(maps.device)
-        maps[replaced] = self.means.to(maps)[self.outputs.concept_indices[0][replaced]]
+        if replaced.any():
+            grid = tuple(self.outputs.patch_grid[0].tolist())
+            maps[replaced] = self.means.on(grid).to(maps)[self.outputs.concept_indices[0][replaced]]
         weights = grounding.weights[0, slot] * (0 if change.silent else 1)  # without words nothing is chosen
         heat = weights @ maps + grounding.offset  # (patches,)
         heat = grounding.key_scale * (grounding.upsampling[0] @ heat) + grounding.key_shift  # (h, w)
@@ -266,7 +297,7 @@ class PlacesReading:
         return (mask > 0) & (self.outputs.pred_logits[0, slot] >= 0)
 
 
-READINGS = {"feature": AttentionReading, "grounded": PlacesReading}
+READINGS: dict[str, Any] = {"feature": AttentionReading, "grounded": PlacesReading}
 """concept_reading -> the class that examines it."""
 
 

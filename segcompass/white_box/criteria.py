@@ -8,7 +8,7 @@
     shown    is what is shown used at all?
 
 A mask is made again under a `Change` by a `Reading`, so that nothing here knows how a model reads its concepts; the
-models' readings are in `concept_access`. Knows nothing about data sets: `criteria_records` applies this to scenes.
+models' readings are in `concept_access`. Knows nothing about data sets: `criteria_records` applies this to images.
 """
 
 from collections.abc import Mapping, Sequence
@@ -82,11 +82,13 @@ class Truth(NamedTuple):
     cover: np.ndarray
     """float (n, patches), how much of each patch shows each object."""
     looks: list[dict[str, str]]
-    """of each object, {"colour" | "shape" | "size": attribute}."""
+    """of each object, kind -> attribute, such as {"colour": "red"}; a kind that is not known of it is missing."""
     places: list[tuple[str, ...]]
     """of each object, the attributes that say where it is."""
     targets: list[int]
     """the objects that were asked for."""
+    steered: tuple[str, ...] = ("colour", "shape")
+    """the kinds by which one object is turned into another."""
 
     def attributes(self, thing: int) -> set[str]:
         """All attributes of an object."""
@@ -211,17 +213,22 @@ def _name_shares(weights, indices, target, others, truth, labels):
     rivals = [share(attributes - mine) for attributes in theirs if attributes - mine]
     return {
         "name": share(mine),
-        "name_look": share(set(truth.looks[target].values())),
+        "name_look": share(set(truth.looks[target].values())) if truth.looks[target] else float("nan"),
         "own": share(mine.difference(*theirs)) if others else float("nan"),
         "others": float(np.mean(rivals)) if rivals else float("nan"),
     }
 
 
+def _differing(own: Mapping[str, str], other: Mapping[str, str], truth: Truth) -> list[str]:
+    """The kinds of look that are known of two objects, and differ."""
+    return [kind for kind in truth.steered if kind in own and kind in other and own[kind] != other[kind]]
+
+
 def _rival(target: int, others: Sequence[int], truth: Truth) -> int | None:
-    """The object that differs most in colour and shape; None when all share both."""
+    """The object that differs most in the looks that steering exchanges; None when none differs."""
 
     def differs(thing):
-        return sum(truth.looks[thing][name] != truth.looks[target][name] for name in ("colour", "shape"))
+        return len(_differing(truth.looks[target], truth.looks[thing], truth))
 
     rival = max(others, key=differs, default=None)
     return rival if rival is not None and differs(rival) else None
@@ -230,7 +237,7 @@ def _rival(target: int, others: Sequence[int], truth: Truth) -> int | None:
 def _steering(target, rival, truth, labels, fired, rng):
     """The changes of the steering criterion: by the looks in which the two objects differ."""
     own, other = truth.looks[target], truth.looks[rival]
-    differing = [name for name in ("colour", "shape") if own[name] != other[name]]
+    differing = _differing(own, other, truth)
     detect = lambda table, looks: {j for name in differing for j in table.get(looks[name], ())}  # noqa: E731
     up = detect(labels.steers, other)
     off = detect(labels.steers, own) - up

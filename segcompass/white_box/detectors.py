@@ -5,9 +5,66 @@ the attributes come from.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+
+DENSE = 2**28
+"""How many activations are dense at once."""
+
+
+class Firings:
+    """Activations of many samples, of which most are 0: stored sparse, dense for some features at a time.
+
+    Args:
+        features: d_sae.
+
+    Example:
+        firings = Firings(features=65536)
+        firings.add(sae.encode(hidden_states))
+        some = firings.dense(0, 100)
+    """
+
+    def __init__(self, features: int):
+        self.features, self.samples = features, 0
+        self._parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # samples, features, values
+        self._packed = True
+
+    def add(self, activations: torch.Tensor) -> None:
+        """Add samples.
+
+        Args:
+            activations: float (n, d_sae), at least 0.
+        """
+        rows, columns = activations.nonzero(as_tuple=True)
+        self._parts.append(((rows + self.samples).int(), columns.int(), activations[rows, columns]))
+        self.samples += len(activations)
+        self._packed = False
+
+    def dense(self, start: int, stop: int, samples: torch.Tensor | None = None) -> torch.Tensor:
+        """Some features' activations.
+
+        Args:
+            start: first feature.
+            stop: after the last.
+            samples: long (n,), which samples; None takes all.
+
+        Returns:
+            float (n, stop - start).
+        """
+        if not self._packed:  # by feature
+            rows, columns, values = (torch.cat(part) for part in zip(*self._parts, strict=True))
+            order = columns.argsort(stable=True)
+            self._parts, self._packed = [(rows[order], columns[order], values[order])], True
+        whole = torch.zeros(self.samples, stop - start)
+        for rows, columns, values in self._parts:
+            first, last = torch.searchsorted(columns, torch.tensor([start, stop], dtype=columns.dtype)).tolist()
+            whole[rows[first:last].long(), columns[first:last].long() - start] = values[first:last].float()
+        return whole if samples is None or len(samples) == self.samples else whole[samples]
+
+    def steps(self, samples: int) -> range:
+        """Where the runs of features begin that may be dense at once for so many samples."""
+        return range(0, self.features, max(1, DENSE // max(1, samples)))
 
 
 @dataclass(frozen=True)
@@ -120,11 +177,83 @@ def score_all(
     return f1, gain
 
 
+def score_firings(
+    chosen: Firings,
+    rows: torch.Tensor,
+    present: torch.Tensor,
+    held_out: Firings,
+    held_out_rows: torch.Tensor,
+    held_out_present: torch.Tensor,
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`score_all` of some samples' firings, a run of features at a time.
+
+    Args:
+        chosen: of the samples to choose thresholds on.
+        rows: long (N,), which of them.
+        present: bool (N, A).
+        held_out: of the samples to score on.
+        held_out_rows: long (N',), which of them.
+        held_out_present: bool (N', A).
+        device: that computes.
+
+    Returns:
+        F1 and lift, float (A, d_sae) each, on the CPU.
+    """
+    scores = [torch.zeros(present.shape[1], chosen.features) for _ in range(2)]
+    if not len(rows) or not len(held_out_rows):
+        return scores[0], scores[1]
+    steps = chosen.steps(max(len(rows), len(held_out_rows)))
+    for start in steps:
+        stop = min(start + steps.step, chosen.features)
+        mine = chosen.dense(start, stop, rows).to(device)
+        theirs = held_out.dense(start, stop, held_out_rows).to(device)
+        measured = score_all(mine, present.to(device), theirs, held_out_present.to(device))
+        for table, part in zip(scores, measured, strict=True):
+            table[:, start:stop] = part.cpu()
+    return scores[0], scores[1]
+
+
+def best_of_firings(
+    chosen: Firings,
+    rows: torch.Tensor,
+    attributes: Mapping[str, torch.Tensor],
+    held_out: Firings,
+    held_out_rows: torch.Tensor,
+    held_out_attributes: Mapping[str, torch.Tensor],
+) -> dict[str, Detector]:
+    """`best_detectors` of some samples' firings, a run of features at a time.
+
+    Args:
+        chosen: of the samples to choose on.
+        rows: long (N,), which of them.
+        attributes: name -> bool (N,).
+        held_out: of the samples to score on.
+        held_out_rows: long (N',), which of them.
+        held_out_attributes: name -> bool (N',).
+
+    Returns:
+        name -> its detector.
+
+    Raises:
+        ValueError: see `best_detectors`.
+    """
+    best: dict[str, Detector] = {}
+    steps = chosen.steps(max(len(rows), len(held_out_rows)))
+    for start in steps:
+        stop = min(start + steps.step, chosen.features)
+        mine, theirs = chosen.dense(start, stop, rows), held_out.dense(start, stop, held_out_rows)
+        for name, found in best_detectors(mine, attributes, theirs, held_out_attributes).items():
+            if name not in best or found.chosen_f1 > best[name].chosen_f1:
+                best[name] = replace(found, index=start + found.index)
+    return best
+
+
 def _best_levels(
     activations: torch.Tensor, present: torch.Tensor, thresholds: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The best F1 of each feature for each attribute, and the level it is reached at: float (A, d_sae) each."""
-    best = torch.full((len(present), activations.shape[1]), -1.0)
+    best = torch.full((len(present), activations.shape[1]), -1.0, device=activations.device)
     chosen = torch.zeros_like(best)
     for level in _levels(activations, thresholds):
         fires = (activations > level).float()  # (N, d_sae)
@@ -140,7 +269,7 @@ def _levels(activations: torch.Tensor, thresholds: int) -> torch.Tensor:
     ordered = activations.sort(0).values  # (N, d_sae)
     silent = (ordered == 0).sum(0)  # (d_sae,)
     fired = len(ordered) - silent
-    levels = [torch.zeros(activations.shape[1])]
+    levels = [torch.zeros(activations.shape[1], device=activations.device)]
     for step in range(1, thresholds):
         place = (silent + fired * step // thresholds).clamp_max(len(ordered) - 1)
         levels.append(ordered.gather(0, place[None])[0])

@@ -1,12 +1,13 @@
 """Reads what a concept dictionary is made from: a model's concepts on the tokens of image, instruction and reasoning.
 
 `TokenReader` runs the MLLM up to the SAE's layer only, on reference reasoning; `build_dictionary` reads a data set with
-it and survives interruptions. Knows nothing about what is true of the images: `scene_attributes` does.
+it and survives interruptions. Knows nothing about what is true of the images: `image_truth` does.
 """
 
 import base64
 import io
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,6 +109,19 @@ class TokenReader:
         """
         return [self.processor.tokenizer.decode([token]).strip() for token in ids]
 
+    def spans(self, ids: list[int]) -> tuple[str, list[tuple[int, int]]]:
+        """The text of tokens together, and where each stands in it.
+
+        Args:
+            ids: T token ids.
+
+        Returns:
+            The text, and (start, end) of each token.
+        """
+        decode = self.processor.tokenizer.decode
+        ends = [0] + [len(decode(ids[: stop + 1], clean_up_tokenization_spaces=False)) for stop in range(len(ids))]
+        return decode(ids, clean_up_tokenization_spaces=False), list(pairwise(ends))
+
 
 def build_dictionary(
     reader: TokenReader,
@@ -116,7 +130,7 @@ def build_dictionary(
     partial: Path,
     contexts: int = 6,
     batch_size: int = 32,
-    patch_words: Callable[[int, tuple[int, int]], list[str]] | None = None,
+    patch_words: Callable[[int, torch.Tensor], list[str]] | None = None,
 ) -> ConceptDictionary:
     """Read a data set and make the dictionary of what was read.
 
@@ -127,7 +141,7 @@ def build_dictionary(
         partial: file that what was read is kept in, so that an interrupted run resumes there.
         contexts: how many of the strongest places to keep of each feature.
         batch_size: rows read at a time.
-        patch_words: (number of the row, grid) -> what each image patch shows; None where that is unknown.
+        patch_words: (number of the row, boxes of its patches) -> what each image patch shows; None where it is unknown.
 
     Returns:
         The dictionary.
@@ -165,7 +179,7 @@ def build_dictionary(
             return {
                 "sample": sample,
                 "part": TOKEN_KINDS[IMAGE],
-                "text": patch_words(number, grid_shape(boxes))[patch] if patch_words else "",
+                "text": patch_words(number, boxes)[patch] if patch_words else "",
                 "around": _place(boxes, patch),
                 "box": boxes[patch].tolist() if has_area(boxes[patch]) else None,
             }

@@ -40,6 +40,7 @@ def measure_steered_reasoning(
     row: Mapping[str, Any],
     detectors: Mapping[str, Sequence[int]],
     rng: np.random.Generator,
+    kinds: Sequence[Sequence[str]] = (tuple(COLOURS), SHAPES),
 ) -> dict[str, float] | None:
     """What one sample's conclusion says under steering.
 
@@ -49,20 +50,21 @@ def measure_steered_reasoning(
         row: with `image` and `instruction`.
         detectors: attribute -> features that detect it on patches, see `criteria.Labels.hands`.
         rng: chooses attribute, replacement and controls.
+        kinds: the attributes of each kind; one takes the place of another of its kind.
 
     Returns:
         0 or 1 each: `swap`, the conclusion says the replacement and no longer the attribute; `swap_control`, so it does
         under random directions; `off`, the attribute is no longer named without its detectors; `off_control`, without
-        as many random concepts; `doubled`, with its detectors doubled. None where the conclusion names no colour or
-        shape that has detectors.
+        as many random concepts; `doubled`, with its detectors doubled. None where the conclusion names no attribute
+        that has detectors.
     """
     inputs = processor(images=[row["image"]], text=[row["instruction"]]).to(model.device)
     response, codes = _write(model, processor, inputs, None)
-    named = set(re.findall(r"\w+", conclusion_of(response)))
-    said = set(re.findall(r"\w+", response + " " + row["instruction"]))
+    named = set(re.findall(r"\w+", conclusion_of(response).lower()))
+    said = set(re.findall(r"\w+", f"{response} {row['instruction']}".lower()))
     choices = [
         (word, other)
-        for kind in (COLOURS, SHAPES)
+        for kind in kinds
         for word in kind
         if word in named and detectors.get(word)
         for other in kind
@@ -97,7 +99,7 @@ def measure_steered_reasoning(
     measured = {}
     for name in VARIANTS:
         text, _ = _write(model, processor, inputs, lambda z, steer=steers[name]: steer(model.sae, z))
-        names = set(re.findall(r"\w+", conclusion_of(text)))
+        names = set(re.findall(r"\w+", conclusion_of(text).lower()))
         measured[name] = float(word not in names and (other in names or not name.startswith("swap")))
     return measured
 

@@ -115,7 +115,7 @@ def test_bad_input_is_named(tmp_path):
         load_reasonseg(tmp_path, "val")
     write(tmp_path / "val", "a", [shape("target", square(1, 1, 5, 5))])
     (tmp_path / "val" / "a.json").rename(tmp_path / "val" / "b.json")
-    with pytest.raises(FileNotFoundError, match=r"1 images in .* have no \.json beside them: a\.jpg"):
+    with pytest.raises(FileNotFoundError, match=r"1 images in .* have no \.json beside them; add a\.json"):
         load_reasonseg(tmp_path, "val")
     for content, message in (
         ("{", r"a\.json is truncated"),

@@ -210,6 +210,15 @@ def test_processor_round_trips(processor, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_what_was_padded_before_is_not_saved(processor, tmp_path):
+    """Or a resumed training, which has read another number of batches, would save other bytes."""
+    processor.save_pretrained(tmp_path / "before")
+    processor(images=[noise_image(40, 56)] * 2, text=["the box", "the large box at the left"])
+    assert processor.tokenizer.backend_tokenizer.padding is not None, "nothing was padded: the test says nothing"
+    processor.save_pretrained(tmp_path / "after")
+    assert (tmp_path / "after" / "tokenizer.json").read_bytes() == (tmp_path / "before" / "tokenizer.json").read_bytes()
+
+
 def test_a_saved_processor_is_the_one_that_is_loaded(processor, tmp_path):
     processor.save_pretrained(tmp_path)
     assert processor.to_dict() == SegCompassProcessor.from_pretrained(tmp_path).to_dict()
@@ -380,6 +389,9 @@ def test_bad_post_processing_arguments_are_refused(processor):
         processor.post_process_instance_segmentation(outputs, target_sizes=[(8, 8)])
     with pytest.raises(ValueError, match="threshold is 50; it is a probability"):
         processor.post_process_semantic_segmentation(outputs, target_sizes=[(8, 8)] * 2, threshold=50)
+    for wrong in ((8, float("inf")), (8, float("nan")), (8, 7.5), ("8", 8), (8, None), (8,), 8, None):
+        with pytest.raises(ValueError, match="a target size is .* whole pixels"):
+            processor.post_process_instance_segmentation(outputs, target_sizes=[(8, 8), wrong])
 
 
 def test_target_sizes_of_another_shape_than_the_images_are_refused(processor):

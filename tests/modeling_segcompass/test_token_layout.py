@@ -28,6 +28,11 @@ def test_types_are_image_instruction_and_response():
     ]
 
 
+def test_an_image_token_that_the_model_wrote_is_no_patch():
+    written = IDS.masked_fill(IN_RESPONSE & (IDS == WORD), PICTURE)
+    assert torch.equal(token_types(written, IN_RESPONSE, PICTURE), token_types(IDS, IN_RESPONSE, PICTURE))
+
+
 def test_padding_and_special_tokens_may_not_fire():
     mask = concept_token_mask(IDS, ATTENTION, [BOS, REF])
     assert mask.tolist() == [[False, False, True, True, True, True, False, False], [False] + [True] * 5 + [False] * 2]

@@ -91,6 +91,20 @@ def test_whole_numbers_are_no_weights(tmp_path):
     sign(tmp_path)
     with pytest.raises(ValueError, match=r"model.safetensors holds whole numbers in 1 tensors of real ones \(W_enc\)"):
         SparseAutoencoder.from_pretrained(tmp_path)
+    save_file({**tensors, "W_enc": torch.zeros(8, 15)}, tmp_path / "model.safetensors", {"format": "pt"})
+    sign(tmp_path)
+    with pytest.raises(ValueError, match=r"\(model.safetensors\) does not match this model .mismatched_keys: 1.*W_enc"):
+        SparseAutoencoder.from_pretrained(tmp_path)
+
+
+def test_whole_numbers_are_no_weights_of_another_layout_either(tmp_path):
+    SparseAutoencoder(SparseAutoencoderConfig(d_in=8, d_sae=16, activation="topk", k=4, layer=1)).save_saelens(tmp_path)
+    path = tmp_path / "sae_weights.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "W_dec": tensors["W_dec"].to(torch.int32)}, path)
+    sign(tmp_path)
+    with pytest.raises(ValueError, match="sae_weights.safetensors holds W_dec as torch.int32"):
+        SparseAutoencoder.from_saelens(tmp_path)
 
 
 def test_an_image_path_that_leads_out_of_its_folder_is_refused(tmp_path):

@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -14,7 +15,10 @@ from pycocotools import mask as coco_mask
 from segcompass import evaluation
 from segcompass.commands import evaluate
 from segcompass.loaders import load_scenes
+from segcompass.loading import load
+from segcompass.modeling_segcompass import SegCompassModel
 from tests.support.refer import image_name, ref, write_images, write_instances
+from tests.support.scripted import noise_image
 
 N = 14
 GOOD = "<think>a red ball</think>" + "<REF_POS>" * 3
@@ -112,6 +116,25 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(run, saved, tmp_path
     ]
     monkeypatch.setattr(evaluation, "predict", killed)  # a finished run needs no model
     assert run(*options, output="parts") == whole
+
+
+def test_an_image_that_several_rows_ask_about_is_encoded_once(saved, monkeypatch):
+    model, processor = load(saved[0])
+    first, second = noise_image(30, 44), noise_image(50, 40)
+    images = [first, second, first.copy(), first]
+    wanted = processor.encoder_inputs(images)
+    with torch.no_grad():
+        wanted["image_embeddings"] = model.get_image_embeddings(wanted.pop("encoder_pixel_values"))
+    encode, seen = SegCompassModel.get_image_embeddings, []
+    monkeypatch.setattr(
+        SegCompassModel, "get_image_embeddings", lambda self, pixels: seen.append(len(pixels)) or encode(self, pixels)
+    )
+    found = evaluation.encode_once(model, processor, images, list("abcd"))
+    assert seen == [2] and found.keys() == wanted.keys()
+    for name, value in wanted.items():  # a batch of another size may be summed in another order
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="sample 'c': the image is 2000 x 1 pixels"):
+        evaluation.encode_once(model, processor, [first, first, noise_image(1, 2000)], list("abc"))
 
 
 def test_what_another_process_wrote_is_taken_up(run, saved, tmp_path, writes, monkeypatch):

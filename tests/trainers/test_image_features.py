@@ -118,6 +118,23 @@ def test_what_is_missing_or_damaged_is_said(tmp_path):
         ImageFeatures(tmp_path / "nothing", "any")
 
 
+def test_a_lost_or_exchanged_list_is_named(tmp_path):
+    model, processor = tiny_segcompass("llava")
+    images = pictures(2)
+    write(tmp_path, images[:1], model, processor)
+    write(tmp_path, images, model, processor)
+    lists = [tmp_path / f"shard-0000{number}.json" for number in range(2)]
+    second = lists[1].read_bytes()
+    lists[1].write_bytes(lists[0].read_bytes())
+    with pytest.raises(ValueError, match="shard-00001.json lists the images of shard-00000.json"):
+        open_image_features(tmp_path, model, processor)
+    lists[1].unlink()
+    with pytest.raises(KeyError, match="where shard-00001.npy lacks its shard-00001.json; run"):
+        open_image_features(tmp_path, model, processor).inputs(images)
+    lists[1].write_bytes(second)
+    assert len(open_image_features(tmp_path, model, processor).inputs(images)["image_embeddings"]) == 2
+
+
 def test_a_second_run_adds_only_what_is_new_and_clears_what_was_left(tmp_path):
     model, processor = tiny_segcompass("llava")
     images = pictures(5)

@@ -14,7 +14,7 @@ from segcompass.loaders import load_rows
 from segcompass.loaders.files import read_pickle
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor, SparseAutoencoder
 from segcompass.modeling_segcompass.manifest import sign
-from segcompass.modeling_segcompass.sam_weights import read_sam
+from segcompass.modeling_segcompass.sam_weights import read_original_sam
 from segcompass.trainers.image_features import ImageFeatures
 from tests.support.refer import write_instances
 
@@ -81,7 +81,7 @@ def attacks() -> Iterator[Attack]:
 
     def sam(folder):
         torch.save({"mask_decoder": Calls(folder)}, folder / "sam.pth")
-        read_sam(str(folder / "sam.pth"))
+        read_original_sam(str(folder / "sam.pth"))
 
     yield Attack("SAM's original file", sam, "(?i)weights.only|Unsupported|Unpickler")
 

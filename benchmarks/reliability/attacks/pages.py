@@ -2,8 +2,8 @@
 
 import html
 from collections.abc import Iterator
-from types import SimpleNamespace
 
+from benchmarks.reliability.space import space
 from segcompass.gallery import write_gallery
 from segcompass.hub_cards.cards import dataset_card
 from segcompass.modeling_segcompass.explanation_page import render_html
@@ -107,18 +107,8 @@ def attacks() -> Iterator[Attack]:
 
         def refused(folder, payload=payload):
             """The Space shows errors as markup; what a visitor wrote must not be any."""
-            import sys
-            from importlib import util
-            from pathlib import Path
-
-            words = {"skip": lambda: None, "Radio": dict, "Slider": dict, "Error": RuntimeError, "Blocks": object}
-            sys.modules.setdefault("gradio", SimpleNamespace(**words, Request=object))
-            place = Path(__file__).resolve().parents[3] / "hub_cards" / "space" / "app.py"
-            spec = util.spec_from_file_location("space_app", place)
-            app = util.module_from_spec(spec)
-            spec.loader.exec_module(app)
             try:
-                app.check_threshold(payload)
+                space().check_threshold(payload)
             except Exception as error:
                 return payload[:30] not in str(error)
 

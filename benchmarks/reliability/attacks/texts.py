@@ -84,9 +84,8 @@ def attacks() -> Iterator[Attack]:
             text = processor.apply_chat_template(processor.build_messages("a mug"), tokenize=False)
             return "class" not in text and "root:" not in text and len(text) < 10**6
 
-        yield Attack(
-            f"a chat template: {name}", chat, "unsafe|undefined|no loader|Range too big|not safely|has no attr"
-        )
+        refusal = "unsafe|undefined|no loader|Range too big|not safely|has no attr"
+        yield Attack(f"a chat template: {name}", chat, "" if name == "attr" else refusal)  # it finds nothing, quietly
 
     for text in ("<think>", "</think>", "<REF_POS>", "</s>", "<pad>", "<image>", "<s>", "<unk>", "<|im_end|>"):
 

@@ -24,10 +24,11 @@ from segcompass.white_box.criteria import (
     pointing,
     summarise_criteria,
 )
-from segcompass.white_box.criteria_records import interchange, two_questions
+from segcompass.white_box.criteria_records import interchange
 from segcompass.white_box.decoding import decode, single_sample
 from segcompass.white_box.detectors import best_detectors, lift, score_all
-from tests.support.scripted import Script, lively_segcompass
+from segcompass.white_box.scene_truth import NAMED, SceneTruths, said_of_scene, two_questions
+from tests.support.scripted import Script, lively_segcompass, noise_image
 
 GOOD = "<think>a red ball</think>" + "<REF_POS>" * 3
 KEYS = list(white_box.KEYS)
@@ -213,11 +214,10 @@ def test_phrases_and_places_are_read_from_the_reasoning():
     scene, question = scene_question("train", 0, number)
     thing = scene.objects[0]
     words = ["find", *thing.place, thing.size, thing.colour, thing.shape, ",", "look", *thing.place]
-    place_of = {name: number for number, name in enumerate(criteria_records.NAMED)}
-    has = np.zeros((2, len(place_of)), bool)
-    for row, each in enumerate(scene.objects):
-        has[row, [place_of[name] for name in criteria_records._attributes(each)]] = True
-    word, phrase = criteria_records._said(words, [False] + [True] * (len(words) - 1), scene, has, place_of)
+    place_of = {name: number for number, name in enumerate(NAMED)}
+    truth = SceneTruths("scenes", "test", 0, 1, 1).of({"image_id": f"scenes-train-0-{number}"})
+    assert truth.targets == question.targets and np.array_equal(truth.masks, scene.masks)
+    word, phrase = said_of_scene(words, [False] + [True] * (len(words) - 1), truth)
     assert word[1, place_of[f"column {thing.place[0]}"]] and word[2, place_of[f"row {thing.place[1]}"]]
     assert word[4, place_of[thing.colour]] and word.sum() == 7
     assert phrase.any(1).tolist() == [False, *[True] * 5, False, False, True, True]
@@ -399,6 +399,25 @@ def test_grounded_read_out_is_examined_too():
     assert reading.masks(0, [Change(off=(heavy,), to=tuple(free[:2]))]).shape[0] == 1
 
 
+def test_mean_places_of_images_of_several_ratios_lie_on_one_grid():
+    """As Qwen2.5-VL sees them: more patches in a row for a wide image, and padding where a batch holds both."""
+    model, processor = lively_segcompass("qwen2_5_vl", num_slots=3, concept_reading="grounded")
+    images = [noise_image(28, 56), noise_image(56, 28, 1)]
+
+    def batch(*chosen):
+        response = processor.format_response("a red ball")
+        return dict(processor(images=list(chosen), text=["it"] * len(chosen), response=[response] * len(chosen)))
+
+    together = PlacesReading.gather_means(model, iter([batch(*images)]))
+    apart = PlacesReading.gather_means(model, iter([batch(image) for image in images]))
+    rows, columns = together.grid
+    assert rows < columns and torch.allclose(together.maps, apart.maps, atol=1e-5)
+    assert torch.equal(together.on(together.grid), together.maps)
+    assert together.on((columns, rows)).shape == together.maps.shape
+    even = together._replace(maps=torch.ones_like(together.maps))
+    assert torch.allclose(even.on((5, 3)), torch.ones(len(even.maps), 15))
+
+
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
@@ -432,8 +451,11 @@ def test_command_end_to_end_and_resumed(saved, tmp_path, writes, monkeypatch, ca
 
 def test_other_data_is_refused_before_anything_is_read(capsys):
     with pytest.raises(SystemExit):
-        white_box.parse(["--model", "x", "--dataset", "refcoco"])
+        white_box.parse(["--model", "x", "--dataset", "reasonseg"])
     assert "use 'scenes'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        white_box.parse(["--model", "x", "--label-split", "val"])
+    assert "scenes are labelled on their training split" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("examined", [["--split", "train", "--seed", "4"], ["--split", "test", "--seed", "5"]])

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from segcompass.white_box.scene_attributes import ATTRIBUTES as LOOKS
 from segcompass.white_box.shared_concepts import (
     KINDS,
-    LOOKS,
     Sample,
     decoder_cosines,
     exchanged,

@@ -1,0 +1,93 @@
+"""COCO's instances as referring segmentation: of each image one row per category, "the cup" or "every cup".
+
+COCO has no expressions. Its rows are for looking into a model (`segcompass white-box`) and for images of one's own that
+are annotated in COCO's format.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from datasets import Dataset, Features
+
+from .files import inside_folder, need, read_json
+from .masks import coco_rle
+from .registry import register_loader
+from .rows import FEATURES, INSTANCES, target_kind, to_dataset
+
+
+@register_loader("coco")
+def load_coco(
+    root: str | os.PathLike,
+    split: str = "val2017",
+    image_dir: str | os.PathLike | None = None,
+    num_samples: int | None = None,
+) -> Dataset:
+    """Rows of a data set in COCO's layout.
+
+    Args:
+        root: holds annotations/instances_SPLIT.json and SPLIT/ with the images.
+        split: such as "train2017" or "val2017".
+        image_dir: the folder of the images, where it is another.
+        num_samples: the first so many rows, or None for all.
+
+    Returns:
+        Dataset with the columns of `loaders.rows.FEATURES` and `loaders.rows.INSTANCES`; images in the order of the
+        file, categories in the order of their first instance. `sample_id` is coco-SPLIT-IMAGE-CATEGORY. A category of
+        which the image has a crowd is not asked for, since nobody told its instances apart.
+
+    Raises:
+        FileNotFoundError: the annotations, or images, are missing.
+        ValueError: no COCO annotation file, or a segmentation that cannot be read; the annotation is named.
+
+    Example:
+        rows = load_coco("COCO", "val2017", num_samples=100)
+    """
+    where = "`root` is the folder that has annotations/ in it (annotations_trainval2017.zip of COCO)."
+    path = need(Path(root) / "annotations" / f"instances_{split}.json", where)
+    folder = Path(root) / split if image_dir is None else Path(image_dir)
+    need(folder, f"it is the folder of the images of {split}; name another with image_dir.")
+    arguments = {"path": path, "split": split, "folder": folder.resolve()}
+    return to_dataset(_rows, arguments, [path], split, num_samples, features=Features({**FEATURES, **INSTANCES}))
+
+
+def _rows(path: Path, split: str, folder: Path) -> Iterator[dict]:
+    content = read_json(path)
+    if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= content.keys():
+        raise ValueError(f"{path} is no COCO annotation file: it needs the keys images, annotations and categories.")
+    names = {each["id"]: each["name"] for each in content["categories"]}
+    there: dict[int, list[dict]] = {}
+    for each in content["annotations"]:
+        if each.get("category_id") not in names:
+            raise ValueError(f"{path}, annotation {each['id']}: it has no category that the file names.")
+        there.setdefault(each["image_id"], []).append(each)
+    for image in content["images"]:
+        things = []
+        for each in there.get(image["id"], ()):
+            try:
+                mask = coco_rle(each["segmentation"], image["height"], image["width"])
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path}, annotation {each['id']}: {error}") from error
+            if mask is not None:
+                name, crowd = names[each["category_id"]], bool(each.get("iscrowd"))
+                things.append({"category": name, "expressions": [], "crowd": crowd, "mask": mask})
+        crowds = {thing["category"] for thing in things if thing["crowd"]}
+        for name in dict.fromkeys(thing["category"] for thing in things):
+            if name in crowds:
+                continue
+            masks = [thing["mask"] for thing in things if thing["category"] == name]
+            yield {
+                "image": {"path": str(inside_folder(folder, image["file_name"])), "bytes": None},
+                "image_id": str(image["id"]),
+                "sample_id": f"coco-{split}-{image['id']}-{name}",
+                "dataset": "coco",
+                "split": split,
+                "instruction": f"{'the' if len(masks) == 1 else 'every'} {name}",
+                "reasoning": None,
+                "masks": masks,
+                "ignore": None,
+                "height": image["height"],
+                "width": image["width"],
+                "kind": target_kind(len(masks)),
+                "instances": things,
+            }
