@@ -96,7 +96,7 @@ def read_labelled(
             clear = clear.nonzero()[0]
             image = tokens.activations[tokens.types == IMAGE]  # (patches, d_sae)
             whole = np.asarray(seen.all(0) & ground) if truth.unclear is None else np.zeros_like(ground)  # (K,)
-            found["scene"].add(image.amax(0, keepdim=True), has.any(0)[None], whole[None])
+            found["scene"].add(image.amax(0, keepdim=True), np.asarray(has.any(0))[None], whole[None])
             on_patches = (cover.T @ seen >= COVERED) | (empty[:, None] & ground)  # (patches, K)
             found["patch"].add(image[clear].half(), (cover.T @ has)[clear] >= COVERED, on_patches[clear])
             text = (tokens.types != IMAGE).nonzero()[:, 0].tolist()
