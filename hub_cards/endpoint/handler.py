@@ -26,7 +26,8 @@ class EndpointHandler:
 
     def __init__(self, path: str = ".") -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.pipe: Any = pipeline("reasoning-segmentation", model=path, trust_remote_code=True, device=device)
+        make: Any = pipeline  # the task is the model's own
+        self.pipe = make("reasoning-segmentation", model=path, trust_remote_code=True, device=device)
 
     def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
         """Answer one request.

@@ -163,7 +163,7 @@ def promoted_words(
         {feature: (word pieces with what one unit of it adds to their logits, most first; the same, least first)}.
     """
     head: Any = model.get_output_embeddings()
-    norm = getattr(model.backbone.language_model(model.mllm), "norm", None)
+    norm: Any = getattr(model.backbone.language_model(model.mllm), "norm", None)
     directions = model.sae.W_dec[list(indices)].float()  # (F, d_π)
     if getattr(norm, "weight", None) is not None:  # the last norm's gains, as they stand before the head
         directions = directions * norm.weight.float()

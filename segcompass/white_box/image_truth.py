@@ -113,4 +113,5 @@ def patch_cover(masks: np.ndarray, boxes: torch.Tensor) -> np.ndarray:
     Returns:
         float (n, P).
     """
-    return patch_coverage([encode_mask(mask) for mask in masks], *masks.shape[1:], boxes).numpy()
+    height, width = masks.shape[1:]
+    return patch_coverage([encode_mask(mask) for mask in masks], height, width, boxes).numpy()
