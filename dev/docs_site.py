@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = "examples/notebooks"
 START = "index.md"
 SECTIONS = {
-    "Use it": ("families.md", "encoders.md", "generation.md", "serving.md", "space.md", "hub.md"),
-    "Train it": ("own_data.md", "data.md", "training.md", "sae.md", "routes.md", "reproduce.md"),
+    "Use it": ("families.md", "encoders.md", "routes.md", "generation.md", "serving.md", "space.md", "hub.md"),
+    "Train it": ("own_data.md", "data.md", "training.md", "sae.md", "reproduce.md"),
     "Look inside it": ("white_box.md",),
     "Extend it": ("extending.md",),
     "Measured": ("measured.md", "protocols.md", "reliability.md", "outside_suites.md"),
