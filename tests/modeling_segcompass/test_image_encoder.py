@@ -98,7 +98,8 @@ def test_a_new_encoder_is_a_class_and_an_entry(monkeypatch, tmp_path):
     inputs = processor(images=noise_image(30, 44), text="it", response="<think>a</think><REF_POS>")
     with torch.no_grad():
         assert model(**inputs).heatmaps.shape == (1, 3, 8, 8)
-        assert torch.equal(again(**inputs).pred_masks, model(**inputs).pred_masks)
+        # weights that lie elsewhere in memory may be summed in another order
+        assert torch.allclose(again(**inputs).pred_masks, model(**inputs).pred_masks, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["SamImageProcessor", "SamImageProcessorPil", "SamImageProcessorFast"])
