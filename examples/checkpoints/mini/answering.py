@@ -234,8 +234,8 @@ def _read_steering(fields: Mapping[str, Any], model: Any, limits: Limits) -> dic
                 "use concept_scale",
             )
         try:
-            alone = [asked if each == name else None for each in STEERING]
-            steer(*alone, torch.zeros(1, 1, 1), model.config.sae_config.d_sae, labels)
+            alone: list[Any] = [asked if each == name else None for each in STEERING]
+            steer(alone[0], alone[1], alone[2], torch.zeros(1, 1, 1), model.config.sae_config.d_sae, labels)
         except ValueError as error:
             raise Refusal(422, name, str(error).rstrip("."), "", "") from error
         steering[name] = asked

@@ -110,10 +110,10 @@ def _rings(inside: np.ndarray) -> tuple[list[list[tuple[int, int]]], np.ndarray]
             continue
         ring, corner = [], start
         while True:
-            for partner in (horizontal, vertical):
+            for neighbour in (horizontal, vertical):
                 seen[corner] = True
                 ring.append(points[corner])
-                corner = partner[corner]
+                corner = neighbour[corner]
             if corner == start:
                 break
         rings.append(ring)

@@ -635,7 +635,9 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             ValueError: neither encoder_pixel_values nor image_embeddings; inputs that hold a response; an option of
                 `generate` that masks cannot follow (docs/generation.md); NaN or infinity.
         """
-        told = dict(concept_scale=concept_scale, concept_add=concept_add, concept_replace=concept_replace)
+        told: dict[str, Any] = dict(
+            concept_scale=concept_scale, concept_add=concept_add, concept_replace=concept_replace
+        )
         sequences, states = self.reason(input_ids, **inputs, **(told if steer_reasoning else {}))
         with torch.no_grad():
             output = self.decode_masks(**states._asdict(), **told, query_source=query_source)
