@@ -239,7 +239,7 @@ class PlacesReading:
             indices = outputs.concept_indices.cpu()  # (B, M)
             found = outputs.grounding.maps.mT.float().cpu()  # (B, M, patches)
             chosen = (outputs.concept_values > 0).cpu()
-            grids = [tuple(each) for each in outputs.patch_grid.tolist()]
+            grids = [grid_shape(boxes) for boxes in outputs.patch_boxes]
             if maps is None:
                 grid = grids[0]
                 maps = torch.zeros(d_sae, grid[0] * grid[1])
@@ -284,7 +284,7 @@ class PlacesReading:
         maps = grounding.maps[0].mT.clone()  # (M, patches)
         replaced = torch.from_numpy(np.isin(self.indices, change.mean)).to(maps.device)
         if replaced.any():
-            grid = tuple(self.outputs.patch_grid[0].tolist())
+            grid = grid_shape(self.outputs.patch_boxes[0])
             maps[replaced] = self.means.on(grid).to(maps)[self.outputs.concept_indices[0][replaced]]
         weights = grounding.weights[0, slot] * (0 if change.silent else 1)  # without words nothing is chosen
         heat = weights @ maps + grounding.offset  # (patches,)

@@ -37,6 +37,7 @@ def test_it_answers_as_when_it_was_written(folder, caplog):
     assert "manifest" not in caplog.text and "differ" not in caplog.text, "its signature holds"
     for name in ("input_ids", "concept_indices"):
         assert torch.equal(made[name], expected[name]), name
-    # float32 of another machine: sums in another order
-    torch.testing.assert_close(made["pred_masks"], expected["pred_masks"], atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(made["pred_logits"], expected["pred_logits"], atol=1e-4, rtol=1e-4)
+    # float32 of another machine: sums in another order; and since format 1 was written, patches of images whose sides
+    # are no whole multiples lie where their pixels are, a part of a pixel from where they were taken to be (2e-4 here)
+    for name in ("pred_masks", "pred_logits"):
+        torch.testing.assert_close(made[name], expected[name], atol=5e-4, rtol=5e-4)
