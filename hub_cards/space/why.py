@@ -266,10 +266,13 @@ def explained(model: Any, processor: Any, answer: Any, slot: Slot) -> Slot:
 
 
 def heat_of_patches(patches: list[Any]) -> np.ndarray:
-    """Where patches fire, float (FINE, FINE) over the image; where patches overlap, the strongest.
+    """Where patches fire, over the image.
 
     Args:
         patches: PatchHits, each with its box in fractions of the image.
+
+    Returns:
+        float (FINE, FINE); where patches overlap, the strongest.
     """
     heat = np.zeros((FINE, FINE), np.float32)
     for patch in patches:
