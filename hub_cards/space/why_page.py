@@ -187,7 +187,8 @@ def _text(why: Why, slot: Slot, numbers: dict[Key, int]) -> str:
             continue
         space = " " if word[:1].isspace() else ""
         fired = " ".join(map(str, linked.get(number, [])))
-        together = f" It is read as “{slot.phrases[number]}”." if slot.phrases.get(number) else ""
+        phrase = slot.phrases.get(number, "").strip()
+        together = f" It is read as “{phrase}”." if phrase not in ("", word.strip()) else ""
         told = (
             f"{share:.0%} of what this mask reads comes from this word."
             if why.additive
