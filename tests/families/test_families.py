@@ -301,8 +301,15 @@ def test_the_token_whose_pixels_changed_is_the_one_that_stands_there(family, par
 def test_inputs_that_trl_would_lose_are_refused():
     processor = tiny_processor("llava")
     make = processor.image_processor.preprocess
-    processor.image_processor.preprocess = lambda *images, **options: {**make(*images, **options), "depth": [[1.0]]}
-    with pytest.raises(ValueError, match="need depth, which TRL does not hand on from the rollout; train it with"):
+    processor.image_processor.preprocess = (
+        lambda *images, **options: {  # an input that the MLLM takes, and TRL does not
+            **make(*images, **options),
+            "position_ids": [[1]],
+        }
+    )
+    with pytest.raises(
+        ValueError, match="need position_ids, which TRL does not hand on from the rollout; train it with"
+    ):
         check_carried_inputs(processor)
 
 
