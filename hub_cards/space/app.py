@@ -49,6 +49,10 @@ element.addEventListener('click', event => {
   if (card) trigger('take', {number: Number(card.dataset.example)});
 });
 """
+TELL = "document.querySelector('.why')?.dispatchEvent(new CustomEvent('{}', {{bubbles: true}}))"
+BUSY_JS = f"(...given) => {{ {TELL.format('computing')}; return given; }}"
+SETTLED_JS = f"() => {{ {TELL.format('settled')}; }}"
+"""What tells `page.js` that a change is computed, and that the answer to it is there."""
 
 
 def examples() -> list[dict]:
@@ -110,9 +114,9 @@ class Page:
         change = {"off": 0.0, "double": 2.0}.get(str(action), getattr(event, "other", None))
         return self.html(self.demo.change(question, getattr(event, "concept", None), change, threshold, request))
 
-    def undo(self, question: str, threshold: float, request: gr.Request) -> str:
-        """The page with nothing changed."""
-        return self.html(self.demo.restore(question, threshold, request))
+    def undo(self, question: str, threshold: float, event: gr.EventData, request: gr.Request) -> str:
+        """The page without the change of one concept, or with nothing changed."""
+        return self.html(self.demo.restore(question, threshold, request, getattr(event, "concept", None)))
 
     def rethreshold(self, question: str, threshold: float, request: gr.Request) -> Any:
         """The page with other slots kept."""
@@ -157,9 +161,13 @@ def page(demo: Demo) -> gr.Blocks:
         gr.on([ask.click, instruction.submit], calls.ask, *asked, **asking)
         if chosen is not None:
             chosen.take(calls.take, None, [image, instruction], **ours).then(calls.ask, *asked, **asking)
-        why.steer(calls.steer, [answer, threshold], why, **ours)
-        why.undo(calls.undo, [answer, threshold], why, **ours)
-        threshold.release(calls.rethreshold, [answer, threshold], why, **ours)
+        for changed in (
+            why.steer(calls.steer, [answer, threshold], why, **ours),
+            why.undo(calls.undo, [answer, threshold], why, **ours),
+            threshold.release(calls.rethreshold, [answer, threshold], why, js=BUSY_JS, **ours),
+        ):
+            changed.success(None, js=SETTLED_JS, **ours)  # also when the page is as it was
+            changed.failure(None, js=SETTLED_JS, **ours)
         blocks.unload(demo.leave)
         add_api(tools)
     return blocks.queue(max_size=4 * (AT_ONCE + MAX_WAITING))

@@ -4,6 +4,7 @@ Answers of the page are kept per visitor, so that a change decodes the masks aga
 behind; the MLLM does not run again. `Tools` answers each call by itself and keeps nothing. Knows nothing about layout.
 """
 
+import logging
 import os
 import time
 from collections.abc import Iterator
@@ -65,7 +66,8 @@ class Demo:
         self.model, self.processor = model, processor
         self.line, self.answers = Line(), Answers()
         self._asking: dict[str, tuple[Event, object]] = {}  # visitor -> (set when the visitor has left, its ticket)
-        self.swaps = swap_names(model.concept_labels) if model.grounded else []
+        is_place = model.grounded_reading.is_place.tolist() if model.grounded else []
+        self.swaps = swap_names(model.concept_labels, is_place) if model.grounded else {}
         self._write, self._decode = on_gpu(self._write_here), on_gpu(self._decode_here)
         self._account = on_gpu(self._account_here)
 
@@ -148,6 +150,7 @@ class Demo:
         except gr.Error:
             raise
         except Exception as error:
+            logging.getLogger(__name__).exception("The model failed")
             raise refusal(f"The model failed: {error}") from error
         finally:
             written.close()  # the model stops at the next token, before the next is served
@@ -242,30 +245,53 @@ class Demo:
             Shown.
         """
         answer = self.answers.get(visitor_of(request), question)
-        if isinstance(concept, bool) or not isinstance(concept, int) or not 0 <= concept < len(answer.concepts):
-            raise refusal(f"The concept {concept!r:.40} is none of this answer's; choose one of the list.")
+        key = self._chosen(answer, concept)
         if isinstance(change, str):
             if change not in self.swaps:
                 raise refusal(f"{change!r:.40} is no name that can be put in its place; choose one of the list.")
-            if change == answer.concepts[concept]:
+            if change == key:
                 raise refusal(f"{change} would be put in its own place; choose another name.")
         elif not 0 <= within(change, "the strength") <= 2:
             raise refusal(f"The strength is {change!r:.40}; choose a number from 0 to 2.")
         check_threshold(threshold)
         before = answer.changes
-        answer.changes = {**before, answer.concepts[concept]: change if isinstance(change, str) else float(change)}
+        answer.changes = {**before, key: change if isinstance(change, str) else float(change)}
         try:
             return self.show(answer, threshold)
         except gr.Error:
             answer.changes = before
             raise
 
-    def restore(self, question: str | None, threshold: float, request: gr.Request | None = None) -> Shown:
-        """The answer with nothing changed."""
+    def restore(
+        self,
+        question: str | None,
+        threshold: float,
+        request: gr.Request | None = None,
+        concept: Any = None,
+    ) -> Shown:
+        """The answer without the change of one concept, or with nothing changed.
+
+        Args:
+            question: name of the answer.
+            threshold: confidence from which a slot is kept.
+            request: whose question it is.
+            concept: its number on the page; None undoes all changes.
+
+        Returns:
+            Shown.
+        """
         answer = self.answers.get(visitor_of(request), question)
+        undone = set(answer.changes) if concept is None else {self._chosen(answer, concept)}
         check_threshold(threshold)
-        answer.changes = {}
+        answer.changes = {key: change for key, change in answer.changes.items() if key not in undone}
         return self.show(answer, threshold)
+
+    @staticmethod
+    def _chosen(answer: Answer, concept: Any) -> Key:
+        """The concept with this number on the page. Raises gr.Error when there is none."""
+        if isinstance(concept, bool) or not isinstance(concept, int) or not 0 <= concept < len(answer.concepts):
+            raise refusal(f"The concept {concept!r:.40} is none of this answer's; choose one of the list.")
+        return answer.concepts[concept]
 
     def rethreshold(self, question: str | None, threshold: float, request: gr.Request | None = None) -> Shown | None:
         """The same answer, other slots kept; None when nothing was asked yet."""

@@ -25,10 +25,19 @@ function choose(number) {
     row.setAttribute('aria-pressed', chosen);
     if (!chosen) continue;
     for (const name of all('.chosen')) name.textContent = row.dataset.name;
-    const other = element.querySelector('.other');
-    if (other && other.value === row.dataset.name)
-      other.value = ([...other.options].find(option => option.value !== other.value) || other).value;
+    offer(row);
   }
+}
+
+// What can be done with the chosen concept: what is done already is undone, and nothing takes its own place.
+function offer(row) {
+  const {name, change} = row.dataset, other = element.querySelector('.other');
+  for (const button of all('[data-do=off]')) button.textContent = change === '0' ? 'Switch on' : 'Switch off';
+  for (const button of all('[data-do=double]')) button.textContent = change === '2' ? 'Undo double' : 'Double';
+  if (!other) return;
+  for (const option of other.options) option.hidden = option.disabled = option.value === name || option.value === change;
+  if (!other.selectedOptions.length || other.selectedOptions[0].disabled)
+    other.value = ([...other.options].find(option => !option.disabled) || {value: ''}).value;
 }
 
 function show(slot) {
@@ -44,6 +53,7 @@ function show(slot) {
 function refresh() {
   const root = element.querySelector('.why');
   if (!root) return;
+  computing(false);
   const begins = root.dataset.answer === '' && root.dataset.busy !== undefined;
   if (begins && !state.busy && element.getBoundingClientRect().top > 0.6 * window.innerHeight)
     element.scrollIntoView({block: 'start'});
@@ -54,6 +64,36 @@ function refresh() {
   const text = element.querySelector('.text');
   if (text && !root.dataset.answer) text.scrollTop = text.scrollHeight;
   if (element.contains(document.activeElement) && document.activeElement.dataset.c) light(numbers(document.activeElement));
+}
+
+// A change is on its way: said at once, and nothing else can be asked for until it is there.
+function computing(on) {
+  const root = element.querySelector('.why');
+  if (!root) return;
+  state.computing = on;
+  root.classList.toggle('computing', on);
+  root.setAttribute('aria-busy', on);
+  for (const button of all('[data-do]')) button.setAttribute('aria-disabled', on); // `disabled` would lose the focus
+}
+
+function ask(event, given) {
+  computing(true);
+  trigger(event, given);
+}
+
+function act(action, button) {
+  if (state.computing) return;
+  const other = element.querySelector('.other'), row = element.querySelector('.concept[aria-pressed=true]');
+  if (action === 'undo') return ask('undo', {});
+  if (action === 'drop') {
+    ask('undo', {concept: Number(button.dataset.concept)});
+    element.querySelector('[data-do=off]').focus({preventScroll: true}); // the button goes with its change
+    return;
+  }
+  if (state.chosen === null || !row || (action === 'swap' && !other.value)) return;
+  const concept = Number(state.chosen), done = {off: '0', double: '2'}[action];
+  if (done !== undefined && row.dataset.change === done) return ask('undo', {concept});
+  ask('steer', {action, concept, other: other ? other.value : null});
 }
 
 function spot(event) {
@@ -87,11 +127,9 @@ element.addEventListener('click', event => {
   if (button.classList.contains('tab')) return show(button.dataset.slot);
   if (button.classList.contains('concept')) return choose(button.dataset.c);
   if (button.classList.contains('word') && numbers(button).length) return choose(numbers(button)[0]);
-  if (button.dataset.do === 'undo') return trigger('undo', {});
-  if (button.dataset.do && state.chosen !== null) {
-    const other = element.querySelector('.other');
-    trigger('steer', {action: button.dataset.do, concept: Number(state.chosen), other: other ? other.value : null});
-  }
+  if (button.dataset.do) act(button.dataset.do, button);
 });
+element.addEventListener('computing', () => computing(true));
+element.addEventListener('settled', () => computing(false));
 watch('value', refresh);
 refresh();

@@ -29,8 +29,8 @@ MAX_ANSWERS, MAX_BYTES, KEPT_SECONDS = 64, 2**30, 1800.0
 
 
 def refusal(message: Any) -> gr.Error:
-    """An error that the page shows as text, whatever a visitor wrote into it."""
-    return gr.Error(html.escape(str(message)))
+    """An error that the page shows as text, whatever a visitor wrote into it; no fault, so no traceback in the log."""
+    return gr.Error(html.escape(str(message)), print_exception=False)
 
 
 def visitor_of(request: Any) -> str:

@@ -4,6 +4,7 @@ Reads what the model's own `explain` says about a decoding and puts it into the 
 name count as one. Knows nothing about visitors, the network or HTML.
 """
 
+import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,6 +22,11 @@ NEEDED = 0.3
 """A mask that loses this share without a concept needs it."""
 STAYS = 0.98
 """Two masks that agree so far (intersection over union) are called the same."""
+
+NOTHING = re.compile(r"\banswer:\s*(?:none|nothing)\b[^.<\n]*", re.IGNORECASE)
+"""How a response answers that nothing fits."""
+MARK = re.compile(r"[\W_]*|an?|and|are|as|at|be|by|for|from|in|is|it|of|on|or|than|that|the|this|to|was|with")
+"""Marks and small words, which name nothing; "A" is a column of a board."""
 
 Key = int | str
 """How a concept is called when it is changed: by its label, or by its number where it has none."""
@@ -82,6 +88,8 @@ class Why:
     after: dict[int, Slot] = field(default_factory=dict)
     """number -> the same slot after the visitor's changes; empty without any."""
     changes: dict[Key, float | str] = field(default_factory=dict)
+    names: dict[Key, str] = field(default_factory=dict)
+    """how the concepts of `changes` are called."""
 
     @property
     def kept(self) -> list[Slot]:
@@ -96,12 +104,18 @@ class Why:
         if self.kept:
             pixels = int(np.any([slot.mask for slot in self.kept], axis=0).sum())
             count = len(self.kept)
-            return f"{count} mask{'s' * (count > 1)}, {pixels:,} pixels."
-        surest = self.slots[0].confidence
-        return (
-            f"No target: not sure enough. Confidence {confidence(surest)}, a mask needs {self.threshold:.2f}. "
-            "It looked here."
-        )
+            although = f", though it wrote “{self.none}”" if self.none else ""
+            return f"{count} mask{'s' * (count > 1)}, {pixels:,} pixels{although}."
+        sure = f"onfidence {confidence(self.slots[0].confidence)}, a mask needs {self.threshold:.2f}."
+        if self.none:
+            return f"No target: it answered that nothing fits (“{self.none}”), c{sure}"
+        return f"No target: not sure enough. C{sure} It looked here."
+
+    @property
+    def none(self) -> str:
+        """The response's words that nothing fits; empty where it has none."""
+        said = NOTHING.findall("".join(self.words))
+        return said[-1].strip() if said else ""
 
 
 def confidence(value: float) -> str:
@@ -113,10 +127,23 @@ def confidence(value: float) -> str:
     return f"{value:.2f}"
 
 
-def swap_names(labels: dict[int, str]) -> list[str]:
-    """The names that may stand in a concept's place: those of one plain word, in alphabetical order."""
-    plain = {label.strip() for label in labels.values()}
-    return sorted(name for name in plain if name.replace(" ", "").replace("-", "").isalpha())[:MAX_SWAPS]
+def swap_names(labels: dict[int, str], is_place: list[bool]) -> dict[str, str]:
+    """The names that may stand in a concept's place: those of one plain word.
+
+    Args:
+        labels: feature -> label.
+        is_place: for each feature, whether it tells where a thing is.
+
+    Returns:
+        Name -> "look" or "place"; looks first, each in alphabetical order.
+    """
+    kinds: dict[str, str] = {}
+    for index, label in labels.items():
+        name = label.strip()
+        if name.replace(" ", "").replace("-", "").isalpha() and kinds.get(name) != "look":
+            kinds[name] = "place" if is_place[index] else "look"
+    ordered = sorted(kinds, key=lambda name: (kinds[name], name.casefold(), name))
+    return {name: kinds[name] for name in ordered[:MAX_SWAPS]}
 
 
 def account(model: Any, processor: Any, answer: Any, threshold: float, changed: Any = None) -> Why:
@@ -150,6 +177,7 @@ def account(model: Any, processor: Any, answer: Any, threshold: float, changed: 
         additive=additive,
         after={slot.number: after[slot.number] for slot in shown if slot.number in after},
         changes=dict(answer.changes),
+        names={key: shown_name(key, model.concept_labels) for key in answer.changes},
     )
 
 
@@ -226,7 +254,7 @@ def explained(model: Any, processor: Any, answer: Any, slot: Slot) -> Slot:
             heat = heat_of_patches([patch for member in members for patch in member.patches])
         kind = "" if is_place is None else "place" if is_place[members[0].index] else "look"
         share = float(sum(member.weight for member in members))
-        concepts.append(Concept(key, shown_name(key, members[0].index), kind, share, words, heat, lost.get(key)))
+        concepts.append(Concept(key, shown_name(key, labels), kind, share, words, heat, lost.get(key)))
     read = {number[word.position]: word.strength for word in report.words if word.position in number}
     read = {word: strength for word, strength in read.items() if strength > 0}
     if not grounded:  # sums of strengths, which are no shares
@@ -259,12 +287,25 @@ def key_of(index: int, labels: dict[int, str]) -> Key:
     return labels[index].strip() if index in labels else index
 
 
-def shown_name(key: Key, index: int) -> str:
-    """The name that a visitor reads: a label without the note that says what it was found on."""
+def shown_name(key: Key, labels: dict[int, str]) -> str:
+    """The name that a visitor reads: a label without the note that says what it was found on.
+
+    A label of marks and small words alone tells where the concept fires and not what it means; it is called by number.
+
+    Args:
+        key: how the concept is called when it is changed.
+        labels: feature -> label.
+
+    Returns:
+        Such as "purple", "concept 7" or "concept 7 (at “,”)", with the first of its features' numbers.
+    """
     if isinstance(key, int):
         return f"concept {key}"
     name = key.removesuffix("(word)").removesuffix("(patch)").strip()
-    return name or f"concept {index}"
+    if not all(MARK.fullmatch(part) for part in name.split("/")):
+        return name
+    number = min(index for index, label in labels.items() if label.strip() == key)
+    return f"concept {number} (at “{name}”)" if name else f"concept {number}"
 
 
 def lost_by_name(model: Any, answer: Any, slot: int, groups: list[tuple[Key, list[Any]]]) -> dict[Key, float]:

@@ -69,14 +69,14 @@ def waiting_page(text: str = "", note: str = "") -> str:
     return f"<div class='why' data-answer=''{busy}>{_top(verdict, '')}{shown}{lower}</div>"
 
 
-def answer_page(why: Why, image: Image.Image, concepts: list[Key], swaps: list[str], name: str) -> str:
+def answer_page(why: Why, image: Image.Image, concepts: list[Key], swaps: dict[str, str], name: str) -> str:
     """The page with an answer.
 
     Args:
         why: the account of it.
         image: PIL image, RGB.
         concepts: the concepts by the number that the page knows them by; those of `why` are among them.
-        swaps: names that may be put in a concept's place.
+        swaps: names that may be put in a concept's place, each with its kind, "look" or "place".
         name: of the answer, so that the page knows a new one.
 
     Returns:
@@ -85,7 +85,8 @@ def answer_page(why: Why, image: Image.Image, concepts: list[Key], swaps: list[s
     shown = image.copy()
     shown.thumbnail((LONGEST, LONGEST))
     numbers = {key: number for number, key in enumerate(concepts)}
-    tabs = "".join(_tab(slot, place) for place, slot in enumerate(why.slots))
+    titles = {slot.number: _title(slot, place) for place, slot in enumerate(why.slots)}
+    tabs = "".join(_tab(slot, titles[slot.number]) for slot in why.slots)
     defs = (
         f"<svg class='defs' aria-hidden='true'><defs><image id='why-photo' width='{shown.width}' "
         f"height='{shown.height}' href='{_jpeg(shown)}'/></defs></svg>"
@@ -95,7 +96,7 @@ def answer_page(why: Why, image: Image.Image, concepts: list[Key], swaps: list[s
         text = f"<p class='text'>{escape(MARKS.sub('', ''.join(why.words)))}</p>"
         nothing = _chain(text, "", _blank("no heatmap"), _picture(shown, "", "the image"), ("", "", "", ""))
         sections = f"<div class='slot'>{nothing}</div>"
-    pairs = "".join(_pair(why, slot, shown) for slot in why.slots)
+    pairs = "".join(_pair(why, slot, shown, titles[slot.number]) for slot in why.slots)
     needs = "".join(f"<p class='note' data-slot='{slot.number}'>{escape(needed(slot))}</p>" for slot in why.slots)
     lower = _lower(f"{needs}{_controls(why, concepts, swaps)}", pairs)
     head = _top(why.verdict, tabs)
@@ -112,8 +113,11 @@ def _top(verdict: str, tabs: str) -> str:
     )
 
 
-def _tab(slot: Slot, place: int) -> str:
-    name = f"mask {place + 1}" if slot.kept else "best guess"
+def _title(slot: Slot, place: int) -> str:
+    return f"mask {place + 1}" if slot.kept else "best guess"
+
+
+def _tab(slot: Slot, name: str) -> str:
     return (
         f"<button type='button' class='tab' data-slot='{slot.number}' style='{_tint(slot)}' "
         f"aria-pressed='false'><i class='dot'></i>{name}"
@@ -155,11 +159,12 @@ def _section(why: Why, slot: Slot, image: Image.Image, numbers: dict[Key, int]) 
     place = "all together" if why.additive else "the heatmap; in this read-out the places do not add up to it"
     place += "" if slot.kept or not slot.concepts else ", brightened: the heat is low"
     drawn_as = "drawn where the heat is" if slot.kept else "what it would have drawn, faint: not kept"
+    when = "<b>before changes:</b> " if why.changes else ""  # only 5 has the changed masks
     captions = (
         "stronger colour: the mask reads more of the word, and of what led to it",
-        f"share of the heat, and what goes without it; all others {slot.rest:.0%}",
-        f"<span class='place' data-all='{escape(place)}'>{escape(place)}</span>",
-        drawn_as,
+        f"{when}share of the heat, and what goes without it; all others {slot.rest:.0%}",
+        f"{when}<span class='place' data-all='{escape(place)}'>{escape(place)}</span>",
+        f"{when}{drawn_as}",
     )
     return (
         f"<div class='slot' data-slot='{slot.number}' style='{_tint(slot)}'>"
@@ -182,10 +187,16 @@ def _text(why: Why, slot: Slot, numbers: dict[Key, int]) -> str:
             continue
         space = " " if word[:1].isspace() else ""
         fired = " ".join(map(str, linked.get(number, [])))
-        together = f", as “{slot.phrases[number]}”" if slot.phrases.get(number) else ""
+        phrase = slot.phrases.get(number, "").strip()
+        together = f" It is read as “{phrase}”." if phrase not in ("", word.strip()) else ""
+        told = (
+            f"{share:.0%} of what this mask reads comes from this word."
+            if why.additive
+            else f"This mask reads the word {share:.0%} as strongly as its strongest one."
+        )
         parts.append(
             f"{space}<button type='button' class='word' data-c='{fired}' style='--share:{share:.2f}' "
-            f"title='{share:.0%} of this mask is read here{escape(together)}'>{escape(word.strip())}</button>"
+            f"title='{escape(told + together)}'>{escape(word.strip())}</button>"
         )
     return f"<p class='text'>{''.join(parts)}</p>"
 
@@ -197,6 +208,7 @@ def _row(why: Why, slot: Slot, concept: Concept, number: int, image: Image.Image
     lost = "" if concept.lost is None else f"without it −{concept.lost:.0%}" if concept.lost >= 0.005 else "not needed"
     change = why.changes.get(concept.key)
     badge = "" if change is None else f"<em class='badge'>{escape(_said(change))}</em>"
+    changed = "" if change is None else escape(change) if isinstance(change, str) else f"{change:g}"
     thumb = (
         f"<svg class='thumb' viewBox='0 0 {image.width} {image.height}' aria-hidden='true'>"
         f"<use href='#why-photo' class='grey'/><use href='#why-{slot.number}-{number}'/></svg>"
@@ -204,7 +216,7 @@ def _row(why: Why, slot: Slot, concept: Concept, number: int, image: Image.Image
     kind = f"<small title='{KINDS[concept.kind]}'>{concept.kind}</small>" if concept.kind else ""
     return (
         f"<button type='button' class='concept' data-c='{number}' data-name='{escape(concept.name)}' "
-        f"data-share='{concept.share:.0%}' aria-pressed='false'>{thumb}<span class='about'>"
+        f"data-share='{concept.share:.0%}' data-change='{changed}' aria-pressed='false'>{thumb}<span class='about'>"
         f"<span class='head'><strong>{escape(concept.name)}</strong>{kind}{badge}<b>{concept.share:.0%}</b></span>"
         f"<span class='bar'><i style='width:{100 * min(concept.share, 1):.1f}%'></i></span>"
         f"<span class='foot'><span class='from'>{source}</span><span title='of the mask goes'>{lost}</span></span>"
@@ -219,14 +231,10 @@ def _said(change: float | str) -> str:
     return "off" if change == 0 else f"× {change:g}"
 
 
-def _controls(why: Why, concepts: list[Key], swaps: list[str]) -> str:
+def _controls(why: Why, concepts: list[Key], swaps: dict[str, str]) -> str:
     if not concepts:
         return "<p class='hint'>There are no concepts to change in this answer.</p>"
-    said = {word.strip().casefold() for word in why.words}
-    groups = {
-        "in this answer": [name for name in swaps if name.casefold() in said],
-        "others": [name for name in swaps if name.casefold() not in said],
-    }
+    groups = {f"{kind}s": [name for name in swaps if swaps[name] == kind] for kind in KINDS}
     options = "".join(
         f"<optgroup label='{group}'>"
         + "".join(f"<option value='{escape(name)}'>{escape(name)}</option>" for name in names)
@@ -241,31 +249,38 @@ def _controls(why: Why, concepts: list[Key], swaps: list[str]) -> str:
         else ""
     )
     undo = "" if why.changes else " disabled"
-    changes = "".join(f"<li>{escape(_plain(key))} {escape(_said(change))}</li>" for key, change in why.changes.items())
+    numbers = {key: number for number, key in enumerate(concepts)}
+    changes = "".join(_chip(why, key, numbers.get(key)) for key in why.changes)
     return (
-        "<div class='do'><span>Change <strong class='chosen'></strong></span>"
+        "<div class='do'><span>Change <strong class='chosen'></strong>: acts on all masks of this answer</span>"
         "<button type='button' data-do='off'>Switch off</button>"
         f"<button type='button' data-do='double'>Double</button>{swap}"
         f"<button type='button' class='undo' data-do='undo'{undo}>Undo all</button></div>"
         f"<p class='hint'>Choose another concept in 2. The words stay as they are; only what they fire is changed.</p>"
-        f"<ul class='changes' aria-label='what is changed'>{changes}</ul>"
+        f"<ul class='changes' aria-label='changes in force, on all masks'>{changes}</ul>"
     )
 
 
-def _plain(key: Key) -> str:
-    return f"concept {key}" if isinstance(key, int) else key
+def _chip(why: Why, key: Key, number: int | None) -> str:
+    """A change in force, with a button that undoes it alone."""
+    said = escape(f"{why.names.get(key, key)} {_said(why.changes[key])}")
+    return (
+        f"<li>{said}<button type='button' data-do='drop' data-concept='{number}' title='undo this change' "
+        f"aria-label='undo {said}'>×</button></li>"
+    )
 
 
-def _pair(why: Why, slot: Slot, image: Image.Image) -> str:
+def _pair(why: Why, slot: Slot, image: Image.Image, title: str) -> str:
     """The mask before and after the changes, side by side."""
-    before = _figure("before", _picture(image, _drawn(slot, image), "the mask before"), "")
+    caption = f": {title} of {len(why.slots)}" if slot.kept and len(why.slots) > 1 else f": {title}"
+    before = _figure("before", _picture(image, _drawn(slot, image), "the mask before"), caption)
     after = why.after.get(slot.number)
     if after is None:
         picture, said = _blank("nothing changed yet"), ""
     else:
         picture = _picture(image, _drawn(after, image), "the mask after the changes")
         said = moved(slot, after, why.threshold)
-    shown = _figure("after", picture, "")
+    shown = _figure("after", picture, caption)
     return (
         f"<div class='pair' data-slot='{slot.number}' style='{_tint(slot)}'>{before}{shown}"
         f"<p class='moved' role='status'>{escape(said)}</p></div>"

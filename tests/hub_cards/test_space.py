@@ -11,6 +11,7 @@ import base64
 import io
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -159,6 +160,7 @@ class Page:
         before = self.text(".changes")
         self.to(self.one(f".controls [data-do={action}]")).click()
         self.wait(lambda: self.text(".changes") != before)
+        self.wait(lambda: not self.all(".why.computing"))
 
     def overflows(self):
         return self.js("return document.documentElement.scrollWidth - window.innerWidth")
@@ -225,26 +227,66 @@ def test_switching_off_swapping_and_undoing_show_before_and_after(browser, addre
     )
     before = source("before")
     assert before and source("after") is None
+    assert page.text(".pair:not([hidden]) .before figcaption") == "before: mask 1 of 2"
     page.to(page.concept("purple")).click()
+    assert page.text(".do > span") == "Change purple: acts on all masks of this answer"
+    offered = page.js("return [...document.querySelector('.other').options].filter(o => !o.hidden).map(o => o.value)")
+    assert "purple" not in offered and "blue" in offered and offered == sorted(offered)
     page.js("document.querySelector('.other').value = 'blue'")
     page.press("swap")
     assert page.text(".pair:not([hidden]) .moved").startswith("The mask has moved away")
     assert source("before") == before and source("after") not in (None, before)
-    assert "→ blue" in page.concept("purple").text and page.text(".changes") == "purple → blue"
+    assert "→ blue" in page.concept("purple").text and page.text(".changes") == "purple → blue×"
     assert page.concept("purple").get_attribute("aria-pressed") == "true"  # still chosen
     page.keep("space.webp")
     page.keep("space_swap.webp", ".lower")
     page.to(page.concept("C")).click()
     page.press("off")
-    assert "off" in page.concept("C").text
+    assert "off" in page.concept("C").text and page.text(".controls [data-do=off]") == "Switch on"
+    assert page.text(".slot:not([hidden]) .mask .caption").startswith("before changes:")
+    page.press("drop")  # the first change alone
+    assert page.text(".changes") == "C off×"
+    page.press("off")  # on again
+    assert page.text(".changes") == "" and page.text(".controls [data-do=off]") == "Switch off"
+    page.press("double")
     page.press("undo")
     assert page.text(".changes") == "" and source("after") is None and source("before") == before
+
+
+def test_a_change_is_under_way_at_once_and_nothing_queues_behind_it(browser, address):
+    page = Page(browser, address)
+    page.run(TWO)
+    page.to(page.concept("purple")).click()
+    seen = page.js(  # three clicks before anything can have come back
+        "const off = document.querySelector('[data-do=off]'), why = document.querySelector('.why');"
+        "off.click(); off.click(); document.querySelector('[data-do=double]').click();"
+        "return [why.classList.contains('computing'), off.getAttribute('aria-disabled'), off.textContent,"
+        "getComputedStyle(document.querySelector('.pair:not([hidden]) .after .picture'), '::after').content]"
+    )
+    assert seen == [True, "true", "Switch off", '"computing …"']
+    page.wait(lambda: page.text(".changes") and not page.all(".why.computing"), 60)
+    time.sleep(2)
+    assert page.text(".changes") == "purple off×" and not page.all(".controls [data-do][aria-disabled=true]")
+    page.js(
+        "document.querySelector('.changes button').dataset.concept = 999; "
+        "document.querySelector('.changes button').click()"
+    )  # refused
+    page.wait(lambda: "none of this answer" in page.text("body") and not page.all(".why.computing"), 60)
+    page.js("window.settled = 0; document.addEventListener('settled', () => window.settled++)")
+    page.to(page.one("#threshold input[type=range]")).click()  # in its middle, where it is: the page stays the same
+    page.wait(lambda: page.js("return window.settled") and not page.all(".why.computing"), 60)
+    assert page.text(".changes") == "purple off×"
 
 
 def test_no_target_explains_itself(browser, address):
     page = Page(browser, address)
     page.run(NONE)
-    assert page.text(".verdict").startswith("No target: not sure enough. Confidence below 0.01, a mask needs 0.50.")
+    assert page.text(".verdict").startswith(
+        "No target: it answered that nothing fits (“answer: none”), confidence below 0.01, a mask needs 0.50."
+    )
+    names = [row.get_attribute("data-name") for row in page.all(".slot:not([hidden]) .concept[data-c]")]
+    assert "," not in names and any(re.fullmatch(r"concept \d+ \(at “,”\)", name) for name in names)
+    assert page.one(".slot:not([hidden]) .word").get_attribute("title").endswith("mask reads comes from this word.")
     assert "answer: none." in page.text(".why .text") and "best guess" in page.text(".tab")
     assert page.all(".slot:not([hidden]) .concept[data-c]") and "brightened" in page.text(".place")
     page.keep("space_none.webp", ".why")

@@ -133,6 +133,45 @@ def test_a_swapped_concept_moves_the_mask_to_the_other_thing(mini):
         not (before.mask & star).sum() > 0.1 * before.mask.sum() and (after.mask & star).sum() > 0.9 * after.mask.sum()
     )
     assert moved.why.changes == {"purple": "blue"}
+    place = shown.answer.concepts.index("4 (word)")
+    both = mini.change(shown.question, place, 0.0, 0.5)
+    assert both.why.names == {"purple": "purple", "4 (word)": "4"}
+    one = mini.restore(shown.question, 0.5, concept=place)  # the other change stays
+    assert one.why.changes == {"purple": "blue"} and same_masks(one.why, moved.why)
+    with pytest.raises(Exception, match="none of this answer"):
+        mini.restore(shown.question, 0.5, concept=99)
+
+
+def test_names_say_what_a_concept_means_or_its_number(space):
+    labels = {3: ", (word)", 5: ", (word)", 6: "A (word)", 7: "is (word)", 8: "(word)", 9: "./the (word)", 10: "C/is"}
+    names = [space.why.shown_name(label, labels) for label in labels.values()]
+    assert names[:4] == ["concept 3 (at “,”)", "concept 3 (at “,”)", "A", "concept 7 (at “is”)"]
+    assert names[4:] == ["concept 8", "concept 9 (at “./the”)", "C/is"] and space.why.shown_name(2, {}) == "concept 2"
+
+
+def test_names_to_swap_are_in_order_places_after_looks(space):
+    labels = {0: "red", 1: "top", 2: "Blue", 3: "bottom", 4: ", (word)", 5: "top"}
+    swaps = space.why.swap_names(labels, [False, True, False, True, False, True])
+    assert list(swaps.items()) == [("Blue", "look"), ("red", "look"), ("bottom", "place"), ("top", "place")]
+
+
+@pytest.mark.parametrize(
+    ("text", "kept", "said"),
+    [
+        ("so. answer: none.</think>", False, "No target: it answered that nothing fits (“answer: none”), confidence"),
+        (
+            "so. Answer: nothing here</think>",
+            False,
+            "No target: it answered that nothing fits (“Answer: nothing here”)",
+        ),
+        ("answer: a ball, none other.", False, "No target: not sure enough. Confidence 0.30, a mask needs 0.50."),
+        ("answer: none.", True, "1 mask, 4 pixels, though it wrote “answer: none”."),
+        ("answer: a ball.", True, "1 mask, 4 pixels."),
+    ],
+)
+def test_the_verdict_says_first_what_was_answered(space, text, kept, said):
+    slot = space.why.Slot(0, 0.3, kept, np.ones((2, 2), bool), np.ones((2, 2)))
+    assert space.why.Why([text], [slot], found=1, threshold=0.5, additive=True).verdict.startswith(said)
 
 
 def test_what_a_mask_loses_without_a_concept_is_what_it_loses_when_it_is_switched_off(mini):
@@ -243,8 +282,10 @@ def test_nothing_that_was_written_becomes_markup(demo, space, monkeypatch):
     page = space.why_page
     demo.restore(shown.question, 0.0, visitor("c"))
     named = demo.show(shown.answer, 0.0)
-    changed = space.why.Why(**{**vars(named.why), "changes": {evil: evil}, "words": [evil] * len(named.why.words)})
-    html = page.answer_page(changed, shown.answer.image, shown.answer.concepts, [evil], evil)
+    changed = space.why.Why(
+        **{**vars(named.why), "changes": {evil: evil}, "names": {}, "words": [evil] * len(named.why.words)}
+    )
+    html = page.answer_page(changed, shown.answer.image, shown.answer.concepts, {evil: "look"}, evil)
     html += page.waiting_page(evil) + page.waiting_page("", evil)
     assert "<img" not in html and "onerror=alert(1)&gt;&#x27;&quot;" in html
 

@@ -15,7 +15,7 @@ MODULES = ("visitors", "why", "why_page", "asking")
 def space_modules():
     """A namespace of the Space's modules but for the page itself; they stay imported."""
     if importlib.util.find_spec("gradio") is None and "gradio" not in sys.modules:
-        refused = type("Error", (Exception,), {})
+        refused = type("Error", (Exception,), {"__init__": lambda self, said, **shown: Exception.__init__(self, said)})
         sys.modules["gradio"] = ModuleType("gradio")
         sys.modules["gradio"].__dict__.update(Error=refused, Request=object)
     if str(FOLDER) not in sys.path:
