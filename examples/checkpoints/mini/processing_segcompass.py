@@ -473,7 +473,9 @@ class SegCompassProcessor(ProcessorMixin):
         if name in TOKEN_TYPE_INPUTS:
             return name == self.token_types
         taken = self.backbone.taken_inputs(self.mllm_type)
-        return name not in (*UNUSED, *ENCODER_INPUTS) and (taken is None or name in taken)
+        # what processors make on request only, as notes, is nobody's input and stays
+        kept = taken is None or name in taken or name in getattr(self, "skip_tensor_conversion", ())
+        return name not in (*UNUSED, *ENCODER_INPUTS) and kept
 
     def patch_boxes(self, images: Any) -> torch.Tensor:
         """Which part of its image each image token shows.
