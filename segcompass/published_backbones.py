@@ -1,6 +1,14 @@
 """The published dimensions of the backbones that the recipes name, so that a plan needs no network and no weights."""
 
-from transformers import AutoConfig, LlavaConfig, PreTrainedConfig, Qwen2_5_VLConfig, SamVisionConfig
+from transformers import (
+    AutoConfig,
+    InternVLConfig,
+    LlavaConfig,
+    PreTrainedConfig,
+    Qwen2_5_VLConfig,
+    Qwen3VLConfig,
+    SamVisionConfig,
+)
 
 CLIP = dict(
     model_type="clip_vision_model",
@@ -48,6 +56,41 @@ def _qwen(
     return Qwen2_5_VLConfig(text_config=text, vision_config=vision, image_token_id=151655, tie_word_embeddings=tied)
 
 
+def _qwen3_4b() -> Qwen3VLConfig:
+    text = dict(
+        hidden_size=2560,
+        intermediate_size=9728,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=151936,
+        max_position_embeddings=262144,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]},
+    )
+    vision = dict(depth=24, hidden_size=1024, intermediate_size=4096, num_heads=16, out_hidden_size=2560)
+    vision |= dict(deepstack_visual_indexes=[5, 11, 17])
+    return Qwen3VLConfig(text_config=text, vision_config=vision, image_token_id=151655, tie_word_embeddings=True)
+
+
+def _internvl3_2b() -> InternVLConfig:
+    text = dict(
+        model_type="qwen2",
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        vocab_size=151674,
+        max_position_embeddings=32768,
+        tie_word_embeddings=False,
+    )
+    vision = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
+    vision |= dict(image_size=[448, 448], patch_size=[14, 14])
+    return InternVLConfig(text_config=text, vision_config=vision, image_token_id=151667, tie_word_embeddings=False)
+
+
 def _sam_huge() -> SamVisionConfig:
     return SamVisionConfig(
         hidden_size=1280,
@@ -63,6 +106,8 @@ PUBLISHED = {
     "llava-hf/llava-1.5-13b-hf": lambda: _llava(5120, 13824, 40, 40),
     "Qwen/Qwen2.5-VL-3B-Instruct": lambda: _qwen(2048, 11008, 36, 16, 2, 151936, True),
     "Qwen/Qwen2.5-VL-7B-Instruct": lambda: _qwen(3584, 18944, 28, 28, 4, 152064, False),
+    "Qwen/Qwen3-VL-4B-Instruct": _qwen3_4b,
+    "OpenGVLab/InternVL3-2B-hf": _internvl3_2b,
     "facebook/sam-vit-huge": _sam_huge,
 }
 

@@ -78,7 +78,8 @@ def test_saved_bytes_are_what_autograd_keeps():
     assert saved.bytes == 4 * 7 * 3 + 4 * 7 * 5  # the input, and tanh's output; the weight is a parameter
 
 
-FITS = {"qwen2.5-vl-3b-24gb": ("ddp", 1, 24), "qwen2.5-vl-7b-80gb": ("ddp", 1, 80)}  # the others: 8 of 80 GB
+SMALL_CARDS = ("qwen2.5-vl-3b-24gb", "qwen3-vl-4b-24gb", "internvl3-2b-24gb")
+FITS = dict.fromkeys(SMALL_CARDS, ("ddp", 1, 24)) | {"qwen2.5-vl-7b-80gb": ("ddp", 1, 80)}  # the others: 8 of 80 GB
 PARSED_BY = {"sae": train_sae, "grpo": train_grpo, "sft": train_sft, "reason": train_sft, "masks": train_sft}
 
 
@@ -114,6 +115,11 @@ def test_four_bits_and_adapters_take_less(tmp_path):
     assert low["peak"] < 24e9 * 0.9 < high["peak"]
     whole = sum(total for part, (total, _) in low["counts"].items() if part.startswith("mllm"))
     assert whole == pytest.approx(3.75e9, rel=0.02)  # as published, the LM head once
+    for recipe, published in (("qwen3-vl-4b-24gb", 4.44e9), ("internvl3-2b-24gb", 2.09e9)):
+        path = RECIPES / recipe / "sft.yaml"
+        counts = memory_plan.plan(memory_plan.recipe_config(path), training, "ddp", 1, 24, 32, four_bit=True)["counts"]
+        frozen = sum(total - trained for part, (total, trained) in counts.items() if part.startswith("mllm"))
+        assert frozen == pytest.approx(published, rel=0.01), recipe  # without adapters and the copy of an own head
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump({**training, "use_peft": False}))
     with pytest.raises(ValueError, match="load_in_4bit without use_peft"):
