@@ -1,5 +1,7 @@
 """The published dimensions of the backbones that the recipes name, so that a plan needs no network and no weights."""
 
+from typing import Any
+
 from transformers import (
     AutoConfig,
     InternVLConfig,
@@ -69,7 +71,9 @@ def _qwen3_4b() -> Qwen3VLConfig:
         tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]},
     )
-    vision = dict(depth=24, hidden_size=1024, intermediate_size=4096, num_heads=16, out_hidden_size=2560)
+    vision: dict[str, Any] = dict(
+        depth=24, hidden_size=1024, intermediate_size=4096, num_heads=16, out_hidden_size=2560
+    )
     vision |= dict(deepstack_visual_indexes=[5, 11, 17])
     return Qwen3VLConfig(text_config=text, vision_config=vision, image_token_id=151655, tie_word_embeddings=True)
 
@@ -86,7 +90,9 @@ def _internvl3_2b() -> InternVLConfig:
         max_position_embeddings=32768,
         tie_word_embeddings=False,
     )
-    vision = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16)
+    vision: dict[str, Any] = dict(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16
+    )
     vision |= dict(image_size=[448, 448], patch_size=[14, 14])
     return InternVLConfig(text_config=text, vision_config=vision, image_token_id=151667, tie_word_embeddings=False)
 
