@@ -126,7 +126,7 @@ class Steering(NamedTuple):
         step = max(1, MAX_ELEMENTS // (len(z) * len(usual)))
         for start in range(0, z.shape[1], step):
             part = slice(start, start + step)
-            h = sae.encode(z[:, part])  # (B, n, d_sae)
+            h = sae.encode(z[:, part].to(sae.W_enc.device))  # (B, n, d_sae)
             changed = h.clone()
             for old, new in self.replace:
                 strength = (h[..., old] / usual[old].clamp_min(1e-6)).amax(-1, keepdim=True)  # (B, n, 1)
@@ -136,7 +136,7 @@ class Steering(NamedTuple):
                 changed *= self.scale if self.scale.dim() == 1 else self.scale[:, None]
             for new, weight in self.add:
                 changed[..., new] += weight * usual[new]
-            steered[:, part] += ((changed - h) @ sae.W_dec).to(z.dtype)
+            steered[:, part] += ((changed - h) @ sae.W_dec).to(z)
         return steered
 
 

@@ -1,7 +1,6 @@
 """Segments one image and writes down everything that came out: the work of `segcompass segment`."""
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from segcompass.loaders.folder_lock import folder_lock
 from segcompass.loaders.masks import encode_mask
 from segcompass.loading import load
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
+from segcompass.modeling_segcompass.answering import NO_TOKENS, reasoning_of, verdict_of
 from segcompass.modeling_segcompass.explanation import Explanation, heaviest_concepts
 from segcompass.modeling_segcompass.explanation_page import render_html
 from segcompass.modeling_segcompass.images import read_image
@@ -24,8 +24,6 @@ from segcompass.modeling_segcompass.patch_boxes import has_area
 from segcompass.modeling_segcompass.whole_files import write_whole
 from segcompass.routes import QUERY_SOURCES, check_route
 from segcompass.white_box import ConceptDictionary
-
-NO_TOKENS = "no mask: the response had no concentration tokens"
 
 
 def segment_image(
@@ -67,7 +65,7 @@ def segment_image(
     instances = processor.post_process_instance_segmentation(outputs, threshold, target_sizes=sizes)[0]
     result = describe(instruction, outputs, processor, instances)
     reasoning = reasoning_of(result["text"])
-    verdict = verdict_of(result, outputs)
+    verdict = verdict_of(len(result["instances"])) if outputs.slot_mask[0].any() else NO_TOKENS
     report(result, reasoning, verdict)
 
     masks = instances["masks"].cpu().numpy()
@@ -183,19 +181,6 @@ def list_instances(instances: dict) -> list[dict[str, Any]]:
     ]
 
 
-def reasoning_of(text: str) -> str:
-    """What stands in the think tags, or the whole text when they are missing."""
-    thought = re.search(r"<think>(.*?)</think>", text, re.DOTALL)
-    return (thought[1] if thought else text).strip()
-
-
-def verdict_of(result: dict, outputs: Any) -> str:
-    """The result in one line, such as "2 instances" or "no target"."""
-    if not outputs.slot_mask[0].any():
-        return NO_TOKENS
-    return "no target" if result["no_target"] else _counted(len(result["instances"]))
-
-
 def verdict_of_answer(answer: Answer, count: int, threshold: float) -> str:
     """What became of an MLLM's boxes, in one line.
 
@@ -214,11 +199,7 @@ def verdict_of_answer(answer: Answer, count: int, threshold: float) -> str:
     if not count:
         return f"no mask: SAM made none with a pixel and a confidence of {threshold:g} or more"
     more = f", {answer.left_out} of the answer's boxes left out: no area, or outside the image" * bool(answer.left_out)
-    return _counted(count) + more
-
-
-def _counted(count):
-    return f"{count} instance" + "s" * (count > 1)
+    return verdict_of(count) + more
 
 
 def report(result: dict, text: str, verdict: str, called: str = "reasoning") -> None:

@@ -15,6 +15,7 @@ import torch
 
 from segcompass.loaders.scene_drawing import COLOURS, SHAPES
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
+from segcompass.modeling_segcompass.answering import reasoning_of
 from segcompass.modeling_segcompass.interventions import Steering
 
 VARIANTS = ("swap", "swap_control", "off", "off_control", "doubled")
@@ -29,8 +30,7 @@ def conclusion_of(response: str) -> str:
     Returns:
         Its text, without the full stop.
     """
-    reasoning = response.split("</think>")[0].split("<think>")[-1]
-    return reasoning.rstrip(" .").rsplit(". ", 1)[-1]
+    return reasoning_of(response).rstrip(" .").rsplit(". ", 1)[-1]
 
 
 @torch.no_grad()

@@ -25,6 +25,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 
 STEERING = ("concept_scale", "concept_add", "concept_replace")
 
+NO_TOKENS = "no mask: the response had no concentration tokens"
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -413,18 +415,27 @@ def describe_answer(model: Any, processor: Any, question: Question, outputs: Any
         confidences = outputs.pred_logits[0].float().sigmoid().tolist()
         slot = max(with_token, key=lambda slot: confidences[slot])
         nearest = {"slot": slot, "score": confidences[slot], "concepts": _concepts(model, outputs, slot)}
-    thought = re.search(r"<think>(.*?)</think>", text, re.DOTALL)
-    count = f"{len(instances)} instance{'s' * (len(instances) > 1)}" if instances else "no target"
     return {
         "instruction": question.instruction,
         "text": text,
-        "reasoning": (thought[1] if thought else text).strip(),
-        "verdict": count if with_token else "no mask: the response had no concentration tokens",
+        "reasoning": reasoning_of(text),
+        "verdict": verdict_of(len(instances)) if with_token else NO_TOKENS,
         "no_target": bool(with_token) and not instances,
         "size": list(size),
         "instances": instances,
         "most_confident": nearest,
     }
+
+
+def reasoning_of(text: str) -> str:
+    """What stands in a response's think tags, or the whole text when they are missing."""
+    thought = re.search(r"<think>(.*?)</think>", text, re.DOTALL)
+    return (thought[1] if thought else text).strip()
+
+
+def verdict_of(count: int) -> str:
+    """How many instances there are, in words: "2 instances" or "no target"."""
+    return f"{count} instance{'s' * (count > 1)}" if count else "no target"
 
 
 def _concepts(model: Any, outputs: Any, slot: int) -> list[dict[str, Any]]:

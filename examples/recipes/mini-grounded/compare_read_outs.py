@@ -18,7 +18,6 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -50,6 +49,7 @@ def build(args, reading):
     config = type(start.config).from_dict({**start.config.to_dict(), "concept_reading": reading})
     model = SegCompassModel(config)
     weights = {name: value for name, value in start.state_dict().items() if name in model.state_dict()}
+    weights = {name: value for name, value in weights.items() if not name.startswith("grounded_reading.")}
     model.load_state_dict(weights, strict=False)
     return model.eval()
 
@@ -76,20 +76,18 @@ def keep_states(model, processor, rows, folder):
                 reshaped_input_sizes=batch["reshaped_input_sizes"],
                 patch_boxes=batch["patch_boxes"],
             )
-            for row in range(len(ids)):
-                one = states.rows([row]).trimmed()
-                kept.append(
-                    {
-                        **{name: half(value[0]) for name, value in one._asdict().items()},
-                        "targets": (255 * targets[row]).round().byte(),
-                    }
-                )
+            kept += records_of(states, targets)
         write_whole(path, partial(torch.save, kept))
 
 
-def half(value):
-    """Kept in half precision where it is a float."""
-    return value.half() if value.is_floating_point() else value
+def records_of(states, targets):
+    """Each sample's states, without padding and in half precision, with its targets."""
+    records = []
+    for row, masks in enumerate(targets):
+        fields = states.rows([row]).trimmed()._asdict().items()
+        kept = {name: value[0].half() if value.is_floating_point() else value[0] for name, value in fields}
+        records.append({**kept, "targets": (255 * masks).round().byte()})
+    return records
 
 
 def batch_of(records):
@@ -177,7 +175,7 @@ def train(args, kind, seed, processor, records):
 
 
 @torch.no_grad()
-def measure(args, kind, seed, rows, answers):
+def measure(args, kind, seed, answers):
     """(intersection, union) of each test scene's whole mask, pixels of the mask frame, in `answers`' order."""
     path = args.output / f"{kind}-{seed}.json"
     if path.exists():
@@ -210,10 +208,7 @@ def write_answers(args, model, processor, rows):
         targets = collate(batch)["mask_targets"]
         inputs = processor(images=[row["image"] for row in batch], text=[row["instruction"] for row in batch])
         _, states = model.reason(**inputs)
-        for number in range(len(batch)):
-            one = states.rows([number]).trimmed()
-            record = {name: half(value[0]) for name, value in one._asdict().items()}
-            kept.append({**record, "targets": (255 * targets[number]).round().byte()})
+        kept += records_of(states, targets)
     write_whole(path, partial(torch.save, kept))
     return kept
 
@@ -243,15 +238,15 @@ def main():
     keep_states(model, processor, rows, args.output / "states")
     test = load_scenes("test", 100, args.test_scenes)
     answers = write_answers(args, model, processor, test)
-    records = SimpleNamespace(all=None)
+    records: list[dict] = []
     areas = {}
     for seed in args.seeds:
         for kind in args.kinds:
-            if kind != "grounded" and not (args.output / f"{kind}-{seed}/manifest.json").exists() and not records.all:
+            if kind != "grounded" and not (args.output / f"{kind}-{seed}/manifest.json").exists() and not records:
                 files = sorted((args.output / "states").glob("*.pt"))
-                records.all = [record for path in files for record in torch.load(path, weights_only=True)]
-            train(args, kind, seed, processor, records.all)
-            areas[kind, seed] = measure(args, kind, seed, test, answers)
+                records = [record for path in files for record in torch.load(path, weights_only=True)]
+            train(args, kind, seed, processor, records)
+            areas[kind, seed] = measure(args, kind, seed, answers)
             print(kind, seed, f"gIoU {giou(areas[kind, seed]).mean():.4f}", flush=True)
     result = {}
     scenes = np.arange(len(answers))
