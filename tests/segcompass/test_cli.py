@@ -85,7 +85,8 @@ def test_errors_of_ours_are_one_line_and_others_keep_their_traceback(monkeypatch
         cli.main(["recipes", "nowhere"])
     assert stopped.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("segcompass recipes: 'nowhere' is neither a file nor the name of a recipe; there are llava")
+    assert line.startswith("segcompass recipes: 'nowhere' is neither a file nor the name of a recipe; there are ")
+    assert "llava-1.5-7b/sft, " in line
     with pytest.raises(ValueError, match="nowhere"):
         cli.main(["--debug", "recipes", "nowhere"])
 
