@@ -220,7 +220,7 @@ def test_switching_off_swapping_and_undoing_show_before_and_after(browser, addre
     page.to(page.concept("C")).click()
     page.press("off")
     assert "off" in page.concept("C").text and page.text(".controls [data-do=off]") == "Switch on"
-    assert page.text(".slot:not([hidden]) .mask .caption").startswith("before changes:")
+    assert page.text(".slot:not([hidden]) .mask .caption").startswith("after the changes:")
     page.press("drop")  # the first change alone
     assert page.text(".changes") == "C off×"
     page.press("off")  # on again
