@@ -161,7 +161,8 @@ def _section(why: Why, slot: Slot, image: Image.Image, numbers: dict[Key, int]) 
     drawn_as = "drawn where the heat is" if slot.kept else "what it would have drawn, faint: not kept"
     when = "<b>after the changes:</b> " if why.changes else ""
     others_share = f" (all others {slot.rest:.0%})" if slot.rest >= 0.005 else ""
-    takes = "; dark: how much of the mask goes without it" if why.additive else ""
+    known = any(concept.lost is not None for concept in slot.concepts)
+    takes = "; dark: how much of the mask goes without it" if known else ""
     captions = (
         "stronger colour: the mask reads more of the word, and of what led to it",
         f"{when}coloured: its share of the heat{others_share}{takes}",
@@ -206,7 +207,7 @@ def _text(why: Why, slot: Slot, numbers: dict[Key, int]) -> str:
 def _row(why: Why, slot: Slot, concept: Concept, number: int, image: Image.Image) -> str:
     named = sorted(concept.words, key=lambda word: -concept.words[word])
     named = list(dict.fromkeys(why.words[word].strip() for word in named if why.words[word].strip()))[:WORDS_NAMED]
-    source = "from " + ", ".join(f"“{escape(word)}”" for word in named) if named else "from no single word"
+    source = "from " + ", ".join(f"“{escape(word)}”" for word in named) if named else ""
     replaced = [escape(str(why.names.get(key, key))) for key, other in why.changes.items() if other == concept.key]
     source = f"in place of {', '.join(replaced)}" if replaced else source
     change = why.changes.get(concept.key)
