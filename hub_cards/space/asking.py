@@ -216,7 +216,7 @@ class Demo:
     def show(self, answer: Answer, threshold: float) -> Shown:
         """The account of an answer with its changes. Raises gr.Error when they cannot be followed."""
         why = self._account(answer, threshold)
-        for slot in why.slots:
+        for slot in (*why.slots, *why.after.values()):
             answer.concepts += [each.key for each in slot.concepts if each.key not in answer.concepts]
         return Shown("".join(why.words), why=why, answer=answer)
 

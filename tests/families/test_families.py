@@ -1,6 +1,6 @@
 """Families of MLLMs, each as tiny random weights in transformers' own class: everything that is done with one.
 
-    pytest tests/families --all-families     # all of them, and the table of docs/families.md
+    pytest tests/families --all-families     # all of them, and prints the table of docs/families.md
 
 Without the option only the families of `conftest.FAST` are tried.
 """

@@ -30,3 +30,4 @@ def test_the_short_form_finds_nothing(tmp_path):
     assert result["fuzz_hangs"] == result["fuzz_crashes"] == result["fuzz_silent"] == 0, shown
     assert result["attacks"] >= 25 and result["attacks_through"] == 0, shown
     assert result["sessions"] == 20, shown
+    assert "| crash states | " in shown and "| attacks | " in shown and "| 0 through |" in shown
