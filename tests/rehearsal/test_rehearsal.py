@@ -164,7 +164,8 @@ def test_the_commands_of_the_page_lead_from_plain_backbones_to_masks(mllm, tmp_p
     rehearse(world, sft, mllm)
     log = log_of(results / "sft")
     assert values(log, "seg/slots_found") and set(values(log, "seg/slots_found")) == {float(SLOTS)}
-    for name, share in (("language", 0.2), ("seg/mask_dice", 0.8), ("seg/heatmap_bce", 0.8)):
+    # masks that do not see the image stay above .63 of their start, heatmaps above .67
+    for name, share in (("language", 0.2), ("seg/mask_dice", 0.5), ("seg/heatmap_bce", 0.5)):
         first, *rest = values(log, name)
         assert sum(rest[-3:]) / 3 < share * first, (name, values(log, name))
 

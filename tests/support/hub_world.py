@@ -306,6 +306,7 @@ def make_sam(folder, side=64):
         window_size=7,
         global_attn_indexes=[1],
         mlp_dim=64,
+        initializer_range=0.02,  # the class's own 1e-10 leaves features of 1e-22, the same for every image
     )
     config = SamConfig(
         vision_config=vision.to_dict(),
