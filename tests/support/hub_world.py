@@ -203,7 +203,8 @@ def make_llava(folder, vocabularies=None):
         },
     )
     vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2, projection_dim=32)
-    text = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, initializer_range=STD)
+    text = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4)
+    text |= {"initializer_range": STD}
     config = LlavaConfig(
         vision_config=dict(model_type="clip_vision_model", image_size=VIEW, patch_size=14, **vision),
         text_config=dict(
@@ -271,7 +272,8 @@ def make_qwen(folder, vocabularies=None, tied=False):
         },
     )
     number = tokenizer.token_to_id
-    text = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, initializer_range=STD)
+    text = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4)
+    text |= {"initializer_range": STD}
     vision = dict(depth=2, hidden_size=32, intermediate_size=64, num_heads=2, out_hidden_size=64)
     config = Qwen2_5_VLConfig(
         text_config=dict(

@@ -222,7 +222,7 @@ def make_obelics(folder, pictures):
 
 
 def make_own(folder):
-    """mine.jsonl beside its images: 12 questions to train on and 4 that are kept; masks as polygons and as a picture."""
+    """mine.jsonl beside its images: 12 questions to train on and 4 to keep; masks as polygons and as pictures."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for number in range(16):
