@@ -40,5 +40,9 @@ def load_folder(folder: str | os.PathLike, split: str = "train") -> Dataset:
     try:
         rows = load_from_disk(folder)
     except FileNotFoundError as error:
-        raise ValueError(f"{folder} holds neither {split}-*.parquet nor a data set written by save_to_disk.") from error
+        lines = sorted(Path(folder).glob("*.jsonl"))
+        raise ValueError(
+            f"{folder} holds neither {split}-*.parquet nor a data set written by save_to_disk."
+            + (f" Its rows may be in {lines[0]}: name that file." if lines else "")
+        ) from error
     return rows[split] if hasattr(rows, "keys") else rows
