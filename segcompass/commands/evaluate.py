@@ -61,7 +61,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         action="store_true",
         help="close each response by force, for a model that was trained with close_response",
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder that the results are written into")
+    parser.add_argument("--output", type=options.folder, required=True, help="folder that the results are written into")
     args = parser.parse_args(argv)
     options.check_route(parser, args, "")
     if args.route != "boxes" and not args.model and args.predictions is None:

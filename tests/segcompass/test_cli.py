@@ -1,6 +1,7 @@
 """The command `segcompass`: its table, its help, how options are spelled, and how it fails."""
 
 import json
+import re
 import subprocess
 import sys
 from importlib import import_module
@@ -12,6 +13,7 @@ import segcompass
 from segcompass import cli
 from segcompass.commands import demo, options, plan_memory, push, recipes, train_grpo
 from segcompass.journal import weights_of
+from segcompass.loaders.folder_lock import folder_lock
 
 
 def test_every_command_has_a_module_and_a_sentence_and_every_module_a_command():
@@ -106,6 +108,26 @@ def test_wrong_values_of_shared_options_are_named(capsys):
         with pytest.raises(SystemExit):
             parser.parse_args([f"--num-samples={value}"])
         assert f"argument --num-samples: it is '{value}'; it must be a whole number" in capsys.readouterr().err
+
+
+WRITERS = sorted(
+    path.stem
+    for path in Path(cli.__file__).parent.glob("commands/*.py")
+    if path.stem != "options" and re.search(r'"--output"|add_image\(', path.read_text())
+)
+
+
+@pytest.mark.parametrize("module", WRITERS)
+def test_a_file_in_place_of_the_output_folder_is_named_before_anything_is_loaded(module, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit):
+        import_module(f"segcompass.commands.{module}").parse(["--output", str(tmp_path / "notes.txt")])
+    assert f"{tmp_path}/notes.txt is a file; name a folder" in capsys.readouterr().err
+    with (
+        pytest.raises(NotADirectoryError, match=r"notes\.txt is a file; name a folder"),
+        folder_lock(tmp_path / "notes.txt"),
+    ):
+        pass
 
 
 def test_memory_is_planned_for_a_recipe_by_name(capsys):
