@@ -108,7 +108,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--batch-size", type=options.positive, default=16, help="samples segmented at once; default: %(default)s"
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("runs/white_box"), help="folder for the results; default: %(default)s"
+        "--output",
+        type=options.folder,
+        default=Path("runs/white_box"),
+        help="folder for the results; default: %(default)s",
     )
     args = parser.parse_args(argv)
     scenes = args.dataset in ("scenes", "mixed-scenes")
