@@ -36,6 +36,7 @@ from .outputs import SegCompassOutput
 from .patch_boxes import boxes_of_tokens, has_area
 from .query_codebook import Concepts, QueryCodebook
 from .sa2va import predict_forward
+from .shared_prompts import SharedPrompts
 from .slot_mapper import SlotMapper
 from .states import ReasoningStates, StateRecorder, open_recorder
 from .token_layout import (
@@ -578,7 +579,10 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
                 recorder.start_generation(whole_passes=option("use_cache", kwargs, self.mllm) is False)
                 if option("cache_implementation", kwargs, self.mllm) is not None:
                     kwargs["disable_compile"] = True  # a compiled pass would not call the recorder
-            output = self.mllm.generate(**kwargs)
+                with SharedPrompts(self.mllm, self.backbone, recorder, kwargs) as shared:
+                    output = self.mllm.generate(**shared.keywords)
+            else:
+                output = self.mllm.generate(**kwargs)
         if recorder is not None:
             sequences = getattr(output, "sequences", output)
             ends = (option(name, kwargs, self.mllm) for name in ("eos_token_id", "pad_token_id"))
