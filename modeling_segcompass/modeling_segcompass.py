@@ -36,7 +36,7 @@ from .outputs import SegCompassOutput
 from .patch_boxes import boxes_of_tokens, has_area
 from .query_codebook import Concepts, QueryCodebook
 from .sa2va import predict_forward
-from .shared_prompts import SharedPrompts
+from .shared_prompts import SharedPrompts, number_alike
 from .slot_mapper import SlotMapper
 from .states import ReasoningStates, StateRecorder, open_recorder
 from .token_layout import (
@@ -179,7 +179,14 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         return check_keys(self.config, encoder_of(self.config).encode(self.image_encoder, encoder_pixel_values))
 
     def _image_keys(self, encoder_pixel_values, image_embeddings):
-        return self.get_image_embeddings(encoder_pixel_values) if image_embeddings is None else image_embeddings
+        """K of each sample; an image that several of them show is encoded once."""
+        if image_embeddings is not None:
+            return image_embeddings
+        alike = number_alike([[pixels] for pixels in encoder_pixel_values])
+        shown = sorted(set(alike))
+        if len(shown) == len(alike):
+            return self.get_image_embeddings(encoder_pixel_values)
+        return self.get_image_embeddings(encoder_pixel_values[shown])[[shown.index(number) for number in alike]]
 
     def concept_token_mask(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """The tokens that may fire concepts, no padding and no special tokens: bool (B, T)."""

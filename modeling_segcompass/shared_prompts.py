@@ -157,7 +157,9 @@ class SharedPrompts:
         ids, image_token = inputs["input_ids"], self.mllm.config.image_token_id
         pictures = {n: v for n, v in inputs.items() if isinstance(v, torch.Tensor) and n not in PER_TOKEN_INPUTS}
         try:
-            rows = [self.backbone.select_rows({"input_ids": ids, **pictures}, [n], image_token) for n in range(len(ids))]
+            rows = [
+                self.backbone.select_rows({"input_ids": ids, **pictures}, [n], image_token) for n in range(len(ids))
+            ]
         except ValueError:  # what belongs to which row cannot be told
             return None
         alike = number_alike([[row[name] for name in pictures] for row in rows])
