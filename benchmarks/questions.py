@@ -3,13 +3,13 @@
     python benchmarks/questions.py
     python benchmarks/questions.py --image-side 128     # 64 image tokens instead of LLaVA-1.5's 576
 
-Both are `segcompass evaluate`'s own work on the same rows, processor to counts: a batch of k rows, and k batches of one.
-Beside them stands the batch whose prompts are each read whole, the image being encoded once: what sharing the prompts'
-beginnings adds. Calls alternate and the ratio is of medians of the seconds that one thread computed, which other work on
-the machine stretches less than the clock's; with --threads they are the clock's.
+Both are `segcompass evaluate`'s own work on the same rows, processor to counts: a batch of k rows, and k batches of
+one. Beside them stands the batch whose prompts are each read whole, the image being encoded once: what sharing the
+prompts' beginnings adds. Calls alternate and the ratio is of medians of the seconds that one thread computed, which
+other work on the machine stretches less than the clock's; with --threads they are the clock's.
 
-Keys of RESULT: ratio (one by one / together), read_ratio (the same with responses of one token: what is left is reading),
-whole_ratio, read_whole_ratio (together, but each prompt whole), seconds of each, ...
+Keys of RESULT: ratio (one by one / together), read_ratio (the same with responses of one token: what is left is
+reading), whole_ratio, read_whole_ratio (together, but each prompt whole), seconds of each, ...
 """
 
 import argparse

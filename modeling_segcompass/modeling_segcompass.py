@@ -35,6 +35,7 @@ from .modeling_sparse_autoencoder import SparseAutoencoder
 from .outputs import SegCompassOutput
 from .patch_boxes import boxes_of_tokens, has_area
 from .query_codebook import Concepts, QueryCodebook
+from .roomy_cache import roomy_cache
 from .sa2va import predict_forward
 from .shared_prompts import SharedPrompts, number_alike
 from .slot_mapper import SlotMapper
@@ -584,9 +585,12 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         with one_generation_at_a_time(self.mllm) if self.backbone.notes_on_model else nullcontext():
             if recorder is not None:
                 recorder.start_generation(whole_passes=option("use_cache", kwargs, self.mllm) is False)
+                called = dict(kwargs)
                 if option("cache_implementation", kwargs, self.mllm) is not None:
-                    kwargs["disable_compile"] = True  # a compiled pass would not call the recorder
-                with SharedPrompts(self.mllm, self.backbone, recorder, kwargs) as shared:
+                    called["disable_compile"] = True  # a compiled pass would not call the recorder
+                elif not recorder.whole_passes and (cache := roomy_cache(self.mllm)) is not None:
+                    called["past_key_values"] = cache
+                with SharedPrompts(self.mllm, self.backbone, recorder, called) as shared:
                     output = self.mllm.generate(**shared.keywords)
             else:
                 output = self.mllm.generate(**kwargs)

@@ -2,8 +2,8 @@
 
 The first pass of a generation reads B prompts. Rows that show the same image have all image tokens in common, and some
 words before and after them. Here that pass becomes two: one over what is common, a row for each image, and one over the
-rest, all rows, on the key-value cache of the first. Afterwards cache and states stand as the one pass would have left
-them, token for token, so nobody else notices; numbers differ as they do between batches, by the rounding of sums.
+rest, all rows, on the key-value cache of the first. The states then stand as the one pass would have left them, token
+for token, so nobody else notices; numbers differ as they do between batches, by the rounding of sums.
 
 It is done where it is known to be right: attention from left to right alone, a cache that can be copied and cut, the
 same computation in every row. Everywhere else nothing changes. Knows nothing of families.
@@ -14,25 +14,23 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from .backbone import PER_TOKEN_INPUTS, Backbone
 from .generation_options import option
+from .roomy_cache import is_plain
 from .states import StateRecorder, open_recorder
 
 WHOLE_PASS: dict[str, tuple[Any, ...]] = {
-    "use_cache": (None, True),
-    "cache_implementation": (None, "dynamic"),
     "prefill_chunk_size": (None,),
     "output_hidden_states": (None, False),
     "output_attentions": (None, False),
+    "return_dict_in_generate": (None, False),
 }
-"""Options of `generate`, and the values under which its first pass is one over the prompts that nobody looks into."""
+"""Options of `generate`, and the values under which its first pass is one over the prompts and nobody sees its cache."""
 
 
 class Beginnings(NamedTuple):
-    """Which tokens of B prompts of T tokens are read once, for G images. P is the longest beginning, R the longest rest.
+    """Which tokens of B prompts of T tokens are read once for G images. P is the longest beginning, R the longest rest.
 
     Example:
         found = common_beginnings(input_ids, attention_mask, images, image_token_id)
@@ -145,6 +143,7 @@ class SharedPrompts:
         self.mllm, self.backbone, self.recorder = mllm, backbone, recorder
         self.keywords = dict(keywords)
         """what `generate` is called with: pictures that are read here are left out."""
+        self._first_pass = True
         self._found = self._find()
         if self._found is not None:
             self.keywords = {name: value for name, value in self.keywords.items() if "pixel_values" not in name}
@@ -177,32 +176,42 @@ class SharedPrompts:
             and len(ids) > 1
             and bool((mask.diff(dim=1) >= 0).all())  # padded on the left alone
             and "pixel_values" in inputs
-            and not {"position_ids", "inputs_embeds", "past_key_values"} & set(inputs)
+            and not {"position_ids", "inputs_embeds"} & set(inputs)
             and all(option(name, self.keywords, self.mllm) in values for name, values in WHOLE_PASS.items())
             and not self.mllm.training  # in which each row may drop other values
             and self.recorder.steer is None  # as may be steered in each row otherwise
             and not hasattr(self.mllm, "create_masks_for_generate")  # where a token sees what comes after it
-            and all(type(layer) is DynamicLayer for layer in DynamicCache(config=self.mllm.config).layers)
+            and is_plain(self.keywords.get("past_key_values"))
         )
 
     def __enter__(self) -> "SharedPrompts":
         self._hooks: list[Any] = []
         if self._found is not None:
-            self._hooks.append(self.mllm.register_forward_pre_hook(self._read_beginnings, with_kwargs=True))
-            self._hooks.append(self.mllm.register_forward_hook(self._put_in_order))
+            self._hooks.append(self.mllm.register_forward_pre_hook(self._before_pass, with_kwargs=True))
+            self._hooks.append(self.mllm.register_forward_hook(self._after_pass))
         return self
 
     def __exit__(self, *error: object) -> None:
         for hook in self._hooks:
             hook.remove()
 
-    def _read_beginnings(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """Before the first pass: read the beginnings, and leave the rest to the pass."""
-        if self._found is None or open_recorder(self.mllm) is not self.recorder:
+    def _before_pass(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Before the first pass read the beginnings; the cache then holds P + R tokens where others believe in T."""
+        if open_recorder(self.mllm) is not self.recorder:
             return None
+        kwargs = dict(kwargs)
+        if self._first_pass:
+            kwargs = self._read_beginnings(kwargs)
+        else:
+            new = kwargs["past_key_values"].get_seq_length() + kwargs["input_ids"].shape[1] - self._mask.shape[1]
+            kwargs["attention_mask"] = nn.functional.pad(self._mask, (0, new), value=1)
+        return args, kwargs
+
+    def _read_beginnings(self, kwargs):
+        """Read the beginnings, copy them to all rows, and return what the pass over the rest is called with."""
         found, batch = self._found, len(self._found.group)
         rest = {name: value for name, value in kwargs.items() if name not in (*self._pictures, "mm_encoder_outputs")}
-        once = {**rest, **self._pictures, "past_key_values": DynamicCache()}
+        once = {**rest, **self._pictures}
         for name in {*PER_TOKEN_INPUTS, "position_ids"} - {"attention_mask"}:
             if rest.get(name) is None:
                 continue
@@ -211,30 +220,21 @@ class SharedPrompts:
             begun = value[..., found.firsts[:, None], found.columns]  # (..., G, P)
             once[name] = torch.where(found.begun, begun, filler[found.firsts])
             rest[name] = torch.where(found.left, value[..., -found.left.shape[1] :], filler)  # (..., B, R)
-        once["attention_mask"] = found.begun.long()
-        rest["attention_mask"] = torch.cat([found.begun[found.group], found.left], 1).long()  # (B, P + R)
+        self._mask = torch.cat([found.begun[found.group], found.left], 1).long()  # (B, P + R)
+        once["attention_mask"], rest["attention_mask"] = found.begun.long(), self._mask
         core = self.backbone.without_head(self.mllm)
         core(**self.backbone.mllm_inputs(core, once))
-        for number, layer in enumerate(once["past_key_values"].layers):
-            keys, values = (_rows(states, found.group) for states in (layer.keys, layer.values))
-            rest["past_key_values"].update(keys, values, number)
-        return args, rest
+        for layer in rest["past_key_values"].layers:
+            layer.batch_select_indices(found.group.to(layer.keys.device))
+        return rest
 
-    def _put_in_order(self, module: nn.Module, args: Any, output: Any) -> None:
-        """After it: cache and states as one pass over the prompts would have left them."""
-        if self._found is None or open_recorder(self.mllm) is not self.recorder:
+    def _after_pass(self, module: nn.Module, args: Any, output: Any) -> None:
+        """After the first pass: the states of the prompts as one pass over them would have left them."""
+        if not self._first_pass or open_recorder(self.mllm) is not self.recorder:
             return
-        found, self._found = self._found, None
-        for layer in output.past_key_values.layers:
-            layer.keys, layer.values = (
-                states.take_along_dim(found.places[:, None, :, None].to(states.device), 2)
-                for states in (layer.keys, layer.values)
-            )
+        self._first_pass = False
         for kept in (self.recorder.z, self.recorder.last_hidden):
             once, rest = kept
-            states = torch.cat([_rows(once, found.group), rest], 1)  # (B, P + R, d_π)
-            kept[:] = [states.take_along_dim(found.places[..., None].to(states.device), 1)]  # (B, T, d_π)
-
-
-def _rows(states, group):
-    return states[group.to(states.device)]
+            group, places = (index.to(rest.device) for index in (self._found.group, self._found.places))
+            states = torch.cat([once[group], rest], 1)  # (B, P + R, d_π)
+            kept[:] = [states[torch.arange(len(states), device=rest.device)[:, None], places]]  # (B, T, d_π)

@@ -41,7 +41,7 @@ IMAGES = [coarse_noise(40, 56, 1), coarse_noise(120, 40, 2)]
 TEXTS = ["it", "the red one"]
 RESPONSE = "<think>a b</think><REF_POS><REF_POS><REF_POS>"
 READ_WHOLE = {"aya_vision", "gemma3", "gemma4", "paligemma", "qwen3_5"}
-"""Families whose prompts about one image are each read whole: other attention, or another cache than keys and values."""
+"""Families whose prompts about one image are each read whole: other attention, or another cache than keys, values."""
 
 
 @pytest.fixture(scope="module")
