@@ -40,6 +40,8 @@ from .conftest import coarse_noise
 IMAGES = [coarse_noise(40, 56, 1), coarse_noise(120, 40, 2)]
 TEXTS = ["it", "the red one"]
 RESPONSE = "<think>a b</think><REF_POS><REF_POS><REF_POS>"
+READ_WHOLE = {"aya_vision", "gemma3", "gemma4", "paligemma", "qwen3_5"}
+"""Families whose prompts about one image are each read whole: other attention, or another cache than keys, values."""
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +153,27 @@ def test_a_sample_is_the_same_alone_and_in_a_batch(family, parts):
             gap = (both.pred_masks[place] - one.pred_masks[0]).abs().max()
             assert gap <= 1e-3 * one.pred_masks.abs().max()
             assert torch.equal(both.patch_boxes[place, : one.patch_boxes.shape[1]], one.patch_boxes[0])
+
+
+@column("batch = single")
+def test_questions_about_one_image_are_answered_together_as_alone(family, parts):
+    """Where the family allows it they read the image once (`shared_prompts.py`)."""
+    model, processor = parts
+    asked = [(0, "it"), (1, "it"), (0, "the red one"), (0, "which of them stands beside it?"), (1, "a")]
+    limits = dict(max_new_tokens=6, min_new_tokens=6)
+    passes = []
+    hook = model.backbone.blocks(model.mllm)[0].register_forward_hook(lambda m, a, out: passes.append(len(out)))
+    inputs = processor(images=[IMAGES[image] for image, _ in asked], text=[text for _, text in asked])
+    sequences, states = model.reason(**inputs, **limits)
+    hook.remove()
+    assert passes == ([2] if family not in READ_WHOLE else []) + [5] * 6
+    for row, (image, text) in enumerate(asked):
+        alone_ids, alone = model.reason(**processor(images=IMAGES[image], text=text), **limits)
+        assert torch.equal(sequences[row, -6:], alone_ids[0, -6:])
+        ours = states.rows([row]).trimmed()
+        for name in ("z", "last_hidden"):
+            one = getattr(alone, name)
+            assert (getattr(ours, name) - one).abs().max() <= 1e-3 * one.abs().max(), name
 
 
 @column("save/load")
