@@ -9,6 +9,7 @@ and gradients are those of the whole pass. Knows nothing about losses.
 import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +25,6 @@ ATTENTION = ("sdpa", "eager")
 
 TAKEN = {"hidden_states", "attention_mask", "position_ids", "position_embeddings", "past_key_values", "use_cache"}
 """Inputs of a block that can be cut in two."""
-
-CHECKPOINTED = "gradient_checkpointing"  # of a block: whether it is made anew in the backward pass
 
 
 @contextmanager
@@ -66,10 +65,9 @@ def _can_be_cut(block: Any) -> bool:
     attention = getattr(block, "self_attn", None)
     if getattr(getattr(attention, "config", None), "_attn_implementation", None) not in ATTENTION:
         return False
-    if isinstance(block, (FSDPModule, FullyShardedDataParallel)) or any(
-        hasattr(p, "ds_id") for p in block.parameters()
-    ):
-        return False  # weights are gathered for one call
+    sharded = isinstance(block, (FSDPModule, FullyShardedDataParallel)) or hasattr(next(block.parameters()), "ds_id")
+    if sharded or "forward" in vars(block):  # weights are gathered for one call, or somebody else stands in already
+        return False
     taken = inspect.signature(block.forward).parameters
     known = {"past_key_values", "position_embeddings", "attention_mask"} <= set(taken)
     drops = getattr(attention, "attention_dropout", 0.0) or any(
@@ -108,34 +106,35 @@ class _Keys:
 
 @contextmanager
 def _in_two(block: Any, columns: int) -> Iterator[None]:
-    """While open, the block's forward is made in two parts; nothing is recomputed in the backward pass."""
-    whole, own, checkpointed = block.forward, block.__dict__.get("forward"), getattr(block, CHECKPOINTED, False)
+    """While open, the block's forward is made in two parts. What is checkpointed is both, and keeps its input alone."""
+    whole = block.forward
+    plain = partial(getattr(type(block).forward, "__wrapped__", type(block).forward), block)  # without checkpointing
 
-    def forward(hidden_states: Tensor, **inputs: Any) -> Any:
-        parts = _cut(block, hidden_states, inputs, columns)
-        if parts is None:
-            return whole(hidden_states, **inputs)
+    def parts(first: dict[str, Any], last: dict[str, Any], hidden_states: Tensor) -> Any:
         keys = _Keys()
         with torch.no_grad():
-            first = whole(hidden_states[:, :columns], **parts[0], past_key_values=keys)
-        last = whole(hidden_states[:, columns:], **parts[1], past_key_values=keys)
-        if isinstance(first, tuple):
-            return torch.cat([first[0], last[0]], 1), *last[1:]
-        return torch.cat([first, last], 1)
+            before = plain(hidden_states[:, :columns], **first, past_key_values=keys)
+        after = plain(hidden_states[:, columns:], **last, past_key_values=keys)
+        if isinstance(after, tuple):
+            return torch.cat([before[0], after[0]], 1), *after[1:]
+        return torch.cat([before, after], 1)
+
+    def forward(hidden_states: Tensor, *unnamed: Any, **inputs: Any) -> Any:
+        cut = None if unnamed else _cut(hidden_states, inputs, columns)
+        if cut is None:
+            return whole(hidden_states, *unnamed, **inputs)
+        if getattr(block, "gradient_checkpointing", False) and block.training:
+            return block._gradient_checkpointing_func(partial(parts, *cut), hidden_states)
+        return parts(*cut, hidden_states)
 
     block.forward = forward
-    setattr(block, CHECKPOINTED, False)
     try:
         yield
     finally:
-        setattr(block, CHECKPOINTED, checkpointed)
-        if own is None:
-            del block.forward
-        else:
-            block.forward = own
+        del block.forward
 
 
-def _cut(block: Any, hidden: Tensor, inputs: dict[str, Any], columns: int) -> tuple[dict, dict] | None:
+def _cut(hidden: Tensor, inputs: dict[str, Any], columns: int) -> tuple[dict, dict] | None:
     """A block's other inputs for the columns before and from `columns`; None where they cannot be cut."""
     length, mask = hidden.shape[1], inputs.get("attention_mask")
     if inputs.get("past_key_values") is not None or inputs.get("use_cache"):

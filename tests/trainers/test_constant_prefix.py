@@ -63,12 +63,12 @@ def test_a_joint_step_has_the_loss_and_gradients_of_the_whole_pass(tmp_path, mon
     loss, ours, saved = step()
     (columns, without), (rest, with_gradients) = seen[:2]
     assert not without and with_gradients and columns > 3 * rest > 0
-    assert "forward" not in vars(blocks[0]) and blocks[0].gradient_checkpointing == checkpointing
+    assert "forward" not in vars(blocks[0])
     monkeypatch.setattr(joint_forward, "constant_prefix", lambda *args: contextlib.nullcontext())
     loss_of_whole, whole, saved_of_whole = step()
     assert loss.item() == pytest.approx(loss_of_whole.item(), abs=1e-6)
     assert_same(ours, whole)
-    assert checkpointing or saved < 0.9 * saved_of_whole
+    assert saved < (1.01 if checkpointing else 0.9) * saved_of_whole
 
 
 def test_the_cold_start_has_the_loss_and_gradients_of_the_whole_pass(tmp_path, monkeypatch):
