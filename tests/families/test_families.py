@@ -213,7 +213,7 @@ def test_columns_without_gradients_change_neither_masks_nor_gradients(family, ro
         pytest.importorskip("num2words")
     model, processor = tiny_family(family)
     freeze(model.train())
-    inputs = SegCompassCollator(processor)(rows[:2])
+    inputs = SegCompassCollator(processor, mask_side=4 * model.config.key_grid)(rows[:2])
     inputs = {name: value for name, value in inputs.items() if name != "mask_targets"}
     learning = [weight for weight in model.parameters() if weight.requires_grad]
     results = []
