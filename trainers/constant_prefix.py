@@ -32,8 +32,8 @@ def constant_prefix(core: Any, input_ids: Tensor) -> Iterator[int]:
     """While open, a pass over these tokens has no gradients up to the SAE's layer where states are constant.
 
     Nothing changes where that cannot be told: without gradients, with adapters, where more than those rows learns,
-    where weights are sharded, where blocks have routers, dropout or inputs that are not known, and under another
-    attention than sdpa and eager.
+    where weights are sharded, where attention weights are returned, where blocks have routers, dropout or inputs that
+    are not known, and under another attention than sdpa and eager.
 
     Args:
         core: a SegCompassModel.
@@ -52,7 +52,8 @@ def constant_prefix(core: Any, input_ids: Tensor) -> Iterator[int]:
 
 def _only_rows_learn(core: Any, blocks: nn.ModuleList) -> bool:
     """Whether `policy.freeze` made the model so, and its blocks are of the common kind."""
-    if not getattr(core.get_input_embeddings(), ROWS_HOOKS, None) or core.training is False:
+    attentions = core.config.output_attentions or core.config.get_text_config().output_attentions  # recorded per call
+    if not getattr(core.get_input_embeddings(), ROWS_HOOKS, None) or not core.training or attentions:
         return False
     names, vision = tuple(core.backbone.vision_names(core.mllm)), core.backbone.vision_tower(core.mllm)
     beside = [weight for name, weight in core.mllm.named_parameters() if name.startswith(names)]

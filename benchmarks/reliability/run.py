@@ -6,7 +6,7 @@
 Each harness is a command of its own (crash_states.py, kills.py, corruption.py, fuzz.py, attack.py, load.py), takes at
 most --minutes, and notes its cases in --output, so that a repeated command goes on where it was. Keys of RESULT:
 crash_states, crash_exact, kills, kills_exact, corrupt_cases, corrupt_silent, errors, errors_naming_file, fuzz_cases,
-fuzz_hangs, fuzz_crashes, fuzz_silent, attacks, attacks_through, sessions, session_bytes.
+fuzz_hangs, fuzz_crashes, fuzz_silent, attacks, attacks_through, sessions, session_bytes, serve_requests, serve_wrong.
 """
 
 import argparse
@@ -21,7 +21,7 @@ HARNESSES = ("crash_states", "kills", "corruption", "fuzz", "attack", "load")
 KEYS = (
     *("crash_states", "crash_exact", "kills", "kills_exact", "corrupt_cases", "corrupt_silent", "errors"),
     *("errors_naming_file", "fuzz_cases", "fuzz_hangs", "fuzz_crashes", "fuzz_silent", "attacks", "attacks_through"),
-    *("sessions", "session_bytes"),
+    *("sessions", "session_bytes", "serve_requests", "serve_wrong"),
 )
 
 
