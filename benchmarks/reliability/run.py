@@ -7,7 +7,7 @@ Each harness is a command of its own (crash_states.py, kills.py, corruption.py, 
 most --minutes, and notes its cases in --output, so that a repeated command goes on where it was. Prints the table of
 docs/reliability.md (`python dev/measured.py reliability` keeps it there). Keys of RESULT:
 crash_states, crash_exact, kills, kills_exact, corrupt_cases, corrupt_silent, errors, errors_naming_file, fuzz_cases,
-fuzz_hangs, fuzz_crashes, fuzz_silent, attacks, attacks_through, sessions, session_bytes.
+fuzz_hangs, fuzz_crashes, fuzz_silent, attacks, attacks_through, sessions, session_bytes, serve_requests, serve_wrong.
 """
 
 import argparse
@@ -22,7 +22,7 @@ HARNESSES = ("crash_states", "kills", "corruption", "fuzz", "attack", "load")
 KEYS = (
     *("crash_states", "crash_exact", "kills", "kills_exact", "corrupt_cases", "corrupt_silent", "errors"),
     *("errors_naming_file", "fuzz_cases", "fuzz_hangs", "fuzz_crashes", "fuzz_silent", "attacks", "attacks_through"),
-    *("sessions", "session_bytes"),
+    *("sessions", "session_bytes", "serve_requests", "serve_wrong"),
 )
 ROWS = (
     ("crash states", "crash_states", "{crash_exact} exact"),
