@@ -10,11 +10,13 @@ On the model of `workload.py` (28 M parameters, random weights, 64 image tokens)
     response     so many tokens written, and the masks decoded, of one question
     rows         `segcompass evaluate`'s work beside the model: predictions read back, put in order and counted
 
-Memory is by how much a call raises the process's peak, which Linux lets a process forget (/proc/self/clear_refs). The
-exponent is that of the last doubling or so: 1 is proportional, 2 the square; below 0.5 something else is still larger.
+Memory is by how much a call raises the process's peak, which Linux lets a process forget (/proc/self/clear_refs; with
+glibc). The exponent is that of the last doubling or so: 1 is proportional, 2 the square; below 0.5 something else is
+still larger.
 """
 
 import argparse
+import ctypes
 import json
 import math
 import tempfile
@@ -35,8 +37,8 @@ from segcompass.predictions import merge_parts, part_path, read_parts
 SIZES = {
     "slots": (1, 3, 6, 12, 24, 48),
     "side": (250, 500, 1000, 2000, 4000, 8000),
-    "response": (16, 32, 64, 128, 256, 512),
-    "rows": (1000, 3000, 10_000, 30_000, 100_000),
+    "response": (16, 32, 64, 128, 256),
+    "rows": (1000, 3000, 10_000, 30_000),
 }
 TITLES = {
     "slots": "slots",
@@ -55,8 +57,8 @@ def parse(argv):
 
 
 def measured(call):
-    """(seconds of the processor, gigabytes by which the peak rose) of a call, the second time it is made."""
-    call()
+    """(seconds of the processor, gigabytes by which the peak rose) of a call."""
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls left would be used again, and not be seen
     Path("/proc/self/clear_refs").write_text("5")
     before, began = high_water(), time.process_time()
     call()
@@ -192,11 +194,12 @@ def main(argv=None):
     row = benchmark_rows(1)[0]
     found = {}
     for name in args.curves:
-        points = []
+        points, prepared = [], CURVES[name](model, processor, row)
+        prepared(SIZES[name][0])()  # warms up
         for size in SIZES[name]:
             if size > args.largest * SIZES[name][-1]:
                 break
-            seconds, gigabytes = measured(CURVES[name](model, processor, row)(size))
+            seconds, gigabytes = measured(prepared(size))
             points.append({"size": size, "seconds": round(seconds, 4), "gigabytes": round(gigabytes, 4)})
             print(f"{name:<9} {size:>7,}   {seconds:8.3f} s   {gigabytes:7.3f} GB", flush=True)
         found[name] = {"points": points, "time": exponent(points, "seconds"), "memory": exponent(points, "gigabytes")}
