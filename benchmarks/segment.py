@@ -1,10 +1,10 @@
-"""What does `segment` cost beside bare generation and one encoder pass? And k questions on one image beside k calls?
+"""What does `segment` cost beside bare generation and one encoder pass?
 
     python benchmarks/segment.py
 
 The peer of the ratio is `mllm.generate` of as many tokens, then SAM's encoder, with nothing kept and nothing decoded.
 Calls of the two alternate; the ratio is of medians, at batch 1, 4 and 16. Keys of RESULT: ratio (batch 1), ratio_4,
-ratio_16, questions_ratio (seconds of k calls over seconds of one call with k questions), ...
+ratio_16, ...
 """
 
 import argparse
@@ -22,7 +22,6 @@ def parse(argv):
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--response", type=int, default=64, help="tokens written")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--questions", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser.parse_args(argv)
@@ -69,22 +68,8 @@ def main(argv=None):
         shown = ", ".join(f"{name} {value:.3f} s" for name, value in medians.items())
         print(f"batch {batch:<4} {shown}   {ratio:.3f}x")
 
-    one = inputs_of([rows[0]])
-    many = inputs_of([rows[0]] * args.questions)
-    many.pop("encoder_pixel_values")
-    medians = alternate(
-        {
-            "together": lambda: model.segment(
-                **many, image_embeddings=model.get_image_embeddings(one["encoder_pixel_values"]), **length
-            ),
-            "apart": lambda: [model.segment(**one, **length) for _ in range(args.questions)],
-        },
-        max(1, args.repeats // 2),
-    )
-    result["questions_ratio"] = round(medians["apart"] / medians["together"], 4)
-    print(f"{args.questions} questions: {medians['apart']:.3f} s in as many calls, {medians['together']:.3f} s in one")
     result |= {"mllm_parameters": sum(p.numel() for p in model.mllm.parameters()), "response_tokens": args.response}
-    result |= {"questions": args.questions, "threads": args.threads}
+    result["threads"] = args.threads
     print("RESULT", json.dumps(result))
 
 

@@ -16,21 +16,25 @@ from segcompass.modeling_segcompass import (
 MINI = Path(__file__).resolve().parents[1] / "examples" / "checkpoints" / "mini"
 
 
-def benchmark_model(hidden=512, layers=8, seed=0):
+def benchmark_model(hidden=512, layers=8, seed=0, image_side=128):
     """A SegCompass model around a LLaVA of the given size (27 M parameters by default), and the embedded processor.
 
-    The image encoders have the embedded model's shapes; the SAE has 8 features a dimension.
+    The image encoders have the embedded model's shapes; the SAE has 8 features a dimension. The MLLM's pictures have
+    `image_side` pixels a side, which is (image_side / 16)^2 image tokens: 64, and the 576 of LLaVA-1.5 at 384.
     """
     torch.manual_seed(seed)
     mini = SegCompassConfig.from_pretrained(MINI)
     processor = SegCompassProcessor.from_pretrained(MINI)
+    processor.image_processor.size = {"longest_edge": image_side}
+    processor.image_processor.pad_size = {"height": image_side, "width": image_side}
+    processor.max_prompt_length = processor.tokenizer.model_max_length = 4096
     text = mini.mllm_config.text_config.to_dict()
     heads = hidden // 64
     text |= dict(hidden_size=hidden, intermediate_size=hidden * 11 // 4, num_hidden_layers=layers, head_dim=64)
     text |= dict(num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=4096)
     text["tie_word_embeddings"] = False
     config = LlavaConfig(
-        vision_config=mini.mllm_config.vision_config.to_dict(),
+        vision_config=mini.mllm_config.vision_config.to_dict() | {"image_size": image_side},
         text_config=text,
         image_token_index=mini.image_token_id,
         vision_feature_layer=-1,
