@@ -26,7 +26,7 @@ WHOLE_PASS: dict[str, tuple[Any, ...]] = {
     "output_attentions": (None, False),
     "return_dict_in_generate": (None, False),
 }
-"""Options of `generate`, and the values under which its first pass is one over the prompts and nobody sees its cache."""
+"""Options of `generate`, and the values with which its first pass is one over the prompts and nobody sees its cache."""
 
 
 class Beginnings(NamedTuple):
