@@ -203,7 +203,9 @@ def load_mixed_scenes(
 def load_twin_scenes(
     split: str = "train", seed: int = 0, num_samples: int | None = 1000, streaming: bool = False
 ) -> Dataset | IterableDataset:
-    """Scenes most of whose objects look like another one, so that only places tell them apart.
+    """Scenes whose further objects mostly repeat the look of an earlier one, so that only places tell them apart.
+
+    Scenes of val and test begin with two objects that differ; of these, only a third object can be a twin.
 
     Args:
         split: see `load_scenes`.
