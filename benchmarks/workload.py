@@ -16,17 +16,19 @@ from segcompass.modeling_segcompass import (
 MINI = Path(__file__).resolve().parents[1] / "examples" / "checkpoints" / "mini"
 
 
-def benchmark_model(hidden=512, layers=8, seed=0, image_side=128):
+def benchmark_model(hidden=512, layers=8, seed=0, image_side=128, slots=None):
     """A SegCompass model around a LLaVA of the given size (27 M parameters by default), and the embedded processor.
 
     The image encoders have the embedded model's shapes; the SAE has 8 features a dimension. The MLLM's pictures have
-    `image_side` pixels a side, which is (image_side / 16)^2 image tokens: 64, and the 576 of LLaVA-1.5 at 384.
+    `image_side` pixels a side, which is (image_side / 16)^2 image tokens: 64, and the 576 of LLaVA-1.5 at 384. The
+    embedded processor has 4 slots.
     """
     torch.manual_seed(seed)
     mini = SegCompassConfig.from_pretrained(MINI)
     processor = SegCompassProcessor.from_pretrained(MINI)
     processor.image_processor.size = {"longest_edge": image_side}
     processor.image_processor.pad_size = {"height": image_side, "width": image_side}
+    processor.num_slots = slots or processor.num_slots
     processor.max_prompt_length = processor.tokenizer.model_max_length = 4096
     text = mini.mllm_config.text_config.to_dict()
     heads = hidden // 64

@@ -28,7 +28,7 @@ SECTIONS = {
     "Train it": ("own_data.md", "data.md", "training.md", "sae.md", "reproduce.md"),
     "Look inside it": ("white_box.md",),
     "Extend it": ("extending.md",),
-    "Measured": ("measured.md", "protocols.md", "reliability.md", "outside_suites.md"),
+    "Measured": ("measured.md", "performance.md", "protocols.md", "reliability.md", "outside_suites.md"),
 }
 """Heading -> pages of docs/ in order; those that do not exist are passed over."""
 MORE = "More"

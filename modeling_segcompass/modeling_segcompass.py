@@ -588,8 +588,8 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
                 called = dict(kwargs)
                 if option("cache_implementation", kwargs, self.mllm) is not None:
                     called["disable_compile"] = True  # a compiled pass would not call the recorder
-                elif not recorder.whole_passes and (cache := roomy_cache(self.mllm)) is not None:
-                    called["past_key_values"] = cache
+                elif not recorder.whole_passes:
+                    called |= roomy_cache(self.mllm)
                 with SharedPrompts(self.mllm, self.backbone, recorder, called) as shared:
                     output = self.mllm.generate(**shared.keywords)
             else:

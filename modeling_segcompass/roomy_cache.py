@@ -4,6 +4,7 @@ transformers' own grows by concatenation, once for each token and layer, which f
 much as computing the token. What is kept, and what attention reads, is the same.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -60,22 +61,18 @@ class RoomyLayer(DynamicLayer):
         return room[..., :end, :]
 
 
-def is_plain(cache: Any) -> bool:
-    """Whether a cache keeps keys and values of all tokens, one after the other, and nothing else."""
-    return type(cache) is DynamicCache and all(type(layer) in (DynamicLayer, RoomyLayer) for layer in cache.layers)
-
-
-def roomy_cache(mllm: Any) -> DynamicCache | None:
+def roomy_cache(mllm: Any) -> dict[str, DynamicCache]:
     """An empty cache for an MLLM's `generate`.
 
     Args:
         mllm: transformers' model.
 
     Returns:
-        DynamicCache; None where this MLLM needs one of another kind.
+        {name of the argument: cache}; {} where this MLLM needs a cache of another kind.
     """
     cache = DynamicCache(config=mllm.config)
-    if not cache.layers or not is_plain(cache):
-        return None
+    if not cache.layers or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        return {}
     cache.layers = [RoomyLayer() for _ in cache.layers]
-    return cache
+    taken = inspect.signature(mllm.forward).parameters
+    return {"cache" if "cache" in taken else "past_key_values": cache}  # renamed in transformers 5.24

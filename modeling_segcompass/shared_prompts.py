@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from .backbone import PER_TOKEN_INPUTS, Backbone
 from .generation_options import option
-from .roomy_cache import is_plain
 from .states import StateRecorder, open_recorder
 
 WHOLE_PASS: dict[str, tuple[Any, ...]] = {
@@ -26,7 +26,7 @@ WHOLE_PASS: dict[str, tuple[Any, ...]] = {
     "output_attentions": (None, False),
     "return_dict_in_generate": (None, False),
 }
-"""Options of `generate`, and the values under which its first pass is one over the prompts and nobody sees its cache."""
+"""Options of `generate`, and the values under which its first pass is over the prompts and nobody sees its cache."""
 
 
 class Beginnings(NamedTuple):
@@ -132,7 +132,7 @@ class SharedPrompts:
         mllm: the MLLM that will generate.
         backbone: its family.
         recorder: the open recorder of this thread.
-        keywords: of the call to the MLLM's `generate`.
+        keywords: of the call to the MLLM's `generate`; with a cache of `roomy_cache` beginnings can be shared.
 
     Example:
         with SharedPrompts(model.mllm, model.backbone, recorder, inputs) as shared:
@@ -143,6 +143,7 @@ class SharedPrompts:
         self.mllm, self.backbone, self.recorder = mllm, backbone, recorder
         self.keywords = dict(keywords)
         """what `generate` is called with: pictures that are read here are left out."""
+        self._cache = next((v for v in keywords.values() if isinstance(v, DynamicCache)), None)
         self._first_pass = True
         self._found = self._find()
         if self._found is not None:
@@ -181,7 +182,7 @@ class SharedPrompts:
             and not self.mllm.training  # in which each row may drop other values
             and self.recorder.steer is None  # as may be steered in each row otherwise
             and not hasattr(self.mllm, "create_masks_for_generate")  # where a token sees what comes after it
-            and is_plain(self.keywords.get("past_key_values"))
+            and self._cache is not None
         )
 
     def __enter__(self) -> "SharedPrompts":
@@ -203,7 +204,7 @@ class SharedPrompts:
         if self._first_pass:
             kwargs = self._read_beginnings(kwargs)
         else:
-            new = kwargs["past_key_values"].get_seq_length() + kwargs["input_ids"].shape[1] - self._mask.shape[1]
+            new = self._cache.get_seq_length() + kwargs["input_ids"].shape[1] - self._mask.shape[1]
             kwargs["attention_mask"] = nn.functional.pad(self._mask, (0, new), value=1)
         return args, kwargs
 
@@ -224,7 +225,7 @@ class SharedPrompts:
         once["attention_mask"], rest["attention_mask"] = found.begun.long(), self._mask
         core = self.backbone.without_head(self.mllm)
         core(**self.backbone.mllm_inputs(core, once))
-        for layer in rest["past_key_values"].layers:
+        for layer in self._cache.layers:
             layer.batch_select_indices(found.group.to(layer.keys.device))
         return rest
 

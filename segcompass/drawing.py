@@ -2,19 +2,22 @@
 
 Takes arrays and the dict that `segcompass segment` writes as result.json; knows nothing about models. Everything is
 placed in pixels on a page 1600 pixels wide, so that it reads the same for one slot or six, wide images or tall. The
-page of an evaluation's samples is gallery.py's.
+pictures are pasted; matplotlib writes the text and the outlines, for each of its axes costs as much as ten pictures.
+The page of an evaluation's samples is gallery.py's.
 """
 
 import textwrap
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from segcompass.modeling_segcompass.palette import PAGE_COLOURS, css_colour, slot_colour
 from segcompass.modeling_segcompass.patch_boxes import paint_boxes
@@ -29,14 +32,19 @@ LONGEST_SIDE = 1000  # images are shown no larger, whatever their size
 INK, SOFT, FRAME = (PAGE_COLOURS[name][0] for name in ("ink", "soft", "line"))
 
 
+Picture = Callable[[int, int], np.ndarray]
+"""(height, width) -> float (height, width, 3) in [0, 1]."""
+
+
 class Panel(NamedTuple):
     """One picture of the figure."""
 
     title: str
-    draw: Callable[[Axes], None]
-    """draws into axes whose units are the image's pixels."""
+    picture: Picture
     colour: str | None = None
     """of the square beside the title."""
+    draw: Callable[[Axes], None] | None = None
+    """draws over the picture, into axes whose units are the image's pixels."""
 
 
 class ConceptTile(NamedTuple):
@@ -81,7 +89,7 @@ def draw_overlay(
     concepts: tuple[np.ndarray, np.ndarray] | None = None,
     tiles: dict[int, list[ConceptTile]] | None = None,
     prompts: list[dict] | None = None,
-) -> Figure:
+) -> Image.Image:
     """Image, concept activations, slot heatmaps and masks side by side, the instruction above, below them each slot's
     concepts and the reasoning.
 
@@ -98,7 +106,7 @@ def draw_overlay(
         prompts: what the masks were asked for by, each with `slot`, and `box` (xyxy) or `point` (xy) in pixels.
 
     Returns:
-        Figure: 1600 pixels wide at its own dpi.
+        PIL image of mode "RGB", 1600 pixels wide.
     """
     height, width = image.shape[:2]
     frame = (0, width, height, 0)
@@ -107,17 +115,20 @@ def draw_overlay(
     instances = result["instances"]
     kept = {instance["slot"] for instance in instances}
 
-    panels = [Panel("image", lambda axes: _show(axes, image, frame))]
+    panels = [Panel("image", _resized(image))]
     if concepts is not None:
-        panels.append(Panel("concepts by image patch", lambda axes: _show_patches(axes, dark, frame, *concepts)))
+        panels.append(Panel("concepts by image patch", _patches(dark, *concepts)))
     if prompts is not None:
-        panels.append(Panel("what the answer points at", lambda axes: _show_prompts(axes, image, frame, prompts)))
+        outlines = partial(_show_prompts, prompts=prompts)
+        panels.append(Panel("what the answer points at", _resized(image), draw=outlines))
     for slot, confidence, heat in heatmaps:
         title = f"slot {slot}, confidence {confidence:.2f}" + ("" if slot in kept else " (not kept)")
-        draw = lambda axes, heat=heat: _show(axes, _glow(dark, heat), frame)  # noqa: E731
-        panels.append(Panel(title, draw, css_colour(slot_colour(slot)) if slot in kept else None))
+        panels.append(Panel(title, _glow(dark, heat), css_colour(slot_colour(slot)) if slot in kept else None))
     title = f"masks: {verdict}" if instances else "masks"
-    panels.append(Panel(title, lambda axes: _show_masks(axes, image, frame, instances, masks, verdict)))
+    small = [_shrink(Image.fromarray(mask.astype(np.uint8) * 255), Image.Resampling.BOX) for mask in masks]
+    small = [np.asarray(mask) / 255 for mask in small]
+    outlines = partial(_show_masks, frame=frame, instances=instances, masks=small, verdict=verdict)
+    panels.append(Panel(title, _tinted(image, instances, small), draw=outlines))
 
     headlines = _wrap(f"“{result['instruction']}”", 92, MAX_HEADLINES)
     lines = _wrap(reasoning, 154, MAX_LINES)
@@ -138,26 +149,26 @@ def draw_overlay(
         if panel.colour:
             page.square(left, top + 3, 15, panel.colour)
         page.write(left + (23 if panel.colour else 0), top, panel.title, size=13)
-        axes = page.axes(left, top + TITLE, panel_width, panel_height)
-        panel.draw(axes)
-        axes.set(xlim=frame[:2], ylim=frame[2:], xticks=[], yticks=[])
+        page.paste(left, top + TITLE, panel_width, panel_height, panel.picture)
+        if panel.draw is not None:
+            panel.draw(page.axes(left, top + TITLE, panel_width, panel_height, frame))
     for number, (slot, heaviest) in enumerate(shown):
         top = tiles_top + number * (TITLE + TILE + GAP)
         if slot in kept:
             page.square(MARGIN, top + 3, 15, css_colour(slot_colour(slot)))
         page.write(MARGIN + (23 if slot in kept else 0), top, f"slot {slot} is the sum of these concepts", size=13)
-        _draw_tiles(page, top + TITLE, heaviest, dark, frame)
+        _draw_tiles(page, top + TITLE, heaviest, dark, width / height)
     page.write(MARGIN, text_top, "reasoning" if prompts is None else "answer", size=13, color=SOFT)
     for number, line in enumerate(lines, 1):
         page.write(MARGIN, text_top + number * LINE, line, size=13)
-    return page.figure
+    return page.finish()
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------
 
 
 class Page:
-    """A figure addressed in pixels from the top left.
+    """A page addressed in pixels from the top left.
 
     Args:
         height: of the page; its width is always the same.
@@ -165,12 +176,13 @@ class Page:
     Example:
         page = Page(400)
         page.write(36, 36, "the mug", size=20)
-        page.figure.savefig("page.png")
+        page.finish().save("page.png")
     """
 
     def __init__(self, height: float):
-        self.height = height
-        self.figure = Figure(figsize=(PAGE / DPI, height / DPI), dpi=DPI, facecolor="white")
+        self.height = height = round(height)
+        self.pictures = Image.new("RGB", (PAGE, height), "white")
+        self.figure = Figure(figsize=(PAGE / DPI, height / DPI), dpi=DPI, facecolor="none")
 
     def write(self, left: float, top: float, text: str, **style: Any) -> None:
         """Write a text whose top left corner is there; `style` goes to matplotlib."""
@@ -182,26 +194,38 @@ class Page:
         corner = (left / PAGE, 1 - (top + side) / self.height)
         self.figure.add_artist(Rectangle(corner, side / PAGE, side / self.height, facecolor=colour))
 
-    def axes(self, left: float, top: float, width: float, height: float) -> Axes:
-        """Framed axes for a picture."""
+    def paste(self, left: float, top: float, width: float, height: float, picture: Picture) -> None:
+        """Put a picture there, in a frame."""
+        place = [round(edge) for edge in (left, top, left + width, top + height)]
+        pixels = picture(place[3] - place[1], place[2] - place[0])
+        self.pictures.paste(Image.fromarray((np.clip(pixels, 0, 1) * 255).round().astype(np.uint8)), place[:2])
+        ImageDraw.Draw(self.pictures).rectangle((place[0], place[1], place[2] - 1, place[3] - 1), outline=FRAME)
+
+    def axes(self, left: float, top: float, width: float, height: float, frame: tuple) -> Axes:
+        """Axes to draw over a picture, without ticks and see-through; `frame` is (left, right, bottom, top) in them."""
         corner = (left / PAGE, 1 - (top + height) / self.height)
-        axes = self.figure.add_axes((*corner, width / PAGE, height / self.height))
-        for spine in axes.spines.values():
-            spine.set(color=FRAME, linewidth=0.8)
+        axes = self.figure.add_axes((*corner, width / PAGE, height / self.height), frameon=False)
+        axes.set(xlim=frame[:2], ylim=frame[2:], xticks=[], yticks=[])
         return axes
 
+    def finish(self) -> Image.Image:
+        """The page as one picture, text and outlines over the pictures."""
+        canvas = FigureCanvasAgg(self.figure)
+        canvas.draw()
+        drawn = Image.fromarray(np.asarray(canvas.buffer_rgba()))
+        self.pictures.paste(drawn, mask=drawn.getchannel("A"))
+        return self.pictures
 
-def _draw_tiles(page: Page, top: float, row: list[ConceptTile], image: np.ndarray, frame: tuple):
+
+def _draw_tiles(page: Page, top: float, row: list[ConceptTile], image: np.ndarray, aspect: float):
     """A row of concepts, each a small picture with its lines beside it."""
     step = (PAGE - 2 * MARGIN + GAP) / TILES
-    width = min(TILE * frame[1] / frame[2], 0.44 * (step - GAP))  # beside it stands "without it −100%" whole
-    height = width * frame[2] / frame[1]
+    width = min(TILE * aspect, 0.44 * (step - GAP))  # beside it stands "without it −100%" whole
+    height = width / aspect
     letters = int((step - GAP - width - 12) / 8.6)
     for number, tile in enumerate(row[:TILES]):
         left = MARGIN + number * step
-        axes = page.axes(left, top, width, height)
-        _show_patches(axes, image, frame, tile.heat, tile.boxes)
-        axes.set(xlim=frame[:2], ylim=frame[2:], xticks=[], yticks=[])
+        page.paste(left, top, width, height, _patches(image, tile.heat, tile.boxes))
         for place, line in enumerate((tile.name, *tile.lines[:3])):
             style: dict[str, Any] = {"weight": "bold"} if place == 0 else {"color": SOFT}
             page.write(left + width + 12, top + 8 + place * TILE_LINE, _cut(line, letters), size=11, **style)
@@ -249,10 +273,37 @@ def _darkened(image: np.ndarray) -> np.ndarray:
     return 0.5 * (0.75 * grey[..., None] + 0.25 * image)
 
 
-def _glow(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
+def _resized(image: np.ndarray) -> Picture:
+    """An image, smoothly."""
+    pixels = Image.fromarray((np.clip(image, 0, 1) * 255).round().astype(np.uint8))
+    return lambda height, width: np.asarray(pixels.resize((width, height), Image.Resampling.BILINEAR)) / 255
+
+
+def _glow(image: np.ndarray, heat: np.ndarray) -> Picture:
     """Blend a heat in [0, 1] over an image, clear where it is 0."""
-    resized = Image.fromarray(heat.astype(np.float32)).resize(image.shape[1::-1], Image.Resampling.BILINEAR)
-    colours = _heat_colours(np.asarray(resized))
+    behind, glowing = _resized(image), Image.fromarray(heat.astype(np.float32))
+    return lambda height, width: _over(
+        behind(height, width), np.asarray(glowing.resize((width, height), Image.Resampling.BILINEAR))
+    )
+
+
+def _patches(image: np.ndarray, heat: np.ndarray, boxes: np.ndarray) -> Picture:
+    """Likewise, of a heat by image patch, each with its own edges."""
+    behind, heat = _resized(image), heat / max(heat.max(initial=0), 1e-9)
+    return lambda height, width: _over(behind(height, width), paint_boxes(heat, boxes, height, width))
+
+
+def _tinted(image: np.ndarray, instances: list[dict], masks: list[np.ndarray]) -> Picture:
+    """The image where a mask is, in its slot's colour, and dim elsewhere."""
+    picture = _darkened(image)
+    for instance, mask in zip(instances, masks, strict=True):
+        tint = 0.7 * image + 0.3 * np.array(slot_colour(instance["slot"])) / 255
+        picture = np.where(mask[..., None] >= 0.5, tint, picture)
+    return _resized(picture)
+
+
+def _over(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
+    colours = _heat_colours(heat)
     return (1 - colours[..., 3:]) * image + colours[..., 3:] * colours[..., :3]
 
 
@@ -263,18 +314,8 @@ def _heat_colours(heat: np.ndarray) -> np.ndarray:
     return colours
 
 
-def _show(axes: Axes, image: np.ndarray, frame: tuple):
-    axes.imshow(np.clip(image, 0, 1), extent=frame, interpolation="bilinear", aspect="auto")
-
-
-def _show_patches(axes: Axes, image: np.ndarray, frame: tuple, heat: np.ndarray, boxes: np.ndarray):
-    _show(axes, image, frame)
-    painted = paint_boxes(heat / max(heat.max(initial=0), 1e-9), boxes, *image.shape[:2])
-    axes.imshow(_heat_colours(painted), extent=frame, interpolation="nearest", aspect="auto")
-
-
-def _show_prompts(axes: Axes, image: np.ndarray, frame: tuple, prompts: list[dict]):
-    _show(axes, image, frame)
+def _show_prompts(axes: Axes, prompts: list[dict]):
+    """What the masks were asked for by."""
     for prompt in prompts:
         colour = css_colour(slot_colour(prompt["slot"]))
         if prompt["box"]:
@@ -287,15 +328,9 @@ def _show_prompts(axes: Axes, image: np.ndarray, frame: tuple, prompts: list[dic
             axes.plot(*prompt["point"], "o", markersize=9, color=colour, markeredgecolor="white", markeredgewidth=1.5)
 
 
-def _show_masks(axes: Axes, image: np.ndarray, frame: tuple, instances: list[dict], masks: np.ndarray, verdict: str):
-    picture = _darkened(image)
-    shrunk = (_shrink(Image.fromarray(mask.astype(np.uint8) * 255), Image.Resampling.BOX) for mask in masks)
-    small = [np.asarray(mask) / 255 for mask in shrunk]
-    for instance, mask in zip(instances, small, strict=True):
-        tint = 0.7 * image + 0.3 * np.array(slot_colour(instance["slot"])) / 255
-        picture = np.where(mask[..., None] >= 0.5, tint, picture)
-    _show(axes, picture, frame)
-    for instance, mask in zip(instances, small, strict=True):
+def _show_masks(axes: Axes, frame: tuple, instances: list[dict], masks: list[np.ndarray], verdict: str):
+    """The instances' outlines, or why there are none."""
+    for instance, mask in zip(instances, masks, strict=True):
         _outline(axes, instance, mask, frame)
     if not instances:
         style: dict[str, Any] = {"ha": "center", "va": "center", "color": "white", "size": 13, "weight": "bold"}

@@ -1,12 +1,12 @@
 """Segments one image and writes down everything that came out: the work of `segcompass segment`."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 
 from segcompass.box_formats import Answer
@@ -76,8 +76,8 @@ def segment_image(
     dictionary = ConceptDictionary.from_pretrained(model)
     explanations = explain_slots(segcompass, processor, outputs, shown, dictionary, keys)
     tiles = {report.slot: concept_tiles(report) for report in explanations if outputs.grounding is not None}
-    figure = draw_overlay(np.asarray(image), result, reasoning, verdict, masks, heatmaps, concepts, tiles)
-    write_results(output, result, label_image(masks, scores, slots), figure)
+    overlay = draw_overlay(np.asarray(image), result, reasoning, verdict, masks, heatmaps, concepts, tiles)
+    write_results(output, result, label_image(masks, scores, slots), overlay)
     if explain:
         write_explanation(output, segcompass, processor, outputs, image, instruction, explanations)
     return result
@@ -123,17 +123,17 @@ def segment_image_by_boxes(
     verdict = verdict_of_answer(answer, len(result["instances"]), threshold)
     report(result, answer.text.strip(), verdict, "answer")
     masks, slots = instances["masks"].cpu().numpy(), instances["slots"].tolist()
-    figure = draw_overlay(np.asarray(image), result, answer.text, verdict, masks, [], prompts=result["prompts"])
-    write_results(output, result, label_image(masks, instances["scores"].tolist(), slots), figure)
+    overlay = draw_overlay(np.asarray(image), result, answer.text, verdict, masks, [], prompts=result["prompts"])
+    write_results(output, result, label_image(masks, instances["scores"].tolist(), slots), overlay)
     return result
 
 
-def write_results(output: Path, result: dict, labels: Image.Image, figure: Figure) -> None:
+def write_results(output: Path, result: dict, labels: Image.Image, overlay: Image.Image) -> None:
     """Write result.json, masks.png and overlay.png. Raises OSError."""
     with folder_lock(output):
         write_whole(output / "result.json", json.dumps(result, indent=2) + "\n")
         write_whole(output / "masks.png", labels.save)
-        write_whole(output / "overlay.png", figure.savefig)
+        write_whole(output / "overlay.png", partial(overlay.save, compress_level=3))
     print(f"wrote overlay.png, masks.png and result.json to {output}")
 
 

@@ -31,6 +31,7 @@ ROWS = (
     ("fuzz", "fuzz_cases", "{fuzz_hangs} hangs, {fuzz_crashes} crashes, {fuzz_silent} silent answers"),
     ("attacks", "attacks", "{attacks_through} through"),
     ("load: visitors' sessions", "sessions", "{session_bytes} bytes kept of each"),
+    ("load: requests to the server", "serve_requests", "{serve_wrong} wrong"),
 )
 """Harness, the key of its cases, what was found."""
 
