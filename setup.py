@@ -64,7 +64,10 @@ setup(
         "filelock>=3.16",
     ],
     extras_require={
-        "test": ["pytest>=9", "parameterized", "ruff", "mypy", "pydoclint", "tensorboard", "bitsandbytes>=0.46"],
+        "test": [
+            *("pytest>=9", "pytest-xdist>=3.8", "parameterized", "ruff", "mypy", "pydoclint", "tensorboard"),
+            "bitsandbytes>=0.46",
+        ],
         "demo": ["gradio>=6", "mcp"],
         "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1", "nbclient>=0.10", "ipykernel>=7"],  # the site
         "browser": ["gradio>=6", "mcp", "selenium>=4.40"],  # tests of the Space; and chromium, chromium-driver

@@ -98,9 +98,9 @@ def grounded_step(sae, parts, z, keys):
     reading, patches = parts[0], SIDE**2
     words, inside = (torch.ones(1, count, dtype=torch.bool, device=z.device) for count in (WORDS, patches))
     said = z[:, -WORDS:]
-    _, confidences, _, account = reading.ground(sae, said, said, words, z[:, :patches], inside)
     axis = (torch.arange(SIDE, device=z.device) + 0.5) / SIDE
     xy = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).view(1, patches, 2)
+    _, confidences, _, account = reading.ground(sae, said, said, words, z[:, :patches], inside, xy)
     upsampling = reading.upsampling(keys, xy, xy.new_full((1, 1, 2), 1 / SIDE), inside)
     heatmaps = reading.to_keys(account["patch_heatmaps"], upsampling)
     (heatmaps.square().mean() + confidences.square().mean()).backward()

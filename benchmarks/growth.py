@@ -60,13 +60,11 @@ def measured(call):
     """(seconds of the processor, the lesser of two calls; gigabytes by which the first raised the peak)."""
     ctypes.CDLL(None).malloc_trim(0)  # what earlier calls left would be used again, and not be seen
     Path("/proc/self/clear_refs").write_text("5")
-    before, seconds = high_water(), []
-    for _ in range(2):
-        began = time.process_time()
-        call()
-        seconds.append(time.process_time() - began)
-        gigabytes = high_water() - before if len(seconds) == 1 else gigabytes
-    return min(seconds), gigabytes
+    before, began = high_water(), time.process_time()
+    call()
+    between, gigabytes = time.process_time(), high_water() - before
+    call()
+    return min(between - began, time.process_time() - between), gigabytes
 
 
 def high_water():

@@ -5,11 +5,14 @@
 
 Both trainers are given the same scripted responses (ours also the states that generating them leaves behind), so that
 neither generates: what is compared is scoring, reference, loss, backward and update. The peer is TRL's GRPOTrainer on
-the bare MLLM with a constant reward. Steps of the two alternate, and the ratio is of their medians.
-Keys of RESULT: ratio, joint_s, plain_s, mllm_parameters, ...
+the bare MLLM with a constant reward. Steps of the two alternate; seconds are the processor's, which other work on the
+machine changes less than the clock's, and the ratio is the median of the pairs'. With --whole ours takes the gradients
+that trainers/constant_prefix.py spares.
+Keys of RESULT: ratio, pairs (lowest and highest), clock_ratio, joint_s, plain_s, mllm_parameters, ...
 """
 
 import argparse
+import contextlib
 import copy
 import json
 import statistics
@@ -21,7 +24,7 @@ from trl.trainer.utils import add_fused_lm_head
 from workload import benchmark_model, benchmark_rows, scripted_ids
 
 from segcompass.modeling_segcompass.states import open_recorder
-from segcompass.trainers import SegCompassGRPOConfig, SegCompassGRPOTrainer
+from segcompass.trainers import SegCompassGRPOConfig, SegCompassGRPOTrainer, joint_forward
 from segcompass.trainers.policy import freeze
 
 
@@ -35,6 +38,7 @@ def parse(argv):
     parser.add_argument("--beta", type=float, default=0.2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--whole", action="store_true", help="with all gradients below the SAE's layer")
     return parser.parse_args(argv)
 
 
@@ -110,6 +114,8 @@ def main(argv=None):
         copied.requires_grad_(own.requires_grad)  # both trainers train the same weights of the MLLM
     reference = copy.deepcopy(mllm) if args.beta else None
 
+    if args.whole:
+        joint_forward.constant_prefix = lambda *args: contextlib.nullcontext()
     script(model, ids)
     script(mllm, ids)
     joint = SegCompassGRPOTrainer(
@@ -132,18 +138,22 @@ def main(argv=None):
     batch = [row for row in rows for _ in range(shared["num_generations"])]
     plain_batch = [row for row in plain_rows for _ in range(shared["num_generations"])]
     steppers = {"joint": Stepper(joint, batch), "plain": Stepper(plain, plain_batch)}
-    seconds = {name: [] for name in steppers}
+    seconds, clock = ({name: [] for name in steppers} for _ in range(2))
     for repeat in range(args.repeats + 1):
         for name, stepper in steppers.items():
-            began = time.perf_counter()
+            began, used = time.perf_counter(), time.process_time()
             stepper.step()
             if repeat:  # the first warms up
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(time.process_time() - used)
+                clock[name].append(time.perf_counter() - began)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     for name, value in medians.items():
         print(f"{name:<8}{value:8.3f} s a step   (all: {', '.join(f'{v:.2f}' for v in seconds[name])})")
+    pairs = [joint / plain for joint, plain in zip(seconds["joint"], seconds["plain"], strict=True)]
     result = {
-        "ratio": round(medians["joint"] / medians["plain"], 4),
+        "ratio": round(statistics.median(pairs), 4),
+        "pairs": [round(min(pairs), 4), round(max(pairs), 4)],
+        "clock_ratio": round(statistics.median(clock["joint"]) / statistics.median(clock["plain"]), 4),
         "joint_s": round(medians["joint"], 4),
         "plain_s": round(medians["plain"], 4),
         "mllm_parameters": sum(p.numel() for p in mllm.parameters()),
@@ -151,6 +161,7 @@ def main(argv=None):
         "response_tokens": args.response,
         "beta": args.beta,
         "threads": args.threads,
+        "whole": args.whole,
     }
     print("RESULT", json.dumps(result))
 

@@ -8,7 +8,8 @@ Each version is laid over the installed torch: `pip install --no-deps --target`,
 that is kept, with the huggingface-hub and tokenizers that it asks for where the installed ones do not do. In each, a
 process that cannot see this project loads the small model as a user would who has transformers only
 (`trust_remote_code=True`), with the code of the working tree in its folder, and segments the scene. Sequences and masks
-are compared with those of the installed version. Prints a table for docs/encoders.md, and a RESULT line.
+are compared with those of the installed version. Prints the table of docs/encoders.md (`python dev/measured.py
+versions` keeps it there), and a RESULT line.
 """
 
 import argparse
@@ -146,19 +147,18 @@ def main() -> None:
             reference = run(installed, args.cache.resolve(), model, Path(work))
             if isinstance(reference, str):
                 sys.exit(f"{installed}, which is installed, fails: {reference}")
-            print("| transformers | loads | largest difference | |\n|---|---|---|---|")
+            print("| transformers | loads | largest difference of masks and confidences |\n|---|---|---|")
             versions = sorted({*versions, installed}, key=Version)
             for version in versions:
                 made = reference if version == installed else run(version, args.cache.resolve(), model, Path(work))
                 if isinstance(made, str):
                     failed.append(version)
-                    print(f"| {version} | no | | {made} |", flush=True)
+                    print(f"| {version} | no: {made} | |", flush=True)
                     continue
                 same = torch.equal(made["sequences"], reference["sequences"])
                 difference = largest_difference(made, reference) if same else float("inf")
                 worst = max(worst, difference)
-                note = "the installed one" if version == installed else ""
-                print(f"| {version} | yes | {difference:g} | {note} |", flush=True)
+                print(f"| {version} | yes | {difference:g} |", flush=True)
         except Unreachable as error:
             print(error)
             sys.exit(UNREACHABLE)

@@ -81,6 +81,11 @@ def _loader(dataset: str) -> Loader:
         return partial(load_jsonl, dataset)
     if Path(dataset).is_dir():
         return partial(load_folder, dataset)
+    if Path(dataset).is_file():
+        raise ValueError(
+            f"dataset {dataset!r} is a file, but no .jsonl: write your samples as one JSON object per line "
+            "(docs/own_data.md). COCO's annotations are read by dataset 'coco', from the folder that holds them."
+        )
     load = import_loader(dataset)
     if load is None:
         raise ValueError(f"dataset {dataset!r} is not known; give one of {known_datasets()}.")

@@ -11,7 +11,7 @@ from pathlib import Path
 from datasets import Dataset, Features
 
 from .files import inside_folder, need, read_json
-from .masks import coco_rle
+from .masks import coco_rle, packed_polygons
 from .registry import register_loader
 from .rows import FEATURES, INSTANCES, target_kind, to_dataset
 
@@ -52,7 +52,7 @@ def load_coco(
 
 
 def _rows(path: Path, split: str, folder: Path) -> Iterator[dict]:
-    content = read_json(path)
+    content = read_json(path, packed_polygons)
     if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= content.keys():
         raise ValueError(f"{path} is no COCO annotation file: it needs the keys images, annotations and categories.")
     names = {each["id"]: each["name"] for each in content["categories"]}

@@ -6,7 +6,7 @@ import os
 import pickle
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +88,13 @@ def check_shards(files: Iterable[Path | str]) -> None:
             )
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, keep: Callable[[dict], Any] | None = None) -> Any:
     """The content of a JSON file in UTF-8, with or without a BOM, or, as some annotation tools write it, in cp1252.
 
     Args:
         path: an existing file.
+        keep: what to keep of each object, which it gets as soon as that is read; None keeps all. A file of annotations
+            takes a multiple of its size once it is Python's objects.
 
     Returns:
         What the file holds.
@@ -112,7 +114,7 @@ def read_json(path: Path) -> Any:
             raise ValueError(f"{path} is neither UTF-8 nor cp1252 ({error}); save it as UTF-8.") from error
     del content  # a hundred megabytes less while the objects are made
     try:
-        return json.loads(text)
+        return json.loads(text, object_hook=keep)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is truncated or no JSON ({error}); download it again.") from error
 
@@ -157,6 +159,9 @@ def read_jsonl(path: Path, journal: bool = False, repair: bool = False) -> Itera
             except (ValueError, RecursionError) as error:
                 if journal:
                     message = f"{path}, line {number} is damaged ({error}); delete it and start again."
+                elif isinstance(error, json.JSONDecodeError):
+                    why = f"{error.msg} at character {error.pos + 1}"
+                    message = f"{path}, line {number}: {why}; each line is one whole JSON object and nothing after it."
                 else:
                     message = f"{path}, line {number}: {error}."
                 raise ValueError(message) from error

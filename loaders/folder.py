@@ -40,5 +40,11 @@ def load_folder(folder: str | os.PathLike, split: str = "train") -> Dataset:
     try:
         rows = load_from_disk(folder)
     except FileNotFoundError as error:
-        raise ValueError(f"{folder} holds neither {split}-*.parquet nor a data set written by save_to_disk.") from error
+        others = sorted({file.name.rsplit("-", 3)[0] for file in Path(folder).glob("*-00000-of-*.parquet")})
+        lines = sorted(Path(folder).glob("*.jsonl"))
+        hint = f" It has the splits {', '.join(others)}." if others else ""
+        hint = hint or (f" Its rows may be in {lines[0]}: name that file." if lines else "")
+        raise ValueError(
+            f"{folder} holds neither {split}-*.parquet nor a data set written by save_to_disk.{hint}"
+        ) from error
     return rows[split] if hasattr(rows, "keys") else rows

@@ -51,6 +51,7 @@ def folder_lock(folder: str | os.PathLike) -> Iterator[None]:
 
     Raises:
         FolderHeldError: another process, or another thread, is writing there; it is named.
+        NotADirectoryError: a file has that name.
 
     Example:
         with folder_lock("runs/test"):
@@ -71,6 +72,7 @@ def take_folder(folder: str | os.PathLike) -> None:
 
     Raises:
         FolderHeldError: another process, or another thread, is writing there; it is named.
+        NotADirectoryError: a file has that name.
     """
     from segcompass.modeling_segcompass.whole_files import PART  # here, since its package brings torch along
 
@@ -82,6 +84,8 @@ def take_folder(folder: str | os.PathLike) -> None:
                 raise FolderHeldError(_refusal(path))
             _held[str(path)] = (thread, times + 1, lock)
             return
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(f"{path} is a file; name a folder to write into.")
         if not path.exists():
             path.mkdir(parents=True, exist_ok=True)
             _made.add(str(path))

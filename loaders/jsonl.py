@@ -1,11 +1,13 @@
 """Data of one's own: a JSONL file with one sample per line."""
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features
+from PIL import Image
 
 from .files import inside_folder, need, read_jsonl
 from .masks import has_pixels, read_mask, read_polygons
@@ -78,17 +80,26 @@ def _named_files(path: Path, folder: Path) -> tuple[list[Path], bool]:
 
 
 def _rows(path: Path, split: str, folder: Path, instances: bool) -> Iterator[dict]:
+    others: set[str] = set()
+    found = False
     for number, line in read_jsonl(path):
         try:
             row = _row(line, path, number, split, folder)
             if row is not None and instances:
-                row["instances"] = _things(line.get("instances"), folder, row["height"], row["width"])
+                things, image = line.get("instances"), Path(row["image"]["path"])
+                row["instances"] = _things(things, image, folder, row["height"], row["width"])
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{path}, line {number}: {error}") from error
         except (ValueError, TypeError, OSError) as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
-        if row is not None:
+        if row is None:
+            others.add(str(line.get("split")))
+        else:
+            found = True
             yield row
+    if not found:
+        named = f"its lines have split {', '.join(sorted(others))}; name one of them" if others else "it is empty"
+        raise ValueError(f"{path} has no usable rows of split {split!r}: {named}.")
 
 
 def _row(given: dict, path: Path, number: int, split: str, folder: Path) -> dict | None:
@@ -99,7 +110,9 @@ def _row(given: dict, path: Path, number: int, split: str, folder: Path) -> dict
     if str(given.get("split", split)) != split:
         return None
     for key in ("image", "instruction"):
-        if not isinstance(given.get(key), str) or not given[key].strip():
+        if key in given and not isinstance(given[key], str):
+            raise ValueError(f"{key!r} must be text; got a {type(given[key]).__name__}.")
+        if not given.get(key, "").strip():
             raise ValueError(f"{key!r} is missing or blank.")
     for key, value in given.items():
         if isinstance(value, str) and not value.isascii() and value != value.encode("utf-8", "replace").decode("utf-8"):
@@ -112,9 +125,9 @@ def _row(given: dict, path: Path, number: int, split: str, folder: Path) -> dict
     for key in ("sample_id", "image_id", "dataset", "kind"):
         if isinstance(given.get(key), (dict, list, float, bool)):
             raise ValueError(f"{key!r} must be text or a whole number; got {given[key]!r:.100}.")
-    image = need(inside_folder(folder, given["image"]), "paths are relative to the JSONL's folder.")
+    image = _file(folder, given["image"])
     height, width = upright_size(image)
-    masks = _instances(given, folder, height, width)
+    masks = _instances(given, image, folder, height, width)
     ignore = _read(given["ignore"], folder, height, width) if given.get("ignore") else None
     return {
         "image": {"path": str(image), "bytes": None},
@@ -132,7 +145,7 @@ def _row(given: dict, path: Path, number: int, split: str, folder: Path) -> dict
     }
 
 
-def _things(given: Any, folder: Path, height: int, width: int) -> list[dict] | None:
+def _things(given: Any, image: Path, folder: Path, height: int, width: int) -> list[dict] | None:
     """A line's instances, None where it has none. Raises ValueError."""
     if given is None or given == "":
         return None
@@ -148,7 +161,7 @@ def _things(given: Any, folder: Path, height: int, width: int) -> list[dict] | N
         if len(keys) != 1:
             raise ValueError(f"instance {number} needs exactly one of {', '.join(MASK_KEYS[1:])}; got {keys or None}.")
         try:
-            (mask,) = _instances({keys[0]: [each[keys[0]]]}, folder, height, width)
+            (mask,) = _instances({keys[0]: [each[keys[0]]]}, image, folder, height, width)
         except ValueError as error:
             raise ValueError(f"instance {number}: {error}") from error
         name, crowd = each["category"].strip(), each.get("crowd", False) is True
@@ -156,31 +169,74 @@ def _things(given: Any, folder: Path, height: int, width: int) -> list[dict] | N
     return found
 
 
+def _file(folder: Path, given: str) -> Path:
+    """A file that a line names. Raises FileNotFoundError or ValueError."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", given):
+        raise ValueError(f"{given[:200]!r} is an address, and lines name files; download it first.")
+    slashes = " Folders are separated by /." if "\\" in given else ""
+    return need(inside_folder(folder, given), f"paths are relative to the JSONL's folder.{slashes}")
+
+
 def _read(mask: Any, folder: Path, height: int, width: int) -> dict:
     """`read_mask` of a mask file inside the folder, or of another form. Raises as `read_mask`."""
-    return read_mask(inside_folder(folder, mask) if isinstance(mask, str) else mask, height, width)
+    return read_mask(_file(folder, mask) if isinstance(mask, str) else mask, height, width)
 
 
-def _instances(given: dict, folder: Path, height: int, width: int) -> list[dict]:
+def _instances(given: dict, image: Path, folder: Path, height: int, width: int) -> list[dict]:
     """The masks of a line as RLEs. Raises ValueError."""
     keys = [key for key in MASK_KEYS if key in given]
     if len(keys) != 1:
         raise ValueError(
-            f"give exactly one of {', '.join(MASK_KEYS)} ([] for no target); got {', '.join(keys) or None}."
+            f"give exactly one of {', '.join(MASK_KEYS)} ([] for no target); got {', '.join(keys) or None}, in a line "
+            f"of {', '.join(map(str, given))}."
         )
     value = given[keys[0]]
     if keys[0] in ("rle", "mask") and not isinstance(value, list):
         value = [value]
     if not isinstance(value, list):
         raise ValueError(f"{keys[0]!r} must be a list with one entry per instance.")
+    if keys[0] == "polygons" and len(value) > 2 and all(len(_numbers(each)) <= 2 for each in value):
+        raise ValueError(
+            f"'polygons' has one entry per instance, and here each entry is a number or a point: {value[:3]!r:.60}...; "
+            "put the polygon in brackets once more: [[x0, y0, x1, y1, ...]]."
+        )
     masks = []
     for number, each in enumerate(value, 1):
         polygon = keys[0] == "polygons"
-        mask = read_polygons(each, height, width) if polygon else _read(each, folder, height, width)
+        try:
+            mask = read_polygons(each, height, width) if polygon else _read(each, folder, height, width)
+        except ValueError as error:
+            raise ValueError(f"{error}{_turned(image, height, width)}") from error
         if mask is None or not has_pixels(mask):
             raise ValueError(
                 f"{'polygon' if polygon else 'mask'} {number} has no pixel inside the image of {height} x {width}; a "
                 "mask without a pixel is no instance: leave it out, and give [] where nothing is meant."
+                + _turned(image, height, width)
             )
+        if polygon and _fits_lying_down(_numbers(each), height, width) and (why := _turned(image, height, width)):
+            raise ValueError(f"polygon {number} reaches outside the image of {height} x {width} (height x width).{why}")
         masks.append(mask)
     return masks
+
+
+def _numbers(given: Any) -> list:
+    """What is in lists of lists, one after the other."""
+    return [number for each in given for number in _numbers(each)] if isinstance(given, (list, tuple)) else [given]
+
+
+def _fits_lying_down(polygon: list[float], height: int, width: int) -> bool:
+    """Whether a polygon reaches well outside its image, but not outside one of exchanged sides."""
+    right, bottom = max(polygon[::2]), max(polygon[1::2])
+    return (right > 1.02 * width or bottom > 1.02 * height) and right <= height and bottom <= width
+
+
+def _turned(image: Path, height: int, width: int) -> str:
+    """The end of an error about masks of an image that its EXIF orientation turns; "" for others."""
+    with Image.open(image) as stored:
+        if stored.size == (width, height):
+            return ""
+    return (
+        f" The photograph is stored as {width} x {height} and shown as {height} x {width} (height x width), turned as "
+        "its EXIF orientation says: masks and coordinates belong to it as it is shown. Were they made on the stored "
+        "pixels, turn them, or save the photograph upright."
+    )

@@ -12,7 +12,9 @@ has 0 (black) outside and one other value inside; anything that could mean two m
 whole table, which a test reads row by row.
 """
 
+from array import array
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -279,7 +281,8 @@ def coco_rle(segmentation: Any, height: int, width: int) -> dict | None:
     Parts of a polygon outside the image are cut off.
 
     Args:
-        segmentation: list of flat polygons [x0, y0, x1, y1, ...], an RLE dict, or a list of RLE dicts.
+        segmentation: list of flat polygons [x0, y0, x1, y1, ...], each a list, a tuple or an array; an RLE dict, or a
+            list of RLE dicts.
         height: of the image, in pixels.
         width: of the image, in pixels.
 
@@ -296,7 +299,9 @@ def coco_rle(segmentation: Any, height: int, width: int) -> dict | None:
         rle = checked_rle(segmentation, size)
     elif isinstance(segmentation, (list, tuple)) and all(isinstance(part, dict) for part in segmentation):
         rle = coco_mask.merge([checked_rle(part, size) for part in segmentation]) if segmentation else None
-    elif isinstance(segmentation, (list, tuple)) and all(isinstance(part, (list, tuple)) for part in segmentation):
+    elif isinstance(segmentation, (list, tuple)) and all(
+        isinstance(part, (list, tuple, array)) for part in segmentation
+    ):
         polygons = [list(map(float, part)) for part in segmentation if len(part) >= 6 and len(part) % 2 == 0]
         _check_outline(polygons)
         rle = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width)) if polygons else None
@@ -306,6 +311,27 @@ def coco_rle(segmentation: Any, height: int, width: int) -> dict | None:
             f"{type(segmentation).__name__}."
         )
     return _plain(rle) if rle is not None and coco_mask.area(rle) else None
+
+
+def packed_polygons(found: dict) -> dict:
+    """An object of a COCO file, changed so that polygons take a quarter of the memory: numbers, not Python's objects.
+
+    Args:
+        found: an annotation; anything else stays as it is.
+
+    Returns:
+        The same object. Its polygons are arrays, which `coco_rle` reads as it reads lists; a segmentation that is not
+        made of polygons of numbers is left to `coco_rle`'s errors.
+
+    Example:
+        >>> packed_polygons({"segmentation": [[1, 1, 5, 1, 5, 4]]})
+        {'segmentation': [array('d', [1.0, 1.0, 5.0, 1.0, 5.0, 4.0])]}
+    """
+    polygons = found.get("segmentation")
+    if isinstance(polygons, list) and all(isinstance(each, list) for each in polygons):
+        with suppress(TypeError, OverflowError):
+            found["segmentation"] = [array("d", each) for each in polygons]
+    return found
 
 
 def _plain(rle: dict) -> dict:

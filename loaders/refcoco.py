@@ -12,7 +12,7 @@ from datasets import Dataset, Features, IterableDataset
 
 from .arrow_files import cached_json, file_stamps
 from .files import inside_folder, need, read_json, read_pickle
-from .masks import coco_rle
+from .masks import coco_rle, packed_polygons
 from .registry import register_loader
 from .rows import FEATURES, INSTANCES, LeftOut, expressions, target_kind, to_dataset
 
@@ -23,6 +23,9 @@ SPLIT_BY = {
     "grefcoco": ("unc",),
 }
 """Divisions into splits of each data set; the first is the default."""
+
+NEEDED = ("id", "image_id", "segmentation", "iscrowd")
+"""Of an annotation what rows need."""
 
 WHERE = "the archives refcoco.zip, refcoco+.zip and refcocog.zip of the REFER project"
 WHERE_GREF = "the files grefs(unc).json and instances.json of gRefCOCO (henghuiding/gRefCOCO)"
@@ -206,7 +209,7 @@ class _Surroundings:
     """All annotated things of the images that some refs are about, read when an image is asked for."""
 
     def __init__(self, annotated: Path, refs: list[dict]):
-        content = read_json(annotated)
+        content = read_json(annotated, packed_polygons)
         self.path = annotated
         self.categories = {each["id"]: each["name"] for each in content.get("categories", ())}
         self.annotations: dict[int, list[dict]] = {ref["image_id"]: [] for ref in refs}
@@ -257,22 +260,35 @@ def _read_refs(path: Path, split: str) -> list[dict]:
 
 def all_refs(path: Path) -> list[dict]:
     """The refs of all splits. Raises ValueError."""
-    refs = read_json(path) if path.suffix == ".json" else read_pickle(path)
+    refs = read_json(path, _spoken_part) if path.suffix == ".json" else read_pickle(path)
     keys = {"ref_id", "ann_id", "image_id", "split", "sentences"}
     if not isinstance(refs, list) or not all(isinstance(ref, dict) and keys <= ref.keys() for ref in refs):
         raise ValueError(f"{path} is not a list of refs with the keys {', '.join(sorted(keys))}.")
     return refs
 
 
+def _spoken_part(found: dict) -> dict:
+    """Of a ref's sentence what rows need: its tokens take as much memory as all else."""
+    return {key: found[key] for key in ("sent_id", "sent")} if {"sent_id", "sent"} <= found.keys() else found
+
+
 def _read_instances(path: Path, refs: list[dict]) -> tuple[dict, dict]:
     """The images and annotations by id that the refs need. Raises ValueError."""
-    content = read_json(path)
-    if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
-        raise ValueError(f"{path} is not a COCO annotation file: it needs the keys images and annotations.")
     wanted = {ref["image_id"] for ref in refs}
     named = {name for ref in refs for name in annotation_ids(ref)}
+
+    def needed(found: dict) -> dict | None:
+        if not {"id", "segmentation"} <= found.keys():
+            return found  # no annotation
+        if found["id"] not in named:
+            return None
+        return packed_polygons({key: found[key] for key in NEEDED if key in found})
+
+    content = read_json(path, needed)
+    if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
+        raise ValueError(f"{path} is not a COCO annotation file: it needs the keys images and annotations.")
     images = {image["id"]: image for image in content["images"] if image["id"] in wanted}
-    return images, {each["id"]: each for each in content["annotations"] if each["id"] in named}
+    return images, {each["id"]: each for each in content["annotations"] if each is not None and each["id"] in named}
 
 
 def annotation_ids(ref: dict) -> list[int]:

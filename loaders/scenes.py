@@ -23,7 +23,11 @@ from .rows import FEATURES, NUM_SHARDS, PHRASES
 from .scene_drawing import MIXED, Scene, Size, check_split_and_size, choose_size, draw_scene
 from .scene_questions import KINDS, Question, ask, check_answers
 
-STYLES: dict[str, dict] = {"scenes": {}, "mixed-scenes": {"size": MIXED, "answers": "fitting", "twins": 0.04}}
+STYLES: dict[str, dict] = {
+    "scenes": {},
+    "mixed-scenes": {"size": MIXED, "answers": "fitting", "twins": 0.04},
+    "twin-scenes": {"answers": "fitting", "twins": 0.9},
+}
 """How each registered set of scenes is drawn: arguments of `load_scenes` and `scene_question`."""
 FOLDER = Path(__file__).resolve().parent
 SOURCES = ("scene_drawing.py", "scene_questions.py", "scenes.py")
@@ -69,7 +73,8 @@ def scene_question(
 def _row(split: str, seed: int, index: int, style: dict) -> dict:
     scene, question = scene_question(split, seed, index, **style)
     number = index // style["questions"]
-    image_id = f"{'mixed-' * (style['size'] == MIXED)}scenes-{split}-{seed}-{number}"
+    twins = style["twins"] == STYLES["twin-scenes"]["twins"]
+    image_id = f"{'mixed-' if style['size'] == MIXED else 'twin-' * twins}scenes-{split}-{seed}-{number}"
     masks = [encode_mask(mask) for mask in scene.masks]
     height, width = scene.image.shape[:2]
     return {
@@ -192,3 +197,23 @@ def load_mixed_scenes(
         `load_scenes(size="mixed", answers="fitting", twins=0.04)`.
     """
     return load_scenes(split, seed, num_samples, streaming=streaming, **STYLES["mixed-scenes"])
+
+
+@register_loader("twin-scenes")
+def load_twin_scenes(
+    split: str = "train", seed: int = 0, num_samples: int | None = 1000, streaming: bool = False
+) -> Dataset | IterableDataset:
+    """Scenes whose further objects mostly repeat the look of an earlier one, so that only places tell them apart.
+
+    Scenes of val and test begin with two objects that differ; of these, only a third object can be a twin.
+
+    Args:
+        split: see `load_scenes`.
+        seed: see `load_scenes`.
+        num_samples: see `load_scenes`.
+        streaming: see `load_scenes`.
+
+    Returns:
+        `load_scenes(answers="fitting", twins=0.9)`.
+    """
+    return load_scenes(split, seed, num_samples, streaming=streaming, **STYLES["twin-scenes"])

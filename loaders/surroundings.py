@@ -52,6 +52,12 @@ def masks_alone(row: Mapping[str, Any]) -> list[Thing]:
     return things
 
 
+def _without_outline(found: dict) -> dict:
+    """An object of a COCO file without what takes most of the memory."""
+    found.pop("segmentation", None)
+    return found
+
+
 def read_surroundings(
     root: str | os.PathLike, name: str, split_by: str | None = None, split: str = "train"
 ) -> Surroundings:
@@ -82,7 +88,7 @@ def read_surroundings(
             if ref["split"] == split
         }
         wanted = {image for image, _ in about.values()}
-        content = read_json(instances)
+        content = read_json(instances, _without_outline)
         names = {each["id"]: each["name"] for each in content.get("categories", ())}
         there: dict[int, list[tuple[int, str | None, tuple[float, float, float, float]]]] = {}
         for each in content["annotations"]:

@@ -11,6 +11,7 @@ from .sae_activations import SAE_ACTIVATIONS
 from .saved_folders import own_config
 
 CONCEPT_READINGS = ("feature", "token", "grounded")
+GROUNDED_MAPS = ("all", "places")
 
 
 class SparseAutoencoderConfig(PreTrainedConfig):
@@ -127,11 +128,13 @@ class SegCompassConfig(PreTrainedConfig):
             reasoning's last sentence.
         image_view: how the MLLM sees the image, a name in `image_encoder.IMAGE_VIEWS`; "grounded" lays its patches over
             the image encoder's frame by it.
-        grounded_rank: rank of the map U Vᵀ from words' concepts to patches' ("grounded"); 0 leaves it out, for an SAE
-            in which words and patches share concepts. 64 where they do not.
+        grounded_rank: rank of the map U Vᵀ from words' concepts to patches' ("grounded"); 0 leaves it out.
+        grounded_map: which concepts the map leads to ("grounded"): "places" for an SAE in which words and patches share
+            concepts of looks, "all" where they share none.
         look_concepts: how many concepts of a slot say what is meant ("grounded").
         place_concepts: how many say where ("grounded").
         place_share: ρ, the share of a slot that the places have, in [0, 1) ("grounded").
+        tied_place_share: what they have where two parts of the image look alike, in [place_share, 1) ("grounded").
         phrase_window: a word is read together with the phrase_window - 1 words before it ("grounded").
         place_spread: a concept whose mean map covers a smaller share of the image than this is a place, in [0, 1]
             ("grounded").
@@ -184,9 +187,11 @@ class SegCompassConfig(PreTrainedConfig):
         sentence_end_ids: Sequence[int] = (),
         image_view: str = "whole",
         grounded_rank: int = 0,
+        grounded_map: str = "all",
         look_concepts: int = 3,
         place_concepts: int = 2,
         place_share: float = 0.25,
+        tied_place_share: float = 0.6,
         phrase_window: int = 5,
         place_spread: float = 0.53,
         token_dropout: float = 0.0,
@@ -216,10 +221,12 @@ class SegCompassConfig(PreTrainedConfig):
         ):
             if not isinstance(count, int) or count < least:
                 raise ValueError(f"{name} is {count!r}; it must be an integer of at least {least}.")
-        if not 0 <= place_share < 1 or not 0 <= place_spread <= 1:
+        if grounded_map not in GROUNDED_MAPS:
+            raise ValueError(f"grounded_map is {grounded_map!r}; choose one of {GROUNDED_MAPS}.")
+        if not 0 <= place_share <= tied_place_share < 1 or not 0 <= place_spread <= 1:
             raise ValueError(
-                f"place_share is {place_share} and place_spread {place_spread}; they are shares, the first from 0 to "
-                "below 1, the second from 0 to 1."
+                f"place_share is {place_share}, tied_place_share {tied_place_share} and place_spread {place_spread}; "
+                "they are shares, the first from 0 up to the second, which is below 1, the third from 0 to 1."
             )
         if d_c % codebook_heads:
             raise ValueError(f"d_c={d_c} is not divisible by codebook_heads={codebook_heads}.")
@@ -241,9 +248,11 @@ class SegCompassConfig(PreTrainedConfig):
         self.sentence_end_ids = list(sentence_end_ids)
         self.image_view = image_view
         self.grounded_rank = grounded_rank
+        self.grounded_map = grounded_map
         self.look_concepts = look_concepts
         self.place_concepts = place_concepts
         self.place_share = place_share
+        self.tied_place_share = tied_place_share
         self.phrase_window = phrase_window
         self.place_spread = place_spread
         self.token_dropout = token_dropout

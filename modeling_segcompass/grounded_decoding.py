@@ -72,6 +72,7 @@ def decode_grounded(
         word_mask,
         _rows_of(states.z, patch_positions),
         patch_mask,
+        patch_xy,
         steering,
     )
 

@@ -24,7 +24,9 @@ CUT = "the answer ends before its reasoning does"
 
 REACH = 0.05
 """How far beyond an edge a number may lie, as a share of the whole range; further off it is another format's."""
-NUMBER = r"""["']?(-?(?:\d+\.?\d*|\.\d+))["']?"""
+ROUNDING = 1e-6
+"""Pixels by which a point may lie beyond an edge, so that one on the edge is inside however its numbers are rounded."""
+NUMBER = r"""["']?(-?(?:\d+(?:\.\d*)?|\.\d+))["']?"""  # digits in one way alone: many of them take no longer
 QUADRUPLE = rf"\[\s*{NUMBER}\s*,\s*{NUMBER}\s*,\s*{NUMBER}\s*,\s*{NUMBER}\s*\]"
 CORNERS = rf"\(\s*{NUMBER}\s*,\s*{NUMBER}\s*\)\s*,?\s*\(\s*{NUMBER}\s*,\s*{NUMBER}\s*\)"
 NAMED_POINT = rf"""["']point(?:_2d)?["']\s*:\s*[\[(]\s*{NUMBER}\s*,\s*{NUMBER}\s*[\])]"""
@@ -193,7 +195,7 @@ class BoxFormat:
         at = None if point is None else inside(*point)
         if placed is None and point is not None:
             x, y = left + point[0] * scale_x, top + point[1] * scale_y
-            if not (0 <= x <= size[0] and 0 <= y <= size[1]):
+            if not (-ROUNDING <= x <= size[0] + ROUNDING and -ROUNDING <= y <= size[1] + ROUNDING):
                 return None
         return Region(placed, at)
 

@@ -52,6 +52,7 @@ from segcompass.predictions import (
     read_predictions,
 )
 from segcompass.routes import PHOTOGRAPH, QUERY_SOURCES, Route, check_route
+from segcompass.trainers.closing import closing
 from segcompass.trainers.image_features import ImageFeatures, image_key, open_image_features
 from segcompass.trainers.rewards import format_score
 
@@ -102,6 +103,8 @@ class Evaluation:
     chosen them by boxes."""
     image_features: str | None = None
     """folder that `segcompass precompute-features` wrote."""
+    close_response: bool = False
+    """whether responses are closed by force, as `close_response` of joint training closes them (docs/training.md)."""
 
     def __post_init__(self):
         if self.route == "boxes":
@@ -110,6 +113,11 @@ class Evaluation:
             raise ValueError("either a model or predictions are evaluated; give one of --model and --predictions.")
         if self.predictions is not None and self.route != "concepts":
             raise ValueError(f"route is {self.route!r} with predictions, which are made already; leave it out.")
+        if self.close_response and not self.model:
+            raise ValueError(
+                "close_response closes the responses that a SegCompass model writes, and here none writes; leave it "
+                "out, or give a model."
+            )
         meant = QUERY_SOURCES.get(self.route)
         if self.route != "concepts" and self.query_source not in (None, meant):
             raise ValueError(
@@ -318,7 +326,9 @@ def predict(
         inputs = processor(images=images, text=instructions, image_encoder=False)
     inputs.update(features.inputs(images) if features else encode_once(model, processor, images, names))
     inputs = inputs.to(model.device)
-    outputs: Any = model.segment(**inputs, query_source=str(run.query_source))
+    limit = model.config.max_response_length
+    closed = {"logits_processor": [closing(model, limit)], "max_new_tokens": limit} if run.close_response else {}
+    outputs: Any = model.segment(**inputs, query_source=str(run.query_source), **closed)
     sizes = [(row["height"], row["width"]) for row in batch]
     results = processor.post_process_instance_segmentation(outputs, run.min_confidence, target_sizes=sizes)
     texts = processor.batch_decode(outputs.sequences[:, outputs.prompt_length :], skip_special_tokens=True)
@@ -462,6 +472,7 @@ def describe_run(run: Evaluation, rows: Dataset) -> dict:
     else:
         source = {"model": run.model, "weights": weights_of(run.model)}
         source |= {"query_source": run.query_source, "threshold": run.min_confidence}
+        source |= {"close_response": True} if run.close_response else {}
     return source | {
         "dataset": run.dataset,
         "split": run.split,

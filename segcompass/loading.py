@@ -26,8 +26,8 @@ def load(path: str | Path, device: str | torch.device | None = None) -> tuple[Se
         ValueError: there is no such model.
     """
     try:
+        model = SegCompassModel.from_pretrained(path, dtype="float32")  # first: its errors say what the folder is
         processor = SegCompassProcessor.from_pretrained(path)
-        model = SegCompassModel.from_pretrained(path, dtype="float32")
     except (OSError, ValueError) as error:
         raise ValueError(f"{str(path)!r} is no folder or Hub id of a SegCompass model: {error}") from error
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), processor

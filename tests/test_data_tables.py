@@ -220,6 +220,7 @@ def refused_images(folder):
             (Image.open(io.BytesIO(cut)), "cannot be read as an image"),
             (os.urandom(1 << 20), "1048576 bytes. cannot be read"),
         ],
+        "HEIC": [(b"\0\0\0\x18ftypheic" + bytes(99), "is HEIC, a phone's format that Pillow does not read")],
         "broken EXIF block": [(broken, "broken EXIF block"), (Image.open(io.BytesIO(broken)), "broken EXIF block")],
         "missing file, folder, device": [
             (folder / "gone.png", "no such file"),

@@ -59,7 +59,7 @@ def clone(tmp_path):
     """A copy of the repository, without its history, tests and pages."""
     folder = tmp_path / "clone"
     for name in COPIED:
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "runs"))
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("runs"))
     return folder
 
 

@@ -193,22 +193,24 @@ class CachedStates:
     """The rows of a cache in memory, by image.
 
     Args:
-        folder: where `cache_states` wrote.
+        *folders: where `cache_states` wrote; an image lies in one of them.
 
     Raises:
-        ValueError: there is no cache.
+        ValueError: a folder has no cache.
 
     Example:
         >>> cached = CachedStates("runs/states")
         >>> batch = cached.batch(cached.rows_of(torch.tensor([0, 5])))
     """
 
-    def __init__(self, folder: str | Path):
+    def __init__(self, *folders: str | Path):
         self.records: list[dict] = []
-        for path in sorted(Path(folder).glob("*.pt")):
-            self.records += torch.load(path, weights_only=True)
-        if not self.records:
-            raise ValueError(f"{folder} holds no cached states; make them with cache_states first.")
+        for folder in folders:
+            paths = sorted(Path(folder).glob("*.pt"))
+            if not paths:
+                raise ValueError(f"{folder} holds no cached states; make them with cache_states first.")
+            for path in paths:
+                self.records += torch.load(path, weights_only=True)
         by_image: dict[str, list[int]] = {}
         for index, record in enumerate(self.records):
             by_image.setdefault(record["image"], []).append(index)
@@ -235,6 +237,7 @@ class CachedStates:
                 "word_mask": torch.arange(word_codes.shape[1]) < lengths[:, None],
                 "patch_codes": padded("patch_codes", sparse=True),
                 "patch_mask": padded("patch_mask").bool(),
+                "patch_xy": padded("patch_xy"),
             },
             "records": records,
             "coverage": [record["coverage"] for record in records],

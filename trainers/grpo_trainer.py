@@ -364,11 +364,11 @@ class SegCompassGRPOTrainer(WholeCheckpoints, HeldOutMasks, GRPOTrainer):
     def _compute_loss(self, model, inputs):
         self._response_lengths = inputs.get("response_lengths")
         if self.args.training_mode == "rl":
-            grpo_loss = super()._compute_loss(TrimmedForward(model), inputs)
+            grpo_loss = super()._compute_loss(TrimmedForward(model, self.core), inputs)
             check_loss({"grpo_loss": grpo_loss})
             return grpo_loss
         rows = self._supervised_rows(inputs["mask_scores"])
-        forward = JointForward(model, inputs, rows=rows)
+        forward = JointForward(model, inputs, rows=rows, core=self.core)
         grpo_loss = super()._compute_loss(forward, inputs)
         (output,) = forward.outputs  # the one training forward
         rows = list(range(len(output.pred_masks))) if rows is None else rows

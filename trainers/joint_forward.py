@@ -5,7 +5,7 @@ TRL hands the model it is given one batch at a time and reads `log_probs`, `entr
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,20 +18,23 @@ from trl.trainer.utils import add_fused_lm_head
 
 from segcompass.modeling_segcompass.backbone import PER_TOKEN_INPUTS
 
+from .constant_prefix import constant_prefix
+
 
 class TrimmedForward:
     """Called by TRL as if it were the model: leaves out the columns that are padding in every row at hand.
 
     Args:
         model: the policy or the reference, in whatever wrappers it trains.
+        core: the SegCompassModel in it, where gradients are wanted: `constant_prefix` then spares some.
 
     Example:
         >>> forward = TrimmedForward(model)
         >>> GRPOTrainer._get_per_token_logps_and_entropies(trainer, forward, input_ids, attention_mask, length)
     """
 
-    def __init__(self, model: nn.Module):
-        self.model = model
+    def __init__(self, model: nn.Module, core: Any = None):
+        self.model, self.core = model, core
 
     def __call__(self, **inputs: Any) -> Any:
         """The model's output, with log-probabilities at the columns TRL knows."""
@@ -39,7 +42,9 @@ class TrimmedForward:
         used = inputs["attention_mask"].any(0).nonzero()[:, 0]
         start, stop = int(used[0]), int(used[-1]) + 1
         trimmed = {name: v[:, start:stop] if name in PER_TOKEN_INPUTS else v for name, v in inputs.items()}
-        output = self._call_model(trimmed)
+        spared = nullcontext() if self.core is None else constant_prefix(self.core, trimmed["input_ids"])
+        with spared:
+            output = self._call_model(trimmed)
         for name in ("log_probs", "entropy"):  # (B, stop - start - 1) -> (B, T - 1)
             value = getattr(output, name)
             if value is not None:
@@ -58,6 +63,7 @@ class JointForward(TrimmedForward):
         segmentation: `image_embeddings`, B tensors (d_k, h, w), `reshaped_input_sizes`, long (B, 2), and `patch_boxes`,
             float (B, P, 4).
         rows: the rows of the one call that get masks; None, all rows of however many calls.
+        core: as TrimmedForward's.
         **flags: further keywords of the model's forward, such as skip_lm_head=True.
 
     Example:
@@ -66,8 +72,15 @@ class JointForward(TrimmedForward):
         >>> (output,) = forward.outputs
     """
 
-    def __init__(self, model: nn.Module, segmentation: Mapping[str, Any], rows: list[int] | None = None, **flags: Any):
-        super().__init__(model)
+    def __init__(
+        self,
+        model: nn.Module,
+        segmentation: Mapping[str, Any],
+        rows: list[int] | None = None,
+        core: Any = None,
+        **flags: Any,
+    ):
+        super().__init__(model, core)
         self.flags, self.rows = flags, rows
         self.image_embeddings: list[Tensor] = segmentation["image_embeddings"]
         self.reshaped_input_sizes: Tensor = segmentation["reshaped_input_sizes"]

@@ -28,6 +28,7 @@ from .checks import (
     check_quantization,
 )
 from .collator import SegCompassCollator
+from .constant_prefix import constant_prefix
 from .held_out import HeldOutMasks
 from .image_features import open_image_features
 from .losses import LOG_PREFIX, LossWeights, erasure_loss, segmentation_loss
@@ -208,12 +209,16 @@ class SegCompassSFTTrainer(WholeCheckpoints, HeldOutMasks, Trainer):
     ) -> Any:
         """Language loss + λ_s·(BCE + λ_D·dice) + λ_c·confidence BCE (+ λ_e·erasure, λ_align·alignment); all logged."""
         targets, alignment = inputs.pop("mask_targets", None), inputs.pop("alignment_targets", None)
-        outputs = model(
-            **inputs,
-            query_source=self.args.query_source,
-            num_erased_concepts=self.args.num_erased_concepts * self.with_masks,
-            output_hidden_states=True if alignment is not None else None,
-        )
+        core = self.accelerator.unwrap_model(model)
+        core = core.get_base_model() if is_peft_model(core) else core
+        with constant_prefix(core, inputs["input_ids"]):
+            outputs = model(
+                **inputs,
+                query_source=self.args.query_source,
+                num_erased_concepts=self.args.num_erased_concepts * self.with_masks,
+                output_hidden_states=True if alignment is not None else None,
+                use_cache=False,
+            )
         loss, parts = outputs.loss, dict[str, Tensor]()
         if self.with_masks:
             frame, side = self.processing_class.frame, outputs.pred_masks.shape[-1]
@@ -225,8 +230,7 @@ class SegCompassSFTTrainer(WholeCheckpoints, HeldOutMasks, Trainer):
                 loss, parts = loss + self.args.lambda_e * erasure, {**parts, **still_there}
         aligned = {}
         if alignment is not None:
-            config: Any = self.accelerator.unwrap_model(model).config
-            states = outputs.hidden_states[config.sae_config.layer]  # (B, T, d)
+            states = outputs.hidden_states[core.config.sae_config.layer]  # (B, T, d)
             aligned["alignment"] = alignment_loss(states, alignment)
             loss = loss + self.args.lambda_align * aligned["alignment"]
         parts = {f"{LOG_PREFIX}{name}": value for name, value in parts.items()}

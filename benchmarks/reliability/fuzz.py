@@ -3,12 +3,14 @@
     python benchmarks/reliability/fuzz.py [--quick]
 
 Targets: the image reader, masks, polygons, the metric, JSON and pickles, JSONL data sets, the processor,
-post-processing, the pipeline and the Space's functions. An input is answered right or refused with ValueError,
+post-processing, the pipeline, the Space's functions, requests to `segcompass serve` and the boxes that MLLMs write. An
+input is answered right or refused with ValueError,
 TypeError or OSError. Silent is an answer that differs from an independent one: pixels from Pillow or numpy alone, areas
 counted in arrays. An "obscure" refusal is another kind of exception. Keys of RESULT: fuzz_cases, fuzz_hangs,
 fuzz_crashes, fuzz_memory, fuzz_silent, fuzz_obscure, and by_target.
 """
 
+import base64
 import contextlib
 import io
 import json
@@ -16,10 +18,13 @@ import math
 import os
 import pickle
 import random
+import re
+import socket
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,13 +35,15 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image, ImageOps  # noqa: E402
 
-from benchmarks.reliability import writers  # noqa: E402
+from benchmarks.reliability import served, writers  # noqa: E402
 from benchmarks.reliability.children import each_in_child, options, say  # noqa: E402
+from segcompass.box_formats import FORMATS, possible_boxes  # noqa: E402
 from segcompass.journal import Journal  # noqa: E402
 from segcompass.loaders import load_rows  # noqa: E402
 from segcompass.loaders.files import read_json, read_pickle  # noqa: E402
 from segcompass.loaders.masks import decode_mask, read_mask, read_polygons  # noqa: E402
 from segcompass.loaders.reasoning_segmentation.reasoning_segmentation import sample_counts  # noqa: E402
+from segcompass.modeling_segcompass.answering import Limits  # noqa: E402
 from segcompass.modeling_segcompass.images import read_image  # noqa: E402
 from tests.support.scripted import Script, lively_segcompass, noise_image  # noqa: E402
 
@@ -435,6 +442,337 @@ def space(draw: random.Random) -> None:
         expect(len(demo.line) == 0, "a question is still in the line")
 
 
+SERVED = (200, 404, 405, 408, 413, 415, 422)
+"""What the server may answer to a stranger who asks alone: 500 is no refusal."""
+
+
+def serve(draw: random.Random) -> None:
+    """Requests to the server, of odd fields or damaged bytes: an answer of its form and its question, or a refusal."""
+    if "port" not in _MADE:
+        made = contextlib.ExitStack()
+        _MADE["port"], _MADE["worker"] = made.enter_context(
+            served.serving(*served.scripted_model(stub=True), patience=2.0, limits=Limits(200_000, 100_000, 100, 20))
+        )
+        _MADE["until the end"] = made
+    port, way = _MADE["port"], draw.randrange(6)
+    fields = served.question(draw.randrange(4), threshold=draw.choice((0.0, 0.5, 1)))
+    if way != 5:
+        names = (*fields, "polygons", "stream", "concept_scale", "concept_add", "concept_replace", "inputs", "x")
+        for name in draw.sample(names, draw.choice((0, 1, 1, 2))):
+            fields[name] = draw.choice((odd(draw), {draw.choice(("red", "1", "7", "-1", "")): odd(draw)}))
+        if draw.random() < 0.3:
+            fields["image"] = base64.b64encode(picture(draw)).decode()
+        if draw.random() < 0.2:
+            fields["instruction"] = draw.choice(TEXTS)
+    if way < 3:
+        body, kind = json.dumps(fields, default=str).encode(), "application/json"
+    else:
+        body, kind = form(fields, draw), f"multipart/form-data; boundary={BOUNDARY}"
+    if way in (2, 4):
+        body = mutated(body, draw)
+    if way == 5:
+        raw(port, body, kind, draw)
+    else:
+        status, content = served.post(port, body, draw.choice((kind, kind, kind, kind, "text/plain", "")))
+        expect(status in SERVED, f"status {status}: {content[:200]!r}")
+        if status != 200:
+            said = json.loads(content)["error"]
+            expect(said["status"] == status and said["message"], f"a refusal without words: {content[:200]!r}")
+        elif content.startswith(b"event: "):
+            expect(b"event: answer" in content or b"event: error" in content, "a stream without an end")
+        else:
+            agrees(json.loads(content), fields if way in (0, 1) else {})
+    served.wait_until(lambda: not _MADE["worker"].state()["inside"], 20)
+    expect(_MADE["worker"].state()["inside"] == 0 and _MADE["worker"].is_alive, "a place is kept, or nobody answers")
+
+
+BOUNDARY = "4d1e"
+
+
+def form(fields: dict[str, Any], draw: random.Random) -> bytes:
+    """The fields as a form, the image as a file where it is one."""
+    parts = []
+    for name, value in fields.items():
+        head, content = f'form-data; name="{name}"', json.dumps(value, default=str).encode()
+        if name == "image" and isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                head, content = head + '; filename="a.png"', base64.b64decode(value)
+        elif isinstance(value, str):
+            content = value.encode("utf-8", "replace")
+        parts.append(f"--{BOUNDARY}\r\nContent-Disposition: {head}\r\n\r\n".encode() + content + b"\r\n")
+    if draw.random() < 0.1:
+        parts.append(draw.choice(parts))
+    return b"".join(parts) + f"--{BOUNDARY}--\r\n".encode()
+
+
+def raw(port: int, body: bytes, kind: str, draw: random.Random) -> None:
+    """A damaged or half request, after which the server must answer others."""
+    length = draw.choice((len(body), len(body), 0, len(body) + 10, -1, "x", 10**12))
+    head = f"POST /segment HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\n\r\n".encode()
+    if draw.random() < 0.6:
+        head = mutated(head, draw)
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as visitor, contextlib.suppress(OSError):
+        visitor.sendall((head + body)[: draw.choice((10**9, len(head), len(head) + len(body) // 2, 7))])
+        if draw.random() < 0.5:
+            visitor.shutdown(socket.SHUT_WR)
+            said = visitor.recv(300)
+            expect(b" 500 " not in said.split(b"\r\n")[0], f"{said!r}")
+    status, content = served.post(port, json.dumps(served.question(0)).encode())
+    expect(status == 200 and "instances" in json.loads(content), f"the next is not served: {status}")
+
+
+def agrees(answer: dict[str, Any], fields: dict[str, Any]) -> None:
+    """An answer has its form, and is one to this question: masks, boxes, scores and sizes belong together."""
+    from segcompass.serve import Answer
+
+    Answer.model_validate(answer)
+    if fields and "inputs" not in fields:
+        with Image.open(io.BytesIO(base64.b64decode("".join(fields["image"].rpartition(",")[2].split())))) as image:
+            size = ImageOps.exif_transpose(image).size[::-1]
+        expect(answer["instruction"] == fields["instruction"], "the answer to another instruction")
+        expect(answer["size"] == list(size), f"size {answer['size']}, Pillow has {size}")
+        threshold = 0.5 if fields.get("threshold") is None else fields["threshold"]
+        expect(all(each["score"] >= threshold for each in answer["instances"]), "an instance below the threshold")
+    for each in answer["instances"]:
+        covered = decode_mask([each["segmentation"]], *answer["size"])
+        rows, columns = covered.any(1).nonzero()[0], covered.any(0).nonzero()[0]
+        box = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1] if len(rows) else [0, 0, 0, 0]
+        expect(list(map(int, box)) == each["box"], f"box {each['box']}, the mask lies in {box}")
+
+
+# -- what MLLMs write as boxes -----------------------------------------------------------------------------------------
+
+
+def boxes(draw: random.Random) -> None:
+    """Answers of each family by grammar, whose regions are known; damaged ones; and long ones of a few pieces."""
+    name = draw.choice(sorted(FORMATS))
+    size = draw.choice(((640, 480), (300, 900), (1, 1), (7, 2000), (1999, 1501), (57, 57)))
+    shown = (28 * draw.randrange(1, 60), 28 * draw.randrange(1, 60)) if name == "qwen2_5_vl" else None
+    written = Written(name, size, shown, draw)
+    text = written.text
+    way = draw.randrange(3)
+    if way == 1:
+        text = mutated(text.encode(), draw).decode("utf-8", "replace")
+    elif way == 2:
+        piece = "".join(draw.choice(PIECES) for _ in range(draw.randrange(1, 4)))
+        text = (
+            draw.choice(("", text, "[", "<box>"))
+            + piece * (20_000 // max(1, len(piece)))
+            + draw.choice(("", text, "]"))
+        )
+    answer = FORMATS[name].read(text, size, shown)
+    possible_boxes(text, size)
+    expect(
+        answer.text == text and (answer.fault is None) == bool(answer.regions or answer.nothing), f"{answer.fault!r}"
+    )
+    expect(not (answer.nothing and (answer.regions or answer.left_out)), "nothing, and something")
+    if way == 0:
+        written.check(answer)
+    for region in answer.regions[:50]:
+        expect(region.box is not None or region.point is not None, "a region that is nowhere")
+        written.was_said(region, text)
+
+
+PIECES = (
+    "[",
+    "]",
+    "(",
+    ")",
+    "{",
+    "}",
+    "1",
+    "12",
+    ".",
+    "-",
+    ",",
+    " ",
+    "\n",
+    '"',
+    "'",
+    "0.5",
+    '"point": [',
+    '"point_2d":',
+)
+PIECES += (
+    "<points x1=",
+    "<point x=",
+    " y1=",
+    "<loc",
+    "<loc0001>",
+    "<think>",
+    "</think>",
+    "<answer>",
+    "```json",
+    "none ",
+)
+PIECES += (
+    "nothing in ",
+    "there is no ",
+    "not in ",
+    "answer: ",
+    "in the image",
+    "é",
+    "<box>",
+    '"bbox_2d": [1, 2, 3, 4]',
+)
+
+
+class Written:
+    """An answer in a family's form with the regions that it means, reckoned in fractions."""
+
+    def __init__(self, name: str, size: tuple[int, int], shown: tuple[int, int] | None, draw: random.Random):
+        self.name, self.size, self.shown, self.draw = name, size, shown, draw
+        self.full = {"llava": (1, 1), "paligemma": (1024, 1024), "qwen2_5_vl": shown}.get(name, (1000, 1000))
+        things = [self._thing() for _ in range(draw.choice((0, 1, 1, 2, 3, 9)))]
+        self.meant = [self.placed(*thing) for thing in things]
+        said = "".join(map(self._location, things)) if name == "paligemma" else self._listed(things)
+        self.nothing = not things
+        if not things:
+            said = draw.choice(("[]", "```json\n[]\n```", "None", "There is no such thing.", "no match", "a mug"))
+            self.nothing = said != "a mug"
+        if name != "paligemma" or things:
+            said = draw.choice(("{}", "Here: {}", "```json\n{}\n```", "{}.") if things else ("{}",)).format(said)
+        if draw.random() < 0.3:
+            said = f"{draw.choice(('', 'So: ' if things else ''))}<answer>{said}</answer>"
+        self.cut = False
+        if draw.random() < 0.3:
+            thought = draw.choice(("hm", "the left one, [1, 2, 3, 4]", "<loc0001><loc0002><loc0003><loc0004>"))
+            self.cut = draw.random() < 0.2
+            said = f"<think>{thought}" if self.cut else f"<think>{thought}</think>{said}"
+        self.text = said
+
+    def _number(self, edge):
+        """(what is written, what it is worth) of a coordinate, now and then beyond an edge."""
+        share = self.draw.choice(
+            (self.draw.random(), self.draw.random(), 0.0, 1.0, self.draw.choice((-0.03, 1.04, 1.2)))
+        )
+        if self.name == "paligemma":
+            number = min(9999, max(0, int(share * 1024)))
+            return f"{number:04d}", Fraction(number)
+        text = f"{share:.{self.draw.choice((2, 3))}f}" if self.name == "llava" else str(int(share * edge))
+        if self.name != "llava" and self.draw.random() < 0.1:
+            text += self.draw.choice((".5", ".0", "."))
+        return text, Fraction(text + "0" if text.endswith(".") else text)
+
+    def _thing(self):
+        """A box, a point or both, each as written and as worth."""
+        box = [self._number(self.full[place % 2]) for place in range(4)]
+        point = [self._number(self.full[place]) for place in range(2)]
+        kind = "box" if self.name == "paligemma" else self.draw.choice(("box", "box", "box", "point", "both"))
+        return (box if kind != "point" else None), (point if kind != "box" else None)
+
+    def _location(self, thing):
+        left, top, right, bottom = (text for text, _ in thing[0])
+        return f"<loc{top}><loc{left}><loc{bottom}><loc{right}> it ;"
+
+    def _listed(self, things):
+        comma = self.draw.choice((", ", ",", " , "))
+        several = self.draw.choice(("json", "plain", "corners"))
+        parts = []
+        for box, point in things:
+            fields = []
+            if box is not None:
+                fields.append('"bbox_2d": [' + comma.join(text for text, _ in box) + "]")
+            if point is not None:
+                fields.append('"point_2d": [' + comma.join(text for text, _ in point) + "]")
+            if several == "json" or point is not None:
+                parts.append("{" + ", ".join([*fields, '"label": "it"']) + "}")
+            elif several == "plain":
+                parts.append("[" + comma.join(text for text, _ in box) + "]")
+            else:
+                (a, _), (b, _), (c, _), (d, _) = box
+                parts.append(f"<|box_start|>({a},{b}),({c},{d})<|box_end|>")
+        return "[" + ", ".join(parts) + "]"
+
+    def placed(self, box: Any, point: Any) -> tuple[Any, Any] | None:
+        """A thing in pixels, as fractions; None where it cannot be used."""
+        numbers = [[value for _, value in part] if part else None for part in (box, point)]
+        return self._in_pixels(*numbers)
+
+    def _in_pixels(self, box, point):
+        width, height = self.size
+        side = max(self.size)
+        spans = [(Fraction(0), Fraction(length)) for length in self.size]
+        if self.name == "llava":
+            offsets = [(side - length) // 2 for length in self.size]
+            spans = [(Fraction(-offset), Fraction(side - offset)) for offset in offsets]
+
+        def pixel(number, axis):
+            low, high = spans[axis]
+            return low + number * (high - low) / self.full[axis]
+
+        def inside(number, axis):
+            return min(max(pixel(number, axis), Fraction(0)), Fraction(self.size[axis]))
+
+        for part in (box or [], point or []):
+            if any(not -self.full[n % 2] <= 20 * value <= 21 * self.full[n % 2] for n, value in enumerate(part)):
+                return None
+        found = None
+        if box is not None:
+            (left, right), (top, bottom) = sorted(box[::2]), sorted(box[1::2])
+            found = (inside(left, 0), inside(top, 1), inside(right, 0), inside(bottom, 1))
+            least = Fraction(1, 1000) if self.name == "llava" else 1
+            if min(right - left, bottom - top) < least or found[2] <= found[0] or found[3] <= found[1]:
+                return None
+        at = None if point is None else (inside(point[0], 0), inside(point[1], 1))
+        if box is None and at != (pixel(point[0], 0), pixel(point[1], 1)):
+            return None
+        return found, at
+
+    def check(self, answer: Any) -> None:
+        """The answer's regions are those that were meant, in their order, each once."""
+        if self.cut:
+            expect(
+                not answer.regions and not answer.nothing and answer.fault, "what was thought is taken for an answer"
+            )
+            return
+        usable = list(dict.fromkeys(thing for thing in self.meant if thing is not None))
+        shown = [(region.box, region.point) for region in answer.regions]
+        close = len(usable) == len(shown) and all(self._near(*pair) for pair in zip(usable, shown, strict=True))
+        expect(close, f"{self.name} {self.size} {self.shown}: {self.text!r} read as {shown}, meant {usable}"[:600])
+        expect(
+            answer.left_out == sum(thing is None for thing in self.meant), f"{answer.left_out} left out: {self.text!r}"
+        )
+        if not self.meant:
+            expect(answer.nothing == self.nothing, f"nothing is {answer.nothing}: {self.text!r}")
+
+    def _near(self, meant, shown):
+        numbers = [[*(part or ())] for part in (*meant, *shown)]
+        return all(
+            len(one) == len(other)
+            and all(abs(float(a) - b) <= 1e-6 * (1 + abs(b)) for a, b in zip(one, other, strict=True))
+            for one, other in ((numbers[0], numbers[2]), (numbers[1], numbers[3]))
+        )
+
+    def was_said(self, region: Any, text: str) -> None:
+        """A region of any text stands there: its numbers follow one another, and it lies in the image."""
+        digits = r"<loc(\d{4})>" if self.name == "paligemma" else r"(-?(?:\d+\.?\d*|\.\d+))"
+        found = [
+            Fraction(number.rstrip(".")) if len(number) < 400 else Fraction(0) for number in re.findall(digits, text)
+        ]
+        for part, count in ((region.box, 4), (region.point, 2)):
+            if part is None:
+                continue
+            low, high = (0.0, 0.0), self.size
+            expect(
+                all(low[n % 2] <= edge <= high[n % 2] for n, edge in enumerate(part)), f"{part} is outside {self.size}"
+            )
+            if count == 4:
+                expect(part[0] < part[2] and part[1] < part[3], f"{part} has no area")
+            several = [found[n : n + count] for n in range(len(found) - count + 1)]
+            if self.name == "paligemma":
+                several = [[left, top, right, bottom] for top, left, bottom, right in several]
+            ways = [
+                self._in_pixels(*((numbers, None) if count == 4 else ([0, 0, *self.full], numbers)))
+                for numbers in several
+            ]
+            said = [way[0 if count == 4 else 1] for way in ways if way is not None]
+            near = any(
+                all(abs(float(a) - b) <= 1e-6 * (1 + abs(b)) for a, b in zip(one, part, strict=True)) for one in said
+            )
+            expect(near, f"{part} was never said: {text!r:.300}")
+
+
 TARGETS: dict[str, tuple[Callable[[random.Random], None], int]] = {
     "images by mutation": (images_by_mutation, 5000),
     "images by grammar": (images_by_grammar, 3000),
@@ -447,9 +785,11 @@ TARGETS: dict[str, tuple[Callable[[random.Random], None], int]] = {
     "post-processing": (post_processing, 800),
     "pipeline": (pipeline, 300),
     "space": (space, 700),
+    "boxes": (boxes, 12_000),
+    **({"serve": (serve, 4000)} if served.SERVES else {}),
 }
 """target -> (what runs one case, how many cases in the full form)."""
-QUICK = {"data sets": 3, "processor": 20, "pipeline": 4, "space": 10}
+QUICK = {"serve": 15, "data sets": 3, "processor": 20, "pipeline": 4, "space": 10}
 """Cases of the quick form; 40 where none is named."""
 BLOCK = 50
 
@@ -512,14 +852,16 @@ def examine(target: str, cases: int, journal: Journal, end: float) -> None:
 
 def main(argv: list[str] | None = None) -> dict:
     """Run the harness and return what its RESULT says."""
-    args = options(__doc__, argv)
+    chosen = {"nargs": "+", "choices": list(TARGETS), "default": list(TARGETS), "help": "some of the targets"}
+    args = options(__doc__, argv, {"--targets": chosen})
     output = args.output.resolve()
     journal = Journal(output / ("fuzz_quick" if args.quick else "fuzz"), {"quick": args.quick})
     with tempfile.TemporaryDirectory() as work:
         writers.work_in(Path(work))
         here = Path.cwd()
         os.chdir(work)
-        for target, (_, cases) in TARGETS.items():
+        for target in args.targets:
+            cases = TARGETS[target][1]
             examine(target, QUICK.get(target, 40) if args.quick else cases, journal, args.end)
         os.chdir(here)
     records = list(journal.records.values())

@@ -1,13 +1,16 @@
-"""Many visitors of the Space and many callers of `segment`: does each get its own answer, and is nothing kept?
+"""Many visitors of the Space and of `segcompass serve`, many callers of `segment`: each its own answer, nothing kept?
 
     python benchmarks/reliability/load.py [--quick]
 
 The Space's logic runs in this process, its requests come from threads on this machine. Most are answered by a stub of a
 few tokens, so that the line, the answers and their ends are what is tried; some by a real model, whose answers are
 compared with single ones. Parts: requests of concurrent clients; visitors who leave in the middle, each followed by one
-who must be served right; sessions that come, ask and go, with the memory that is left. Keys of RESULT: requests,
-requests_wrong, refused_full, model_requests, model_wrong, left, served_after_left, sessions, session_bytes,
-threads_left, segment_calls, segment_wrong.
+who must be served right; sessions that come, ask and go, with the memory that is left. The same over HTTP of
+`segcompass serve` (which needs the extra `serve`; without it those keys are 0): visitors leave before their request is
+whole, while they wait, and while their answer is written. Keys of RESULT: requests, requests_wrong, refused_full,
+model_requests, model_wrong, left, served_after_left, sessions, session_bytes, threads_left, segment_calls,
+segment_wrong, and of the server serve_requests, serve_wrong, serve_model_requests, serve_model_wrong, serve_left,
+serve_after_left, serve_places_kept, serve_bytes (kept of a request), serve_threads_left.
 """
 
 import gc
@@ -26,13 +29,16 @@ import numpy as np  # noqa: E402
 import psutil  # noqa: E402
 import torch  # noqa: E402
 
+from benchmarks.reliability import served  # noqa: E402
 from benchmarks.reliability.children import options, say  # noqa: E402
 from tests.support.scripted import INSTRUCTIONS, Script, lively_segcompass, noise_images  # noqa: E402
 from tests.support.space import demo_of, space_modules  # noqa: E402
 
 ANSWER = "<think>left of it</think><REF_POS><REF_POS><REF_POS>"
 FULL = dict(requests=10_000, model_requests=200, left=200, sessions=1000, segment_calls=60, clients=8)
+FULL |= dict(serve_requests=5000, serve_model_requests=200, serve_left=200, serve_kept=1000)
 QUICK = dict(requests=60, model_requests=4, left=4, sessions=20, segment_calls=6, clients=4)
+QUICK |= dict(serve_requests=24, serve_model_requests=4, serve_left=6, serve_kept=8)
 
 
 def make_demo(space: Any, stub: bool) -> Any:
@@ -196,39 +202,48 @@ def segment_calls(calls: int, clients: int, end: float) -> Counter:
     return counts
 
 
-def main(argv: list[str] | None = None) -> dict:
-    """Run the harness and return what its RESULT says."""
-    args = options(__doc__, argv)
-    size = QUICK if args.quick else FULL
-    torch.set_num_threads(1)
+def space_and_segment(size: dict[str, int], end: float) -> dict[str, int]:
+    """What RESULT says of the Space and of `segment`."""
     space = space_modules()
     threads = threading.active_count()
     stubbed, real = make_demo(space, stub=True), make_demo(space, stub=False)
-    asked = concurrent(stubbed, size["requests"], size["clients"], args.end)
+    asked = concurrent(stubbed, size["requests"], size["clients"], end)
     print(f"{asked['asked']} requests of {size['clients']} clients", flush=True)
-    modelled = concurrent(real, size["model_requests"], size["clients"], args.end)
+    modelled = concurrent(real, size["model_requests"], size["clients"], end)
     print(f"{modelled['asked']} requests to the model", flush=True)
-    left = leave_and_ask(real, size["left"], args.end)
+    left = leave_and_ask(real, size["left"], end)
     print(f"{left['left']} visitors left", flush=True)
     stubbed.passes.clear()
-    done, kept = sessions(stubbed, size["sessions"], args.end)
-    called = segment_calls(size["segment_calls"], size["clients"], args.end)
-    return say(
-        {
-            "requests": asked["asked"],
-            "requests_wrong": asked["wrong"],
-            "refused_full": asked["refused"] + modelled["refused"],
-            "model_requests": modelled["asked"],
-            "model_wrong": modelled["wrong"],
-            "left": left["left"],
-            "served_after_left": left["served"],
-            "sessions": done,
-            "session_bytes": round(kept),
-            "threads_left": threading.active_count() - threads,
-            "segment_calls": called["calls"],
-            "segment_wrong": called["wrong"],
-        }
-    )
+    done, kept = sessions(stubbed, size["sessions"], end)
+    called = segment_calls(size["segment_calls"], size["clients"], end)
+    return {
+        "requests": asked["asked"],
+        "requests_wrong": asked["wrong"],
+        "refused_full": asked["refused"] + modelled["refused"],
+        "model_requests": modelled["asked"],
+        "model_wrong": modelled["wrong"],
+        "left": left["left"],
+        "served_after_left": left["served"],
+        "sessions": done,
+        "session_bytes": round(kept),
+        "threads_left": threading.active_count() - threads,
+        "segment_calls": called["calls"],
+        "segment_wrong": called["wrong"],
+    }
+
+
+PARTS = {"space": space_and_segment, "serve": served.load}
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Run the harness and return what its RESULT says."""
+    parts = {"nargs": "+", "choices": list(PARTS), "default": list(PARTS), "help": "some of the parts"}
+    args = options(__doc__, argv, {"--parts": parts})
+    torch.set_num_threads(1)
+    size, found = QUICK if args.quick else FULL, {}
+    for name in args.parts:
+        found |= PARTS[name](size, args.end)
+    return say(found)
 
 
 if __name__ == "__main__":

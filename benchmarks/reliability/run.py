@@ -4,9 +4,10 @@
     python benchmarks/reliability/run.py             # all of them; repeat the command to go on
 
 Each harness is a command of its own (crash_states.py, kills.py, corruption.py, fuzz.py, attack.py, load.py), takes at
-most --minutes, and notes its cases in --output, so that a repeated command goes on where it was. Keys of RESULT:
+most --minutes, and notes its cases in --output, so that a repeated command goes on where it was. Prints the table of
+docs/reliability.md (`python dev/measured.py reliability` keeps it there). Keys of RESULT:
 crash_states, crash_exact, kills, kills_exact, corrupt_cases, corrupt_silent, errors, errors_naming_file, fuzz_cases,
-fuzz_hangs, fuzz_crashes, fuzz_silent, attacks, attacks_through, sessions, session_bytes.
+fuzz_hangs, fuzz_crashes, fuzz_silent, attacks, attacks_through, sessions, session_bytes, serve_requests, serve_wrong.
 """
 
 import argparse
@@ -21,8 +22,32 @@ HARNESSES = ("crash_states", "kills", "corruption", "fuzz", "attack", "load")
 KEYS = (
     *("crash_states", "crash_exact", "kills", "kills_exact", "corrupt_cases", "corrupt_silent", "errors"),
     *("errors_naming_file", "fuzz_cases", "fuzz_hangs", "fuzz_crashes", "fuzz_silent", "attacks", "attacks_through"),
-    *("sessions", "session_bytes"),
+    *("sessions", "session_bytes", "serve_requests", "serve_wrong"),
 )
+ROWS = (
+    ("crash states", "crash_states", "{crash_exact} exact"),
+    ("kills", "kills", "{kills_exact} exact"),
+    ("corruption", "corrupt_cases", "{corrupt_silent} silent; {errors_naming_file} of {errors} errors name the file"),
+    ("fuzz", "fuzz_cases", "{fuzz_hangs} hangs, {fuzz_crashes} crashes, {fuzz_silent} silent answers"),
+    ("attacks", "attacks", "{attacks_through} through"),
+    ("load: visitors' sessions", "sessions", "{session_bytes} bytes kept of each"),
+    ("load: requests to the server", "serve_requests", "{serve_wrong} wrong"),
+)
+"""Harness, the key of its cases, what was found."""
+
+
+def table(result: dict) -> str:
+    """The totals as a Markdown table.
+
+    Args:
+        result: the object after RESULT; harnesses that did not run are left out.
+
+    Returns:
+        One row for each harness that ran.
+    """
+    ran = [row for row in ROWS if row[1] in result]
+    rows = [f"| {name} | {result[cases]:,} | {found.format_map(result)} |" for name, cases, found in ran]
+    return "\n".join(["| harness | cases | found |", "|---|---|---|", *rows])
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -39,6 +64,7 @@ def main(argv: list[str] | None = None) -> dict:
         print(f"-- {name}", flush=True)
         found |= importlib.import_module(f"benchmarks.reliability.{name}").main(words)
     result = {key: found[key] for key in KEYS if key in found}
+    print(table(result))
     print("RESULT", json.dumps(result))
     return result
 

@@ -13,7 +13,6 @@ clients: `segment`, `explain` and `change_concepts`.
 import base64
 import io
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import wraps
@@ -25,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))  # the files of a Space lie side by side and are no package
 
 import gradio as gr  # noqa: E402
-from asking import Demo, Shown, Tools  # noqa: E402
+from asking import Demo, Shown, Tools, model_of_the_space  # noqa: E402
 from PIL import Image  # noqa: E402
 from visitors import AT_ONCE, MAX_FILE, MAX_TEXT, MAX_WAITING  # noqa: E402
 from why_page import answer_page, waiting_page  # noqa: E402
@@ -206,15 +205,6 @@ def add_api(tools: Tools) -> None:
         add(tools.change_concepts, [image, instruction, *names, threshold])
 
 
-def model_of_the_space() -> str:
-    """The model to run: SEGCOMPASS_MODEL, else the first that README.md names, else the small one of this project."""
-    if named := os.environ.get("SEGCOMPASS_MODEL"):
-        return named
-    lines = (HERE / "README.md").read_text(encoding="utf-8").splitlines()
-    listed = [line.split("[", 1)[1].strip(" ]").split(",")[0] for line in lines if line.startswith("models: [")]
-    return listed[0] if listed and not listed[0].startswith("USER/") else str(MINI)
-
-
 def launch(model: str, port: int | None = None) -> None:
     """Serve the page until it is stopped.
 
@@ -242,4 +232,4 @@ def launch(model: str, port: int | None = None) -> None:
 
 
 if __name__ == "__main__":
-    launch(model_of_the_space())
+    launch(model_of_the_space(HERE) or str(MINI))

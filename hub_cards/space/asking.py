@@ -8,6 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from threading import Event, Thread
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import gradio as gr
 import numpy as np
 import torch
 import visitors
+from huggingface_hub import metadata_load
 from transformers import AutoModel, AutoProcessor, TextIteratorStreamer
 from visitors import Answer, Answers, Line, check_question, check_threshold, read, refusal, visitor_of, within
 from why import Key, Why, account, swap_names
@@ -30,6 +32,21 @@ else:
     def on_gpu(task: Any) -> Any:
         """The task as it is: this process has the device."""
         return task
+
+
+def model_of_the_space(folder: Path) -> str | None:
+    """The model that a Space shows.
+
+    Args:
+        folder: the Space's repository.
+
+    Returns:
+        SEGCOMPASS_MODEL, else the first model that the head of README.md names; None where that is the placeholder.
+    """
+    if named := os.environ.get("SEGCOMPASS_MODEL"):
+        return named
+    listed = (metadata_load(folder / "README.md") or {}).get("models") or ["USER/"]
+    return None if listed[0].startswith("USER/") else listed[0]
 
 
 class Shown(NamedTuple):
@@ -216,7 +233,7 @@ class Demo:
     def show(self, answer: Answer, threshold: float) -> Shown:
         """The account of an answer with its changes. Raises gr.Error when they cannot be followed."""
         why = self._account(answer, threshold)
-        for slot in why.slots:
+        for slot in (*why.slots, *why.after.values()):
             answer.concepts += [each.key for each in slot.concepts if each.key not in answer.concepts]
         return Shown("".join(why.words), why=why, answer=answer)
 

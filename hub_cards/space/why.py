@@ -86,26 +86,34 @@ class Why:
     additive: bool
     """whether the concepts' places add up to the heatmap."""
     after: dict[int, Slot] = field(default_factory=dict)
-    """number -> the same slot after the visitor's changes; empty without any."""
+    """number -> the same slot after the visitor's changes, with its reasons; empty without any."""
     changes: dict[Key, float | str] = field(default_factory=dict)
     names: dict[Key, str] = field(default_factory=dict)
     """how the concepts of `changes` are called."""
 
     @property
+    def now(self) -> list[Slot]:
+        """The slots as they are after the changes, if there are any."""
+        return [self.after.get(slot.number, slot) for slot in self.slots]
+
+    @property
     def kept(self) -> list[Slot]:
-        """The slots that became masks."""
-        return [slot for slot in self.slots if slot.kept]
+        """The slots that became masks, as they are now."""
+        return [slot for slot in self.now if slot.kept]
 
     @property
     def verdict(self) -> str:
         """The result in a sentence."""
         if not self.found:
             return "No mask: the response had no concentration tokens, which each mask needs."
+        changed = "After the changes: " if self.after else ""
         if self.kept:
             pixels = int(np.any([slot.mask for slot in self.kept], axis=0).sum())
             count = len(self.kept)
             although = f", though it wrote “{self.none}”" if self.none else ""
-            return f"{count} mask{'s' * (count > 1)}, {pixels:,} pixels{although}."
+            return f"{changed}{count} mask{'s' * (count > 1)}, {pixels:,} pixels{although}."
+        if any(slot.kept for slot in self.slots):
+            return f"{changed}no mask any more."
         sure = f"onfidence {confidence(self.slots[0].confidence)}, a mask needs {self.threshold:.2f}."
         if self.none:
             return f"No target: it answered that nothing fits (“{self.none}”), c{sure}"
@@ -166,8 +174,12 @@ def account(model: Any, processor: Any, answer: Any, threshold: float, changed: 
     shown = [slot for slot in slots.values() if slot.kept or (slot.number in after and after[slot.number].kept)]
     shown = shown or sorted(slots.values(), key=lambda slot: -slot.confidence)[:1]
     words: list[str] = []
+    after = {slot.number: after[slot.number] for slot in shown if slot.number in after}
     if outputs.concept_weights is not None:
-        shown = [explained(model, processor, answer, slot) for slot in shown]
+        shown = [explained(model, processor, answer, outputs, slot) for slot in shown]
+        for before in shown if changed is not None else []:
+            now = explained(model, processor, answer, changed, after[before.number])
+            after[before.number] = with_changed(now, before, answer.changes)
     words = response_words(processor, outputs)
     return Why(
         words=words,
@@ -175,7 +187,7 @@ def account(model: Any, processor: Any, answer: Any, threshold: float, changed: 
         found=len(slots),
         threshold=threshold,
         additive=additive,
-        after={slot.number: after[slot.number] for slot in shown if slot.number in after},
+        after=after,
         changes=dict(answer.changes),
         names={key: shown_name(key, model.concept_labels) for key in answer.changes},
     )
@@ -220,19 +232,40 @@ def _positioned(processor: Any, outputs: Any) -> list[tuple[int, str]]:
     return words
 
 
-def explained(model: Any, processor: Any, answer: Any, slot: Slot) -> Slot:
+def with_changed(now: Slot, before: Slot, changes: dict[Key, float | str]) -> Slot:
+    """A slot after changes with the concepts that were changed among its own, also those of which nothing is left.
+
+    Args:
+        now: the slot after the changes, explained.
+        before: the same before.
+        changes: key -> change.
+
+    Returns:
+        Slot, heaviest concepts first.
+    """
+    present = {concept.key for concept in now.concepts}
+    gone = [concept for concept in before.concepts if concept.key in changes and concept.key not in present]
+    gone = [replace(concept, share=0.0, heat=np.zeros_like(concept.heat), lost=None) for concept in gone]
+    chosen = sorted([*now.concepts, *gone], key=lambda concept: (concept.key not in changes, -concept.share))
+    concepts = sorted(chosen[:TOP_CONCEPTS], key=lambda concept: -concept.share)
+    total = sum(concept.share for concept in concepts)
+    return replace(now, concepts=concepts, rest=max(0.0, 1.0 - total) if total else 0.0)
+
+
+def explained(model: Any, processor: Any, answer: Any, outputs: Any, slot: Slot) -> Slot:
     """The slot with its reasons.
 
     Args:
         model: SegCompassModel.
         processor: its processor.
         answer: visitors.Answer.
-        slot: one of its outputs' slots.
+        outputs: its outputs, or those with its changes.
+        slot: one of the outputs' slots.
 
     Returns:
         Slot.
     """
-    outputs, labels = answer.outputs, model.concept_labels
+    labels = model.concept_labels
     number = {place: word for word, (place, _) in enumerate(_positioned(processor, outputs))}
     report = model.explain(outputs, slot=slot.number, labels=labels, processor=processor, top=4 * TOP_CONCEPTS)
     grounded = outputs.grounding is not None
@@ -241,7 +274,8 @@ def explained(model: Any, processor: Any, answer: Any, slot: Slot) -> Slot:
     for concept in report.concepts:
         groups.setdefault(key_of(concept.index, labels), []).append(concept)
     heaviest = sorted(groups.items(), key=lambda item: -sum(each.weight for each in item[1]))[:TOP_CONCEPTS]
-    lost = lost_by_name(model, answer, slot.number, heaviest) if grounded and slot.kept else {}
+    whole = float(outputs.grounding.weights[0, slot.number].sum()) if grounded else 1.0  # not 1 after changes
+    lost = lost_by_name(model, answer, outputs, slot.number, heaviest) if grounded and slot.kept else {}
     concepts = []
     for key, members in heaviest:
         words: dict[int, float] = {}
@@ -253,7 +287,7 @@ def explained(model: Any, processor: Any, answer: Any, slot: Slot) -> Slot:
         else:
             heat = heat_of_patches([patch for member in members for patch in member.patches])
         kind = "" if is_place is None else "place" if is_place[members[0].index] else "look"
-        share = float(sum(member.weight for member in members))
+        share = float(sum(member.weight for member in members)) / max(whole, 1e-9)
         concepts.append(Concept(key, shown_name(key, labels), kind, share, words, heat, lost.get(key)))
     read = {number[word.position]: word.strength for word in report.words if word.position in number}
     read = {word: strength for word, strength in read.items() if strength > 0}
@@ -308,12 +342,13 @@ def shown_name(key: Key, labels: dict[int, str]) -> str:
     return f"concept {number} (at “{name}”)" if name else f"concept {number}"
 
 
-def lost_by_name(model: Any, answer: Any, slot: int, groups: list[tuple[Key, list[Any]]]) -> dict[Key, float]:
+def lost_by_name(
+    model: Any, answer: Any, outputs: Any, slot: int, groups: list[tuple[Key, list[Any]]]
+) -> dict[Key, float]:
     """Which share of the mask is gone without the features of each name.
 
     The model says it for each of its concepts; here the features of a name are put together as if they were one.
     """
-    outputs = answer.outputs
     grounding, indices = outputs.grounding, outputs.concept_indices[0].tolist()
     maps = []
     for _, members in groups:

@@ -86,18 +86,18 @@ def answer_page(why: Why, image: Image.Image, concepts: list[Key], swaps: dict[s
     shown.thumbnail((LONGEST, LONGEST))
     numbers = {key: number for number, key in enumerate(concepts)}
     titles = {slot.number: _title(slot, place) for place, slot in enumerate(why.slots)}
-    tabs = "".join(_tab(slot, titles[slot.number]) for slot in why.slots)
+    tabs = "".join(_tab(slot, titles[slot.number]) for slot in why.now)
     defs = (
         f"<svg class='defs' aria-hidden='true'><defs><image id='why-photo' width='{shown.width}' "
         f"height='{shown.height}' href='{_jpeg(shown)}'/></defs></svg>"
     )
-    sections = "".join(_section(why, slot, shown, numbers) for slot in why.slots)
+    sections = "".join(_section(why, slot, shown, numbers) for slot in why.now)
     if not why.slots:
         text = f"<p class='text'>{escape(MARKS.sub('', ''.join(why.words)))}</p>"
         nothing = _chain(text, "", _blank("no heatmap"), _picture(shown, "", "the image"), ("", "", "", ""))
         sections = f"<div class='slot'>{nothing}</div>"
     pairs = "".join(_pair(why, slot, shown, titles[slot.number]) for slot in why.slots)
-    needs = "".join(f"<p class='note' data-slot='{slot.number}'>{escape(needed(slot))}</p>" for slot in why.slots)
+    needs = "".join(f"<p class='note' data-slot='{slot.number}'>{escape(needed(slot))}</p>" for slot in why.now)
     lower = _lower(f"{needs}{_controls(why, concepts, swaps)}", pairs)
     head = _top(why.verdict, tabs)
     return f"<div class='why' data-answer='{escape(name)}'>{head}<div>{sections}</div>{lower}{defs}</div>"
@@ -159,10 +159,13 @@ def _section(why: Why, slot: Slot, image: Image.Image, numbers: dict[Key, int]) 
     place = "all together" if why.additive else "the heatmap; in this read-out the places do not add up to it"
     place += "" if slot.kept or not slot.concepts else ", brightened: the heat is low"
     drawn_as = "drawn where the heat is" if slot.kept else "what it would have drawn, faint: not kept"
-    when = "<b>before changes:</b> " if why.changes else ""  # only 5 has the changed masks
+    when = "<b>after the changes:</b> " if why.changes else ""
+    others_share = f" (all others {slot.rest:.0%})" if slot.rest >= 0.005 else ""
+    known = any(concept.lost is not None for concept in slot.concepts)
+    takes = "; dark: how much of the mask goes without it" if known else ""
     captions = (
         "stronger colour: the mask reads more of the word, and of what led to it",
-        f"{when}share of the heat, and what goes without it; all others {slot.rest:.0%}",
+        f"{when}coloured: its share of the heat{others_share}{takes}",
         f"{when}<span class='place' data-all='{escape(place)}'>{escape(place)}</span>",
         f"{when}{drawn_as}",
     )
@@ -204,8 +207,9 @@ def _text(why: Why, slot: Slot, numbers: dict[Key, int]) -> str:
 def _row(why: Why, slot: Slot, concept: Concept, number: int, image: Image.Image) -> str:
     named = sorted(concept.words, key=lambda word: -concept.words[word])
     named = list(dict.fromkeys(why.words[word].strip() for word in named if why.words[word].strip()))[:WORDS_NAMED]
-    source = "from " + ", ".join(f"“{escape(word)}”" for word in named) if named else "from no single word"
-    lost = "" if concept.lost is None else f"without it −{concept.lost:.0%}" if concept.lost >= 0.005 else "not needed"
+    source = "from " + ", ".join(f"“{escape(word)}”" for word in named) if named else ""
+    replaced = [escape(str(why.names.get(key, key))) for key, other in why.changes.items() if other == concept.key]
+    source = f"in place of {', '.join(replaced)}" if replaced else source
     change = why.changes.get(concept.key)
     badge = "" if change is None else f"<em class='badge'>{escape(_said(change))}</em>"
     changed = "" if change is None else escape(change) if isinstance(change, str) else f"{change:g}"
@@ -217,10 +221,27 @@ def _row(why: Why, slot: Slot, concept: Concept, number: int, image: Image.Image
     return (
         f"<button type='button' class='concept' data-c='{number}' data-name='{escape(concept.name)}' "
         f"data-share='{concept.share:.0%}' data-change='{changed}' aria-pressed='false'>{thumb}<span class='about'>"
-        f"<span class='head'><strong>{escape(concept.name)}</strong>{kind}{badge}<b>{concept.share:.0%}</b></span>"
-        f"<span class='bar'><i style='width:{100 * min(concept.share, 1):.1f}%'></i></span>"
-        f"<span class='foot'><span class='from'>{source}</span><span title='of the mask goes'>{lost}</span></span>"
+        f"<span class='head'><strong>{escape(concept.name)}</strong>{kind}{badge}"
+        f"<span class='from'>{source}</span></span>"
+        f"{_bar('heat', concept.share, f'{concept.share:.0%} of the heat')}{_bar('loss', concept.lost, _loss(concept))}"
         "</span></button>"
+    )
+
+
+def _loss(concept: Concept) -> str:
+    """What the mask loses without a concept, in a few words."""
+    if concept.lost is None:
+        return ""
+    return f"without it −{concept.lost:.0%}" if concept.lost >= 0.005 else "mask stays without"
+
+
+def _bar(kind: str, share: float | None, said: str) -> str:
+    """A share in [0, 1] as a bar with its words; two of them under each other have one scale."""
+    if share is None:
+        return "<span class='measure'></span>"
+    return (
+        f"<span class='measure {kind}'><span class='bar'><i style='width:{100 * min(share, 1):.1f}%'></i></span>"
+        f"<span class='said'>{said}</span></span>"
     )
 
 

@@ -19,7 +19,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = options.command_parser("curves", __doc__)
     parser.add_argument("runs", nargs="+", help="output folder of a training, a checkpoint, or a trainer_state.json")
     parser.add_argument(
-        "--output", type=Path, default=Path("runs/curves"), help="folder for the page; default: %(default)s"
+        "--output", type=options.folder, default=Path("runs/curves"), help="folder for the page; default: %(default)s"
     )
     return parser.parse_args(argv)
 

@@ -26,7 +26,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = options.command_parser("dashboard", __doc__)
     parser.add_argument("--model", required=True, help=f"{options.MODEL}, of which the dictionary is")
     parser.add_argument("--dictionary", type=Path, required=True, help="output folder of `segcompass dictionary`")
-    parser.add_argument("--output", type=Path, required=True, help="folder that the results are written into")
+    parser.add_argument("--output", type=options.folder, required=True, help="folder that the results are written into")
     parser.add_argument("--name", default="", help="repository of the SAE, or a name; default: the model's name")
     parser.add_argument(
         "--num-masks",

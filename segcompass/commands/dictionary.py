@@ -55,7 +55,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--contexts", type=options.positive, default=6, help="strongest places kept per feature; default: %(default)s"
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder that the results are written into")
+    parser.add_argument("--output", type=options.folder, required=True, help="folder that the results are written into")
     parser.add_argument("--save-to", type=Path, help="folder of a model or an SAE that also gets concepts.json")
     args = parser.parse_args(argv)
     if args.dataset == "scenes" and args.held_out_split is None:

@@ -56,7 +56,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--route boxes",
     )
     parser.add_argument("--image-features", help="folder that `segcompass precompute-features` wrote")
-    parser.add_argument("--output", type=Path, required=True, help="folder that the results are written into")
+    parser.add_argument(
+        "--close-response",
+        action="store_true",
+        help="close each response by force, for a model that was trained with close_response",
+    )
+    parser.add_argument("--output", type=options.folder, required=True, help="folder that the results are written into")
     args = parser.parse_args(argv)
     options.check_route(parser, args, "")
     if args.route != "boxes" and not args.model and args.predictions is None:

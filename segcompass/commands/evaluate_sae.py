@@ -15,7 +15,6 @@ hidden states of layer L at the tokens of a type: 1 if nothing is lost, 0 if the
 """
 
 import argparse
-from pathlib import Path
 
 from . import options
 
@@ -35,7 +34,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=3400,
         help="skip, and count, samples of more tokens than this; default: %(default)s",
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder that the results are written into")
+    parser.add_argument("--output", type=options.folder, required=True, help="folder that the results are written into")
     return parser.parse_args(argv)
 
 

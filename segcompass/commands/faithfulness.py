@@ -48,7 +48,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default="both",
         help="what the queries of the measured masks are built from: e_k and r_k, or r_k alone; default: %(default)s",
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder that the results are written into")
+    parser.add_argument("--output", type=options.folder, required=True, help="folder that the results are written into")
     return parser.parse_args(argv)
 
 

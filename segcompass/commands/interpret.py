@@ -13,7 +13,6 @@ The summary of the first three is printed. Repeat the command to resume an inter
 """
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from . import options
@@ -30,7 +29,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--panels", type=options.positive, default=6, help="samples shown in Figure 9; default: %(default)s"
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder that the figures are written into")
+    parser.add_argument("--output", type=options.folder, required=True, help="folder that the figures are written into")
     return parser.parse_args(argv)
 
 

@@ -17,7 +17,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = options.command_parser("merge", __doc__)
     parser.add_argument("adapters", type=Path, help="folder of the adapters")
     parser.add_argument("--model", required=True, help=f"{options.MODEL} that the training began from")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the merged model and its processor")
+    parser.add_argument("--output", type=options.folder, required=True, help="folder of the merged model and processor")
     return parser.parse_args(argv)
 
 

@@ -45,7 +45,7 @@ def add_image(parser: argparse.ArgumentParser, output: str, fate: str) -> None:
     parser.add_argument("image", nargs="?", help="file or URL; default: the scene that ships with the package")
     parser.add_argument("instruction", nargs="?", help="what to segment; required with an image of your own")
     parser.add_argument("--model", default=str(SHIPPED), help=f"{MODEL}; default: the small model that ships")
-    parser.add_argument("--output", type=Path, default=Path(output), help="folder; default: %(default)s")
+    parser.add_argument("--output", type=folder, default=Path(output), help="folder; default: %(default)s")
     parser.add_argument(
         "--threshold",
         type=probability,
@@ -207,6 +207,13 @@ def recipe_parser(command: str, description: str | None, dataclasses: Any) -> An
     prog = f"segcompass {command}"
     usage = f"{prog} --config RECIPE [--option value …]"
     return TrlParser(dataclasses, prog=prog, usage=usage, description=description, formatter_class=RecipeHelp)
+
+
+def folder(text: str) -> Path:
+    """A folder to write into, as an option's type; it need not exist."""
+    if Path(text).exists() and not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a file; name a folder, which is made where there is none.")
+    return Path(text)
 
 
 def positive(text: str) -> int:

@@ -28,7 +28,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=256,
         help="images per file; a killed run loses at most one file's; default: %(default)s",
     )
-    parser.add_argument("--output", required=True, help="folder of the features")
+    parser.add_argument("--output", type=options.folder, required=True, help="folder of the features")
     return parser.parse_args(argv)
 
 

@@ -13,8 +13,9 @@ The Hub is that of `HF_ENDPOINT`, the token that of `hf auth login` or `HF_TOKEN
 
 import argparse
 import json
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from segcompass.shipped import default_scene
 
@@ -22,6 +23,9 @@ from . import options
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
+
+GPS = 0x8825
+"""The EXIF entry that says where a photograph was taken."""
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -62,7 +66,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--dataset-seed", "--seed", dest="seed", type=int, default=0, help="seed of the procedural scenes"
     )
     data.add_argument(
-        "--num-samples", type=options.positive, default=500, help="push only the first N rows; default: %(default)s"
+        "--num-samples",
+        type=options.positive,
+        help="push only the first N rows; default: all, and 500 of data sets that are drawn as they are read",
+    )
+    data.add_argument(
+        "--with-places", action="store_true", help="push photographs that say where they were taken (EXIF) as they are"
     )
     data.add_argument("--description", default="Rows for reasoning segmentation.", help="what the card says of them")
     metric = kinds.add_parser("metric", help="push the metric of this project")
@@ -89,6 +98,7 @@ def push(args: argparse.Namespace) -> "CommitInfo":
     """Push what the options name."""
     from segcompass.hub_cards import push_dataset, push_metric, push_sae, push_space
     from segcompass.loaders import METRIC, load_rows
+    from segcompass.loaders.registry import takes_streaming
     from segcompass.modeling_segcompass import SparseAutoencoder
 
     if args.kind == "space":
@@ -97,13 +107,48 @@ def push(args: argparse.Namespace) -> "CommitInfo":
     if args.kind == "metric":
         return push_metric(METRIC, args.repo_id, **where)
     if args.kind == "dataset":
-        rows = load_rows(args.source, args.split, args.seed, args.num_samples)
+        rows = load_rows(
+            args.source, args.split, args.seed, args.num_samples or (500 if takes_streaming(args.source) else None)
+        )
+        if not (args.with_places or args.private):
+            check_places(rows)
         return push_dataset(rows, args.repo_id, args.description, split=args.split, license=args.license, **where)
     if args.kind == "sae":
         sae = SparseAutoencoder.from_pretrained(args.source)
         card = {"quality": _read(args.quality), "license": args.license}
         return push_sae(sae, args.repo_id, dashboard=args.dashboard, **card, **where)
     return push_model_with_card(args, where)
+
+
+def check_places(rows: Any) -> None:
+    """Refuse to publish photographs that say where they were taken.
+
+    Args:
+        rows: with a column `image`.
+
+    Raises:
+        ValueError: with the number of such images, and a sample.
+    """
+    from PIL import Image
+
+    from segcompass.loaders.identity import encoded_key
+    from segcompass.loaders.rows import leave_images_encoded
+
+    told: dict[Any, str | None] = {}  # an image -> the first sample of one that says it
+    for row in leave_images_encoded(rows.select_columns(["image", "sample_id"])):
+        key = encoded_key(row["image"])
+        if key is None or key in told:
+            continue
+        content = row["image"].get("bytes")
+        with Image.open(row["image"]["path"] if content is None else BytesIO(content)) as image:
+            told[key] = row["sample_id"] if GPS in image.getexif() else None
+    samples = [sample for sample in told.values() if sample is not None]
+    if samples:
+        raise ValueError(
+            f"{len(samples)} of {len(told)} images say where they were taken (GPS in EXIF), such as that of sample "
+            f"{samples[0]!r}, and everybody could read it; save them without it (exiftool -gps:all= …), push with "
+            "--private, or as they are with --with-places."
+        )
 
 
 def push_model_with_card(args: argparse.Namespace, where: dict) -> "CommitInfo":

@@ -205,7 +205,13 @@ def read_rows(arguments: SAEArguments) -> tuple[Dataset | IterableDataset, Datas
             )
         return rows(arguments.split, arguments.num_samples), rows(arguments.evaluation_split, arguments.num_samples)
     everything = rows(arguments.split, arguments.num_samples)
-    return everything.skip(arguments.evaluation_samples), everything.take(arguments.evaluation_samples)
+    rest, held_out = everything.skip(arguments.evaluation_samples), everything.take(arguments.evaluation_samples)
+    if Path(arguments.dataset).exists() and next(iter(rest), None) is None:
+        raise ValueError(
+            f"{arguments.dataset} has no more rows than the {arguments.evaluation_samples} that evaluation_samples "
+            "holds out, so that none is left to train on; hold out fewer, such as a twentieth."
+        )
+    return rest, held_out
 
 
 def cached(

@@ -80,7 +80,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser,
         "test",
         300,
-        dataset="'scenes' or 'mixed-scenes'; a benchmark of the RefCOCO family (with --root and --image-dir); coco "
+        dataset="'scenes', 'mixed-scenes' or 'twin-scenes'; a benchmark of the RefCOCO family (with --root and --image-dir); coco "
         "(with --root); a folder of `segcompass prepare-data … --instances`, or a .jsonl file with instances",
         seed_of="the scenes and the random concepts",
     )
@@ -108,10 +108,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--batch-size", type=options.positive, default=16, help="samples segmented at once; default: %(default)s"
     )
     parser.add_argument(
-        "--output", type=Path, default=Path("runs/white_box"), help="folder for the results; default: %(default)s"
+        "--output",
+        type=options.folder,
+        default=Path("runs/white_box"),
+        help="folder for the results; default: %(default)s",
     )
     args = parser.parse_args(argv)
-    scenes = args.dataset in ("scenes", "mixed-scenes")
+    from segcompass.loaders.scenes import STYLES
+
+    scenes = args.dataset in STYLES
     if args.dataset in ("reasonseg", "obelics"):
         parser.error(
             f"--dataset is {args.dataset!r}, whose rows do not say what else is in their images; the criteria need all "
@@ -136,6 +141,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
     from segcompass.journal import Journal, weights_of
     from segcompass.loaders.identity import rows_digest
+    from segcompass.loaders.scenes import STYLES
     from segcompass.loading import load
     from segcompass.modeling_segcompass.whole_files import read_signed_json, signed_json, write_whole
     from segcompass.white_box.concept_access import reading_of
@@ -146,7 +152,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     from segcompass.white_box.examination import annotated_rows, examine, read_rows, truths_of
 
     where = {name: getattr(args, name) for name in ("root", "image_dir", "split_by")}
-    if args.dataset in ("scenes", "mixed-scenes"):
+    if args.dataset in STYLES:
         rows = read_rows(args.dataset, args.split, args.seed, args.num_samples)
     else:
         rows = annotated_rows(args.dataset, args.split, args.num_samples, **where)

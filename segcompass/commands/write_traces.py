@@ -18,7 +18,6 @@ Writes into the output folder
 """
 
 import argparse
-from pathlib import Path
 
 from . import options
 
@@ -27,7 +26,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command's options."""
     parser = options.command_parser("write-traces", __doc__)
     parser.add_argument("dataset", help=options.ROWS)
-    parser.add_argument("--output", type=Path, required=True, help="folder that everything is written into")
+    parser.add_argument("--output", type=options.folder, required=True, help="folder that everything is written into")
     parser.add_argument("--split", default="train", help="split of the data set; default: %(default)s")
     options.add_benchmark(parser)
     parser.add_argument(

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.support.families import TINY_FAMILIES
-from tests.support.family_table import every_entry, tried, write
+from tests.support.family_table import tried
 
 FAST = ("llava", "qwen2_5_vl", "internvl", "paligemma")
 """Tried in every test run: a plain grid, the image's own aspect, tiles, prefix attention."""
@@ -40,13 +40,10 @@ def pytest_runtest_makereport(item, call):
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """With --all-families: the tables of docs/families.md, and one line for machines."""
+    """With --all-families: the first table of docs/families.md, and one line for machines."""
     if not config.getoption("--all-families") or not RESULTS:
         return
     table, whole = tried(RESULTS)
-    if set(RESULTS) == set(TINY_FAMILIES):
-        write("families", table)
-        write("entries", every_entry())
     terminalreporter.write_line(f"\n{table}")
     failed = {
         family: sorted(name for name, outcome in found.items() if outcome != "passed")

@@ -1,12 +1,13 @@
 """Families of MLLMs, each as tiny random weights in transformers' own class: everything that is done with one.
 
-    pytest tests/families --all-families     # all of them, and the table of docs/families.md
+    pytest tests/families --all-families     # all of them, and prints the table of docs/families.md
 
 Without the option only the families of `conftest.FAST` are tried.
 """
 
 import math
 import re
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from segcompass.trainers import (
 from segcompass.trainers.activations import ActivationDataset
 from segcompass.trainers.checks import check_carried_inputs
 from segcompass.trainers.collator import SegCompassCollator
+from segcompass.trainers.constant_prefix import constant_prefix
 from segcompass.trainers.grpo_trainer import SegCompassGRPOTrainer
 from segcompass.trainers.policy import freeze, lora_config
 from tests.support.families import TINY_FAMILIES, tiny_family
@@ -226,6 +228,31 @@ def test_a_step_of_the_cold_start_moves_what_learns(family, rows, tmp_path):
     assert any(id(weight) in blocks for name, weight in model.named_parameters() if name in moved)
     vision = tuple(f"mllm.{name}" for name in model.backbone.vision_names(model.mllm))
     assert not any(name.startswith(("sae", "image_encoder", *vision)) for name in moved), sorted(moved)[:3]
+
+
+def test_columns_without_gradients_change_neither_masks_nor_gradients(family, rows):
+    """Families whose blocks are of another kind are left as they are; those named take part."""
+    if family == "smolvlm":
+        pytest.importorskip("num2words")
+    model, processor = tiny_family(family)
+    freeze(model.train())
+    inputs = SegCompassCollator(processor, mask_side=4 * model.config.key_grid)(rows[:2])
+    inputs = {name: value for name, value in inputs.items() if name != "mask_targets"}
+    learning = [weight for weight in model.parameters() if weight.requires_grad]
+    results = []
+    for spared in (constant_prefix(model, inputs["input_ids"]), nullcontext(0)):
+        with spared as columns:
+            output = model(**inputs, use_cache=False)
+        loss = output.loss + output.pred_masks.mean() + output.heatmaps.mean()
+        results.append((columns, loss.detach(), torch.autograd.grad(loss, learning, allow_unused=True)))
+    (columns, loss, ours), (_, whole_loss, whole) = results
+    assert columns > 0 or family not in ("llava", "qwen2_5_vl", "internvl", "qwen3_vl")
+    torch.testing.assert_close(loss, whole_loss, atol=1e-6, rtol=1e-6)
+    largest = max(float(gradient.abs().max()) for gradient in whole if gradient is not None)
+    for one, other in zip(ours, whole, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:  # float32: sums of parts
+            torch.testing.assert_close(one, other, atol=5e-6 * largest, rtol=1e-4)
 
 
 @column("SAE step")

@@ -124,9 +124,15 @@ def pushed(hub):
     return pushed
 
 
-def test_weights_are_the_same_bits_and_masks_the_same_wherever_a_revision_is_pulled(hub, pushed):
+@pytest.fixture(scope="module")
+def pulled(hub, pushed):
+    """What each revision is where it was pulled, in the cache "elsewhere"."""
     asked = [MODEL, f"{MODEL}@v1", f"{MODEL}@{pushed['first']}", f"{MODEL}@next", f"{PARTS}@{pushed['parts']}"]
-    pulled = pull(hub, *asked, home="elsewhere")
+    return pull(hub, *asked, home="elsewhere")
+
+
+def test_weights_are_the_same_bits_and_masks_the_same_wherever_a_revision_is_pulled(pushed, pulled):
+    pulled = dict(pulled)
     assert pulled.pop(f"{MODEL}@next") == "second"
     # The last has no SAE of its own: it fetches the one it was pushed with, though a newer one is on main there.
     assert set(pulled.values()) == {"first"} and len(pulled) == 4
@@ -206,11 +212,17 @@ def snippet(card):
 
 
 def test_the_snippets_of_the_cards_run(hub, inspected):
-    report = "\nimport json\nprint(json.dumps([tuple(masks[0].shape), str(masks[0].dtype)]))"
-    shape, dtype = hub.run(snippet(inspected["card"]) + report, project=False, home="snippet")
+    code = f"""
+import json
+names = [{{}}, {{}}]
+for code, own in zip({[snippet(inspected["card"]), snippet(inspected["sae_card"])]!r}, names, strict=True):
+    exec(code, own)
+mask, (features, reconstruction) = names[0]["masks"][0], (names[1][name] for name in ("features", "reconstruction"))
+print(json.dumps([tuple(mask.shape), str(mask.dtype), tuple(features.shape), tuple(reconstruction.shape)]))
+"""
+    shape, dtype, *coded = hub.run(code, project=False, home="snippet")
     assert shape == [30, 44] and dtype == "torch.bool"
-    report = "\nimport json\nprint(json.dumps([tuple(features.shape), tuple(reconstruction.shape)]))"
-    assert hub.run(snippet(inspected["sae_card"]) + report, project=False, home="snippet") == [[4, 128], [4, 32]]
+    assert coded == [[4, 128], [4, 32]]
 
 
 def test_rows_and_metric_come_back(hub, pushed):
@@ -282,13 +294,13 @@ print(json.dumps(raised))
     assert raised["revision"][0][0] == "OSError" and "nowhere" in raised["revision"][1]
 
 
-def test_a_pulled_model_loads_from_the_cache_alone(hub, pushed):
+def test_a_pulled_model_loads_from_the_cache_alone(hub, pushed, pulled):
     asked = [MODEL, f"{PARTS}@{pushed['parts']}"]
-    pull(hub, *asked, home="cached")
+    assert set(asked) <= set(pulled)
     code = PULL.replace("trust_remote_code=True", "trust_remote_code=True, local_files_only=True")
     before = len(hub.requests())
-    pulled = pull(hub, *asked, code=code, home="cached")
-    assert set(pulled.values()) == {"first"} and len(hub.requests()) == before
+    cached = pull(hub, *asked, code=code, home="elsewhere")
+    assert set(cached.values()) == {"first"} and len(hub.requests()) == before
 
 
 def test_the_command_pushes_and_names_the_commit(hub):

@@ -12,20 +12,26 @@ FOLDER = ROOT / "hub_cards" / "space"
 
 PUSH = """
 import json
-from huggingface_hub import HfApi, RepoCard
+from pathlib import Path
+from huggingface_hub import HfApi, RepoCard, snapshot_download
 from segcompass.cli import main
+from tests.support.space import borrowed_space
 for model in ("tester/first", "tester/second"):
     main(["push", "space", model, "tester/why"])
 card = RepoCard.load("tester/why", repo_type="space")
-print(json.dumps([HfApi().list_repo_files("tester/why", repo_type="space"), card.data.to_dict()]))
+folder = Path(snapshot_download("tester/why", repo_type="space"))
+with borrowed_space() as space:
+    shown = space.asking.model_of_the_space(folder)
+print(json.dumps([HfApi().list_repo_files("tester/why", repo_type="space"), card.data.to_dict(), shown]))
 """
 
 
 def test_a_pushed_space_holds_every_file_and_names_its_model(hub):
-    files, front = hub.run(PUSH, home="space")
+    files, front, shown = hub.run(PUSH, home="space")
     written = {path.name for path in FOLDER.iterdir() if path.is_file()}
     assert set(files) - {".gitattributes"} == written
     assert front["models"] == front["preload_from_hub"] == ["tester/second"]
+    assert shown == "tester/second"  # by its own code, however the head of README.md is laid out
 
 
 def test_the_front_matter_is_what_the_hub_reads():

@@ -8,7 +8,7 @@ Space that already runs, with the small model.
 
 import asyncio
 import base64
-import io
+import importlib.util
 import json
 import os
 import re
@@ -20,22 +20,21 @@ import time
 import urllib.request
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from segcompass.loaders.masks import coco_rle
 from segcompass.segmentation import segment_image
+from tests.support.browser import DESKTOP, PHONE, chromium, contrast, overflow, picture, size_window
 from tests.support.hub_client import ROOT
 
-pytest.importorskip("gradio", reason='gradio is missing: pip install -e ".[browser]"')
+if importlib.util.find_spec("gradio") is None:  # not imported here, which takes seconds
+    pytest.skip('gradio is missing: pip install -e ".[browser]"', allow_module_level=True)
 
 EXAMPLES = ROOT / "examples"
 MINI = EXAMPLES / "checkpoints" / "mini"
 SCENE = json.loads((EXAMPLES / "scene.json").read_text())
 PATIENCE = 600
 """Seconds after which something will never come; a busy machine takes minutes for the first."""
-DESKTOP, PHONE = (1280, 900), (390, 844)
 TWO, NONE = 0, 3  # examples.json: two purple boxes beside a blue star; nothing to the left of the red thing
 
 
@@ -77,18 +76,7 @@ def address(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    webdriver = pytest.importorskip("selenium.webdriver", reason='selenium is missing: pip install -e ".[browser]"')
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    driver = shutil.which("chromedriver") or shutil.which(
-        "chromedriver", path="/usr/lib/chromium:/usr/lib/chromium-browser"
-    )
-    if not (chromium and driver):
-        pytest.skip("chromium is missing: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"):
-        options.add_argument(argument)
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    driver = chromium()
     yield driver
     driver.quit()
 
@@ -100,8 +88,7 @@ class Page:
         from selenium.webdriver.common.action_chains import ActionChains
 
         self.browser, self.pointer = browser, lambda: ActionChains(browser, duration=50)
-        metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": size == PHONE}
-        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        size_window(browser, size)
         browser.get(f"{address}/?__theme={theme}")
         self.wait(lambda: self.all("#examples button") and self.all("#ask") and self.all(".why"))
         self.js(  # every shift counts, also those that follow a click
@@ -163,24 +150,14 @@ class Page:
         self.wait(lambda: not self.all(".why.computing"))
 
     def overflows(self):
-        return self.js("return document.documentElement.scrollWidth - window.innerWidth")
+        return overflow(self.browser)
 
     def keep(self, name, selector=None, width=1000):
         """A picture of the page, or of a part of it, only when pictures are asked for."""
         if "SPACE_SCREENSHOTS" not in os.environ:
             return
         time.sleep(0.5)
-        box = self.js(
-            "const b = document.querySelector(arguments[0]).getBoundingClientRect();"
-            "return [b.left + scrollX, b.top + scrollY, b.width, b.height]",
-            selector or "html",
-        )
-        clip = dict(zip(("x", "y", "width", "height"), box, strict=True), scale=1)
-        shot = self.browser.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
-        picture = Image.open(io.BytesIO(base64.b64decode(shot["data"]))).convert("RGB")
-        picture.thumbnail((width, 4 * width), Image.Resampling.LANCZOS)
-        folder = Path(os.environ["SPACE_SCREENSHOTS"])
-        picture.save(folder / name, quality=72, method=6)
+        picture(self.browser, selector, width).save(Path(os.environ["SPACE_SCREENSHOTS"]) / name, quality=72, method=6)
 
 
 def test_an_example_says_why_its_mask_is_there_and_nothing_shifts(browser, address):
@@ -243,7 +220,7 @@ def test_switching_off_swapping_and_undoing_show_before_and_after(browser, addre
     page.to(page.concept("C")).click()
     page.press("off")
     assert "off" in page.concept("C").text and page.text(".controls [data-do=off]") == "Switch on"
-    assert page.text(".slot:not([hidden]) .mask .caption").startswith("before changes:")
+    assert page.text(".slot:not([hidden]) .mask .caption").startswith("after the changes:")
     page.press("drop")  # the first change alone
     assert page.text(".changes") == "C off×"
     page.press("off")  # on again
@@ -349,23 +326,9 @@ def test_the_keyboard_is_enough(browser, address):
 def test_text_stands_out_from_its_ground(browser, address, theme):
     page = Page(browser, address, theme=theme)
     page.run(NONE)
-
-    def shade(colour):
-        """Relative luminance, as the accessibility guidelines define it."""
-        page.js("window.probe ??= document.createElement('canvas').getContext('2d', {willReadFrequently: true})")
-        rgb = page.js(
-            "probe.fillStyle = '#000'; probe.fillRect(0, 0, 1, 1); probe.fillStyle = arguments[0];"
-            "probe.fillRect(0, 0, 1, 1); return [...probe.getImageData(0, 0, 1, 1).data].slice(0, 3)",
-            colour,
-        )
-        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in np.array(rgb) / 255]
-        return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
-
-    ground = shade(page.one(".step").value_of_css_property("background-color"))
     for selector in (".caption", ".hint", ".from", ".text", ".concept strong", "h2"):
-        ink = shade(page.one(f".why {selector}").value_of_css_property("color"))
-        contrast = (max(ink, ground) + 0.05) / (min(ink, ground) + 0.05)
-        assert contrast >= 4.5, f"{selector}: {contrast:.1f} to 1"
+        found = contrast(browser, f".why {selector}", ".step")
+        assert found >= 4.5, f"{selector}: {found:.1f} to 1"
 
 
 def test_an_image_of_ones_own_is_asked_about(browser, address, tmp_path):

@@ -118,6 +118,7 @@ def test_words_concepts_and_places_of_a_grounded_model_belong_together(space, mi
     off = mini.change(shown.question, shown.answer.concepts.index("blue"), 0.0, 0.5)
     told = space.why.moved(off.why.slots[0], off.why.after[slot.number], 0.5)
     assert not off.why.after[slot.number].kept and told.startswith("No mask any more: confidence")
+    assert off.why.verdict == "After the changes: no mask any more."
     again = mini.restore(shown.question, 0.5)
     assert not again.why.after and same_masks(again.why, shown.why)
 
@@ -133,6 +134,14 @@ def test_a_swapped_concept_moves_the_mask_to_the_other_thing(mini):
         not (before.mask & star).sum() > 0.1 * before.mask.sum() and (after.mask & star).sum() > 0.9 * after.mask.sum()
     )
     assert moved.why.changes == {"purple": "blue"}
+    blue, purple = (next(each for each in after.concepts if each.key == key) for key in ("blue", "purple"))
+    assert blue.share > 0.3 and blue.lost is not None and purple.share == 0  # what is gone can still be chosen
+    row, column = np.unravel_index(blue.heat.argmax(), blue.heat.shape)
+    height, width = blue.heat.shape
+    assert star[int((row + 0.5) / height * 128), int((column + 0.5) / width * 128)]
+    assert sum(each.share for each in after.concepts) + after.rest == pytest.approx(1, abs=1e-4)
+    assert moved.why.verdict.startswith("After the changes: 2 masks, ")
+    assert "blue" in moved.answer.concepts
     place = shown.answer.concepts.index("4 (word)")
     both = mini.change(shown.question, place, 0.0, 0.5)
     assert both.why.names == {"purple": "purple", "4 (word)": "4"}

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from segcompass.loaders import load_jsonl
+from segcompass.loaders import load_jsonl, load_rows
 from segcompass.loaders.masks import encode_mask
 from segcompass.loaders.rows import FEATURES
 from tests.support.refer import HEIGHT, WIDTH, box, rectangle, run_lengths
@@ -87,6 +87,13 @@ def test_rows_have_the_one_schema(write):
         ({"masks": [], "image": "gone.png"}, "gone.png is missing"),
         ({"mask": "mine.jsonl"}, "mine.jsonl cannot be read"),
         ({"masks": {"a": 1}}, "'masks' must be a list"),
+        ({"masks": [], "instruction": ["it"]}, "'instruction' must be text; got a list"),
+        ({"segmentation": [[1, 2, 9, 2, 9, 9]]}, "got None, in a line of image, instruction, segmentation"),
+        ({"polygons": [1, 2, 9, 2, 9, 9]}, r"each entry is a number or a point: \[1, 2, 9\].*in brackets once more"),
+        ({"polygons": [[1, 2], [9, 2], [9, 9]]}, "each entry is a number or a point"),
+        ({"masks": [], "image": "https://example.com/a.png"}, "is an address, and lines name files; download it"),
+        ({"mask": "https://example.com/a.png"}, "is an address"),
+        ({"masks": [], "image": "photos\\a.png"}, "is missing; .*Folders are separated by /"),
     ],
 )
 def test_bad_lines_are_named(write, line, message):
@@ -103,7 +110,56 @@ def test_bad_files_are_named(write, tmp_path):
     with pytest.raises(ValueError, match="line 2: Expecting value"):
         load_jsonl(path)
     path.write_text("")
-    with pytest.raises(ValueError, match="no usable rows"):
+    with pytest.raises(ValueError, match="no usable rows of split 'train': it is empty"):
         load_jsonl(path)
+    with pytest.raises(ValueError, match="no usable rows of split 'train': its lines have split validation; name one"):
+        load_jsonl(write({"masks": [], "split": "validation"}))
+    path.write_text(json.dumps({"image": "photo.png", "instruction": "it", "masks": []}, indent=1))
+    with pytest.raises(ValueError, match="line 1: Expecting property name.* character 3; each line is one whole JSON"):
+        load_jsonl(path)
+    for name, text in (("mine.json", "[]"), ("mine.csv", "image,instruction")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=rf"{name}' is a file, but no \.jsonl: write .* dataset 'coco'"):
+            load_rows(str(tmp_path / name))
+    with pytest.raises(ValueError, match=r"holds neither train-\*\.parquet nor .* may be in .*mine\.jsonl: name that"):
+        load_rows(str(tmp_path))
     with pytest.raises(ValueError, match="the sample id 'a' repeats"):
         load_jsonl(write({"masks": [], "sample_id": "a"}, {"masks": [], "sample_id": "a"}))
+
+
+@pytest.fixture
+def phone(tmp_path):
+    """Lines about a portrait photograph that a phone stored lying down: 40 x 60 pixels as it is shown."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (60, 40)).save(tmp_path / "IMG_1.jpg", exif=exif)
+    Image.fromarray(box(1, 1, 20, 20)).resize((60, 40)).save(tmp_path / "stored.png")
+
+    def lines(**line):
+        (tmp_path / "mine.jsonl").write_text(json.dumps({"image": "IMG_1.jpg", "instruction": "it", **line}))
+        return tmp_path / "mine.jsonl"
+
+    return lines
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"mask": "stored.png"},
+        {"rle": run_lengths(np.ones((40, 60), dtype=bool))},
+        {"polygons": [[45, 5, 55, 5, 55, 20]]},  # right of the photograph as it is shown
+        {"polygons": [[[20, 5, 30, 5, 30, 20], [30, 5, 55, 5, 55, 20]]]},  # half of it
+        {"polygons": [], "instances": [{"category": "mug", "polygons": [20, 5, 55, 5, 55, 20]}]},
+    ],
+    ids=["file", "RLE", "polygon", "half a polygon", "instance"],
+)
+def test_masks_of_the_stored_pixels_are_refused_where_the_photograph_is_turned(phone, line):
+    with pytest.raises(ValueError, match=r"stored as 40 x 60 and shown as 60 x 40 .*EXIF orientation"):
+        load_jsonl(phone(**line))
+
+
+def test_masks_of_a_turned_photograph_belong_to_it_as_it_is_shown(phone):
+    polygons = [rectangle(4, 50, 30, 58), rectangle(20, 2, 40.5, 20)]  # the second leaves the image by half a pixel
+    (row,) = load_jsonl(phone(polygons=polygons))
+    assert (row["height"], row["width"]) == (60, 40) and len(row["masks"]) == 2
+    assert decoded(row["masks"])[0].sum() == 26 * 8

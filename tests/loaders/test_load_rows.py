@@ -43,6 +43,10 @@ def test_unknown_names_are_refused_with_those_that_exist(tmp_path):
         load_rows("reasonseg", "val")
     with pytest.raises(ValueError, match=r"holds neither val-\*\.parquet nor a data set"):
         load_rows(str(tmp_path), "val")
+    (tmp_path / "train-00000-of-00001.parquet").touch()
+    (tmp_path / "testA-00000-of-00002.parquet").touch()
+    with pytest.raises(ValueError, match=r"holds neither validation-\*\.parquet .* It has the splits testA, train\."):
+        load_rows(str(tmp_path), "validation")
 
 
 TOY = """

@@ -1,5 +1,6 @@
 """Masks against independent painting: by hand, pixel by pixel in exact fractions, and OpenCV where it is installed."""
 
+import copy
 from fractions import Fraction
 from math import floor
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from segcompass.loaders.masks import coco_rle, decode_mask, encode_mask, paint_polygon
+from segcompass.loaders.masks import coco_rle, decode_mask, encode_mask, packed_polygons, paint_polygon
 from tests.support.refer import ANNOTATIONS, CROWD, HEIGHT, WIDTH, box, rectangle, run_lengths
 
 
@@ -36,6 +37,38 @@ def test_every_form_of_run_lengths():
     for form in (run_lengths(CROWD), compressed, as_bytes, halves):
         assert (decode_mask([coco_rle(form, HEIGHT, WIDTH)], HEIGHT, WIDTH) == CROWD).all()
     assert decode_mask([], 2, 3).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    "segmentation",
+    [
+        *(case[0] for case in ANNOTATIONS.values()),
+        [[1, 2, 9.5, 2, 9, 9], []],
+        [["1", "2", "9", "2", "9", "9"]],
+        [[1, 2, None, 2, 9, 9]],
+        [[1, 2, 10**400, 2, 9, 9]],
+        [[1, 2, float("nan"), 2, 9, 9]],
+        [[[1, 2], [9, 2], [9, 9]]],
+        [[True, 2, 9, 2, 9, 9]],
+        [[1, 2, 9, 2, 9, 9], "text"],
+        [],
+        [{}],
+        {},
+        "",
+        None,
+    ],
+    ids=str,
+)
+def test_packed_polygons_are_read_as_lists_are(segmentation):
+    def found(given):
+        try:
+            return coco_rle(given, HEIGHT, WIDTH)
+        except (ValueError, TypeError, OverflowError) as error:
+            return type(error), str(error)
+
+    packed = packed_polygons({"id": 1, "segmentation": copy.deepcopy(segmentation)})
+    assert found(packed["segmentation"]) == found(segmentation) and packed["id"] == 1
+    assert packed_polygons({"id": 1}) == {"id": 1}
 
 
 def test_run_lengths_of_all_kinds_of_masks_are_found_whole():

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import tracemalloc
 import warnings
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from segcompass.loaders import load_refcoco
+from segcompass.loaders.masks import coco_rle
 from segcompass.loaders.rows import FEATURES
 from tests.support.refer import (
     ANNOTATIONS,
@@ -203,3 +205,27 @@ def test_run_lengths_of_another_size_are_named(root):
     (root / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps(REFS[:1]))
     with pytest.raises(ValueError, match=r"annotation 10: an RLE has size \[5, 5\], its image \[24, 32\]"):
         load(root)
+
+
+@pytest.mark.parametrize("name", ["refcoco", "grefcoco"])
+def test_annotations_are_read_in_a_few_times_their_size(tmp_path, name):
+    """All of them as Python's objects would take five times the file; a third of them is asked for here."""
+    generator = np.random.default_rng(0)
+    write_images(tmp_path / "train2014")
+    polygons = generator.uniform(2, 20, (6000, 50)).round(2).tolist()
+    write_instances(tmp_path / name, {number: ([polygon], 0, None) for number, polygon in enumerate(polygons)})
+    refs = [ref(n, [n] if name == "grefcoco" else n, ["it"], image_id=n % 3) for n in range(2000)]
+    if name == "grefcoco":
+        (tmp_path / name / "grefs(unc).json").write_text(json.dumps(refs))
+    else:
+        (tmp_path / name / "refs(unc).p").write_bytes(pickle.dumps(refs))
+    size = sum(path.stat().st_size for path in (tmp_path / name).iterdir())
+    rows = load_refcoco(tmp_path, name, streaming=True, image_dir=tmp_path / "train2014")
+    tracemalloc.start()
+    try:
+        first = next(iter(rows))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert first["masks"] == [coco_rle([polygons[0]], HEIGHT, WIDTH)]
+    assert peak < 2.9 * size  # twice the file while its bytes become text, then what is kept

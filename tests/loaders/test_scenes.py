@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from segcompass.loaders import scene_drawing
 from segcompass.loaders.scene_drawing import COLOURS, SHAPES, SIZES, SPLITS, choose_size, draw_scene, split_of_pair
 from segcompass.loaders.scene_questions import BY_LOOK, KINDS, ask, word_kind
-from segcompass.loaders.scenes import NUM_SHARDS, load_mixed_scenes, load_scenes, scene_question
+from segcompass.loaders.scenes import NUM_SHARDS, load_mixed_scenes, load_scenes, load_twin_scenes, scene_question
 
 NUM_CHECKED = 500
 RANK = {"small": 0, "large": 1}
@@ -512,6 +512,17 @@ def test_mixed_rows_have_the_image_and_mask_sizes_of_their_scene():
         assert all(rle["size"] == [row["height"], row["width"]] for phrase in row["phrases"] for rle in phrase["masks"])
         sizes.add(scene.image.shape)
     assert len(sizes) > 3
+
+
+def test_third_objects_of_twin_scenes_mostly_have_a_twin():
+    twins = threes = 0
+    for index, row in enumerate(load_twin_scenes("test", seed=1, num_samples=40)):
+        scene, question = scene_question("test", 1, index, 128, "fitting", 0.9)
+        assert row["reasoning"] == question.reasoning and row["image_id"] == f"twin-scenes-test-1-{index}"
+        looks = [(thing.colour, thing.shape) for thing in scene.objects]
+        twins += len(looks) > len(set(looks))
+        threes += len(looks) == 3
+    assert threes >= 10 and twins > 0.7 * threes
 
 
 def test_several_questions_about_a_scene_differ_in_kind_and_share_the_image():

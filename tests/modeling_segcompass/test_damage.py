@@ -57,7 +57,7 @@ def damages():
 DAMAGES = list(damages())
 
 
-@pytest.mark.parametrize(("name", "damage"), [d[1:] for d in DAMAGES[:: 1 if ALL else 5]], ids=lambda value: str(value))
+@pytest.mark.parametrize(("name", "damage"), [pytest.param(*d[1:], id=d[0]) for d in DAMAGES[:: 1 if ALL else 5]])
 def test_damage_is_named_at_load_and_found_by_verify(folder, name, damage, caplog, capsys):
     path = folder / name
     whole = path.read_bytes()

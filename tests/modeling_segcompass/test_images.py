@@ -64,6 +64,8 @@ def test_files_are_turned_as_their_orientation_says(tmp_path, orientation):
         (b"no image" * 100_000, OSError, r"image 3 \(800000 bytes\) cannot be read as an image"),
         ({"bytes": None, "path": None}, OSError, "cannot be read as an image"),
         (png()[:200], OSError, "cannot be read as an image"),
+        (b"", OSError, "cannot be read as an image: it is empty"),
+        (b"\0\0\0\x18ftypheic" + bytes(99), OSError, "it is HEIC, a phone's format .* save it as JPEG or PNG"),
         (Image.new("RGB", (0, 5)), ValueError, "image 3 is empty .*at least 1x1 pixels"),
         (np.zeros((5, 0, 3), np.uint8), ValueError, "image 3 is empty .*at least 1x1 pixels"),
         (np.zeros((6, 5, 5)), ValueError, r"image 3 has shape \(6, 5, 5\) and dtype float64; give numbers of shape"),

@@ -61,4 +61,4 @@ def test_size_and_time_are_bounded(site, monkeypatch):
     began = time.monotonic()
     with pytest.raises(OSError, match="took longer than 0.3 s"):
         fetch(f"{site}/slow", total=0.3)
-    assert time.monotonic() - began < 3, "the answer takes 5 s in all"
+    assert time.monotonic() - began < 4.5, "the answer takes 5 s in all"

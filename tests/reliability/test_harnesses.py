@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.reliability.served import SERVES
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -21,7 +23,7 @@ def test_the_short_form_finds_nothing(tmp_path):
     shown = done.stdout[-6000:] + done.stderr[-3000:]
     assert done.returncode == 0, shown
     result = json.loads(done.stdout.splitlines()[-1].removeprefix("RESULT "))
-    assert len(result) == 16, shown
+    assert len(result) == 18, shown
     assert result["crash_states"] >= 12 and result["crash_exact"] == result["crash_states"], shown
     assert result["kills"] >= 3 and result["kills_exact"] == result["kills"], shown
     assert result["corrupt_cases"] >= 60 and result["corrupt_silent"] == 0, shown
@@ -30,3 +32,5 @@ def test_the_short_form_finds_nothing(tmp_path):
     assert result["fuzz_hangs"] == result["fuzz_crashes"] == result["fuzz_silent"] == 0, shown
     assert result["attacks"] >= 25 and result["attacks_through"] == 0, shown
     assert result["sessions"] == 20, shown
+    assert "| crash states | " in shown and "| attacks | " in shown and "| 0 through |" in shown
+    assert result["serve_requests"] == (24 if SERVES else 0) and result["serve_wrong"] == 0, shown

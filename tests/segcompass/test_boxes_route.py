@@ -271,6 +271,8 @@ def test_options_of_another_route_are_named(options, message, capsys):
             "query_source is 'concepts' with route 'tokens'",
         ),
         ({"route": "tokens", "predictions": Path("c")}, "route is 'tokens' with predictions"),
+        ({"predictions": Path("c"), "close_response": True}, "close_response closes the responses that a SegCompass"),
+        ({"route": "boxes", "mllm": "a", "image_encoder": "b", "close_response": True}, "close_response closes the"),
         ({}, "either a model or predictions"),
     ],
 )

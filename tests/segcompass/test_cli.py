@@ -1,17 +1,21 @@
 """The command `segcompass`: its table, its help, how options are spelled, and how it fails."""
 
 import json
+import re
 import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 import segcompass
-from segcompass import cli
+from segcompass import cli, hub_cards
 from segcompass.commands import demo, options, plan_memory, push, recipes, train_grpo
 from segcompass.journal import weights_of
+from segcompass.loaders.folder_lock import folder_lock
 
 
 def test_every_command_has_a_module_and_a_sentence_and_every_module_a_command():
@@ -108,6 +112,26 @@ def test_wrong_values_of_shared_options_are_named(capsys):
         assert f"argument --num-samples: it is '{value}'; it must be a whole number" in capsys.readouterr().err
 
 
+WRITERS = sorted(
+    path.stem
+    for path in Path(cli.__file__).parent.glob("commands/*.py")
+    if path.stem != "options" and re.search(r'"--output"|add_image\(', path.read_text())
+)
+
+
+@pytest.mark.parametrize("module", WRITERS)
+def test_a_file_in_place_of_the_output_folder_is_named_before_anything_is_loaded(module, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit):
+        import_module(f"segcompass.commands.{module}").parse(["--output", str(tmp_path / "notes.txt")])
+    assert f"{tmp_path}/notes.txt is a file; name a folder" in capsys.readouterr().err
+    with (
+        pytest.raises(NotADirectoryError, match=r"notes\.txt is a file; name a folder"),
+        folder_lock(tmp_path / "notes.txt"),
+    ):
+        pass
+
+
 def test_memory_is_planned_for_a_recipe_by_name(capsys):
     result = plan_memory.main(["--recipe", "llava-1.5-7b/grpo", "--lora-rank", "16"])
     assert result["peak"] < result["room"]
@@ -148,3 +172,29 @@ def test_metrics_of_another_model_or_split_do_not_get_on_a_card(tmp_path):
     (tmp_path / "model" / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="measured on the model 'runs/x' as it was then"):
         push.check_evaluation(push.parse([*arguments, "--evaluation-split", "val"]))
+
+
+def test_photographs_that_say_where_they_were_taken_are_not_published_unasked(tmp_path, monkeypatch):
+    pushed = []
+    commit = SimpleNamespace(oid="1")
+    monkeypatch.setattr(hub_cards, "push_dataset", lambda rows, *_, **__: pushed.append(len(rows)) or commit)
+    lines = [{"image": f"{number % 3}.jpg", "instruction": "it", "masks": []} for number in range(600)]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for number in range(3):
+        exif = Image.Exif()
+        exif[0x0112] = 6  # every photograph has EXIF, one of them a place
+        if number == 1:
+            exif[0x8825] = {2: (52.0, 31.0, 12.0)}
+        Image.new("RGB", (9, 6)).save(tmp_path / f"{number}.jpg", exif=exif)
+    words = ["dataset", str(tmp_path / "mine.jsonl"), "me/mine", "--split", "train"]
+    with pytest.raises(
+        ValueError, match="1 of 3 images say where they were taken .* of sample 'mine-2', and everybody"
+    ):
+        push.main(words)
+    assert not pushed
+    for further in (["--with-places"], ["--private"]):
+        push.main([*words, *further])
+    exif = Image.Exif()
+    Image.new("RGB", (9, 6)).save(tmp_path / "1.jpg", exif=exif)
+    push.main(words)
+    assert pushed == [600] * 3, "all rows: 500 is the default of drawn scenes alone"

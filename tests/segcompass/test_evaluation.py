@@ -248,6 +248,19 @@ def test_predictions_of_another_run_are_refused_by_name(run, saved, writes):
         run("--seed", "4")
 
 
+def test_closed_responses_have_their_tokens_whatever_the_model_writes(run, tmp_path):
+    """The tiny random model writes none by itself, as one does that was trained with close_response."""
+    run(output="open")
+    run("--close-response", output="closed")
+    counts = {
+        name: [record["text"].count("<REF_POS>") for record in lines(tmp_path / name / "predictions.jsonl")]
+        for name in ("open", "closed")
+    }
+    assert counts["closed"] == [3] * N and counts["open"] != counts["closed"]
+    with pytest.raises(ValueError, match="close_response"):
+        run("--close-response", output="open")
+
+
 def test_damaged_line_is_named(run, saved, tmp_path, writes):
     writes(GOOD, saved[1])
     run()

@@ -11,6 +11,7 @@ from PIL import Image
 
 from segcompass import charts, drawing
 from segcompass.commands import curves, segment, white_box
+from segcompass.drawing import ConceptTile, draw_overlay
 from segcompass.gallery import write_gallery
 from segcompass.modeling_segcompass.explanation import ConceptShare, Explanation, PatchHit, TokenHit
 from segcompass.modeling_segcompass.palette import PAGE_COLOURS
@@ -280,3 +281,17 @@ def test_grounded_overlay_and_page_show_names_places_words_and_losses(tmp_path, 
             assert phrase.split("“")[1].strip("”") in "a red ball"
     assert "read in the conclusion" in text and "without it the mask loses" in text
     assert Image.open(tmp_path / "out" / "overlay.png").width == 1600
+
+
+@pytest.mark.parametrize("size", [(300, 100), (120, 80), (80, 80), (60, 120)])
+def test_what_a_mask_loses_without_a_concept_is_whole_beside_every_picture(size):
+    """Beside the pictures of a wide photograph the numbers were cut off."""
+    width, height = size
+    lines = ("100% of the slot", "by “the very long phrase that called it”", "without it −100%")
+    tile = ConceptTile("concept 1023", lines, np.ones(1), np.array([[0.0, 0.0, 1.0, 1.0]]))
+    image = np.zeros((height, width, 3), np.uint8)
+    heatmaps = [(0, 1.0, np.zeros((4, 4)))]
+    result = {"instruction": "x", "instances": []}
+    figure = draw_overlay(image, result, "x", "no target", np.zeros((0, height, width)), heatmaps, None, {0: [tile]})
+    written = {text.get_text() for text in figure.texts}
+    assert {"concept 1023", lines[0], lines[2]} <= written and any(line.startswith("by “…") for line in written)

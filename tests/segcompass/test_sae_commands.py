@@ -204,6 +204,8 @@ def test_a_cache_of_activations_notices_what_was_changed_since(tmp_path):
     arguments = [f"--{name}={value}" for name, value in options.items()]
     with pytest.raises(ValueError, match="is not divided into splits, and the SAE would be scored on the rows that"):
         train_sae.main([*arguments, "--evaluation_split=val"])
+    with pytest.raises(ValueError, match="has no more rows than the 6 that evaluation_samples holds out, so that"):
+        train_sae.main([*arguments, "--evaluation_samples=6"])
     train_sae.main(arguments)
     image = (tmp_path / "a.png").read_bytes()
     Image.new("RGB", (30, 30), "lime").save(tmp_path / "a.png")

@@ -94,6 +94,9 @@ def test_unreadable_image_is_named(saved, tmp_path):
 def test_missing_model_is_named(photo, tmp_path):
     with pytest.raises(ValueError, match="nowhere' is no folder or Hub id of a SegCompass model"):
         run(photo, tmp_path / "nowhere", tmp_path)
+    (tmp_path / "photographs").mkdir()
+    with pytest.raises(ValueError, match="photographs' is no folder or .* holds no config.json, so that nobody knows"):
+        run(photo, tmp_path / "photographs", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -54,6 +55,31 @@ class LocalHub(SimpleNamespace):
 
     def requests(self):
         return self.log.read_text().splitlines() if self.log.exists() else []
+
+
+@contextmanager
+def local_hub(folder):
+    """A Hub in a process of its own, whose log and clients' caches are kept in a folder."""
+    log, hold = folder / "requests.log", folder / "hold"
+    server = subprocess.Popen(
+        [
+            sys.executable,
+            str(ROOT / "tests" / "support" / "hub_server.py"),
+            "--token",
+            TOKEN,
+            "--log",
+            log,
+            "--hold",
+            hold,
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield LocalHub(url=server.stdout.readline().strip(), folder=folder, log=log, hold=hold)
+    finally:
+        server.terminate()
+        server.wait()
 
 
 ALONE = """

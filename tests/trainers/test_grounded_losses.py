@@ -25,8 +25,8 @@ def reading():
     """Concepts 0 to 7 are looks, 8 to 11 places."""
     torch.manual_seed(0)
     config = SimpleNamespace(
-        grounded_rank=0, look_concepts=2, place_concepts=1, place_share=0.25, phrase_window=2, place_spread=0.5,
-        num_slots=2, key_channels=4, sae_config=SimpleNamespace(d_sae=CONCEPTS),
+        grounded_rank=0, grounded_map="all", look_concepts=2, place_concepts=1, place_share=0.25, tied_place_share=0.6,
+        phrase_window=2, place_spread=0.5, num_slots=2, key_channels=4, sae_config=SimpleNamespace(d_sae=CONCEPTS),
         get_text_config=lambda: SimpleNamespace(hidden_size=WIDTH),
     )  # fmt: skip
     reading = GroundedReading(config)
@@ -43,7 +43,8 @@ def scene(reading):
     words = torch.zeros(2, 1, CONCEPTS)
     words[0, 0, [0, 8]], words[1, 0, [1, 9]] = 2.0, 2.0
     patch_mask, word_mask = torch.ones(2, PATCHES, dtype=torch.bool), torch.ones(2, 1, dtype=torch.bool)
-    read = reading(words, torch.randn(2, 1, WIDTH), word_mask, patches, patch_mask)
+    xy = torch.stack([torch.linspace(0, 1, PATCHES), torch.full((PATCHES,), 0.5)], -1).expand(2, -1, -1)
+    read = reading(words, torch.randn(2, 1, WIDTH), word_mask, patches, patch_mask, xy)
     first, second = torch.zeros(1, PATCHES), torch.zeros(1, PATCHES)
     first[0, 0:4], second[0, 8:12] = 1.0, 1.0
     return read, [first, second], patch_mask

@@ -7,9 +7,10 @@
 
 Each slot attends to the words of the conclusion (α); t_k are its words' relative concept strengths, m_j is how far j
 stands out on the image. A concept is chosen when it fires on the slot's words and stands out on the image: the heaviest
-few share the slot, looks and places apart. U Vᵀ, from words' concepts to patches', is for an SAE in which words and
-patches share none. No concentration token's state is read. `concept_reading="grounded"` puts this in the place of query
-codebook and slot mapper; the mask decoder stays. Knows nothing about tokens' ids, training or names of concepts.
+few share the slot, looks and places apart. Where two parts of the image look like what is meant, places have more of
+the slot, for only they can tell which. U Vᵀ leads from words' concepts to patches', at places or everywhere. No
+concentration token's state is read. `concept_reading="grounded"` puts this in the place of query codebook and slot
+mapper; the mask decoder stays. Knows nothing about tokens' ids, training or names of concepts.
 """
 
 from typing import Any, NamedTuple
@@ -27,6 +28,8 @@ SLOT_KEY_WIDTH = 64
 GUIDE_WIDTH = 32
 MAX_ELEMENTS = 2**23  # about how many numbers the search over all concepts holds at once
 HIGHEST_PATCHES = 4  # whose mean the confidence reads
+APART = 0.24  # of the frame's side, along an axis: patches this far from the highest are another thing's
+TIED_FROM, TIED_AT = 0.5, 0.8  # heat there, of the highest: from where places have more of the slot, and where all
 
 
 class WordReading(NamedTuple):
@@ -180,12 +183,12 @@ class GroundedReading(nn.Module):
     training `weigh` takes the logits of places from elsewhere than those of looks.
 
     Args:
-        config: SegCompassConfig, for `grounded_rank`, `look_concepts`, `place_concepts`, `place_share`,
-            `phrase_window` and `place_spread`.
+        config: SegCompassConfig, for `grounded_rank`, `grounded_map`, `look_concepts`, `place_concepts`,
+            `place_share`, `tied_place_share`, `phrase_window` and `place_spread`.
 
     Example:
         reading = GroundedReading(config)
-        read = reading(word_codes, word_states, word_mask, patch_codes, patch_mask)
+        read = reading(word_codes, word_states, word_mask, patch_codes, patch_mask, patch_xy)
         other = reading.weigh(read.logits[[1]], fires, place_logits=read.logits[[0]])   # another's looks, own places
     """
 
@@ -197,7 +200,8 @@ class GroundedReading(nn.Module):
         width = config.get_text_config().hidden_size
         self.look_concepts = min(config.look_concepts, d_sae)
         self.place_concepts = min(config.place_concepts, d_sae)
-        self.place_share, self.place_spread = config.place_share, config.place_spread
+        self.place_share, self.tied_place_share = config.place_share, config.tied_place_share
+        self.place_spread, self.maps_places_only = config.place_spread, config.grounded_map == "places"
         self.soft = False
         """True shares a slot among all concepts that fire, not the heaviest few: for the first steps of training."""
         self.word_norm = nn.LayerNorm(width)
@@ -286,7 +290,8 @@ class GroundedReading(nn.Module):
         """
         logits = self.same_concept * strengths.clamp(max=ENOUGH) * salience.clamp(max=ENOUGH)[:, None]
         if self.word_side is not None:
-            logits = logits + (strengths @ self.word_side) @ self.patch_side.mT
+            mapped = (strengths @ self.word_side) @ self.patch_side.mT
+            logits = logits + (mapped * self.is_place if self.maps_places_only else mapped)
         return logits + self._logit_bias()
 
     def _logit_bias(self):
@@ -295,22 +300,51 @@ class GroundedReading(nn.Module):
     # -- concepts ----------------------------------------------------------------------------------------------------
 
     def weigh(
-        self, look_logits: torch.Tensor, fires: torch.Tensor, place_logits: torch.Tensor | None = None
+        self,
+        look_logits: torch.Tensor,
+        fires: torch.Tensor,
+        place_logits: torch.Tensor | None = None,
+        place_share: torch.Tensor | float | None = None,
     ) -> torch.Tensor:
-        """Share each slot among the heaviest looks and, for `place_share` of it, the heaviest places.
+        """Share each slot among the heaviest looks and, for ρ of it, the heaviest places.
 
         Args:
             look_logits: float (..., d_sae), read at looks.
             fires: bool (..., d_sae), the concepts that fire somewhere on the image; it broadcasts.
             place_logits: float (..., d_sae), read at places; None takes `look_logits`.
+            place_share: ρ, in [0, 1), a number or float (..., 1); None takes the configuration's, as without a tie.
 
         Returns:
             float (..., d_sae), at least 0; sums to 1 where both groups have a concept that fires.
         """
         place_logits = look_logits if place_logits is None else place_logits
-        looks = self._share(look_logits, fires & ~self.is_place, self.look_concepts)
+        place_share = self.place_share if place_share is None else place_share
         places = self._share(place_logits, fires & self.is_place, self.place_concepts)
-        return (1 - self.place_share) * looks + self.place_share * places
+        return (1 - place_share) * self._looks(look_logits, fires) + place_share * places
+
+    def _looks(self, logits, fires):
+        return self._share(logits, fires & ~self.is_place, self.look_concepts)
+
+    @torch.no_grad()
+    def share_of_places(self, heat: torch.Tensor, patch_xy: torch.Tensor, patch_mask: torch.Tensor) -> torch.Tensor:
+        """ρ_k = ρ + (ρ_tied - ρ) min(1, max(0, (L₂ / L₁ - 0.5) / 0.3)): the more two places look alike, the more.
+
+        Args:
+            heat: float (B, K, P), L_k = Σ_j w_kj relu(ĥ_j(p) - mean ĥ_j) over the looks alone, at least 0.
+            patch_xy: float (B, P, 2), (x, y) of the patches' centres on the frame, which is 1 wide and 1 high.
+            patch_mask: bool (B, P), the patches that lie on the image.
+
+        Returns:
+            float (B, K, 1) in [`place_share`, `tied_place_share`]. L₁ is the greatest heat; L₂ the greatest of patches
+            that are at least 0.24 of the frame's side away from it, in x or in y.
+        """
+        heat = heat * patch_mask[:, None]
+        highest, at = heat.max(-1)  # (B, K)
+        centre = patch_xy.gather(1, at[..., None].expand(-1, -1, 2))  # (B, K, 2)
+        away = (patch_xy[:, None] - centre[:, :, None]).abs().amax(-1)  # (B, K, P)
+        second = heat.masked_fill(away < APART, 0).amax(-1)
+        tied = ((second / highest.clamp_min(1e-6) - TIED_FROM) / (TIED_AT - TIED_FROM)).clamp(0, 1)
+        return (self.place_share + (self.tied_place_share - self.place_share) * tied)[..., None]
 
     def _share(self, logits, allowed, count):
         logits = logits.float().masked_fill(~allowed, float("-inf"))
@@ -380,6 +414,7 @@ class GroundedReading(nn.Module):
         word_mask: torch.Tensor,
         patch_codes: torch.Tensor,
         patch_mask: torch.Tensor,
+        patch_xy: torch.Tensor,
     ) -> PatchReading:
         """Read codes, such as cached ones, without an MLLM; dense in d_sae.
 
@@ -389,6 +424,7 @@ class GroundedReading(nn.Module):
             word_mask: bool (B, R), True at words; they come first.
             patch_codes: float (B, P, d_sae), relative strengths at the patches.
             patch_mask: bool (B, P), the patches that lie on the image.
+            patch_xy: float (B, P, 2), (x, y) of the patches' centres on the frame, which is 1 wide and 1 high.
 
         Returns:
             PatchReading.
@@ -397,7 +433,9 @@ class GroundedReading(nn.Module):
         salience = centred(patch_codes, patch_mask).amax(1).detach()  # (B, d_sae)
         maps = self.concept_maps(patch_codes, patch_mask)
         logits = self.concept_logits(words.strengths, salience.to(words.strengths.dtype))
-        weights = self.weigh(logits, (salience > 0)[:, None])
+        fires = (salience > 0)[:, None]  # (B, 1, d_sae)
+        share = self.share_of_places(self._looks(logits, fires) @ maps.mT, patch_xy, patch_mask)
+        weights = self.weigh(logits, fires, place_share=share)
         heatmaps = self.heat(weights, maps)
         confidences = self.confidence(words.strengths, heatmaps, patch_mask)
         return PatchReading(words, logits, weights, maps, heatmaps, confidences)
@@ -410,6 +448,7 @@ class GroundedReading(nn.Module):
         word_mask: torch.Tensor,
         patch_z: torch.Tensor,
         patch_mask: torch.Tensor,
+        patch_xy: torch.Tensor,
         steering: Any = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """Read hidden states; of the patches' codes only the columns of concepts with a weight are held.
@@ -421,6 +460,7 @@ class GroundedReading(nn.Module):
             word_mask: bool (B, R), True at words; they come first.
             patch_z: float (B, P, d_π), the patches at the SAE's layer.
             patch_mask: bool (B, P), the patches that lie on the image.
+            patch_xy: float (B, P, 2), (x, y) of the patches' centres on the frame, which is 1 wide and 1 high.
             steering: interventions.Steering on the weights, or None.
 
         Returns:
@@ -429,9 +469,9 @@ class GroundedReading(nn.Module):
             the fields of Grounding that need no image keys and no positions.
         """
         with torch.autocast(patch_z.device.type, enabled=False):  # a sum is exact in one precision only
-            return self._ground(sae, word_z, word_states, word_mask, patch_z, patch_mask, steering)
+            return self._ground(sae, word_z, word_states, word_mask, patch_z, patch_mask, patch_xy, steering)
 
-    def _ground(self, sae, word_z, word_states, word_mask, patch_z, patch_mask, steering):
+    def _ground(self, sae, word_z, word_states, word_mask, patch_z, patch_mask, patch_xy, steering):
         dtype = self.concept_bias.dtype
         usual = sae.mean_active_activation.clamp_min(1e-6)
         word_h = sae.encode(word_z) * word_mask[..., None]  # (B, R, d_sae)
@@ -439,8 +479,11 @@ class GroundedReading(nn.Module):
         salience, smallest = _stand_out(sae, patch_z, patch_mask)  # (B, d_sae), (B, P)
         salience = (salience / usual).to(dtype)
         fires = salience > 0
-        weights = self.weigh(self.concept_logits(words.strengths, salience), fires[:, None])  # (B, K, d_sae)
-        strengths = words.strengths
+        logits, strengths = self.concept_logits(words.strengths, salience), words.strengths
+        looks = self._looks(logits, fires[:, None])  # (B, K, d_sae)
+        heat = self._heat_of(sae, looks, patch_z, patch_mask, smallest, usual)
+        share = self.share_of_places(heat, patch_xy, patch_mask)
+        weights = self.weigh(logits, fires[:, None], place_share=share)  # (B, K, d_sae)
         count = len(self.slot_queries) * (self.look_concepts + self.place_concepts)
         if steering is not None:
             weights, strengths = steering.apply(weights, strengths, fires)
@@ -471,6 +514,14 @@ class GroundedReading(nn.Module):
         return indices, confidences, activations, account
 
     @torch.no_grad()
+    def _heat_of(self, sae, weights, patch_z, patch_mask, smallest, usual):
+        """Σ_j w_kj relu(ĥ_j(p) - mean ĥ_j), float (B, K, P), of looks' weights (B, K, d_sae)."""
+        count = weights.shape[-1] if self.soft else min(weights.shape[1] * self.look_concepts, weights.shape[-1])
+        columns = weights.amax(1).topk(count, dim=-1).indices  # (B, N)
+        maps = centred(sae.encode_selected(patch_z, columns, smallest) / usual[columns[:, None]], patch_mask)
+        return weights.gather(2, columns[:, None].expand(-1, weights.shape[1], -1)) @ maps.to(weights.dtype).mT
+
+    @torch.no_grad()
     def _word_logits(self, words, salience, indices):
         """What each word adds to s_kj of the M concepts, float (B, K, R, M): a capped sum is shared in proportion."""
         of_words = indices[:, None].expand(-1, words.phrases.shape[1], -1)  # (B, R, M)
@@ -481,6 +532,8 @@ class GroundedReading(nn.Module):
         logits = words.shares[..., None] * said[:, None] * cap[:, :, None]  # (B, K, R, M)
         if self.word_side is not None:
             mapped = (words.phrases @ self.word_side) @ self.patch_side[indices].mT  # (B, R, M)
+            if self.maps_places_only:
+                mapped = mapped * self.is_place[indices][:, None]
             logits = logits + words.shares[..., None] * mapped[:, None]
         return logits
 

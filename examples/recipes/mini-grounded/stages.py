@@ -3,9 +3,11 @@
     python examples/recipes/mini-grounded/stages.py join --mllm M --weights W --output J
     torchrun --nproc_per_node 2 examples/recipes/mini-grounded/stages.py masks --model J --output E --minutes 15
     python examples/recipes/mini-grounded/stages.py read --model J --sae SAE --masks E/masks.pt --output O
+    python examples/recipes/mini-grounded/stages.py ties --model O --states O/states --output T
 
 `masks` is what SAM's own pretraining is: image encoder and mask decoder learn to turn a disturbed, coarse map of one
 object into its mask. `read` caches the states of three questions on each of 2,800 scenes, then trains the read-out.
+`ties` gives that read-out a map from words to places, which starts at zero, and teaches it to tell equal things apart.
 Repeat a command to resume it.
 """
 
@@ -25,6 +27,7 @@ from segcompass.loaders.scenes import load_scenes
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
 from segcompass.modeling_segcompass.grounded_reading import DECODER_CONFIDENCE
 from segcompass.trainers.grounded_masks import GroundedMasksConfig, cache_states, train_grounded
+from segcompass.trainers.grounded_ties import TiesConfig, learn_ties
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "mini"))
 from make_backbones import IMAGE_SIZE, draw, on_frame, train  # noqa: E402
@@ -159,6 +162,29 @@ def read(args):
     processor.save_pretrained(args.output)
 
 
+def ties(args):
+    """Add the map to places to a trained read-out, train it on equal things, and save the model."""
+    trained = SegCompassModel.from_pretrained(args.model, dtype="float32")
+    processor = SegCompassProcessor.from_pretrained(args.model)
+    rows = load_scenes("train", 14, 3 * args.scenes, "mixed", answers="fitting", twins=0.9, questions=3)
+    cache_states(trained, processor, rows, args.output / "states", word_kind)
+    config = type(trained.config).from_dict({**trained.config.to_dict(), "grounded_rank": 64, "grounded_map": "places"})
+    torch.manual_seed(0)
+    model = SegCompassModel(config)
+    model.load_state_dict(trained.state_dict(), strict=False)
+    torch.nn.init.normal_(model.grounded_reading.word_side, std=0.03)
+    torch.nn.init.zeros_(model.grounded_reading.patch_side)
+    settings = TiesConfig(steps=args.steps)
+    bar = tqdm(total=args.steps, mininterval=10)
+    for entry in learn_ties(model, [args.states, args.output / "states"], args.output / "state.pt", settings):
+        bar.n = entry["step"]
+        if entry["step"] % 25 == 0:
+            bar.set_postfix({name: round(value, 3) for name, value in entry.items()}, refresh=True)
+    bar.close()
+    model.save_pretrained(args.output)
+    processor.save_pretrained(args.output)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     stages = parser.add_subparsers(required=True)
@@ -166,6 +192,7 @@ def main():
         (join, ("mllm", "weights")),
         (masks, ("model",)),
         (read, ("model", "sae", "masks")),
+        (ties, ("model", "states")),
     ):
         part = stages.add_parser(stage.__name__, help=stage.__doc__)
         for option in (*options, "output"):
@@ -177,6 +204,9 @@ def main():
             part.add_argument("--scenes", type=int, default=2800)
             part.add_argument("--patch-steps", type=int, default=1200)
             part.add_argument("--mask-steps", type=int, default=2200)
+        if stage is ties:
+            part.add_argument("--scenes", type=int, default=800)
+            part.add_argument("--steps", type=int, default=1000)
     args = parser.parse_args()
     args.run(args)
 
