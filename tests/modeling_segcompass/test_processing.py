@@ -328,7 +328,7 @@ def test_masks_made_in_strips_are_the_large_logits_above_the_threshold(processor
         assert box == [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
 
 
-def test_a_large_photograph_costs_little_more_than_its_masks(processor):
+def test_a_large_photograph_costs_little_more_than_its_masks():
     """24 megapixels, 6 slots, in a process of its own, whose peak is its own: 0.144 GB are the masks themselves."""
     script = """
 import resource, torch
