@@ -1,7 +1,7 @@
 """How do time and memory grow with slots, image side, response length and data-set size, and what becomes the limit?
 
     python benchmarks/growth.py                                    # Linux; prints the table and RESULT
-    python benchmarks/growth.py --draw docs/figures/growth.png     # and draws the curves
+    python benchmarks/growth.py --draw runs/growth.png     # and draws the curves
 
 On the model of `workload.py` (28 M parameters, random weights, 64 image tokens), one thread, seconds of the processor:
 
