@@ -343,7 +343,8 @@ def refused(error: BaseException) -> Response:
         logger.error("a question failed", exc_info=error)
         error = Refusal(500, None, "the server failed at this question", "", "its log says why; tell who runs it")
     headers = {"Retry-After": "5"} if error.status in (429, 503) else {}
-    return JSONResponse(error.as_json(), error.status, headers)
+    said = json.dumps(error.as_json())  # as ASCII: what was sent may hold halves of characters
+    return Response(said, error.status, headers, media_type="application/json")
 
 
 async def read_request(request: Request, settings: Settings) -> dict[str, Any]:

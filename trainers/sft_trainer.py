@@ -209,7 +209,7 @@ class SegCompassSFTTrainer(WholeCheckpoints, HeldOutMasks, Trainer):
     ) -> Any:
         """Language loss + λ_s·(BCE + λ_D·dice) + λ_c·confidence BCE (+ λ_e·erasure, λ_align·alignment); all logged."""
         targets, alignment = inputs.pop("mask_targets", None), inputs.pop("alignment_targets", None)
-        core = self.accelerator.unwrap_model(model)
+        core: Any = self.accelerator.unwrap_model(model)
         core = core.get_base_model() if is_peft_model(core) else core
         with constant_prefix(core, inputs["input_ids"]):
             outputs = model(

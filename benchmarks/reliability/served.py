@@ -26,6 +26,8 @@ from segcompass.modeling_segcompass.answering import answer_questions, read_ques
 from tests.support.scripted import INSTRUCTIONS, Script, lively_segcompass, noise_images
 
 ANSWER = "<think>left of it</think><REF_POS><REF_POS><REF_POS>"
+PATIENCE = 900.0
+"""Seconds after which a request counts as never answered; a busy machine takes long."""
 SERVES = all(importlib.util.find_spec(name) for name in ("fastapi", "uvicorn", "python_multipart"))
 
 
@@ -99,7 +101,7 @@ def question(number: int, **fields: Any) -> dict[str, Any]:
 
 def post(port: int, body: bytes, kind: str = "application/json") -> tuple[int, bytes]:
     """(status, content) of a request to /segment."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
     try:
         connection.request("POST", "/segment", body, {"Content-Type": kind})
         response = connection.getresponse()
@@ -158,7 +160,7 @@ def leave_and_ask(port: int, worker: Any, alone: list[dict], times: int, end: fl
         body = json.dumps(question(number, stream=True)).encode()
         head = "POST /segment HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         head += f"Content-Length: {len(body)}\r\n\r\n"
-        with socket.create_connection(("127.0.0.1", port), timeout=60) as visitor:
+        with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE) as visitor:
             way = number % 4
             visitor.sendall(head.encode() + (body[: len(body) // 2] if way == 0 else body))
             if way >= 2:  # until it waits, or until it reads the first words
@@ -205,12 +207,12 @@ def load(size: dict[str, int], end: float) -> dict[str, int]:
     threads = threading.active_count()
     model, processor = scripted_model(stub=True)
     alone = asked_alone(*scripted_model(stub=False))
-    with serving(model, processor, batch_size=4) as (port, worker):
+    with serving(model, processor, batch_size=4, patience=PATIENCE) as (port, worker):
         asked = concurrent(port, alone, size["serve_requests"], size["clients"], end)
         print(f"{asked['asked']} requests to the server", flush=True)
         left = leave_and_ask(port, worker, alone, size["serve_left"], end)
         kept = measure(port, size["serve_kept"], end)
-    with serving(*scripted_model(stub=False), batch_size=4) as (port, _):
+    with serving(*scripted_model(stub=False), batch_size=4, patience=PATIENCE) as (port, _):
         modelled = concurrent(port, alone, size["serve_model_requests"], size["clients"], end)
     wait_until(lambda: threading.active_count() <= threads)  # idle ones end by themselves
     return {

@@ -39,6 +39,7 @@ from segcompass.shipped import MODEL  # noqa: E402
 from tests.support.scripted import Script, lively_segcompass, noise_images  # noqa: E402
 
 TEXT = "<think>left of it</think><REF_POS><REF_POS><REF_POS>"
+JSON = {"Content-Type": "application/json"}
 LIMITS = {"--max-bytes": 150_000, "--max-pixels": 100_000, "--max-characters": 200}
 
 
@@ -231,8 +232,10 @@ def test_bad_requests_are_told_what_was_given_and_what_to_do(client, rows):
         (422, None, "the request is of type list", [whole]),
         (422, "image", "image is given twice", {"inputs": whole, "parameters": whole}),
         (422, "model", "there is no field 'model'", {"inputs": whole, "model": "x"}),
+        (422, "instruction", "holds half a character", {**whole, "instruction": "it \ud800"}),
+        (422, "\ud800", "there is no field '\\ud800'", {**whole, "\ud800": 1}),
     ]
-    responses += [(*rest, client.post("/segment", json=body)) for *rest, body in bodies]
+    responses += [(*rest, client.post("/segment", content=json.dumps(body), headers=JSON)) for *rest, body in bodies]
     raw = [
         (422, "no JSON", b"{", "application/json"),
         (422, "nested too deeply", b"[" * 100_000, "application/json"),

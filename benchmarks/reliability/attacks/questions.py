@@ -64,6 +64,7 @@ def attacks() -> Iterator[Attack]:
     }.items():
         yield Attack(f"question: an image that is {name}", lambda _, c=content: _ask(image=c), "cannot be read")
     yield Attack("question: 1,001 characters", lambda _: _ask(instruction="x" * 1001), "the limit is 1,000")
+    yield Attack("question: half a character", lambda _: _ask(instruction="it \ud800"), "half a character")
     yield Attack(
         "question: concepts by the thousand",
         lambda _: _ask(concept_scale={str(number): 0 for number in range(1000)}),
