@@ -1,7 +1,7 @@
 """How do time and memory grow with slots, image side, response length and data-set size, and what becomes the limit?
 
     python benchmarks/growth.py                                    # Linux; prints the table and RESULT
-    python benchmarks/growth.py --draw docs/figures/growth.png     # and draws the curves
+    python benchmarks/growth.py --draw runs/growth.png     # and draws the curves
 
 On the model of `workload.py` (28 M parameters, random weights, 64 image tokens), one thread, seconds of the processor:
 
@@ -57,12 +57,14 @@ def parse(argv):
 
 
 def measured(call):
-    """(seconds of the processor, gigabytes by which the peak rose) of a call."""
+    """(seconds of the processor, the lesser of two calls; gigabytes by which the first raised the peak)."""
     ctypes.CDLL(None).malloc_trim(0)  # what earlier calls left would be used again, and not be seen
     Path("/proc/self/clear_refs").write_text("5")
     before, began = high_water(), time.process_time()
     call()
-    return time.process_time() - began, high_water() - before
+    between, gigabytes = time.process_time(), high_water() - before
+    call()
+    return min(between - began, time.process_time() - between), gigabytes
 
 
 def high_water():
@@ -175,7 +177,7 @@ def draw(found, path):
             axes.loglog(sizes, values, "o-", color=colour, markersize=4)
             axes.grid(True, which="major", color="#dddddd", linewidth=0.7)
             axes.minorticks_off()
-            axes.set_xticks(sizes[:: max(1, len(sizes) // 4)], [f"{n:,}" for n in sizes[:: max(1, len(sizes) // 4)]])
+            axes.set_xticks(sizes[::2], [f"{size:,}" for size in sizes[::2]])
             axes.spines[["top", "right"]].set_visible(False)
             if column == 0:
                 axes.set_ylabel(unit)

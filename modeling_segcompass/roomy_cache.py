@@ -24,8 +24,8 @@ class RoomyLayer(DynamicLayer):
         keys, values = layer.update(torch.ones(1, 2, 1, 8), torch.ones(1, 2, 1, 8))  # 8, and only one is copied
     """
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+    def __init__(self):
+        super().__init__()
         self._rooms: dict[str, torch.Tensor] = {}
 
     def update(

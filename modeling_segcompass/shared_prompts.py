@@ -9,6 +9,7 @@ It is done where it is known to be right: attention from left to right alone, a 
 same computation in every row. Everywhere else nothing changes. Knows nothing of families.
 """
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -183,6 +184,7 @@ class SharedPrompts:
             and self.recorder.steer is None  # as may be steered in each row otherwise
             and not hasattr(self.mllm, "create_masks_for_generate")  # where a token sees what comes after it
             and self._cache is not None
+            and "position_ids" in inspect.signature(self.mllm.forward).parameters  # or it would count columns
         )
 
     def __enter__(self) -> "SharedPrompts":

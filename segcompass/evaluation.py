@@ -327,7 +327,9 @@ def predict(
     inputs.update(features.inputs(images) if features else encode_once(model, processor, images, names))
     inputs = inputs.to(model.device)
     limit = model.config.max_response_length
-    closed = {"logits_processor": [closing(model, limit)], "max_new_tokens": limit} if run.close_response else {}
+    closed: dict[str, Any] = {}
+    if run.close_response:
+        closed = {"logits_processor": [closing(model, limit)], "max_new_tokens": limit}
     outputs: Any = model.segment(**inputs, query_source=str(run.query_source), **closed)
     sizes = [(row["height"], row["width"]) for row in batch]
     results = processor.post_process_instance_segmentation(outputs, run.min_confidence, target_sizes=sizes)

@@ -28,8 +28,8 @@ def alone(measured, tmp_path, monkeypatch):
     monkeypatch.setattr(measured, "RECORDS", tmp_path / "measured.yaml")
 
     def begin(printed, status=0):
-        (tmp_path / "print.py").write_text(f"print({printed!r}); raise SystemExit({status})")
-        entry = {"what": "a count", "page": "page.md#page", "command": f"{sys.executable} print.py", "day": "before"}
+        (tmp_path / "printing").write_text(f"print({printed!r}); raise SystemExit({status})")
+        entry = {"what": "a count", "page": "page.md#page", "command": f"{sys.executable} printing", "day": "before"}
         measured.write({"one": {**entry, "table": "| a |\n|---|\n| 1 |\n"}})
         return lambda: (measured.RECORDS.read_text(), (tmp_path / "docs" / "page.md").read_text())
 

@@ -80,8 +80,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser,
         "test",
         300,
-        dataset="'scenes', 'mixed-scenes' or 'twin-scenes'; a benchmark of the RefCOCO family (with --root and --image-dir); coco "
-        "(with --root); a folder of `segcompass prepare-data … --instances`, or a .jsonl file with instances",
+        dataset="'scenes', 'mixed-scenes' or 'twin-scenes'; a benchmark of the RefCOCO family (with --root and "
+        "--image-dir); coco (with --root); a folder of `segcompass prepare-data … --instances`, or a .jsonl file with "
+        "instances",
         seed_of="the scenes and the random concepts",
     )
     options.add_benchmark(parser)

@@ -130,7 +130,8 @@ def test_heatmap_is_the_formula_computed_densely(grounded):
                 chosen = best[:count]
                 shares[count] = torch.zeros(128)
                 shares[count][chosen] = s[slot, chosen].softmax(0)
-            rho = tied_share(maps @ shares[3], xy)
+            heavy = [j for j in range(128) if shares[3][j] >= 0.05]
+            rho = tied_share(torch.stack([(2 * maps[:, j] / maps[:, j].max()).clamp(max=1) for j in heavy]).amin(0), xy)
             w = (1 - rho) * shares[3] + rho * shares[2]
             heat = reading.offset + reading.gain.abs() * (maps * w).sum(-1)
             torch.testing.assert_close(outputs.grounding.patch_heatmaps[sample, slot], heat, atol=1e-4, rtol=1e-4)
@@ -140,12 +141,12 @@ def test_heatmap_is_the_formula_computed_densely(grounded):
             torch.testing.assert_close(outputs.pred_logits[sample, slot], confidence, atol=1e-4, rtol=1e-4)
 
 
-def tied_share(heat, xy):
+def tied_share(looks, xy):
     """ρ of one slot, patch by patch."""
-    top = int(heat.argmax())
+    top = int(looks.argmax())
     apart = [max(abs(float(a) - float(b)) for a, b in zip(here, xy[top], strict=True)) >= 0.24 for here in xy]
-    second = max((float(value) for value, far in zip(heat, apart, strict=True) if far), default=0.0)
-    return 0.25 + 0.35 * min(1.0, max(0.0, (second / float(heat[top]) - 0.5) / 0.3))
+    second = max((float(value) for value, far in zip(looks, apart, strict=True) if far), default=0.0)
+    return 0.25 + 0.35 * min(1.0, max(0.0, (second / float(looks[top]) - 0.5) / 0.4))
 
 
 def test_few_concepts_share_a_slot_and_each_is_of_its_group(grounded):
@@ -335,18 +336,18 @@ def test_codes_alone_give_the_same_heatmaps_as_the_model(grounded):
 def test_places_have_more_of_a_slot_where_two_parts_of_the_image_look_alike(grounded):
     reading = grounded[0].grounded_reading
     line = torch.stack([torch.linspace(0.05, 0.95, 10), torch.full((10,), 0.5)], -1)[None]  # (1, 10, 2)
-    heat = torch.zeros(1, 5, 10)
-    heat[0, :, 1] = 2.0
-    heat[0, 0, 2] = 2.0  # beside the highest: the same thing
-    heat[0, 1, 8] = 0.9  # far weaker
-    heat[0, 2, 8] = 1.3  # half tied
-    heat[0, 3, 8] = 1.9
-    heat[0, 4] = 0.0  # nothing looks like it
+    looks = torch.zeros(1, 5, 10)
+    looks[0, :, 1] = 0.8
+    looks[0, 0, 2] = 0.8  # beside the highest: the same thing
+    looks[0, 1, 8] = 0.4  # one look is missing
+    looks[0, 2, 8] = 0.56  # half tied
+    looks[0, 3, 8] = 0.79
+    looks[0, 4] = 0.0  # nothing looks like it
     inside = torch.ones(1, 10, dtype=torch.bool)
-    rho = reading.share_of_places(heat, line, inside)[0, :, 0]
+    rho = reading.share_of_places(looks, line, inside)[0, :, 0]
     torch.testing.assert_close(rho, torch.tensor([0.25, 0.25, 0.425, 0.6, 0.25]))
     inside[0, 8] = False  # padding is no second place
-    assert (reading.share_of_places(heat, line, inside) == 0.25).all()
+    assert (reading.share_of_places(looks, line, inside) == 0.25).all()
 
 
 def test_of_two_things_that_look_alike_the_named_place_is_shown():

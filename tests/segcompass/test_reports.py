@@ -284,7 +284,7 @@ def test_grounded_overlay_and_page_show_names_places_words_and_losses(tmp_path, 
 
 
 @pytest.mark.parametrize("size", [(300, 100), (120, 80), (80, 80), (60, 120)])
-def test_what_a_mask_loses_without_a_concept_is_whole_beside_every_picture(size):
+def test_what_a_mask_loses_without_a_concept_is_whole_beside_every_picture(size, monkeypatch):
     """Beside the pictures of a wide photograph the numbers were cut off."""
     width, height = size
     lines = ("100% of the slot", "by “the very long phrase that called it”", "without it −100%")
@@ -292,6 +292,7 @@ def test_what_a_mask_loses_without_a_concept_is_whole_beside_every_picture(size)
     image = np.zeros((height, width, 3), np.uint8)
     heatmaps = [(0, 1.0, np.zeros((4, 4)))]
     result = {"instruction": "x", "instances": []}
-    figure = draw_overlay(image, result, "x", "no target", np.zeros((0, height, width)), heatmaps, None, {0: [tile]})
-    written = {text.get_text() for text in figure.texts}
+    written, write = set(), drawing.Page.write
+    monkeypatch.setattr(drawing.Page, "write", lambda *given, **style: written.add(given[3]) or write(*given, **style))
+    draw_overlay(image, result, "x", "no target", np.zeros((0, height, width)), heatmaps, None, {0: [tile]})
     assert {"concept 1023", lines[0], lines[2]} <= written and any(line.startswith("by “…") for line in written)

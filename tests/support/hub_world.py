@@ -295,7 +295,7 @@ def make_qwen(folder, vocabularies=None, tied=False):
     )
     mllm = Qwen2_5_VLForConditionalGeneration(config).to(torch.bfloat16)
     if tied:  # a head that does not learn must be able to prefer a token, as a trained one is
-        mllm.get_input_embeddings().weight.data.mul_(10)
+        mllm.get_input_embeddings().weight.data.mul_(2)
     mllm.generation_config = GenerationConfig(
         bos_token_id=number("<|endoftext|>"),
         pad_token_id=number("<|endoftext|>"),
