@@ -146,7 +146,7 @@ def tied_share(looks, xy):
     top = int(looks.argmax())
     apart = [max(abs(float(a) - float(b)) for a, b in zip(here, xy[top], strict=True)) >= 0.24 for here in xy]
     second = max((float(value) for value, far in zip(looks, apart, strict=True) if far), default=0.0)
-    return 0.25 + 0.35 * min(1.0, max(0.0, (second / float(looks[top]) - 0.5) / 0.4))
+    return 0.25 + 0.35 * min(1.0, max(0.0, (second / max(float(looks[top]), 1e-6) - 0.5) / 0.4))
 
 
 def test_few_concepts_share_a_slot_and_each_is_of_its_group(grounded):

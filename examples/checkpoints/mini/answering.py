@@ -164,6 +164,14 @@ def read_question(request: Any, model: Any, limits: Limits | None = None) -> Que
         raise Refusal(
             422, "instruction", f"instruction is {_shown(instruction)}", "it must be text", "say what to segment"
         )
+    if any("\ud800" <= character <= "\udfff" for character in instruction):  # JSON can write them
+        raise Refusal(
+            422,
+            "instruction",
+            f"instruction is {ascii(instruction)[:60]}",
+            "it holds half a character",
+            "send whole ones",
+        )
     if len(instruction) > limits.characters:
         raise Refusal(
             413,

@@ -29,7 +29,8 @@ GUIDE_WIDTH = 32
 MAX_ELEMENTS = 2**23  # about how many numbers the search over all concepts holds at once
 HIGHEST_PATCHES = 4  # whose mean the confidence reads
 APART = 0.24  # of the frame's side, along an axis: patches this far from the highest are another thing's
-TIED_FROM, TIED_AT = 0.5, 0.8  # heat there, of the highest: from where places have more of the slot, and where all
+TIED_FROM, TIED_AT = 0.5, 0.9  # how far the looks are there too: from where places have more, and where all
+LEAST_LOOK = 0.05  # share of a slot's looks from which one must be there
 
 
 class WordReading(NamedTuple):
@@ -325,24 +326,28 @@ class GroundedReading(nn.Module):
     def _looks(self, logits, fires):
         return self._share(logits, fires & ~self.is_place, self.look_concepts)
 
+    def _heaviest_looks(self, logits, fires):
+        """Shares and features of each slot's looks, (B, K, n) each."""
+        return self._looks(logits, fires).topk(self.look_concepts, dim=-1)
+
     @torch.no_grad()
-    def share_of_places(self, heat: torch.Tensor, patch_xy: torch.Tensor, patch_mask: torch.Tensor) -> torch.Tensor:
-        """ρ_k = ρ + (ρ_tied - ρ) min(1, max(0, (L₂ / L₁ - 0.5) / 0.3)): the more two places look alike, the more.
+    def share_of_places(self, looks: torch.Tensor, patch_xy: torch.Tensor, patch_mask: torch.Tensor) -> torch.Tensor:
+        """ρ_k = ρ + (ρ_tied - ρ) min(1, max(0, (L₂ / L₁ - 0.5) / 0.4)): the more two places look alike, the more.
 
         Args:
-            heat: float (B, K, P), L_k = Σ_j w_kj relu(ĥ_j(p) - mean ĥ_j) over the looks alone, at least 0.
+            looks: float (B, K, P) in [0, 1], L_k = how far all looks of the slot are there, see `all_present`.
             patch_xy: float (B, P, 2), (x, y) of the patches' centres on the frame, which is 1 wide and 1 high.
             patch_mask: bool (B, P), the patches that lie on the image.
 
         Returns:
-            float (B, K, 1) in [`place_share`, `tied_place_share`]. L₁ is the greatest heat; L₂ the greatest of patches
+            float (B, K, 1) in [`place_share`, `tied_place_share`]. L₁ is the greatest L_k; L₂ the greatest of patches
             that are at least 0.24 of the frame's side away from it, in x or in y.
         """
-        heat = heat * patch_mask[:, None]
-        highest, at = heat.max(-1)  # (B, K)
+        looks = looks * patch_mask[:, None]
+        highest, at = looks.max(-1)  # (B, K)
         centre = patch_xy.gather(1, at[..., None].expand(-1, -1, 2))  # (B, K, 2)
         away = (patch_xy[:, None] - centre[:, :, None]).abs().amax(-1)  # (B, K, P)
-        second = heat.masked_fill(away < APART, 0).amax(-1)
+        second = looks.masked_fill(away < APART, 0).amax(-1)
         tied = ((second / highest.clamp_min(1e-6) - TIED_FROM) / (TIED_AT - TIED_FROM)).clamp(0, 1)
         return (self.place_share + (self.tied_place_share - self.place_share) * tied)[..., None]
 
@@ -434,7 +439,9 @@ class GroundedReading(nn.Module):
         maps = self.concept_maps(patch_codes, patch_mask)
         logits = self.concept_logits(words.strengths, salience.to(words.strengths.dtype))
         fires = (salience > 0)[:, None]  # (B, 1, d_sae)
-        share = self.share_of_places(self._looks(logits, fires) @ maps.mT, patch_xy, patch_mask)
+        looks, columns = self._heaviest_looks(logits, fires)
+        chosen = maps.gather(2, columns.flatten(1)[:, None].expand(-1, maps.shape[1], -1))  # (B, P, K · n)
+        share = self.share_of_places(all_present(chosen, looks), patch_xy, patch_mask)
         weights = self.weigh(logits, fires, place_share=share)
         heatmaps = self.heat(weights, maps)
         confidences = self.confidence(words.strengths, heatmaps, patch_mask)
@@ -480,9 +487,9 @@ class GroundedReading(nn.Module):
         salience = (salience / usual).to(dtype)
         fires = salience > 0
         logits, strengths = self.concept_logits(words.strengths, salience), words.strengths
-        looks = self._looks(logits, fires[:, None])  # (B, K, d_sae)
-        heat = self._heat_of(sae, looks, patch_z, patch_mask, smallest, usual)
-        share = self.share_of_places(heat, patch_xy, patch_mask)
+        looks, columns = self._heaviest_looks(logits, fires[:, None])
+        maps = sae.encode_selected(patch_z, columns.flatten(1), smallest) / usual[columns.flatten(1)][:, None]
+        share = self.share_of_places(all_present(centred(maps, patch_mask), looks), patch_xy, patch_mask)
         weights = self.weigh(logits, fires[:, None], place_share=share)  # (B, K, d_sae)
         count = len(self.slot_queries) * (self.look_concepts + self.place_concepts)
         if steering is not None:
@@ -512,14 +519,6 @@ class GroundedReading(nn.Module):
             logit_bias=self._logit_bias()[:, indices].transpose(0, 1).detach(),  # (B, K, M)
         )
         return indices, confidences, activations, account
-
-    @torch.no_grad()
-    def _heat_of(self, sae, weights, patch_z, patch_mask, smallest, usual):
-        """Σ_j w_kj relu(ĥ_j(p) - mean ĥ_j), float (B, K, P), of looks' weights (B, K, d_sae)."""
-        count = weights.shape[-1] if self.soft else min(weights.shape[1] * self.look_concepts, weights.shape[-1])
-        columns = weights.amax(1).topk(count, dim=-1).indices  # (B, N)
-        maps = centred(sae.encode_selected(patch_z, columns, smallest) / usual[columns[:, None]], patch_mask)
-        return weights.gather(2, columns[:, None].expand(-1, weights.shape[1], -1)) @ maps.to(weights.dtype).mT
 
     @torch.no_grad()
     def _word_logits(self, words, salience, indices):
@@ -576,6 +575,22 @@ def centred(codes: torch.Tensor, patch_mask: torch.Tensor) -> torch.Tensor:
     codes = codes.float() * inside
     mean = codes.sum(1, keepdim=True) / inside.sum(1, keepdim=True).clamp_min(1)
     return torch.relu(codes - mean) * inside
+
+
+def all_present(maps: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """L_k(p) = min_j min(1, 2 maps_j(p) / max_p maps_j) over a slot's looks: each is there from half its strength on.
+
+    Args:
+        maps: float (B, P, K · n), at least 0, the maps of each slot's n looks, slot by slot.
+        shares: float (B, K, n), of the slot; looks with less than 0.05 do not count.
+
+    Returns:
+        float (B, K, P) in [0, 1]; 0 for a slot without looks.
+    """
+    there = (2 * maps / maps.amax(1, keepdim=True).clamp_min(1e-6)).clamp(max=1)  # (B, P, K · n)
+    there = there.unflatten(2, shares.shape[1:])  # (B, P, K, n)
+    counts = (shares >= LEAST_LOOK)[:, None]
+    return (there.masked_fill(~counts, 1).amin(-1) * counts.any(-1)).mT
 
 
 def concept_spread(mean_maps: torch.Tensor) -> torch.Tensor:

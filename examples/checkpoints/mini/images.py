@@ -30,6 +30,7 @@ from .web_images import fetch
 MAX_PIXELS = 178_956_970
 """Images of more pixels are refused before they are decoded: Pillow's own limit for files, held here for every form."""
 
+_HEIC = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 _COLOUR_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")
 
 
@@ -181,7 +182,21 @@ def _open(source, name):
             f"{name} ({shown}) has too many pixels: {error!s:.200} The limit is {MAX_PIXELS:,}; make it smaller."
         ) from error
     except Exception as error:  # decoders raise whatever they like on damaged files
-        raise OSError(f"{name} ({shown}) cannot be read as an image: {str(error)[:300]}") from error
+        raise OSError(f"{name} ({shown}) cannot be read as an image: {_why(content, error)}") from error
+
+
+def _why(content, error) -> str:
+    """Why a file is no image that Pillow reads, in a user's words where its first bytes say it."""
+    if hasattr(content, "getvalue"):
+        head = content.getvalue()[:12]
+    else:
+        with open(content, "rb") as file:
+            head = file.read(12)
+    if not head:
+        return "it is empty."
+    if head[4:8] == b"ftyp" and head[8:12] in _HEIC:
+        return "it is HEIC, a phone's format that Pillow does not read; save it as JPEG or PNG."
+    return str(error)[:300]
 
 
 def _to_rgb(image, name, shown):

@@ -35,7 +35,9 @@ from .modeling_sparse_autoencoder import SparseAutoencoder
 from .outputs import SegCompassOutput
 from .patch_boxes import boxes_of_tokens, has_area
 from .query_codebook import Concepts, QueryCodebook
+from .roomy_cache import roomy_cache
 from .sa2va import predict_forward
+from .shared_prompts import SharedPrompts, number_alike
 from .slot_mapper import SlotMapper
 from .states import ReasoningStates, StateRecorder, open_recorder
 from .token_layout import (
@@ -178,7 +180,14 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         return check_keys(self.config, encoder_of(self.config).encode(self.image_encoder, encoder_pixel_values))
 
     def _image_keys(self, encoder_pixel_values, image_embeddings):
-        return self.get_image_embeddings(encoder_pixel_values) if image_embeddings is None else image_embeddings
+        """K of each sample; an image that several of them show is encoded once."""
+        if image_embeddings is not None:
+            return image_embeddings
+        alike = number_alike([[pixels] for pixels in encoder_pixel_values])
+        shown = sorted(set(alike))
+        if len(shown) == len(alike):
+            return self.get_image_embeddings(encoder_pixel_values)
+        return self.get_image_embeddings(encoder_pixel_values[shown])[[shown.index(number) for number in alike]]
 
     def concept_token_mask(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """The tokens that may fire concepts, no padding and no special tokens: bool (B, T)."""
@@ -576,9 +585,15 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         with one_generation_at_a_time(self.mllm) if self.backbone.notes_on_model else nullcontext():
             if recorder is not None:
                 recorder.start_generation(whole_passes=option("use_cache", kwargs, self.mllm) is False)
+                called = dict(kwargs)
                 if option("cache_implementation", kwargs, self.mllm) is not None:
-                    kwargs["disable_compile"] = True  # a compiled pass would not call the recorder
-            output = self.mllm.generate(**kwargs)
+                    called["disable_compile"] = True  # a compiled pass would not call the recorder
+                elif not recorder.whole_passes:
+                    called |= roomy_cache(self.mllm)
+                with SharedPrompts(self.mllm, self.backbone, recorder, called) as shared:
+                    output = self.mllm.generate(**shared.keywords)
+            else:
+                output = self.mllm.generate(**kwargs)
         if recorder is not None:
             sequences = getattr(output, "sequences", output)
             ends = (option(name, kwargs, self.mllm) for name in ("eos_token_id", "pad_token_id"))

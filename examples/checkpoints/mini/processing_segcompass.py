@@ -323,6 +323,8 @@ class SegCompassProcessor(ProcessorMixin):
         """The text of the user turn for one instruction. Raises ValueError when it is empty or holds `<REF_POS>`."""
         if not isinstance(instruction, str) or not instruction.strip():
             raise ValueError(f"the instruction is {instruction!r}; say what to segment, like 'the mug by the sink'.")
+        if any("\ud800" <= character <= "\udfff" for character in instruction):
+            raise ValueError(f"the instruction {ascii(instruction):.80} holds half a character; send whole ones.")
         token = reserved_in(self.tokenizer, instruction, self.image_token)
         if token is not None:
             raise ValueError(f"the instruction contains {token!r}, which is reserved; remove it.")
