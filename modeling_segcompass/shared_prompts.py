@@ -144,7 +144,7 @@ class SharedPrompts:
         self.mllm, self.backbone, self.recorder = mllm, backbone, recorder
         self.keywords = dict(keywords)
         """what `generate` is called with: pictures that are read here are left out."""
-        self._cache = next((v for v in keywords.values() if isinstance(v, DynamicCache)), None)
+        self._cache: Any = next((v for v in keywords.values() if isinstance(v, DynamicCache)), None)
         self._first_pass = True
         self._found = self._find()
         if self._found is not None:

@@ -125,8 +125,8 @@ def draw_overlay(
         title = f"slot {slot}, confidence {confidence:.2f}" + ("" if slot in kept else " (not kept)")
         panels.append(Panel(title, _glow(dark, heat), css_colour(slot_colour(slot)) if slot in kept else None))
     title = f"masks: {verdict}" if instances else "masks"
-    small = [_shrink(Image.fromarray(mask.astype(np.uint8) * 255), Image.Resampling.BOX) for mask in masks]
-    small = [np.asarray(mask) / 255 for mask in small]
+    pictures = [_shrink(Image.fromarray(mask.astype(np.uint8) * 255), Image.Resampling.BOX) for mask in masks]
+    small = [np.asarray(picture) / 255 for picture in pictures]
     outlines = partial(_show_masks, frame=frame, instances=instances, masks=small, verdict=verdict)
     panels.append(Panel(title, _tinted(image, instances, small), draw=outlines))
 
@@ -196,10 +196,10 @@ class Page:
 
     def paste(self, left: float, top: float, width: float, height: float, picture: Picture) -> None:
         """Put a picture there, in a frame."""
-        place = [round(edge) for edge in (left, top, left + width, top + height)]
-        pixels = picture(place[3] - place[1], place[2] - place[0])
-        self.pictures.paste(Image.fromarray((np.clip(pixels, 0, 1) * 255).round().astype(np.uint8)), place[:2])
-        ImageDraw.Draw(self.pictures).rectangle((place[0], place[1], place[2] - 1, place[3] - 1), outline=FRAME)
+        first, upper, last, lower = (round(edge) for edge in (left, top, left + width, top + height))
+        pixels = picture(lower - upper, last - first)
+        self.pictures.paste(Image.fromarray((np.clip(pixels, 0, 1) * 255).round().astype(np.uint8)), (first, upper))
+        ImageDraw.Draw(self.pictures).rectangle((first, upper, last - 1, lower - 1), outline=FRAME)
 
     def axes(self, left: float, top: float, width: float, height: float, frame: tuple) -> Axes:
         """Axes to draw over a picture, without ticks and see-through; `frame` is (left, right, bottom, top) in them."""

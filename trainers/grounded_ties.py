@@ -2,13 +2,15 @@
 
     learn_ties(model, [states, states_of_ties], "runs/ties.pt", TiesConfig())
 
-Most of a step's images ask for things of which two bear the same words, so that only places can tell them apart. The
-image encoder's grid and the mask decoder stay as they are.
+Most of a step's images ask for things of which two bear the same words, so that only places can tell them apart. What
+chooses places learns (U, V, B, and β at places); what chooses looks, the image encoder's grid and the mask decoder stay
+as they are. With looks free to move, masks got better and their concepts' names worse (dev/log.md).
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import torch
 
 from segcompass.modeling_segcompass.whole_files import write_whole
 
-from .grounded_losses import confidence_loss, match_patches, patch_loss
+from .grounded_losses import match_patches, patch_loss
 from .grounded_masks import CachedStates
 
 
@@ -56,7 +58,7 @@ def asks_for_twins(names: Sequence[Sequence[str]]) -> bool:
 def learn_ties(
     model: Any, folders: Sequence[str | Path], state_file: str | Path, config: TiesConfig
 ) -> Iterator[dict[str, float]]:
-    """Train the read-out on patches, mostly where equal things are asked for; resumes from `state_file`.
+    """Train the choice of places, mostly where equal things are asked for; resumes from `state_file`.
 
     Args:
         model: a SegCompassModel with a trained grounded read-out, changed in place.
@@ -65,10 +67,10 @@ def learn_ties(
         config: the settings.
 
     Yields:
-        After each step its number and losses.
+        After each step its number and loss.
 
     Raises:
-        ValueError: no cached image asks for two things of equal names.
+        ValueError: no cached image asks for two things of equal names, or the map U Vᵀ would move looks too.
     """
     cached, path, reading = CachedStates(*folders), Path(state_file), model.grounded_reading
     tied = [
@@ -81,10 +83,14 @@ def learn_ties(
             f"no image of {', '.join(map(str, folders))} asks for two things of equal names; cache rows that do, such "
             "as load_scenes(..., twins=0.9)."
         )
+    if reading.word_side is not None and not reading.maps_places_only:
+        raise ValueError("grounded_map is 'all', and the map would move looks too; build the model with 'places'.")
     model.requires_grad_(False)
-    learned = [value for name, value in reading.named_parameters() if not name.startswith("upsampling.")]
+    learned = [reading.slot_bias, reading.concept_bias]
+    learned += [] if reading.word_side is None else [reading.word_side, reading.patch_side]
     for value in learned:
         value.requires_grad_(True)
+    looks = reading.concept_bias.detach().clone()
     optimizer = torch.optim.AdamW(learned, lr=config.rate, weight_decay=1e-3)
     step = 0
     if path.exists():
@@ -103,16 +109,17 @@ def learn_ties(
         pairs = match_patches(read.heatmaps, read.confidences, batch["coverage"], inputs["patch_mask"])
         shown = read.heatmaps[pairs.samples, pairs.slots]  # (n, P)
         patches = patch_loss(shown, pairs.coverage, inputs["patch_mask"][pairs.samples])
-        confidence = confidence_loss(read.confidences, pairs)
         for group in optimizer.param_groups:
             group["lr"] = config.rate * min(1.0, (step + 1) / 20) * (1 + math.cos(math.pi * step / config.steps)) / 2
         optimizer.zero_grad()
-        (patches + 0.5 * confidence).backward()
+        patches.backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
+        with torch.no_grad():
+            reading.concept_bias.copy_(torch.where(reading.is_place, reading.concept_bias, looks))
         step += 1
         if step % config.save_steps == 0 or step == config.steps:
             kept = {"step": step, "reading": reading.state_dict(), "optimizer": optimizer.state_dict()}
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, lambda part, kept=kept: torch.save(kept, part))
-        yield {"step": step, "patches": patches.item(), "confidence": confidence.item()}
+            write_whole(path, partial(torch.save, kept))
+        yield {"step": step, "patches": patches.item()}

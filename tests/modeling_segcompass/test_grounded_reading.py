@@ -28,7 +28,7 @@ CONCLUSIONS = [" it is left of it", "a", " one token is missing", "b c"]
 
 def grounded_segcompass(backbone, **config):
     """A tiny grounded model, half of whose concepts count as places, with every learned part away from its start."""
-    model, processor = lively_segcompass(backbone, concept_reading="grounded", **config)
+    model, processor = lively_segcompass(backbone, concept_reading="grounded", tied_place_share=0.6, **config)
     torch.manual_seed(1)
     reading = model.grounded_reading
     with torch.no_grad():

@@ -61,7 +61,10 @@ def test_interrupted_ties_end_as_uninterrupted_ones_and_touch_the_read_out_alone
     assert [entry["step"] for entry in logged] == list(range(1, 8))
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed and all(name.startswith("grounded_reading.") for name in changed)
-    assert not any("upsampling" in name for name in changed) and "grounded_reading.patch_side" in changed
+    names = {"concept_bias", "slot_bias", "word_side", "patch_side"}
+    assert {name.removeprefix("grounded_reading.") for name in changed} == names
+    moved = model.grounded_reading.concept_bias != before["grounded_reading.concept_bias"]
+    assert moved.any() and not (moved & ~model.grounded_reading.is_place).any()  # what chooses looks is what it was
     whole, (model, _) = learned(model), with_map()
     running = learn_ties(model, caches, tmp_path / "parts.pt", config)
     for _ in range(5):
@@ -121,5 +124,8 @@ def test_rows_without_twins_are_refused(caches, tmp_path):
     model, _ = with_map()
     with pytest.raises(ValueError, match="asks for two things of equal names; cache rows that do"):
         next(learn_ties(model, caches[:1], tmp_path / "state.pt", TiesConfig()))
+    model.grounded_reading.maps_places_only = False
+    with pytest.raises(ValueError, match="grounded_map is 'all', and the map would move looks"):
+        next(learn_ties(model, caches, tmp_path / "state.pt", TiesConfig()))
     with pytest.raises(ValueError, match="holds no cached states"):
         next(learn_ties(model, [caches[1], tmp_path / "none"], tmp_path / "state.pt", TiesConfig()))

@@ -134,7 +134,8 @@ class SegCompassConfig(PreTrainedConfig):
         look_concepts: how many concepts of a slot say what is meant ("grounded").
         place_concepts: how many say where ("grounded").
         place_share: ρ, the share of a slot that the places have, in [0, 1) ("grounded").
-        tied_place_share: what they have where two parts of the image look alike, in [place_share, 1) ("grounded").
+        tied_place_share: what they have where two parts of the image look alike, in [place_share, 1) ("grounded"); None
+            is `place_share`.
         phrase_window: a word is read together with the phrase_window - 1 words before it ("grounded").
         place_spread: a concept whose mean map covers a smaller share of the image than this is a place, in [0, 1]
             ("grounded").
@@ -191,7 +192,7 @@ class SegCompassConfig(PreTrainedConfig):
         look_concepts: int = 3,
         place_concepts: int = 2,
         place_share: float = 0.25,
-        tied_place_share: float = 0.6,
+        tied_place_share: float | None = None,
         phrase_window: int = 5,
         place_spread: float = 0.53,
         token_dropout: float = 0.0,
@@ -221,6 +222,7 @@ class SegCompassConfig(PreTrainedConfig):
         ):
             if not isinstance(count, int) or count < least:
                 raise ValueError(f"{name} is {count!r}; it must be an integer of at least {least}.")
+        tied_place_share = place_share if tied_place_share is None else tied_place_share
         if grounded_map not in GROUNDED_MAPS:
             raise ValueError(f"grounded_map is {grounded_map!r}; choose one of {GROUNDED_MAPS}.")
         if not 0 <= place_share <= tied_place_share < 1 or not 0 <= place_spread <= 1:

@@ -168,7 +168,8 @@ def ties(args):
     processor = SegCompassProcessor.from_pretrained(args.model)
     rows = load_scenes("train", 14, 3 * args.scenes, "mixed", answers="fitting", twins=0.9, questions=3)
     cache_states(trained, processor, rows, args.output / "states", word_kind)
-    config = type(trained.config).from_dict({**trained.config.to_dict(), "grounded_rank": 64, "grounded_map": "places"})
+    changed = {"grounded_rank": 64, "grounded_map": "places", "tied_place_share": 0.6}
+    config = type(trained.config).from_dict({**trained.config.to_dict(), **changed})
     torch.manual_seed(0)
     model = SegCompassModel(config)
     model.load_state_dict(trained.state_dict(), strict=False)
@@ -206,7 +207,7 @@ def main():
             part.add_argument("--mask-steps", type=int, default=2200)
         if stage is ties:
             part.add_argument("--scenes", type=int, default=800)
-            part.add_argument("--steps", type=int, default=1000)
+            part.add_argument("--steps", type=int, default=2000)
     args = parser.parse_args()
     args.run(args)
 
