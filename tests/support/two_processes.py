@@ -80,5 +80,9 @@ def main(mode, output):
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()  # gloo threads left at exit now and then abort the process
+    if torch.distributed.is_initialized():  # gloo's threads may abort a process that ends, even without a group
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
