@@ -32,7 +32,7 @@ class TiesConfig:
         ...     print(entry["step"], entry["patches"])
     """
 
-    steps: int = 800
+    steps: int = 2000
     images: int = 12
     """of a step, with all their questions."""
     tied_share: float = 0.8
@@ -70,8 +70,13 @@ def learn_ties(
         After each step its number and loss.
 
     Raises:
-        ValueError: no cached image asks for two things of equal names, or the map U Vᵀ would move looks too.
+        ValueError: the read-out is not grounded, no cached image asks for two things of equal names, or the map U Vᵀ
+            would move looks too.
     """
+    if not model.grounded:
+        raise ValueError(
+            f"concept_reading is {model.config.concept_reading!r}; only a model built with 'grounded' learns here."
+        )
     cached, path, reading = CachedStates(*folders), Path(state_file), model.grounded_reading
     tied = [
         number

@@ -350,6 +350,21 @@ def test_places_have_more_of_a_slot_where_two_parts_of_the_image_look_alike(grou
     assert (reading.share_of_places(looks, line, inside) == 0.25).all()
 
 
+def test_ties_are_looked_for_only_where_they_change_something(grounded, monkeypatch):
+    model, _, _, _, states = grounded
+    calls, encode = [], model.sae.encode_selected
+    monkeypatch.setattr(model.sae, "encode_selected", lambda *args: calls.append(1) or encode(*args))
+    decode(model, states)
+    assert len(calls) == 2
+    monkeypatch.setattr(model.grounded_reading, "tied_place_share", model.grounded_reading.place_share)
+    calls.clear()
+    weights = decode(model, states).concept_weights
+    assert len(calls) == 1
+    places = weights * model.grounded_reading.is_place[decode(model, states).concept_indices][:, None]
+    sums = places.sum(-1)
+    assert (((sums - 0.25).abs() < 1e-6) | (sums == 0)).all() and (sums > 0).any()
+
+
 def test_of_two_things_that_look_alike_the_named_place_is_shown():
     """One look fires on two patches, a little stronger on the left; the word also fires the place on the right."""
     model, _ = grounded_segcompass("llava", grounded_rank=0)

@@ -8,6 +8,7 @@ from segcompass.loaders.scenes import load_scenes, scene_question
 from segcompass.modeling_segcompass.grounded_reading import GroundedReading
 from segcompass.trainers.grounded_masks import CachedStates, cache_states
 from segcompass.trainers.grounded_ties import TiesConfig, asks_for_twins, learn_ties
+from tests.support.tiny import tiny_segcompass
 
 from .test_grounded_masks import build
 
@@ -121,6 +122,9 @@ def test_it_learns_that_a_word_of_another_concept_means_a_place(tmp_path):
 
 
 def test_rows_without_twins_are_refused(caches, tmp_path):
+    plain, _ = tiny_segcompass("llava")
+    with pytest.raises(ValueError, match="concept_reading is 'feature'"):
+        next(learn_ties(plain, caches, tmp_path / "state.pt", TiesConfig()))
     model, _ = with_map()
     with pytest.raises(ValueError, match="asks for two things of equal names; cache rows that do"):
         next(learn_ties(model, caches[:1], tmp_path / "state.pt", TiesConfig()))

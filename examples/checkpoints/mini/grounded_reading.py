@@ -323,6 +323,11 @@ class GroundedReading(nn.Module):
         places = self._share(place_logits, fires & self.is_place, self.place_concepts)
         return (1 - place_share) * self._looks(look_logits, fires) + place_share * places
 
+    @property
+    def minds_ties(self) -> bool:
+        """Whether ties change anything, so that they are looked for."""
+        return self.tied_place_share > self.place_share
+
     def _looks(self, logits, fires):
         return self._share(logits, fires & ~self.is_place, self.look_concepts)
 
@@ -439,9 +444,11 @@ class GroundedReading(nn.Module):
         maps = self.concept_maps(patch_codes, patch_mask)
         logits = self.concept_logits(words.strengths, salience.to(words.strengths.dtype))
         fires = (salience > 0)[:, None]  # (B, 1, d_sae)
-        looks, columns = self._heaviest_looks(logits, fires)
-        chosen = maps.gather(2, columns.flatten(1)[:, None].expand(-1, maps.shape[1], -1))  # (B, P, K · n)
-        share = self.share_of_places(all_present(chosen, looks), patch_xy, patch_mask)
+        share = None
+        if self.minds_ties:
+            looks, columns = self._heaviest_looks(logits, fires)
+            chosen = maps.gather(2, columns.flatten(1)[:, None].expand(-1, maps.shape[1], -1))  # (B, P, K · n)
+            share = self.share_of_places(all_present(chosen, looks), patch_xy, patch_mask)
         weights = self.weigh(logits, fires, place_share=share)
         heatmaps = self.heat(weights, maps)
         confidences = self.confidence(words.strengths, heatmaps, patch_mask)
@@ -487,9 +494,11 @@ class GroundedReading(nn.Module):
         salience = (salience / usual).to(dtype)
         fires = salience > 0
         logits, strengths = self.concept_logits(words.strengths, salience), words.strengths
-        looks, columns = self._heaviest_looks(logits, fires[:, None])
-        maps = sae.encode_selected(patch_z, columns.flatten(1), smallest) / usual[columns.flatten(1)][:, None]
-        share = self.share_of_places(all_present(centred(maps, patch_mask), looks), patch_xy, patch_mask)
+        share = None
+        if self.minds_ties:
+            looks, columns = self._heaviest_looks(logits, fires[:, None])
+            maps = sae.encode_selected(patch_z, columns.flatten(1), smallest) / usual[columns.flatten(1)][:, None]
+            share = self.share_of_places(all_present(centred(maps, patch_mask), looks), patch_xy, patch_mask)
         weights = self.weigh(logits, fires[:, None], place_share=share)  # (B, K, d_sae)
         count = len(self.slot_queries) * (self.look_concepts + self.place_concepts)
         if steering is not None:

@@ -6,7 +6,7 @@ From the same small model, each MLLM sees the same scenes in the same order for 
 the term; in `exchanged` the words of each kind are said to mean the next look of that kind ("blue" the patches of the
 next colour); `none` has no term. Then a plain SAE of each learns for as many steps, and the figures of shared concepts
 are those that `segcompass white-box` prints; beside them the language loss on fresh scenes. The last line is RESULT
-{json}. Repeat the command to resume: a finished MLLM, SAE or measurement is kept.
+{json}. Repeat the command to resume: a finished MLLM, SAE or measurement is kept, in folders that bear the settings.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from tqdm import tqdm
 from segcompass.commands import train_sae
 from segcompass.loaders.scene_questions import word_kind
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
+from segcompass.modeling_segcompass.whole_files import write_whole
 from segcompass.trainers.alignment import AlignmentTargets
 from segcompass.white_box.concept_labels import find_labels
 from segcompass.white_box.scene_truth import SceneTruths
@@ -78,12 +79,12 @@ def train_mllm(args, arm, folder):
     mllm.save_pretrained(folder)
     processor.save_pretrained(folder)
     means = {name: sum(part[name] for part in losses) / len(losses) for name in ("language", "alignment")}
-    (folder / "losses.json").write_text(json.dumps(means))
+    write_whole(folder / "losses.json", json.dumps(means))
 
 
 def measure(args, arm):
     """All figures of one arm."""
-    base = args.output / arm
+    base = args.output / f"{arm}-{args.steps}-{args.sae_steps}-{args.label_samples}"
     mllm, joined, sae, figures = (base / name for name in ("mllm", "joined", "sae", "figures.json"))
     if figures.exists():
         return json.loads(figures.read_text())
@@ -102,7 +103,7 @@ def measure(args, arm):
     shared = {name.replace(" ", "_"): value for name, value in found.counts["shared"].items() if name != "best"}
     losses = json.loads((mllm / "losses.json").read_text())
     values = {**losses, "explained_variance": quality["explained_variance"], **shared}
-    figures.write_text(json.dumps(values))
+    write_whole(figures, json.dumps(values))
     return values
 
 

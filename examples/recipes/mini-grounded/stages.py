@@ -172,7 +172,9 @@ def ties(args):
     config = type(trained.config).from_dict({**trained.config.to_dict(), **changed})
     torch.manual_seed(0)
     model = SegCompassModel(config)
-    model.load_state_dict(trained.state_dict(), strict=False)
+    missing, _ = model.load_state_dict(trained.state_dict(), strict=False)
+    if set(missing) != {"grounded_reading.word_side", "grounded_reading.patch_side"}:
+        raise ValueError(f"{args.model} lacks {', '.join(missing)}; give the read-out that the stage `read` made.")
     torch.nn.init.normal_(model.grounded_reading.word_side, std=0.03)
     torch.nn.init.zeros_(model.grounded_reading.patch_side)
     settings = TiesConfig(steps=args.steps)
@@ -207,7 +209,7 @@ def main():
             part.add_argument("--mask-steps", type=int, default=2200)
         if stage is ties:
             part.add_argument("--scenes", type=int, default=800)
-            part.add_argument("--steps", type=int, default=2000)
+            part.add_argument("--steps", type=int, default=TiesConfig.steps)
     args = parser.parse_args()
     args.run(args)
 
