@@ -72,7 +72,7 @@ def build(args):
             torch.nn.init.normal_(weight, std=0.02)
         if args.path == "grounded":
             parts[0].init_weights()
-        sae.b_enc.fill_(-torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(1 - args.active / args.d_sae)))
+        sae.b_enc.fill_(-statistics.NormalDist().inv_cdf(1 - args.active / args.d_sae))
     sae.W_dec = None  # no path decodes
     return sae.requires_grad_(False), parts, z.requires_grad_(), keys
 
@@ -126,6 +126,8 @@ def measure(args):
         z.grad = None
         parts.zero_grad()
         held = restart_peak(args.device)
+        if z.is_cuda:
+            torch.cuda.synchronize()
         began = time.perf_counter()
         step(sae, parts, z, keys)
         if z.is_cuda:
@@ -185,7 +187,7 @@ def main(argv=None):
         "grounded_memory_ratio": attention["peak"] / grounded["peak"],
         "gradients_mib": sparse["gradients"] / 2**20,
         "active_features": sparse["active"],
-        "device": args.device,
+        "device": args.device if args.device == "cpu" else torch.cuda.get_device_name(),
         "threads": torch.get_num_threads(),
     }
     print("RESULT", json.dumps(result))

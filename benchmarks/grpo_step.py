@@ -2,12 +2,15 @@
 
     python benchmarks/grpo_step.py
     python benchmarks/grpo_step.py --beta 0 --repeats 9
+    python benchmarks/grpo_step.py --hidden 768 --layers 12                                      # 90 M parameters
+    python benchmarks/grpo_step.py --device cuda --bf16 --lora --hidden 4096 --layers 32 --image-side 384
 
 Both trainers are given the same scripted responses (ours also the states that generating them leaves behind), so that
 neither generates: what is compared is scoring, reference, loss, backward and update. The peer is TRL's GRPOTrainer on
 the bare MLLM with a constant reward. Steps of the two alternate; seconds are the processor's, which other work on the
-machine changes less than the clock's, and the ratio is the median of the pairs'. With --whole ours takes the gradients
-that trainers/constant_prefix.py spares.
+machine changes less than the clock's (on a GPU the clock's), and the ratio is the median of the pairs'. With --whole
+ours takes the gradients that trainers/constant_prefix.py spares; with --lora both train adapters and the LM head, on
+the same frozen weights, and the reference is the MLLM without adapters.
 Keys of RESULT: ratio, pairs (lowest and highest), clock_ratio, joint_s, plain_s, mllm_parameters, ...
 """
 
@@ -17,27 +20,30 @@ import copy
 import json
 import statistics
 import time
+from typing import Any
 
 import torch
+from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head
-from workload import benchmark_model, benchmark_rows, scripted_ids
+from workload import add_size, benchmark_rows, clock_of, machine, scripted_ids, sized_model
 
 from segcompass.modeling_segcompass.states import open_recorder
 from segcompass.trainers import SegCompassGRPOConfig, SegCompassGRPOTrainer, joint_forward
-from segcompass.trainers.policy import freeze
+from segcompass.trainers.policy import freeze, learned_rows, lora_config
 
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
+    add_size(parser)
+    parser.add_argument("--image-side", type=int, default=128, help="pixels, 16 of which are an image token's side")
+    parser.add_argument("--bf16", action="store_true", help="autocast, as with bf16=True in training")
+    parser.add_argument("--lora", action="store_true", help="train adapters of rank 16 and the LM head")
     parser.add_argument("--response", type=int, default=192, help="tokens of a response")
     parser.add_argument("--batch", type=int, default=4, help="responses of a micro-batch")
     parser.add_argument("--accumulation", type=int, default=2)
     parser.add_argument("--beta", type=float, default=0.2)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--whole", action="store_true", help="with all gradients below the SAE's layer")
     return parser.parse_args(argv)
 
@@ -47,6 +53,7 @@ class Stepper:
 
     def __init__(self, trainer, rows):
         self.trainer, self.rows = trainer, rows
+        trainer.accelerator.prepare_model(trainer.model)  # autocast, where it is asked for
         self.trainer.model.train()
         self.trainer.create_optimizer()
         self.optimizer = self.trainer.optimizer
@@ -69,7 +76,7 @@ def script(model, ids):
     written = []
 
     def generate(input_ids, attention_mask, pixel_values, **kwargs):
-        rows = ids[: len(input_ids)]
+        rows = ids[: len(input_ids)].to(input_ids.device)
         sequences = torch.cat([input_ids, rows], 1)
         recorder = open_recorder(getattr(model, "mllm", model))
         if recorder is None:
@@ -89,8 +96,8 @@ def script(model, ids):
 
 def main(argv=None):
     args = parse(argv)
-    torch.set_num_threads(args.threads)
-    model, processor = benchmark_model(args.hidden, args.layers)
+    args.threads = args.threads or torch.get_num_threads()
+    model, processor = sized_model(args, image_side=args.image_side)
     rows = benchmark_rows(2, args.batch * args.accumulation // 2)
     ids = scripted_ids(model, processor, args.response, args.batch * args.accumulation)
     shared = dict(
@@ -103,26 +110,43 @@ def main(argv=None):
         beta=args.beta,
         learning_rate=1e-6,
         report_to=[],
-        use_cpu=True,
-        bf16=False,
+        use_cpu=args.device == "cpu",
+        bf16=args.bf16,
         gradient_checkpointing=False,
         disable_tqdm=True,
     )
-    mllm = copy.deepcopy(model.mllm)
-    freeze(model)
-    for own, copied in zip(model.mllm.parameters(), mllm.parameters(), strict=True):
-        copied.requires_grad_(own.requires_grad)  # both trainers train the same weights of the MLLM
-    reference = copy.deepcopy(mllm) if args.beta else None
+    adapters: dict[str, Any] = {"joint": None, "plain": None}
+    if args.lora:
+        model.config.think_id = processor.think_id
+        frozen = {id(weight): weight for weight in model.mllm.parameters()}
+        mllm = copy.deepcopy(model.mllm, frozen)  # adapters are put on frozen weights, which both may have
+        adapters["joint"] = lora_config(model, r=16)
+        targets = adapters["joint"].target_modules.replace(r".*mllm\.", ".*")
+        rows_learned = {"embed_tokens": learned_rows(model)}
+        adapters["plain"] = LoraConfig(
+            r=16, target_modules=targets, modules_to_save=["lm_head"], trainable_token_indices=rows_learned
+        )
+    else:
+        mllm = copy.deepcopy(model.mllm)
+        freeze(model)
+        for own, copied in zip(model.mllm.parameters(), mllm.parameters(), strict=True):
+            copied.requires_grad_(own.requires_grad)  # both trainers train the same weights of the MLLM
+    reference = copy.deepcopy(mllm) if args.beta and not args.lora else None
 
     if args.whole:
         joint_forward.constant_prefix = lambda *args: contextlib.nullcontext()
     script(model, ids)
     script(mllm, ids)
     joint = SegCompassGRPOTrainer(
-        model, args=SegCompassGRPOConfig(**shared), train_dataset=rows, processing_class=processor
+        model,
+        args=SegCompassGRPOConfig(**shared),
+        train_dataset=rows,
+        processing_class=processor,
+        peft_config=adapters["joint"],
     )
     settings = dict(loss_type="grpo", use_bias_correction_kl=False, remove_unused_columns=False)
-    settings["beta"] = 0.0  # TRL would load a reference by name; it is given below
+    if not args.lora:
+        settings["beta"] = 0.0  # TRL would load a reference by name; it is given below
     plain_rows = rows.map(lambda row: {"prompt": processor.build_messages(row["instruction"])})
     plain = GRPOTrainer(
         mllm,
@@ -130,21 +154,24 @@ def main(argv=None):
         args=GRPOConfig(**{**shared, **settings}),
         train_dataset=plain_rows,
         processing_class=processor,
+        peft_config=adapters["plain"],
     )
-    if args.beta:
+    if reference is not None:
         add_fused_lm_head(reference.requires_grad_(False).eval(), temperature=1.0, outputs=("log_probs", "entropy"))
+        reference = plain.accelerator.prepare_model(reference, evaluation_mode=True)
         plain.ref_model, plain.beta = reference, args.beta
 
     batch = [row for row in rows for _ in range(shared["num_generations"])]
     plain_batch = [row for row in plain_rows for _ in range(shared["num_generations"])]
     steppers = {"joint": Stepper(joint, batch), "plain": Stepper(plain, plain_batch)}
     seconds, clock = ({name: [] for name in steppers} for _ in range(2))
+    now = time.process_time if args.device == "cpu" else clock_of(args)
     for repeat in range(args.repeats + 1):
         for name, stepper in steppers.items():
-            began, used = time.perf_counter(), time.process_time()
+            began, used = time.perf_counter(), now()
             stepper.step()
             if repeat:  # the first warms up
-                seconds[name].append(time.process_time() - used)
+                seconds[name].append(now() - used)
                 clock[name].append(time.perf_counter() - began)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     for name, value in medians.items():
@@ -160,8 +187,11 @@ def main(argv=None):
         "responses": args.batch * args.accumulation,
         "response_tokens": args.response,
         "beta": args.beta,
-        "threads": args.threads,
         "whole": args.whole,
+        "lora": args.lora,
+        "bf16": args.bf16,
+        "image_tokens": (args.image_side // 16) ** 2,
+        **machine(args),
     }
     print("RESULT", json.dumps(result))
 

@@ -2,6 +2,7 @@
 
     python benchmarks/questions.py
     python benchmarks/questions.py --image-side 128     # 64 image tokens instead of LLaVA-1.5's 576
+    python benchmarks/questions.py --device cuda --dtype bfloat16 --hidden 4096 --layers 32 --full-encoders   # 7 B
 
 Both are `segcompass evaluate`'s own work on the same rows, processor to counts: a batch of k rows, and k batches of
 one. Beside them stands the batch whose prompts are each read whole, the image being encoded once: what sharing the
@@ -15,11 +16,9 @@ reading), whole_ratio, read_whole_ratio (together, but each prompt whole), secon
 import argparse
 import json
 import statistics
-import time
 from pathlib import Path
 
-import torch
-from workload import benchmark_model, benchmark_rows
+from workload import add_size, benchmark_rows, clock_of, machine, sized_model
 
 from segcompass.evaluation import Evaluation, predict
 from segcompass.modeling_segcompass.shared_prompts import SharedPrompts
@@ -27,21 +26,18 @@ from segcompass.modeling_segcompass.shared_prompts import SharedPrompts
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
+    add_size(parser)
     parser.add_argument("--image-side", type=int, default=384, help="pixels, 16 of which are an image token's side")
     parser.add_argument("--response", type=int, default=64, help="tokens written")
     parser.add_argument("--questions", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, help="time by the clock with so many threads")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     args = parse(argv)
-    torch.set_num_threads(args.threads or 1)
-    clock = time.perf_counter if args.threads else time.process_time
-    model, processor = benchmark_model(args.hidden, args.layers, image_side=args.image_side)
+    clock = clock_of(args)
+    model, processor = sized_model(args, image_side=args.image_side)
     model.generation_config.eos_token_id = None  # write every token
     rows = list(benchmark_rows(args.questions))
     rows = [{**rows[0], "instruction": row["instruction"], "sample_id": row["sample_id"]} for row in rows]
@@ -72,7 +68,7 @@ def main(argv=None):
         result[f"{prefix}seconds"] = {name: round(value, 4) for name, value in medians.items()}
         shown = ", ".join(f"{name} {value:.3f} s" for name, value in medians.items())
         print(f"{response:>3} tokens written: {shown}   {result[f'{prefix}ratio']:.2f} x", flush=True)
-    result |= {"questions": args.questions, "image_tokens": (args.image_side // 16) ** 2, "threads": args.threads or 1}
+    result |= {"questions": args.questions, "image_tokens": (args.image_side // 16) ** 2, **machine(args)}
     result |= {"response_tokens": args.response, "mllm_parameters": sum(p.numel() for p in model.mllm.parameters())}
     print("RESULT", json.dumps(result))
 

@@ -4,6 +4,7 @@
     python benchmarks/sae_training.py                # d_in 512, d_sae 4096, batch 4096, and peak memory
     python benchmarks/sae_training.py --short        # d_in 256, d_sae 2048, batch 2048, within 50 s
     python benchmarks/sae_training.py --short --cpu  # by the processor's seconds, where other work is on the machine
+    python benchmarks/sae_training.py --device cuda --d-in 4096 --d-sae 65536    # ours and the plain loop, on a GPU
 
 All train a TopK autoencoder of one width on the same float32 batches with Adam: ours with `SparseAutoencoderTrainer`
 and all that it follows and logs, SAELens with its `SAETrainer`, sparsify with its `SparseCoder` in the steps of its
@@ -37,6 +38,7 @@ from segcompass.trainers.sae_trainer import SparseAutoencoderTrainer, SparseAuto
 
 K, L1, LR = 32, 0.5, 1e-3
 CLOCK = {"now": time.perf_counter}
+DEVICE = {"name": "cpu"}
 
 
 class Batches(IterableDataset):
@@ -64,7 +66,8 @@ class Batches(IterableDataset):
 
 
 def ours(data, shape, activation):
-    sae = SparseAutoencoder(SparseAutoencoderConfig(**shape, activation=activation, k=K))
+    with torch.device(DEVICE["name"]):
+        sae = SparseAutoencoder(SparseAutoencoderConfig(**shape, activation=activation, k=K))
     folder = tempfile.mkdtemp()
 
     def run(steps):
@@ -79,23 +82,26 @@ def ours(data, shape, activation):
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
-            use_cpu=True,
+            use_cpu=DEVICE["name"] == "cpu",
         )
         trainer = SparseAutoencoderTrainer(sae, args, train_dataset=data)
-        clock = Clock()
+        clock = Clock(2, steps + 2)
         trainer.add_callback(clock)
         trainer.train()
-        return (clock.ends[-1] - clock.ends[1]) / (len(clock.ends) - 2)
+        return (clock.ends[1] - clock.ends[0]) / steps
 
     return run
 
 
 class Clock(TrainerCallback):
-    def __init__(self):
-        self.ends = []
+    """When these steps ended; the others are not waited for."""
 
-    def on_step_end(self, *args, **kwargs):
-        self.ends.append(CLOCK["now"]())
+    def __init__(self, *steps):
+        self.steps, self.ends = steps, []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step in self.steps:
+            self.ends.append(CLOCK["now"]())
 
 
 def timed(step, data):
@@ -160,12 +166,14 @@ def sparsify(data, shape, activation):
 
 def plain(data, shape, activation):
     d_in, d_sae = shape["d_in"], shape["d_sae"]
-    W_dec = torch.nn.functional.normalize(torch.randn(d_sae, d_in), dim=1)
-    parameters = [W_dec.T.clone(), torch.zeros(d_sae), W_dec, torch.zeros(d_in)]
+    with torch.device(DEVICE["name"]):
+        W_dec = torch.nn.functional.normalize(torch.randn(d_sae, d_in), dim=1)
+        parameters = [W_dec.T.clone(), torch.zeros(d_sae), W_dec, torch.zeros(d_in)]
     W_enc, b_enc, W_dec, b_dec = parameters = [parameter.requires_grad_() for parameter in parameters]
     optimizer = torch.optim.Adam(parameters, lr=LR, fused=True)
 
     def step(z):
+        z = z.to(DEVICE["name"])
         h = torch.relu(z @ W_enc + b_enc)
         if activation == "topk":
             values, indices = h.topk(K, dim=-1, sorted=False)
@@ -180,12 +188,19 @@ def plain(data, shape, activation):
     return timed(step, data)
 
 
+def after_all_work():
+    """The clock's seconds, when the GPU has done what it was given."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 CONTENDERS = {"ours": ours, "saelens": saelens, "sparsify": sparsify, "plain_loop": plain}
 PACKAGES = {"saelens": "sae_lens", "sparsify": "sparsify"}
 
 
 def installed(activation):
     names = [name for name in CONTENDERS if name not in PACKAGES or importlib.util.find_spec(PACKAGES[name])]
+    names = [name for name in names if DEVICE["name"] == "cpu" or name not in PACKAGES]
     return [name for name in names if activation == "topk" or name != "sparsify"]
 
 
@@ -231,12 +246,18 @@ def main():
     parser.add_argument("--short", action="store_true", help="smaller, within 50 s")
     parser.add_argument("--cpu", action="store_true", help="seconds of the processor instead of the clock's")
     parser.add_argument("--turns", type=int, help="of each contender; default: 3 in the short form, else 5")
+    parser.add_argument("--device", default="cpu", help="another than the CPU: ours and the plain loop alone")
+    parser.add_argument("--d-in", type=int)
+    parser.add_argument("--d-sae", type=int)
+    parser.add_argument("--batch", type=int, help="tokens of a step")
     parser.add_argument("--memory-of", choices=CONTENDERS, help="print the memory of one contender (used by itself)")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.manual_seed(0)
     shape = {"d_in": 256, "d_sae": 2048} if arguments.short else {"d_in": 512, "d_sae": 4096}
-    data = Batches(shape["d_in"], 2048 if arguments.short else 4096)
+    shape = {"d_in": arguments.d_in or shape["d_in"], "d_sae": arguments.d_sae or shape["d_sae"]}
+    data = Batches(shape["d_in"], arguments.batch or (2048 if arguments.short else 4096))
+    DEVICE["name"] = arguments.device
     if arguments.memory_of:
         before = status_bytes("VmHWM")  # ru_maxrss would also count what the parent held when it started this process
         CONTENDERS[arguments.memory_of](data, shape, "topk")(3)
@@ -245,7 +266,10 @@ def main():
     turns, steps = (3, 2) if arguments.short else (5, 8)
     turns = arguments.turns or turns
     CLOCK["now"] = time.process_time if arguments.cpu else time.perf_counter
-    result = {}
+    result = {"device": "cpu", **shape, "threads": torch.get_num_threads()}
+    if arguments.device != "cpu":
+        CLOCK["now"] = after_all_work
+        result["device"] = torch.cuda.get_device_name()
     for activation, prefix in (("topk", ""), ("relu", "relu_")):
         speed, result[f"{prefix}pairs"] = race(data, shape, activation, turns, steps)
         print(f"\n{activation}: tokens a second, {shape}, {torch.get_num_threads()} threads")
@@ -254,13 +278,14 @@ def main():
             if name != "ours":
                 result[f"{prefix}vs_{name}"] = round(speed["ours"] / tokens, 3)
         result[f"{prefix}tokens_per_second"] = round(speed["ours"])
-    if not arguments.short:
+    if not arguments.short and arguments.device == "cpu":
         result["peak_memory_mb"] = {name: round(peak_memory(name, arguments)) for name in installed("topk")}
         print(f"\npeak memory of three TopK steps, MB: {result['peak_memory_mb']}")
-    depth, layer = 8, 4
-    whole, stopped = source(256 if arguments.short else 512, depth, layer, turns)
-    result["source_saved"], result["source_expected"] = round(1 - stopped / whole, 3), 1 - layer / depth
-    print(f"\nactivation source: stopping at layer {layer} of {depth} saves {result['source_saved']:.1%}")
+    if arguments.device == "cpu":
+        depth, layer = 8, 4
+        whole, stopped = source(256 if arguments.short else 512, depth, layer, turns)
+        result["source_saved"], result["source_expected"] = round(1 - stopped / whole, 3), 1 - layer / depth
+        print(f"\nactivation source: stopping at layer {layer} of {depth} saves {result['source_saved']:.1%}")
     for name in PACKAGES:
         result.setdefault(f"vs_{name}", None)
     result |= {name: round(value, 3) for name, value in result.items() if name.endswith("pairs")}

@@ -1,10 +1,11 @@
 """What does `segment` cost beside bare generation and one encoder pass, and the command beside the model?
 
     python benchmarks/segment.py
+    python benchmarks/segment.py --device cuda --dtype bfloat16 --hidden 4096 --layers 32 --full-encoders   # 7 B
 
 The peer of the ratio is `mllm.generate` of as many tokens, then SAM's encoder, with nothing kept and nothing decoded.
 Calls of the two alternate; the ratio is of medians, at batch 1, 4 and 16. Seconds are those that one thread computed,
-which other work on the machine stretches less than the clock's; with --threads they are the clock's. Then
+which other work on the machine stretches less than the clock's; with --threads and on a GPU they are the clock's. Then
 `segcompass segment` is run on the shipped scene with the shipped model, loaded already: what share of its time is
 neither generation nor the image encoder's?
 
@@ -15,11 +16,10 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import torch
-from workload import MINI, benchmark_model, benchmark_rows
+from workload import MINI, add_size, benchmark_rows, clock_of, machine, sized_model
 
 from segcompass import segmentation
 from segcompass.loading import load
@@ -29,12 +29,11 @@ SCENE = MINI.parents[1] / "scene.png"
 
 def parse(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
+    add_size(parser)
+    parser.add_argument("--image-side", type=int, default=128, help="pixels, 16 of which are an image token's side")
     parser.add_argument("--response", type=int, default=64, help="tokens written")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, help="time by the clock with so many threads")
     return parser.parse_args(argv)
 
 
@@ -50,9 +49,9 @@ def alternate(calls, repeats, clock):
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def command_seconds(clock):
+def command_seconds(clock, device):
     """Seconds of `segcompass segment` after loading: (all, generation's and the encoder's); the second of two runs."""
-    model, processor = load(str(MINI))
+    model, processor = load(str(MINI), device)
     within = []
 
     def timed(call):
@@ -79,16 +78,17 @@ def command_seconds(clock):
 @torch.no_grad()
 def main(argv=None):
     args = parse(argv)
-    torch.set_num_threads(args.threads or 1)
-    clock = time.perf_counter if args.threads else time.process_time
-    model, processor = benchmark_model(args.hidden, args.layers)
+    clock = clock_of(args)
+    model, processor = sized_model(args, image_side=args.image_side)
     model.generation_config.eos_token_id = model.mllm.generation_config.eos_token_id = None  # write every token
     length = dict(max_new_tokens=args.response, min_new_tokens=args.response)
     rows = benchmark_rows(max(args.batches))
     result = {}
 
     def inputs_of(rows):
-        return processor(images=[row["image"] for row in rows], text=[row["instruction"] for row in rows])
+        return processor(images=[row["image"] for row in rows], text=[row["instruction"] for row in rows]).to(
+            args.device
+        )
 
     for batch in args.batches:
         inputs = inputs_of([rows[index] for index in range(batch)])
@@ -107,10 +107,10 @@ def main(argv=None):
         print(f"batch {batch:<4} {shown}   {ratio:.3f}x")
 
     result |= {"mllm_parameters": sum(p.numel() for p in model.mllm.parameters()), "response_tokens": args.response}
-    whole, within = command_seconds(clock)
+    whole, within = command_seconds(clock, args.device)
     result["command_outside"], result["command_seconds"] = round(1 - within / whole, 4), round(whole, 4)
     print(f"segcompass segment {whole:.3f} s, {within:.3f} s of them generation and image encoder")
-    result["threads"] = args.threads or 1
+    result |= {"image_tokens": (args.image_side // 16) ** 2, **machine(args)}
     print("RESULT", json.dumps(result))
 
 

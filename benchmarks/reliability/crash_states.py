@@ -1,12 +1,15 @@
 """Every state that a crash can leave on the disk, of everything that writes files: does repeating the command mend it?
 
     python benchmarks/reliability/crash_states.py [--quick] [--sample 50] [--writers sft grpo]
+    python benchmarks/reliability/crash_states.py --part 3/8    # every eighth state, from the third on
+    python benchmarks/reliability/crash_states.py --minutes 0   # tries none: adds up what all parts have tried
 
 A writer runs once while each of its openings, renamings and removals is watched; before each, what is on the disk is a
 state that a kill leaves. What was written in between is also left out, cut to nothing and cut in half, with everything
 later absent. A renaming happens or does not. Each state is laid out, the writer runs again, and what it leaves must be
 the same bytes as without the crash. --sample takes so many of each writer's states, evenly spread over its run; without
-it all are tried. Keys of RESULT: crash_states, crash_exact, and by writer [exact, tried, there are].
+it all are tried. Keys of RESULT: crash_states, crash_exact, and by writer [exact, tried, there are], of all parts that
+were tried into the same --output.
 """
 
 import hashlib
@@ -21,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.reliability import writers  # noqa: E402
 from benchmarks.reliability.children import in_child, options, say, warm_up  # noqa: E402
-from segcompass.journal import Journal  # noqa: E402
+from segcompass.journal import Journal, read_records  # noqa: E402
 
 State = dict[str, str]
 """Relative path -> name of its content among the blobs."""
@@ -125,7 +128,7 @@ def lay_out(state: State, folder: Path, blobs: Path) -> None:
         time.sleep(0)  # files of one state may share a time, as after a power cut
 
 
-def examine(name: str, work: Path, journal: Journal, sample: int, end: float) -> None:
+def examine(name: str, work: Path, journal: Journal, sample: int, end: float, part: tuple[int, int] = (1, 1)) -> None:
     """Crash states of one writer.
 
     Args:
@@ -134,6 +137,7 @@ def examine(name: str, work: Path, journal: Journal, sample: int, end: float) ->
         journal: of the cases.
         sample: how many states, evenly spread; 0 takes all.
         end: when to stop, on the monotonic clock.
+        part: of these states which, from 1, of how many: every n-th.
     """
     folder, blobs = work / name / "run", work / name / "blobs"
     blobs.mkdir(parents=True, exist_ok=True)
@@ -153,7 +157,7 @@ def examine(name: str, work: Path, journal: Journal, sample: int, end: float) ->
     assert outcome.kind == "done", f"{name} does not run while it is watched: {outcome}"
     alike = writers.compared(name, [work / name / "first", folder])
     states = crash_states(outcome.value, blobs)
-    for number in evenly(len(states), sample):
+    for number in evenly(len(states), sample)[part[0] - 1 :: part[1]]:
         case, state = f"{name} {number}", states[number]
         if case in journal.records or time.monotonic() > end:
             continue
@@ -178,6 +182,14 @@ def evenly(count: int, sample: int) -> list[int]:
     return [(2 * number + 1) * count // (2 * sample) for number in range(sample)]
 
 
+def part_of(text: str) -> tuple[int, int]:
+    """What --part says: "3/8" is (3, 8). Raises ValueError."""
+    part, parts = map(int, text.split("/"))
+    if not 1 <= part <= parts:
+        raise ValueError(f"--part {text}: give i/n with i from 1 to n.")
+    return part, parts
+
+
 QUICK = ("sae", "evaluate", "feature_cache", "prepare", "converted_sae", "journal")
 """Writers of the quick form; the others' crash states are among tests/trainers/test_checkpoints.py."""
 
@@ -185,14 +197,22 @@ QUICK = ("sae", "evaluate", "feature_cache", "prepare", "converted_sae", "journa
 def main(argv: list[str] | None = None) -> dict:
     """Run the harness and return what its RESULT says."""
     sample = {"type": int, "default": 0, "help": "states of each writer, evenly spread; default: all"}
-    args = options(__doc__, argv, {"--sample": sample, "--writers": writers.CHOICE})
-    journal = Journal(args.output / ("crash_states_quick" if args.quick else "crash_states"), {"quick": args.quick})
+    part = {"type": part_of, "default": (1, 1), "help": "i/n: every n-th state from the i-th on; each in a process"}
+    args = options(__doc__, argv, {"--sample": sample, "--writers": writers.CHOICE, "--part": part})
+    place = args.output / ("crash_states_quick" if args.quick else "crash_states")
+    if args.part != (1, 1):
+        place = place.with_name(f"{place.name}_part_{args.part[0]}_of_{args.part[1]}")
+    journal = Journal(place, {"quick": args.quick})
     with tempfile.TemporaryDirectory() as work:
         writers.work_in(Path(work))
         for name in args.writers or (QUICK if args.quick else writers.WRITERS):
             if time.monotonic() < args.end:
-                examine(name, Path(work).resolve(), journal, 3 if args.quick else args.sample, args.end)
-    records = list(journal.records.values())
+                examine(name, Path(work).resolve(), journal, 3 if args.quick else args.sample, args.end, args.part)
+    found = dict(journal.records)
+    if args.part == (1, 1):
+        for path in sorted(args.output.glob(f"{place.name}_part_*/items.jsonl")):
+            found = read_records(path) | found
+    records = list(found.values())
     by = {}
     for name in writers.WRITERS:
         chosen = [record for record in records if record["writer"] == name]
