@@ -134,11 +134,11 @@ class Why:
             return ""
         *_, (key, change) = self.changes.items()
         last = f"{self.names.get(key, key)} {said(change)}: "
-        together = self.effect(slot).sentence
+        together = self.effect(slot)
         if slot.number not in self.earlier:
-            return f"{last}{together}."
-        step = effect_on(self.earlier[slot.number], self.after[slot.number], self.threshold).sentence
-        return f"{last}{step}." + ("" if step == together else f" All changes together: {together}.")
+            return f"{last}{together.sentence}."
+        step = effect_on(self.earlier[slot.number], self.after[slot.number], self.threshold)
+        return f"{last}{step.sentence}." + ("" if step == together else f" All changes: {together.brief}.")
 
     @property
     def verdict(self) -> str:
@@ -496,7 +496,9 @@ def needed(slot: Slot, threshold: float) -> str:
     """Which concept the mask needs most, in a sentence; without a mask, what is missing."""
     known = [(concept.name, concept.off) for concept in slot.concepts if concept.off is not None]
     if slot.confidence < threshold:
-        return "There is no mask to move: confidence is missing, which words give. Ask otherwise, or need less of it."
+        return (
+            "There is no mask to move: confidence is missing, which words give. Ask otherwise, or lower what is needed."
+        )
     if not slot.kept:
         return "There is no mask to move: heat is missing. Undo a change, double a concept, or swap one."
     if not known:

@@ -169,26 +169,32 @@ def _section(why: Why, slot: Slot, image: Image.Image, numbers: dict[Key, int], 
     rows = "".join(_row(why, slot, concept, numbers[concept.key], image) for concept in slot.concepts)
     rows += "<div class='concept blank'></div>" * (TOP_CONCEPTS - len(slot.concepts))
     total = _layer(_total(slot), slot, image, kind="total")
-    edge = _mask(slot, image, fill=0, name="edge") + (_board(image) if board else "")
+    edge = _edge(slot, image) + (_board(image) if board else "")
     spots = json.dumps(_spots(slot, numbers, strongest))
     heat = _picture(image, f"{parts}{total}{edge}", "heatmap", grey=True, more=f"data-spots='{spots}'") + _legend(slot)
     others = [other for other in why.kept if other.number != slot.number]
     drawn = "".join(_mask(other, image, fill=0) for other in others) + _drawn(slot, image)
     mask = _picture(image, drawn + _uses(slot, numbers), "mask", more=f"data-spots='{spots}'")
     place = "all together" if why.additive else "the heatmap; in this read-out the places do not add up to it"
-    place += "; line: the mask's edge" if slot.kept else "; line: what it would have drawn" if slot.mask.any() else ""
+    place += (
+        "; white line: the mask's edge"
+        if slot.kept
+        else "; white line: what it would have drawn"
+        if slot.mask.any()
+        else ""
+    )
     place += "; brightened, for the heat is low" if _dim(slot) else ""
     drawn_as = "drawn where it is hottest, along edges in the picture" if slot.kept else "nothing is drawn"
     drawn_as = "faint: what it would have drawn" if slot.mask.any() and not slot.kept else drawn_as
     when = "<b>after:</b> " if why.changes else ""
     others_share = f" (all others {percent(slot.rest)})" if slot.rest >= 0.005 else ""
     known = any(concept.off is not None for concept in slot.concepts)
-    takes = " Dark: what goes if it is off." if known else ""
+    takes = " Second: what goes if it is off." if known else ""
     kinds = "Look: how a thing looks; place: where it is. " if any(concept.kind for concept in slot.concepts) else ""
     relations = "Relations (left of, larger) are settled where it decides; concepts read only the conclusion. "
     captions = (
         f"{relations if why.additive else ''}Stronger colour: the mask reads more of the word.",
-        f"{when}{kinds}Coloured: its share of the {_sum(why)}{others_share}.{takes}",
+        f"{when}{kinds}First bar: its share of the {_sum(why)}{others_share}.{takes}",
         f"{when}<span class='place' data-all='{escape(place)}'>{escape(place)}</span>",
         f"{when}{drawn_as}",
     )
@@ -432,8 +438,19 @@ def _drawn(slot: Slot, image: Image.Image) -> str:
     return _mask(slot, image) if slot.kept else _mask(slot, image, fill=40, outline=110)
 
 
-def _mask(slot: Slot, image: Image.Image, fill: int = 120, outline: int = 255, name: str = "drawn") -> str:
+def _mask(slot: Slot, image: Image.Image, fill: int = 120, outline: int = 255) -> str:
     """A mask's inside and its outline, as opaque as said, up to 255."""
+    return _outlined(slot, image, _colour(slot), fill, outline, f"class='drawn' data-mask='{slot.number}'")
+
+
+def _edge(slot: Slot, image: Image.Image) -> str:
+    """A mask's outline in white, seen on any heat."""
+    return _outlined(slot, image, (255, 255, 255), 0, 230, "class='edge'")
+
+
+def _outlined(
+    slot: Slot, image: Image.Image, colour: tuple[int, int, int], fill: int, outline: int, marked: str
+) -> str:
     if not slot.mask.any():
         return ""
     mask = Image.fromarray(slot.mask.astype(np.uint8) * 255).resize(_twice(image), Image.Resampling.BILINEAR)
@@ -442,12 +459,12 @@ def _mask(slot: Slot, image: Image.Image, fill: int = 120, outline: int = 255, n
     bordered = Image.fromarray(np.pad(inside, edge).astype(np.uint8))
     core = np.asarray(bordered.filter(ImageFilter.MinFilter(2 * edge + 1)))[edge:-edge, edge:-edge] > 0
     pixels = np.zeros((*inside.shape, 4), np.uint8)
-    pixels[..., :3] = _colour(slot)
+    pixels[..., :3] = colour
     pixels[inside, 3] = fill
     pixels[inside & ~core, 3] = outline
     return (
         f"<image width='{image.width}' height='{image.height}' preserveAspectRatio='none' href='{_png(pixels)}' "
-        f"class='{name}' data-mask='{slot.number}'/>"
+        f"{marked}/>"
     )
 
 

@@ -279,7 +279,7 @@ def test_two_changes_tell_the_last_and_all_together(space):
     why = space.why.Why(["so"], [before], after={0: slots_of(space, half)[0]}, earlier={0: before}, **given)
     assert why.moved(before) == "b → c: 50% of the mask goes."
     why = space.why.Why(["so"], [before], after={0: before}, earlier={0: slots_of(space, half)[0]}, **given)
-    assert why.moved(before) == "b → c: 100% of its size is added. All changes together: the mask does not change."
+    assert why.moved(before) == "b → c: 100% of its size is added. All changes: no change."
 
 
 def test_words_that_the_small_model_never_learned_are_named_before_and_with_the_answer(space, mini):
