@@ -339,7 +339,7 @@ def stages_of(processor: Any, outputs: Any) -> tuple[int, int]:
     positioned = _positioned(processor, outputs)
     first = int(outputs.grounding.word_positions[0][outputs.grounding.word_mask[0]].min())
     begins = next((word for word, (place, _) in enumerate(positioned) if place == first), 0)
-    ends = (word + 1 for word, (_, text) in enumerate(positioned) if text.rstrip().endswith((".", "!", "?", "\n")))
+    ends = (word + 1 for word, (_, text) in enumerate(positioned) if text.rstrip(" ").endswith((".", "!", "?", "\n")))
     return min(next(ends, begins), begins), begins
 
 
@@ -496,9 +496,7 @@ def needed(slot: Slot, threshold: float) -> str:
     """Which concept the mask needs most, in a sentence; without a mask, what is missing."""
     known = [(concept.name, concept.off) for concept in slot.concepts if concept.off is not None]
     if slot.confidence < threshold:
-        return (
-            "There is no mask to move: confidence is missing, which words give. Ask otherwise, or lower what is needed."
-        )
+        return "There is no mask to move: confidence is missing, which comes from words. Ask otherwise."
     if not slot.kept:
         return "There is no mask to move: heat is missing. Undo a change, double a concept, or swap one."
     if not known:
