@@ -385,7 +385,7 @@ class Tools:
 
         Returns:
             text, verdict, unknown_words (as `segment` gives them), and slots: each with slot, confidence, kept and
-            concepts, heaviest first: name, share of the mask in [0, 1], words that fired it, place (x, y in pixels
+            concepts, heaviest first: name, share of the heat in [0, 1], words that fired it, place (x, y in pixels
             where it adds most), and lost_without_it, the share of the mask that is gone when the concept is switched
             off (null where that is not known). Without a mask the surest slot is explained.
         """
