@@ -496,7 +496,10 @@ def needed(slot: Slot, threshold: float) -> str:
     """Which concept the mask needs most, in a sentence; without a mask, what is missing."""
     known = [(concept.name, concept.off) for concept in slot.concepts if concept.off is not None]
     if slot.confidence < threshold:
-        return "There is no mask to move: confidence is missing, which comes from words. Ask otherwise."
+        return (
+            "There is no mask to move: confidence is missing, which comes mostly from the words. Ask otherwise, or "
+            "lower “Confidence needed”."
+        )
     if not slot.kept:
         return "There is no mask to move: heat is missing. Undo a change, double a concept, or swap one."
     if not known:

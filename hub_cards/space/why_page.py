@@ -194,7 +194,7 @@ def _section(why: Why, slot: Slot, image: Image.Image, numbers: dict[Key, int], 
     relations = "Relations (left of, larger) are settled where it decides; concepts read only the conclusion. "
     captions = (
         f"{relations if why.additive else ''}Stronger colour: the mask reads more of the word.",
-        f"{when}{kinds}First bar: its share of the {_sum(why)}{others_share}.{takes}",
+        f"{when}{kinds}{'First bar' if known else 'Bar'}: its share of the {_sum(why)}{others_share}.{takes}",
         f"{when}<span class='place' data-all='{escape(place)}'>{escape(place)}</span>",
         f"{when}{drawn_as}",
     )
