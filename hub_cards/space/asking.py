@@ -116,7 +116,6 @@ class Demo:
                     yield piece._replace(unknown=unknown)
             if answer is None or left.is_set():
                 return
-            answer.unknown = unknown
             shown = self.show(answer, threshold)
             self.answers.put(visitor, answer)
             yield shown._replace(text=text)
@@ -143,7 +142,6 @@ class Demo:
             *_, answer = self._when_it_is_time(image, instruction, left, ticket)
         finally:
             self.line.leave(ticket)
-        answer.unknown = self.unknown(instruction)
         return answer
 
     def _when_it_is_time(self, image: Any, instruction: str, left: Event, ticket: object) -> Iterator["Shown | Answer"]:
@@ -166,6 +164,7 @@ class Demo:
         except (ValueError, OSError) as error:  # an empty or too long instruction, an image that cannot be read
             raise refusal(error) from error
         answer, text = Answer(image, inputs), ""
+        answer.unknown = self.unknown(instruction)
         written = self._write(dict(inputs), None if ZERO_GPU else left)  # another process cannot see the event
         try:
             for piece in written:
