@@ -26,21 +26,15 @@ sys.path.insert(0, str(HERE))  # the files of a Space lie side by side and are n
 import gradio as gr  # noqa: E402
 from asking import Demo, Shown, Tools, model_of_the_space  # noqa: E402
 from PIL import Image  # noqa: E402
+from small_model import KNOWS, millions, warning  # noqa: E402
 from visitors import AT_ONCE, MAX_FILE, MAX_TEXT, MAX_WAITING  # noqa: E402
 from why_page import answer_page, waiting_page  # noqa: E402
 
 MINI = HERE.parents[1] / "examples" / "checkpoints" / "mini" if len(HERE.parents) > 1 else HERE
-SMALL = 20_000_000
-"""Parameters up to which a model is taken for the one that ships: it knows drawn scenes and nothing else."""
 ABOUT = (
     "# Why this mask?\nAsk for something in an image. The model writes what it sees; its words fire concepts; each "
     "concept adds heat where it finds itself; the heat becomes the mask. Point at any of them to see what it is linked "
     "with, then change a concept and watch the mask move."
-)
-KNOWS = (
-    "The small model that runs here ({millions:.1f} million parameters) has only ever seen drawn scenes like the "
-    "examples; photographs mean nothing to it. It calls places by a board: A to D from left to right, 1 to 4 from top "
-    "to bottom."
 )
 EXAMPLES_JS = """
 element.addEventListener('click', event => {
@@ -90,9 +84,17 @@ class Page:
     def html(self, shown: Shown) -> str:
         """What is shown at a moment."""
         if shown.why is None:
-            return waiting_page(shown.text, shown.note)
+            return waiting_page(shown.text, shown.note, warning(shown.unknown))
         answer: Any = shown.answer
-        return answer_page(shown.why, answer.image, answer.concepts, self.demo.swaps, answer.name)
+        return answer_page(
+            shown.why,
+            answer.image,
+            answer.concepts,
+            self.demo.swaps,
+            answer.name,
+            warning(shown.unknown),
+            board=self.demo.small,
+        )
 
     def take(self, event: gr.EventData) -> tuple:
         """The image and the instruction of an example."""
@@ -126,8 +128,7 @@ class Page:
 def page(demo: Demo) -> gr.Blocks:
     """The page, wired to the demo. Elements that a visitor or a test looks for carry an elem_id."""
     calls, tools = Page(demo), Tools(demo)
-    millions = sum(weight.numel() for weight in demo.model.parameters()) / 1e6
-    about = ABOUT if 1e6 * millions > SMALL else f"{ABOUT}\n\n{KNOWS.format(millions=millions)}"
+    about = f"{ABOUT}\n\n{KNOWS.format(millions=millions(demo.model))}" if demo.small else ABOUT
     js = (HERE / "page.js").read_text(encoding="utf-8")
     with gr.Blocks(title="SegCompass: why this mask?", analytics_enabled=False, delete_cache=(600, 1800)) as blocks:
         gr.Markdown(about, elem_id="about")

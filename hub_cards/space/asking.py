@@ -8,6 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any, NamedTuple
@@ -17,9 +18,10 @@ import numpy as np
 import torch
 import visitors
 from huggingface_hub import metadata_load
+from small_model import BOARD, is_small, unknown_words
 from transformers import AutoModel, AutoProcessor, TextIteratorStreamer
 from visitors import Answer, Answers, Line, check_question, check_threshold, read, refusal, visitor_of, within
-from why import Key, Why, account, swap_names
+from why import Changes, Key, Why, account, swap_names, with_change
 
 ZERO_GPU = os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "t", "true")
 """Whether a GPU is lent call by call, each in a process of its own."""
@@ -59,6 +61,8 @@ class Shown(NamedTuple):
     why: Why | None = None
     """the account, once the response is complete."""
     answer: Answer | None = None
+    unknown: list[str] = []
+    """the words of the instruction that the model never learned."""
 
     @property
     def question(self) -> str | None:
@@ -85,8 +89,13 @@ class Demo:
         self._asking: dict[str, tuple[Event, object]] = {}  # visitor -> (set when the visitor has left, its ticket)
         is_place = model.grounded_reading.is_place.tolist() if model.grounded else []
         self.swaps = swap_names(model.concept_labels, is_place) if model.grounded else {}
+        self.small = is_small(model)
         self._write, self._decode = on_gpu(self._write_here), on_gpu(self._decode_here)
         self._account = on_gpu(self._account_here)
+
+    def unknown(self, instruction: str) -> list[str]:
+        """The words of an instruction that the model never learned, where that is known: of the small model."""
+        return unknown_words(self.processor.tokenizer, instruction) if self.small else []
 
     # -- asking ------------------------------------------------------------------------------------------------------
 
@@ -98,12 +107,13 @@ class Demo:
         try:
             self._asking[visitor] = left, ticket
             answer, text = None, ""
+            unknown = self.unknown(instruction)
             for piece in self._when_it_is_time(image, instruction, left, ticket):
                 if isinstance(piece, Answer):
                     answer = piece
                 else:
                     text = piece.text
-                    yield piece
+                    yield piece._replace(unknown=unknown)
             if answer is None or left.is_set():
                 return
             shown = self.show(answer, threshold)
@@ -154,6 +164,7 @@ class Demo:
         except (ValueError, OSError) as error:  # an empty or too long instruction, an image that cannot be read
             raise refusal(error) from error
         answer, text = Answer(image, inputs), ""
+        answer.unknown = self.unknown(instruction)
         written = self._write(dict(inputs), None if ZERO_GPU else left)  # another process cannot see the event
         try:
             for piece in written:
@@ -208,10 +219,10 @@ class Demo:
             yield tuple(map(kept_where, made))
 
     @torch.no_grad()
-    def _decode_here(self, answer: Answer) -> Any:
-        """The masks with the answer's changes. Raises gr.Error when they cannot be followed."""
-        scale = {key: change for key, change in answer.changes.items() if not isinstance(change, str)}
-        replace = {key: change for key, change in answer.changes.items() if isinstance(change, str)}
+    def _decode_here(self, answer: Answer, changes: Changes) -> Any:
+        """The masks with changes. Raises gr.Error when they cannot be followed."""
+        scale = {key: change for key, change in changes.items() if not isinstance(change, str)}
+        replace = {key: change for key, change in changes.items() if isinstance(change, str)}
         options = {"concept_replace": replace} if replace else {}
         states = moved_to(self.model.device, answer.states)
         try:
@@ -225,8 +236,8 @@ class Demo:
         if ZERO_GPU:  # the answer is a copy, and lies in main memory
             answer.states = moved_to(self.model.device, answer.states)
             answer.outputs = moved_to(self.model.device, answer.outputs)
-        changed = self._decode_here(answer) if answer.changes else None
-        return account(self.model, self.processor, answer, threshold, changed)
+        decode = partial(self._decode_here, answer)
+        return account(self.model, self.processor, answer, threshold, decode, BOARD if self.small else None)
 
     # -- changing ----------------------------------------------------------------------------------------------------
 
@@ -235,11 +246,11 @@ class Demo:
         why = self._account(answer, threshold)
         for slot in (*why.slots, *why.after.values()):
             answer.concepts += [each.key for each in slot.concepts if each.key not in answer.concepts]
-        return Shown("".join(why.words), why=why, answer=answer)
+        return Shown("".join(why.words), why=why, answer=answer, unknown=answer.unknown)
 
-    def decode(self, answer: Answer) -> Any:
-        """The masks with the answer's changes: SegCompassOutput. Raises gr.Error when they cannot be followed."""
-        return self._decode(answer)
+    def decode(self, answer: Answer, changes: Changes) -> Any:
+        """The masks with changes: SegCompassOutput. Raises gr.Error when they cannot be followed."""
+        return self._decode(answer, changes)
 
     def change(
         self,
@@ -271,12 +282,13 @@ class Demo:
         elif not 0 <= within(change, "the strength") <= 2:
             raise refusal(f"The strength is {change!r:.40}; choose a number from 0 to 2.")
         check_threshold(threshold)
-        before = answer.changes
-        answer.changes = {**before, key: change if isinstance(change, str) else float(change)}
+        before, earlier = answer.changes, answer.earlier
+        answer.changes = with_change(before, key, change if isinstance(change, str) else float(change))
+        answer.earlier = before
         try:
             return self.show(answer, threshold)
         except gr.Error:
-            answer.changes = before
+            answer.changes, answer.earlier = before, earlier
             raise
 
     def restore(
@@ -301,6 +313,7 @@ class Demo:
         undone = set(answer.changes) if concept is None else {self._chosen(answer, concept)}
         check_threshold(threshold)
         answer.changes = {key: change for key, change in answer.changes.items() if key not in undone}
+        answer.earlier = dict(list(answer.changes.items())[:-1])  # the last that is left, as if it were made now
         return self.show(answer, threshold)
 
     @staticmethod
@@ -355,7 +368,8 @@ class Tools:
         Returns:
             text (the reasoning), no_target (true when the model looked and nothing was sure enough), and instances:
             each with slot, score, box (x0, y0, x1, y1 in pixels) and segmentation, a COCO run-length encoding
-            {"size": [height, width], "counts": [...]}, column by column.
+            {"size": [height, width], "counts": [...]}, column by column. unknown_words are those of the instruction
+            that the small model never learned: the answer to them is a guess.
         """
         answer = self.demo.alone(image, instruction, threshold)
         return self._described(answer, answer.outputs, threshold)
@@ -369,9 +383,10 @@ class Tools:
             threshold: Confidence from which a mask is given, from 0 to 1.
 
         Returns:
-            text, verdict, and slots: each with slot, confidence, kept and concepts, heaviest first: name, share of the
-            mask in [0, 1], words that fired it, place (x, y in pixels where it adds most), and lost_without_it, the
-            share of the mask that is gone without the concept. Without a mask the surest slot is explained.
+            text, verdict, unknown_words (as `segment` gives them), and slots: each with slot, confidence, kept and
+            concepts, heaviest first: name, share of the heat in [0, 1], words that fired it, place (x, y in pixels
+            where it adds most), and lost_without_it, the share of the mask that is gone when the concept is switched
+            off (null where that is not known). Without a mask the surest slot is explained.
         """
         answer = self.demo.alone(image, instruction, threshold)
         shown = self.demo.show(answer, threshold)
@@ -379,6 +394,7 @@ class Tools:
         return {
             "text": "".join(why.words),
             "verdict": why.verdict,
+            "unknown_words": answer.unknown,
             "slots": [
                 {
                     "slot": slot.number,
@@ -390,7 +406,7 @@ class Tools:
                             "share": concept.share,
                             "words": [why.words[word].strip() for word in sorted(concept.words)],
                             "place": _highest(concept.heat, answer.image.size),
-                            "lost_without_it": concept.lost,
+                            "lost_without_it": None if concept.off is None else concept.off.gone,
                         }
                         for concept in slot.concepts
                     ],
@@ -421,7 +437,7 @@ class Tools:
         Returns:
             before and after, each as `segment` gives it.
         """
-        changes: dict[Key, float | str] = {}
+        changes: Changes = {}
         for given, factor in ((switch_off, 0.0), (double, 2.0)):
             changes.update({self._key(name): factor for name in _listed(given)})
         for pair in _listed(swap):
@@ -433,8 +449,7 @@ class Tools:
             raise refusal("Nothing to change: name a concept in switch_off, double or swap; `explain` lists them.")
         answer = self.demo.alone(image, instruction, threshold)
         before = self._described(answer, answer.outputs, threshold)
-        answer.changes = changes
-        return {"before": before, "after": self._described(answer, self.demo.decode(answer), threshold)}
+        return {"before": before, "after": self._described(answer, self.demo.decode(answer, changes), threshold)}
 
     @staticmethod
     def _key(name: str) -> Key:
@@ -457,6 +472,7 @@ class Tools:
         return {
             "text": processor.decode(outputs.sequences[0, start:], skip_special_tokens=True),
             "no_target": bool(outputs.slot_mask[0].any()) and not instances,
+            "unknown_words": answer.unknown,
             "instances": instances,
         }
 

@@ -25,6 +25,7 @@ function choose(number) {
     row.setAttribute('aria-pressed', chosen);
     if (!chosen) continue;
     for (const name of all('.chosen')) name.textContent = row.dataset.name;
+    for (const about of all('.about-chosen')) about.textContent = row.dataset.about;
     offer(row);
   }
 }

@@ -5,10 +5,12 @@ name count as one. Knows nothing about visitors, the network or HTML.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from effects import NEEDED, Effect, effect, percent, said
 
 TOP_CONCEPTS = 5
 """How many concepts of a slot are shown."""
@@ -18,10 +20,8 @@ FAINT = 0.05
 """Words on which a concept fires less than this share of its strongest are left out."""
 FINE = 64
 """Cells along each side of a map of patches."""
-NEEDED = 0.3
-"""A mask that loses this share without a concept needs it."""
-STAYS = 0.98
-"""Two masks that agree so far (intersection over union) are called the same."""
+LONGEST = 640
+"""Pixels of the longest side of what the page shows, and of what it measures masks in."""
 
 NOTHING = re.compile(r"\banswer:\s*(?:none|nothing)\b[^.<\n]*", re.IGNORECASE)
 """How a response answers that nothing fits."""
@@ -30,6 +30,8 @@ MARK = re.compile(r"[\W_]*|an?|and|are|as|at|be|by|for|from|in|is|it|of|on|or|th
 
 Key = int | str
 """How a concept is called when it is changed: by its label, or by its number where it has none."""
+Changes = dict[Key, float | str]
+"""Concept -> its factor, or the concept in its place; the latest last."""
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,15 @@ class Concept:
     kind: str
     """"look", "place", or "" where the read-out does not tell."""
     share: float
-    """of the slot, in [0, 1]."""
+    """of all heat that the slot's concepts add over the image, in [0, 1]; of the slot's weights, in other read-outs."""
     words: dict[int, float]
     """place in `Why.words` -> how strongly it fires there, above 0."""
     heat: np.ndarray
     """float (h, w), at least 0: what it adds to the heatmap over the image; where it fires, in other read-outs."""
-    lost: float | None = None
-    """share of the mask that is gone without it, in [0, 1]; None where that is not known."""
+    about: str = ""
+    """what its name stands for, in a sentence without its end."""
+    off: Effect | None = None
+    """what switching it off would do to the mask; None where that is not known."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Slot:
     confidence: float
     kept: bool
     mask: np.ndarray
-    """bool (H, W)."""
+    """bool (H, W), the longest side at most `LONGEST`."""
     heat: np.ndarray
     """float (h, w) in [0, 1], the heatmap over the image."""
     concepts: list[Concept] = field(default_factory=list)
@@ -87,9 +91,14 @@ class Why:
     """whether the concepts' places add up to the heatmap."""
     after: dict[int, Slot] = field(default_factory=dict)
     """number -> the same slot after the visitor's changes, with its reasons; empty without any."""
-    changes: dict[Key, float | str] = field(default_factory=dict)
+    changes: Changes = field(default_factory=dict)
     names: dict[Key, str] = field(default_factory=dict)
     """how the concepts of `changes` are called."""
+    earlier: dict[int, Slot] = field(default_factory=dict)
+    """number -> the same slot before the last of several changes; empty where there are not several."""
+    stages: tuple[int, int] = (0, 0)
+    """places in `words` where the reasoning goes from its first sentence to the next, and to its conclusion; equal
+    where that is not known, or nothing lies between."""
 
     @property
     def now(self) -> list[Slot]:
@@ -102,18 +111,48 @@ class Why:
         return [slot for slot in self.now if slot.kept]
 
     @property
+    def titles(self) -> dict[int, str]:
+        """What each slot is called, by its number: those of the answer are counted, before any change."""
+        kept = [slot.number for slot in self.slots if slot.kept]
+        appeared = [slot.number for slot in self.now if slot.kept and slot.number not in kept]
+        return {
+            slot.number: f"mask {kept.index(slot.number) + 1}"
+            if slot.number in kept
+            else "new mask"
+            if slot.number in appeared
+            else "best guess"
+            for slot in self.slots
+        }
+
+    def effect(self, slot: Slot) -> Effect:
+        """What all changes together do to a slot's mask."""
+        return effect_on(slot, self.after[slot.number], self.threshold)
+
+    def moved(self, slot: Slot) -> str:
+        """What became of a slot's mask, in a sentence for the last change, and one for all of them if they are more."""
+        if slot.number not in self.after:
+            return ""
+        *_, (key, change) = self.changes.items()
+        last = f"{self.names.get(key, key)} {said(change)}: "
+        together = self.effect(slot)
+        if slot.number not in self.earlier:
+            return f"{last}{together.sentence}."
+        step = effect_on(self.earlier[slot.number], self.after[slot.number], self.threshold)
+        return f"{last}{step.sentence}." + ("" if step == together else f" All changes: {together.brief}.")
+
+    @property
     def verdict(self) -> str:
         """The result in a sentence."""
         if not self.found:
             return "No mask: the response had no concentration tokens, which each mask needs."
-        changed = "After the changes: " if self.after else ""
+        if self.after:
+            titles = self.titles
+            return f"After: {'; '.join(f'{titles[slot.number]}: {self.effect(slot).brief}' for slot in self.slots)}."
         if self.kept:
-            pixels = int(np.any([slot.mask for slot in self.kept], axis=0).sum())
+            share = percent(float(np.any([slot.mask for slot in self.kept], axis=0).mean()))
             count = len(self.kept)
             although = f", though it wrote “{self.none}”" if self.none else ""
-            return f"{changed}{count} mask{'s' * (count > 1)}, {pixels:,} pixels{although}."
-        if any(slot.kept for slot in self.slots):
-            return f"{changed}no mask any more."
+            return f"{count} mask{'s' * (count > 1)}, {share} of the image{although}."
         sure = f"onfidence {confidence(self.slots[0].confidence)}, a mask needs {self.threshold:.2f}."
         if self.none:
             return f"No target: it answered that nothing fits (“{self.none}”), c{sure}"
@@ -154,52 +193,113 @@ def swap_names(labels: dict[int, str], is_place: list[bool]) -> dict[str, str]:
     return {name: kinds[name] for name in ordered[:MAX_SWAPS]}
 
 
-def account(model: Any, processor: Any, answer: Any, threshold: float, changed: Any = None) -> Why:
+def account(
+    model: Any,
+    processor: Any,
+    answer: Any,
+    threshold: float,
+    decode: Callable[[Changes], Any],
+    names: dict[str, str] | None = None,
+) -> Why:
     """Everything about an answer.
 
     Args:
         model: SegCompassModel.
         processor: its processor.
-        answer: visitors.Answer, with states and outputs.
+        answer: visitors.Answer, with states, outputs and changes.
         threshold: confidence from which a slot is kept, in [0, 1].
-        changed: SegCompassOutput decoded with `answer.changes`, or None.
+        decode: makes a SegCompassOutput of the same states with changes.
+        names: how labels are called on the page that are called otherwise.
 
     Returns:
         Why.
     """
-    outputs = answer.outputs
-    additive = outputs.grounding is not None
+    outputs, names = answer.outputs, names or {}
+
+    def slots_with(changes: Changes) -> dict[int, Slot]:
+        return slots_of(processor, answer, decode(changes), threshold)
+
     slots = slots_of(processor, answer, outputs, threshold)
+    changed = decode(answer.changes) if answer.changes else None
     after = {} if changed is None else slots_of(processor, answer, changed, threshold)
     shown = [slot for slot in slots.values() if slot.kept or (slot.number in after and after[slot.number].kept)]
     shown = shown or sorted(slots.values(), key=lambda slot: -slot.confidence)[:1]
-    words: list[str] = []
     after = {slot.number: after[slot.number] for slot in shown if slot.number in after}
     if outputs.concept_weights is not None:
-        shown = [explained(model, processor, answer, outputs, slot) for slot in shown]
+        shown = [explained(model, processor, outputs, slot, names) for slot in shown]
         for before in shown if changed is not None else []:
-            now = explained(model, processor, answer, changed, after[before.number])
+            now = explained(model, processor, changed, after[before.number], names)
             after[before.number] = with_changed(now, before, answer.changes)
-    words = response_words(processor, outputs)
+    if outputs.grounding is not None:
+        found = forecast(after or {slot.number: slot for slot in shown}, answer.changes, threshold, slots_with)
+        shown, after = (shown, found) if after else (list(found.values()), after)
+    several = answer.earlier is not None and len(answer.changes) > 1
+    earlier = slots_with(answer.earlier) if several else {}
     return Why(
-        words=words,
+        words=response_words(processor, outputs),
         slots=shown,
         found=len(slots),
         threshold=threshold,
-        additive=additive,
+        additive=outputs.grounding is not None,
         after=after,
         changes=dict(answer.changes),
-        names={key: shown_name(key, model.concept_labels) for key in answer.changes},
+        names={key: shown_name(key, model.concept_labels, names) for key in answer.changes},
+        earlier={slot.number: earlier[slot.number] for slot in shown if earlier},
+        stages=stages_of(processor, outputs),
     )
+
+
+def forecast(
+    slots: dict[int, Slot], changes: Changes, threshold: float, slots_with: Callable[[Changes], dict[int, Slot]]
+) -> dict[int, Slot]:
+    """The slots with what switching each of their concepts off would do to their masks, beside the changes in force.
+
+    Args:
+        slots: by number, explained, with the changes in force.
+        changes: those in force.
+        threshold: confidence from which a slot is kept.
+        slots_with: all slots with changes, by number.
+
+    Returns:
+        The slots; those without a mask as they are.
+    """
+    keys = {concept.key for slot in slots.values() if slot.kept for concept in slot.concepts if concept.share > 0}
+    without = {key: slots_with(with_change(changes, key, 0.0)) for key in keys}
+    return {
+        number: replace(
+            slot,
+            concepts=[
+                replace(concept, off=effect_on(slot, without[concept.key][number], threshold))
+                if slot.kept and concept.share > 0
+                else concept
+                for concept in slot.concepts
+            ],
+        )
+        for number, slot in slots.items()
+    }
+
+
+def with_change(changes: Changes, key: Key, change: float | str) -> Changes:
+    """The changes and one more, which is the last."""
+    return {**{other: kept for other, kept in changes.items() if other != key}, key: change}
+
+
+def effect_on(before: Slot, after: Slot, threshold: float) -> Effect:
+    """What becomes of a slot's mask."""
+    if after.confidence < threshold:
+        reason = f"confidence {confidence(after.confidence)}, it needs {threshold:.2f}"
+    else:
+        reason = "too little heat"
+    return effect(before.mask if before.kept else None, after.mask if after.kept else None, reason)
 
 
 def slots_of(processor: Any, answer: Any, outputs: Any, threshold: float) -> dict[int, Slot]:
     """The slots that the response has, by number, with masks and heatmaps and no reasons yet."""
-    sizes = answer.inputs["original_sizes"]
+    sizes = at_most(answer.image.size, LONGEST)
     instances = processor.post_process_instance_segmentation(outputs, threshold, target_sizes=sizes)[0]
     kept = set(instances["slots"].tolist())
-    masks = (processor.post_process_masks(outputs.pred_masks, sizes)[0] > 0).cpu().numpy()
-    heats = processor.post_process_masks(outputs.heatmaps, coarse(answer.image.size))[0].sigmoid().cpu().numpy()
+    masks = (processor.post_process_masks(outputs.pred_masks, sizes)[0] > 0).cpu().numpy()  # also those not kept
+    heats = processor.post_process_masks(outputs.heatmaps, at_most(answer.image.size, 96))[0].sigmoid().cpu().numpy()
     confidences = outputs.pred_logits[0].float().sigmoid().tolist()
     return {
         number: Slot(number, confidences[number], number in kept, masks[number], heats[number])
@@ -207,8 +307,8 @@ def slots_of(processor: Any, answer: Any, outputs: Any, threshold: float) -> dic
     }
 
 
-def coarse(size: tuple[int, int], longest: int = 96) -> list[tuple[int, int]]:
-    """[(H, W)] of a small picture with an image's (W, H): heat is smooth, and a page is loaded over a network."""
+def at_most(size: tuple[int, int], longest: int) -> list[tuple[int, int]]:
+    """[(H, W)] of a copy of an image with this (W, H), as large as it is or smaller."""
     scale = min(1.0, longest / max(size))
     return [(max(1, round(size[1] * scale)), max(1, round(size[0] * scale)))]
 
@@ -232,7 +332,18 @@ def _positioned(processor: Any, outputs: Any) -> list[tuple[int, str]]:
     return words
 
 
-def with_changed(now: Slot, before: Slot, changes: dict[Key, float | str]) -> Slot:
+def stages_of(processor: Any, outputs: Any) -> tuple[int, int]:
+    """Where the reasoning goes from its first sentence to the next, and to its conclusion: see `Why.stages`."""
+    if outputs.grounding is None or not outputs.grounding.word_mask[0].any():
+        return 0, 0
+    positioned = _positioned(processor, outputs)
+    first = int(outputs.grounding.word_positions[0][outputs.grounding.word_mask[0]].min())
+    begins = next((word for word, (place, _) in enumerate(positioned) if place == first), 0)
+    ends = (word + 1 for word, (_, text) in enumerate(positioned) if text.rstrip(" ").endswith((".", "!", "?", "\n")))
+    return min(next(ends, begins), begins), begins
+
+
+def with_changed(now: Slot, before: Slot, changes: Changes) -> Slot:
     """A slot after changes with the concepts that were changed among its own, also those of which nothing is left.
 
     Args:
@@ -245,22 +356,22 @@ def with_changed(now: Slot, before: Slot, changes: dict[Key, float | str]) -> Sl
     """
     present = {concept.key for concept in now.concepts}
     gone = [concept for concept in before.concepts if concept.key in changes and concept.key not in present]
-    gone = [replace(concept, share=0.0, heat=np.zeros_like(concept.heat), lost=None) for concept in gone]
+    gone = [replace(concept, share=0.0, heat=np.zeros_like(concept.heat), off=None) for concept in gone]
     chosen = sorted([*now.concepts, *gone], key=lambda concept: (concept.key not in changes, -concept.share))
     concepts = sorted(chosen[:TOP_CONCEPTS], key=lambda concept: -concept.share)
     total = sum(concept.share for concept in concepts)
     return replace(now, concepts=concepts, rest=max(0.0, 1.0 - total) if total else 0.0)
 
 
-def explained(model: Any, processor: Any, answer: Any, outputs: Any, slot: Slot) -> Slot:
+def explained(model: Any, processor: Any, outputs: Any, slot: Slot, names: dict[str, str]) -> Slot:
     """The slot with its reasons.
 
     Args:
         model: SegCompassModel.
         processor: its processor.
-        answer: visitors.Answer.
-        outputs: its outputs, or those with its changes.
+        outputs: those of an answer, or with its changes.
         slot: one of the outputs' slots.
+        names: how labels are called on the page that are called otherwise.
 
     Returns:
         Slot.
@@ -273,22 +384,23 @@ def explained(model: Any, processor: Any, answer: Any, outputs: Any, slot: Slot)
     groups: dict[Key, list[Any]] = {}
     for concept in report.concepts:
         groups.setdefault(key_of(concept.index, labels), []).append(concept)
-    heaviest = sorted(groups.items(), key=lambda item: -sum(each.weight for each in item[1]))[:TOP_CONCEPTS]
-    whole = float(outputs.grounding.weights[0, slot.number].sum()) if grounded else 1.0  # not 1 after changes
-    lost = lost_by_name(model, answer, outputs, slot.number, heaviest) if grounded and slot.kept else {}
+    heats = {key: heat_of(members, grounded) for key, members in groups.items()}
+    if grounded:  # of all that its concepts add, over the image
+        shares = {key: float(heat.sum()) for key, heat in heats.items()}
+        height, width = next((heat.shape for heat in heats.values()), (0, 0))
+        whole = float(outputs.grounding.on_keys(0, slot.number)[:, :height, :width].sum())
+    else:
+        shares, whole = {key: float(sum(each.weight for each in members)) for key, members in groups.items()}, 1.0
     concepts = []
-    for key, members in heaviest:
+    for key in sorted(groups, key=lambda key: -shares[key])[:TOP_CONCEPTS]:
+        members = groups[key]
         words: dict[int, float] = {}
         for token in (token for member in members for token in member.tokens if token.position in number):
             words[number[token.position]] = words.get(number[token.position], 0.0) + token.strength
         words = {word: strength for word, strength in words.items() if strength >= FAINT * max(words.values())}
-        if grounded:
-            heat = sum(member.contribution for member in members)
-        else:
-            heat = heat_of_patches([patch for member in members for patch in member.patches])
         kind = "" if is_place is None else "place" if is_place[members[0].index] else "look"
-        share = float(sum(member.weight for member in members)) / max(whole, 1e-9)
-        concepts.append(Concept(key, shown_name(key, labels), kind, share, words, heat, lost.get(key)))
+        name, about = shown_name(key, labels, names), about_name(key, kind, names)
+        concepts.append(Concept(key, name, kind, shares[key] / max(whole, 1e-9), words, heats[key], about))
     read = {number[word.position]: word.strength for word in report.words if word.position in number}
     read = {word: strength for word, strength in read.items() if strength > 0}
     if not grounded:  # sums of strengths, which are no shares
@@ -297,6 +409,13 @@ def explained(model: Any, processor: Any, answer: Any, outputs: Any, slot: Slot)
     rest = max(0.0, 1.0 - sum(concept.share for concept in concepts))
     phrases = {number[word.position]: word.phrase for word in report.words if word.position in number}
     return replace(slot, concepts=concepts, rest=rest, read=read, phrases=phrases)
+
+
+def heat_of(members: list[Any], grounded: bool) -> np.ndarray:
+    """What the features of one name add to the heatmap over the image; where they fire, in other read-outs."""
+    if grounded:
+        return sum(member.contribution for member in members)  # type: ignore[return-value]
+    return heat_of_patches([patch for member in members for patch in member.patches])
 
 
 def heat_of_patches(patches: list[Any]) -> np.ndarray:
@@ -321,7 +440,7 @@ def key_of(index: int, labels: dict[int, str]) -> Key:
     return labels[index].strip() if index in labels else index
 
 
-def shown_name(key: Key, labels: dict[int, str]) -> str:
+def shown_name(key: Key, labels: dict[int, str], names: dict[str, str] | None = None) -> str:
     """The name that a visitor reads: a label without the note that says what it was found on.
 
     A label of marks and small words alone tells where the concept fires and not what it means; it is called by number.
@@ -329,70 +448,65 @@ def shown_name(key: Key, labels: dict[int, str]) -> str:
     Args:
         key: how the concept is called when it is changed.
         labels: feature -> label.
+        names: how labels are called that are called otherwise, such as the columns of a board.
 
     Returns:
-        Such as "purple", "concept 7" or "concept 7 (at “,”)", with the first of its features' numbers.
+        Such as "purple", "column C", "unnamed 7" or "unnamed 7 (at “,”)", with the first of its features' numbers.
     """
     if isinstance(key, int):
-        return f"concept {key}"
-    name = key.removesuffix("(word)").removesuffix("(patch)").strip()
+        return f"unnamed {key}"
+    name = plain(key)
+    if names and name in names:
+        return names[name]
     if not all(MARK.fullmatch(part) for part in name.split("/")):
         return name
     number = min(index for index, label in labels.items() if label.strip() == key)
-    return f"concept {number} (at “{name}”)" if name else f"concept {number}"
+    return f"unnamed {number} (at “{name}”)" if name else f"unnamed {number}"
 
 
-def lost_by_name(
-    model: Any, answer: Any, outputs: Any, slot: int, groups: list[tuple[Key, list[Any]]]
-) -> dict[Key, float]:
-    """Which share of the mask is gone without the features of each name.
-
-    The model says it for each of its concepts; here the features of a name are put together as if they were one.
-    """
-    grounding, indices = outputs.grounding, outputs.concept_indices[0].tolist()
-    maps = []
-    for _, members in groups:
-        columns = [indices.index(member.index) for member in members]
-        maps.append(grounding.on_patches(0, slot)[columns].sum(0))  # (P,)
-    together = grounding.maps.new_tensor(np.stack([each.float().cpu().numpy() for each in maps], -1))[None]  # (1, P, n)
-    weights = together.new_ones(1, grounding.weights.shape[1], len(groups))
-    merged = type(outputs)(**dict(outputs))
-    merged.grounding = grounding._replace(weights=weights, maps=together)
-    merged.concept_indices = outputs.concept_indices.new_tensor([list(range(len(groups)))])
-    lost = model.lost_without(merged, slot, 0, answer.states.image_embeddings)
-    return {key: lost.get(place, 0.0) for place, (key, _) in enumerate(groups)}
+def plain(label: str) -> str:
+    """A label without the note that says what it was found on."""
+    return label.removesuffix("(word)").removesuffix("(patch)").strip()
 
 
-def needed(slot: Slot) -> str:
-    """Which concept the mask needs most, in a sentence."""
-    known = [concept for concept in slot.concepts if concept.lost is not None]
+KINDS = {"look": "how a thing looks", "place": "where a thing is"}
+"""The two sorts of concepts."""
+
+
+def about_name(key: Key, kind: str, names: dict[str, str]) -> str:
+    """What a concept's name stands for, in a sentence without its end."""
+    says = f"It says {KINDS[kind]}; it" if kind else "It"
+    if isinstance(key, int):
+        return f"{says} has no name: nothing was found that it stands for"
+    fires = ", ".join(f"“{part}”" for part in plain(key).split("/") if part)
+    if not fires:
+        return f"{says} has no name: it fires at what is no word"
+    if all(MARK.fullmatch(part) for part in plain(key).split("/")) and plain(key) not in names:
+        return f"{says} has no name: it fires at {fires}, which tells nothing"
+    if plain(key) in names and kind == "look":
+        return f"It is named after the word it fires at, {fires}; in images it fires at several places, as looks do"
+    if key.endswith("(word)"):
+        return f"{says} is named after the words it fires at most: {fires}"
+    if key.endswith("(patch)"):
+        return f"{says} is named after the places in images it fires at most: {fires}"
+    return f"{says} is named after what it was found to detect in images"
+
+
+def needed(slot: Slot, threshold: float) -> str:
+    """Which concept the mask needs most, in a sentence; without a mask, what is missing."""
+    known = [(concept.name, concept.off) for concept in slot.concepts if concept.off is not None]
+    if slot.confidence < threshold:
+        return (
+            "There is no mask to move: confidence is missing, which comes mostly from the words. Ask otherwise, or "
+            "lower “Confidence needed”."
+        )
     if not slot.kept:
-        return "There is no mask to move. Would one appear? Double a concept, or put another in its place."
+        return "There is no mask to move: heat is missing. Undo a change, double a concept, or swap one."
     if not known:
         return ""
-    most = max(known, key=lambda concept: concept.lost or 0)
-    if (most.lost or 0) >= NEEDED:
-        return f"This mask needs “{most.name}”: without it {most.lost:.0%} of it goes."
+    name, most = max(known, key=lambda each: each[1].size)
+    if most.size >= NEEDED:
+        return f"This mask needs “{name}”. Without it, {most.sentence}."
     return (
-        f"No single concept holds this mask: even without “{most.name}” {1 - (most.lost or 0):.0%} of it stays. Swap "
-        "one, or switch several off."
+        f"No single concept holds this mask. Even without “{name}”, {most.sentence}. Swap one, or switch several off."
     )
-
-
-def moved(before: Slot, after: Slot, threshold: float) -> str:
-    """What became of a mask, in a sentence."""
-    sure = f"confidence {confidence(before.confidence)} → {confidence(after.confidence)}"
-    if not after.kept:
-        gone = "No mask any more" if before.kept else "Still no mask"
-        why = "nothing of it is left" if after.confidence >= threshold else f"a mask needs {threshold:.2f}"
-        return f"{gone}: {sure}, {why}."
-    if not before.kept:
-        return f"Now there is a mask: {int(after.mask.sum()):,} pixels, {sure}."
-    both, either = (before.mask & after.mask).sum(), (before.mask | after.mask).sum()
-    if both >= STAYS * max(either, 1):
-        return f"The mask stays where it was ({sure})."
-    stays = both / max(before.mask.sum(), 1)
-    new = int(after.mask.sum() - both)
-    if stays < 0.01:
-        return f"The mask has moved away: all of its {new:,} pixels are new ({sure})."
-    return f"{stays:.0%} of the mask stays, {new:,} pixels are new ({sure})."

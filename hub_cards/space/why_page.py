@@ -13,8 +13,9 @@ from html import escape
 from typing import Any
 
 import numpy as np
+from effects import percent, said
 from PIL import Image, ImageFilter
-from why import TOP_CONCEPTS, Concept, Key, Slot, Why, confidence, moved, needed
+from why import KINDS, LONGEST, TOP_CONCEPTS, Concept, Key, Slot, Why, confidence, needed
 
 COLOURS = (  # those of modeling_segcompass/palette.py, which a Space's own repository does not hold
     (230, 60, 50),
@@ -26,25 +27,29 @@ COLOURS = (  # those of modeling_segcompass/palette.py, which a Space's own repo
     (232, 51, 139),
     (192, 116, 74),
 )
-LONGEST = 640
-"""Pixels of the longest side of a picture on the page."""
 FAINT = 0.05
 """Words of which a mask reads less than this share are not marked."""
 WORDS_NAMED = 2
 """How many of its words a concept names."""
 SPOTS = 16
 """The places that one can point at, in each direction."""
-KINDS = {"look": "how a thing looks", "place": "where a thing is"}
+DIM = 0.25
+"""Heat below which nothing would be seen."""
+CELLS = 4
+"""Cells of the small model's board along an image's longest side."""
+SURE = "How sure the model is that there is something to find; mostly from its words, so it says little of the mask."
+"""What a confidence means."""
 MARKS = re.compile(r"\s*(</?think>|<REF_POS>)")
 """What the response says to the program and not to its reader."""
 
 
-def waiting_page(text: str = "", note: str = "") -> str:
+def waiting_page(text: str = "", note: str = "", warned: str = "") -> str:
     """The page before and while an answer is written.
 
     Args:
         text: what was written so far.
         note: instead of it, such as how many wait.
+        warned: what to know of the question.
 
     Returns:
         HTML.
@@ -66,10 +71,18 @@ def waiting_page(text: str = "", note: str = "") -> str:
     verdict = "writing …" if text else ""
     busy = " data-busy" if text or note else ""
     shown = f"<div><div class='slot'>{steps}</div></div>"  # nested as an answer is: gradio changes the page in place
-    return f"<div class='why' data-answer=''{busy}>{_top(verdict, '')}{shown}{lower}</div>"
+    return f"<div class='why' data-answer=''{busy}>{_top(verdict, '', warned)}{shown}{lower}</div>"
 
 
-def answer_page(why: Why, image: Image.Image, concepts: list[Key], swaps: dict[str, str], name: str) -> str:
+def answer_page(
+    why: Why,
+    image: Image.Image,
+    concepts: list[Key],
+    swaps: dict[str, str],
+    name: str,
+    warned: str = "",
+    board: bool = False,
+) -> str:
     """The page with an answer.
 
     Args:
@@ -78,6 +91,8 @@ def answer_page(why: Why, image: Image.Image, concepts: list[Key], swaps: dict[s
         concepts: the concepts by the number that the page knows them by; those of `why` are among them.
         swaps: names that may be put in a concept's place, each with its kind, "look" or "place".
         name: of the answer, so that the page knows a new one.
+        warned: what to know of the question.
+        board: whether the heatmap has the small model's board at its edges.
 
     Returns:
         HTML.
@@ -85,43 +100,46 @@ def answer_page(why: Why, image: Image.Image, concepts: list[Key], swaps: dict[s
     shown = image.copy()
     shown.thumbnail((LONGEST, LONGEST))
     numbers = {key: number for number, key in enumerate(concepts)}
-    titles = {slot.number: _title(slot, place) for place, slot in enumerate(why.slots)}
-    tabs = "".join(_tab(slot, titles[slot.number]) for slot in why.now)
+    titles = why.titles
+    tabs = "".join(_tab(slot, titles[slot.number], why.threshold) for slot in why.now)
     defs = (
         f"<svg class='defs' aria-hidden='true'><defs><image id='why-photo' width='{shown.width}' "
         f"height='{shown.height}' href='{_jpeg(shown)}'/></defs></svg>"
     )
-    sections = "".join(_section(why, slot, shown, numbers) for slot in why.now)
+    sections = "".join(_section(why, slot, shown, numbers, board) for slot in why.now)
     if not why.slots:
         text = f"<p class='text'>{escape(MARKS.sub('', ''.join(why.words)))}</p>"
         nothing = _chain(text, "", _blank("no heatmap"), _picture(shown, "", "the image"), ("", "", "", ""))
         sections = f"<div class='slot'>{nothing}</div>"
     pairs = "".join(_pair(why, slot, shown, titles[slot.number]) for slot in why.slots)
-    needs = "".join(f"<p class='note' data-slot='{slot.number}'>{escape(needed(slot))}</p>" for slot in why.now)
+    needs = "".join(
+        f"<p class='note' data-slot='{slot.number}'>{escape(needed(slot, why.threshold))}</p>" for slot in why.now
+    )
     lower = _lower(f"{needs}{_controls(why, concepts, swaps)}", pairs)
-    head = _top(why.verdict, tabs)
+    head = _top(why.verdict, tabs, warned)
     return f"<div class='why' data-answer='{escape(name)}'>{head}<div>{sections}</div>{lower}{defs}</div>"
 
 
 # -- the parts ---------------------------------------------------------------------------------------------------------
 
 
-def _top(verdict: str, tabs: str) -> str:
+def _top(verdict: str, tabs: str, warned: str) -> str:
+    warning = f"<span class='warned' role='alert'>{escape(warned)}</span>" if warned else ""
     return (
-        f"<div class='top'><p class='verdict' role='status' id='verdict'>{escape(verdict)}</p>"
+        f"<div class='top'><p class='verdict' role='status' id='verdict'><span>{escape(verdict)}</span>{warning}</p>"
         f"<div class='tabs' role='group' aria-label='Which mask to explain'>{tabs}</div></div>"
     )
 
 
-def _title(slot: Slot, place: int) -> str:
-    return f"mask {place + 1}" if slot.kept else "best guess"
-
-
-def _tab(slot: Slot, name: str) -> str:
+def _tab(slot: Slot, name: str, threshold: float) -> str:
+    sure = f"confidence {confidence(slot.confidence)}"
+    if not slot.kept and slot.confidence >= threshold:  # sure, and yet nothing is drawn
+        sure = "no mask left"
+    elif not slot.kept:
+        sure += f", needs {threshold:.2f}"
     return (
-        f"<button type='button' class='tab' data-slot='{slot.number}' style='{_tint(slot)}' "
-        f"aria-pressed='false'><i class='dot'></i>{name}"
-        f"<small>confidence {confidence(slot.confidence)}</small></button>"
+        f"<button type='button' class='tab' data-slot='{slot.number}' style='{_tint(slot)}' title='{SURE}' "
+        f"aria-pressed='false'><i class='dot'></i>{name}<small>{sure}</small></button>"
     )
 
 
@@ -145,27 +163,38 @@ def _lower(controls: str, pairs: str) -> str:
     )
 
 
-def _section(why: Why, slot: Slot, image: Image.Image, numbers: dict[Key, int]) -> str:
+def _section(why: Why, slot: Slot, image: Image.Image, numbers: dict[Key, int], board: bool) -> str:
     strongest = max((float(concept.heat.max()) for concept in slot.concepts), default=0.0) or 1.0
     parts = "".join(_part(slot, concept, numbers, strongest, image) for concept in slot.concepts)
     rows = "".join(_row(why, slot, concept, numbers[concept.key], image) for concept in slot.concepts)
     rows += "<div class='concept blank'></div>" * (TOP_CONCEPTS - len(slot.concepts))
     total = _layer(_total(slot), slot, image, kind="total")
+    edge = _edge(slot, image) + (_board(image) if board else "")
     spots = json.dumps(_spots(slot, numbers, strongest))
-    heat = _picture(image, f"{parts}{total}", "heatmap", grey=True, more=f"data-spots='{spots}'")
+    heat = _picture(image, f"{parts}{total}{edge}", "heatmap", grey=True, more=f"data-spots='{spots}'") + _legend(slot)
     others = [other for other in why.kept if other.number != slot.number]
     drawn = "".join(_mask(other, image, fill=0) for other in others) + _drawn(slot, image)
     mask = _picture(image, drawn + _uses(slot, numbers), "mask", more=f"data-spots='{spots}'")
     place = "all together" if why.additive else "the heatmap; in this read-out the places do not add up to it"
-    place += "" if slot.kept or not slot.concepts else ", brightened: the heat is low"
-    drawn_as = "drawn where the heat is" if slot.kept else "what it would have drawn, faint: not kept"
-    when = "<b>after the changes:</b> " if why.changes else ""
-    others_share = f" (all others {slot.rest:.0%})" if slot.rest >= 0.005 else ""
-    known = any(concept.lost is not None for concept in slot.concepts)
-    takes = "; dark: how much of the mask goes without it" if known else ""
+    place += (
+        "; white line: the mask's edge"
+        if slot.kept
+        else "; white line: what it would have drawn"
+        if slot.mask.any()
+        else ""
+    )
+    place += "; brightened, for the heat is low" if _dim(slot) else ""
+    drawn_as = "drawn where it is hottest, along edges in the picture" if slot.kept else "nothing is drawn"
+    drawn_as = "faint: what it would have drawn" if slot.mask.any() and not slot.kept else drawn_as
+    when = "<b>after:</b> " if why.changes else ""
+    others_share = f" (all others {percent(slot.rest)})" if slot.rest >= 0.005 else ""
+    known = any(concept.off is not None for concept in slot.concepts)
+    takes = " Second: what goes if it is off." if known else ""
+    kinds = "Look: how a thing looks; place: where it is. " if any(concept.kind for concept in slot.concepts) else ""
+    relations = "Relations (left of, larger) are settled where it decides; concepts read only the conclusion. "
     captions = (
-        "stronger colour: the mask reads more of the word, and of what led to it",
-        f"{when}coloured: its share of the heat{others_share}{takes}",
+        f"{relations if why.additive else ''}Stronger colour: the mask reads more of the word.",
+        f"{when}{kinds}{'First bar' if known else 'Bar'}: its share of the {_sum(why)}{others_share}.{takes}",
         f"{when}<span class='place' data-all='{escape(place)}'>{escape(place)}</span>",
         f"{when}{drawn_as}",
     )
@@ -183,7 +212,12 @@ def _text(why: Why, slot: Slot, numbers: dict[Key, int]) -> str:
             if slot.read.get(word, 0) >= FAINT:
                 linked.setdefault(word, []).append(numbers[concept.key])
     parts = []
+    second, third = why.stages
     for number, word in enumerate(why.words):
+        if second < third and number in (second, third):
+            decides = number == second
+            parts.append(f"</span><span class='stage{' decides' if decides else ''}'>")
+            parts.append(f"<small>{'it decides' if decides else 'it concludes'}</small> ")
         share = slot.read.get(number, 0.0)
         if number not in linked and share < FAINT:
             parts.append(escape(MARKS.sub("", word)))
@@ -191,7 +225,7 @@ def _text(why: Why, slot: Slot, numbers: dict[Key, int]) -> str:
         space = " " if word[:1].isspace() else ""
         fired = " ".join(map(str, linked.get(number, [])))
         phrase = slot.phrases.get(number, "").strip()
-        together = f" It is read as “{phrase}”." if phrase not in ("", word.strip()) else ""
+        together = f" It is read with what is before it: “{phrase}”." if phrase not in ("", word.strip()) else ""
         told = (
             f"{share:.0%} of what this mask reads comes from this word."
             if why.additive
@@ -201,55 +235,55 @@ def _text(why: Why, slot: Slot, numbers: dict[Key, int]) -> str:
             f"{space}<button type='button' class='word' data-c='{fired}' style='--share:{share:.2f}' "
             f"title='{escape(told + together)}'>{escape(word.strip())}</button>"
         )
-    return f"<p class='text'>{''.join(parts)}</p>"
+    return f"<p class='text'><span class='stage'>{''.join(parts)}</span></p>"
 
 
 def _row(why: Why, slot: Slot, concept: Concept, number: int, image: Image.Image) -> str:
     named = sorted(concept.words, key=lambda word: -concept.words[word])
-    named = list(dict.fromkeys(why.words[word].strip() for word in named if why.words[word].strip()))[:WORDS_NAMED]
+    named = list(dict.fromkeys(_read_as(why, slot, word) for word in named if why.words[word].strip()))[:WORDS_NAMED]
     source = "from " + ", ".join(f"“{escape(word)}”" for word in named) if named else ""
     replaced = [escape(str(why.names.get(key, key))) for key, other in why.changes.items() if other == concept.key]
     source = f"in place of {', '.join(replaced)}" if replaced else source
     change = why.changes.get(concept.key)
-    badge = "" if change is None else f"<em class='badge'>{escape(_said(change))}</em>"
+    badge = "" if change is None else f"<em class='badge'>{escape(said(change))}</em>"
     changed = "" if change is None else escape(change) if isinstance(change, str) else f"{change:g}"
     thumb = (
         f"<svg class='thumb' viewBox='0 0 {image.width} {image.height}' aria-hidden='true'>"
         f"<use href='#why-photo' class='grey'/><use href='#why-{slot.number}-{number}'/></svg>"
     )
-    kind = f"<small title='{KINDS[concept.kind]}'>{concept.kind}</small>" if concept.kind else ""
+    kind = f"<small>{concept.kind}</small>" if concept.kind else ""
+    name, about = escape(concept.name), escape(concept.about)
     return (
-        f"<button type='button' class='concept' data-c='{number}' data-name='{escape(concept.name)}' "
-        f"data-share='{concept.share:.0%}' data-change='{changed}' aria-pressed='false'>{thumb}<span class='about'>"
-        f"<span class='head'><strong>{escape(concept.name)}</strong>{kind}{badge}"
+        f"<button type='button' class='concept' data-c='{number}' data-name='{name}' title='{name}: {about}.' "
+        f"data-about='{about}.' data-share='{percent(concept.share)}' data-change='{changed}' aria-pressed='false'>"
+        f"{thumb}<span class='about'>"
+        f"<span class='head'><strong>{name}</strong>{kind}{badge}"
         f"<span class='from'>{source}</span></span>"
-        f"{_bar('heat', concept.share, f'{concept.share:.0%} of the heat')}{_bar('loss', concept.lost, _loss(concept))}"
+        f"{_bar('heat', concept.share, f'{percent(concept.share)} of the {_sum(why)}')}"
+        f"{_bar('loss', concept.off and concept.off.size, concept.off and f'off: {concept.off.brief}')}"
         "</span></button>"
     )
 
 
-def _loss(concept: Concept) -> str:
-    """What the mask loses without a concept, in a few words."""
-    if concept.lost is None:
-        return ""
-    return f"without it −{concept.lost:.0%}" if concept.lost >= 0.005 else "mask stays without"
+def _sum(why: Why) -> str:
+    """What a concept has a share of."""
+    return "heat" if why.additive else "weights"
 
 
-def _bar(kind: str, share: float | None, said: str) -> str:
+def _read_as(why: Why, slot: Slot, word: int) -> str:
+    """A word with those that were read together with it, from the last comma on."""
+    read = [part.strip() for part in re.split(r"[,.:;]", slot.phrases.get(word, ""))]
+    return next((part for part in reversed(read) if part), why.words[word].strip())
+
+
+def _bar(kind: str, share: float | None, told: str | None) -> str:
     """A share in [0, 1] as a bar with its words; two of them under each other have one scale."""
-    if share is None:
+    if share is None or told is None:
         return "<span class='measure'></span>"
     return (
         f"<span class='measure {kind}'><span class='bar'><i style='width:{100 * min(share, 1):.1f}%'></i></span>"
-        f"<span class='said'>{said}</span></span>"
+        f"<span class='said'>{told}</span></span>"
     )
-
-
-def _said(change: float | str) -> str:
-    """A change in a word or two."""
-    if isinstance(change, str):
-        return f"→ {change}"
-    return "off" if change == 0 else f"× {change:g}"
 
 
 def _controls(why: Why, concepts: list[Key], swaps: dict[str, str]) -> str:
@@ -277,34 +311,35 @@ def _controls(why: Why, concepts: list[Key], swaps: dict[str, str]) -> str:
         "<button type='button' data-do='off'>Switch off</button>"
         f"<button type='button' data-do='double'>Double</button>{swap}"
         f"<button type='button' class='undo' data-do='undo'{undo}>Undo all</button></div>"
-        f"<p class='hint'>Choose another concept in 2. The words stay as they are; only what they fire is changed.</p>"
+        "<p class='hint'><span class='about-chosen'></span> Choose another in 2. The words stay as they are; only what "
+        "they fire is changed.</p>"
         f"<ul class='changes' aria-label='changes in force, on all masks'>{changes}</ul>"
     )
 
 
 def _chip(why: Why, key: Key, number: int | None) -> str:
     """A change in force, with a button that undoes it alone."""
-    said = escape(f"{why.names.get(key, key)} {_said(why.changes[key])}")
+    made = escape(f"{why.names.get(key, key)} {said(why.changes[key])}")
     return (
-        f"<li>{said}<button type='button' data-do='drop' data-concept='{number}' title='undo this change' "
-        f"aria-label='undo {said}'>×</button></li>"
+        f"<li>{made}<button type='button' data-do='drop' data-concept='{number}' title='undo this change' "
+        f"aria-label='undo {made}'>×</button></li>"
     )
 
 
 def _pair(why: Why, slot: Slot, image: Image.Image, title: str) -> str:
     """The mask before and after the changes, side by side."""
-    caption = f": {title} of {len(why.slots)}" if slot.kept and len(why.slots) > 1 else f": {title}"
+    count = sum(each.kept for each in why.slots)
+    caption = f": {title} of {count}" if slot.kept and count > 1 else f": {title}"
     before = _figure("before", _picture(image, _drawn(slot, image), "the mask before"), caption)
     after = why.after.get(slot.number)
     if after is None:
-        picture, said = _blank("nothing changed yet"), ""
+        picture = _blank("nothing changed yet")
     else:
         picture = _picture(image, _drawn(after, image), "the mask after the changes")
-        said = moved(slot, after, why.threshold)
     shown = _figure("after", picture, caption)
     return (
         f"<div class='pair' data-slot='{slot.number}' style='{_tint(slot)}'>{before}{shown}"
-        f"<p class='moved' role='status'>{escape(said)}</p></div>"
+        f"<p class='moved' role='status'>{escape(why.moved(slot))}</p></div>"
     )
 
 
@@ -327,12 +362,42 @@ def _blank(hint: str) -> str:
     return f"<div class='picture blank'><span>{escape(hint)}</span></div>"
 
 
+def _dim(slot: Slot) -> bool:
+    """Whether a heatmap is brightened, so that one sees where it looked."""
+    return not slot.kept and bool(slot.concepts) and float(slot.heat.max(initial=0)) < DIM
+
+
 def _total(slot: Slot) -> np.ndarray:
-    """The heatmap; of a slot that is not kept, brightened, so that one sees where it looked."""
-    if slot.kept or not slot.concepts:
-        return slot.heat
+    """The heatmap, its square root for the eye; brightened where nothing is drawn and one would see nothing."""
+    if not _dim(slot):
+        return np.sqrt(slot.heat)
     heat = np.sum([concept.heat for concept in slot.concepts], axis=0)
     return np.clip(heat / max(float(heat.max()), 1e-9), 0, 1) ** 0.6
+
+
+def _legend(slot: Slot) -> str:
+    """The scale of the heatmap's colours, with its highest value marked."""
+    highest = float(slot.heat.max(initial=0))
+    if not _dim(slot):
+        ends, mark = ("0", "1"), f"<b style='left:{100 * highest:.0f}%'></b>"
+    else:
+        ends, mark = ("least", "most"), ""
+    return (
+        f"<p class='legend'><span>{ends[0]}</span><i class='ramp'>{mark}</i><span>{ends[1]}</span>"
+        f"<span class='most'>hottest {confidence(highest)}</span></p>"
+    )
+
+
+def _board(image: Image.Image) -> str:
+    """The names of the board's columns and rows, along the edges of a picture."""
+    cell = max(image.size) / CELLS
+    size = 0.17 * cell
+    marks = [
+        (cell * (place + 0.5), size, letter) for place, letter in enumerate("ABCD") if cell * place < image.width
+    ] + [(0.6 * size, cell * (place + 0.5), digit) for place, digit in enumerate("1234") if cell * place < image.height]
+    return f"<g class='board' font-size='{size:.1f}' aria-hidden='true'>" + "".join(
+        f"<text x='{x:.1f}' y='{y:.1f}'>{text}</text>" for x, y, text in marks
+    ) + "</g>"  # fmt: skip
 
 
 def _part(slot: Slot, concept: Concept, numbers: dict[Key, int], strongest: float, image: Image.Image) -> str:
@@ -375,6 +440,17 @@ def _drawn(slot: Slot, image: Image.Image) -> str:
 
 def _mask(slot: Slot, image: Image.Image, fill: int = 120, outline: int = 255) -> str:
     """A mask's inside and its outline, as opaque as said, up to 255."""
+    return _outlined(slot, image, _colour(slot), fill, outline, f"class='drawn' data-mask='{slot.number}'")
+
+
+def _edge(slot: Slot, image: Image.Image) -> str:
+    """A mask's outline in white, seen on any heat."""
+    return _outlined(slot, image, (255, 255, 255), 0, 230, "class='edge'")
+
+
+def _outlined(
+    slot: Slot, image: Image.Image, colour: tuple[int, int, int], fill: int, outline: int, marked: str
+) -> str:
     if not slot.mask.any():
         return ""
     mask = Image.fromarray(slot.mask.astype(np.uint8) * 255).resize(_twice(image), Image.Resampling.BILINEAR)
@@ -383,12 +459,12 @@ def _mask(slot: Slot, image: Image.Image, fill: int = 120, outline: int = 255) -
     bordered = Image.fromarray(np.pad(inside, edge).astype(np.uint8))
     core = np.asarray(bordered.filter(ImageFilter.MinFilter(2 * edge + 1)))[edge:-edge, edge:-edge] > 0
     pixels = np.zeros((*inside.shape, 4), np.uint8)
-    pixels[..., :3] = _colour(slot)
+    pixels[..., :3] = colour
     pixels[inside, 3] = fill
     pixels[inside & ~core, 3] = outline
     return (
         f"<image width='{image.width}' height='{image.height}' preserveAspectRatio='none' href='{_png(pixels)}' "
-        f"class='drawn' data-mask='{slot.number}'/>"
+        f"{marked}/>"
     )
 
 
