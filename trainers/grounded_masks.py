@@ -318,7 +318,7 @@ def train_grounded(
             count = min(len(cached.images), config.mask_images if phase else config.patch_images)
             batch = cached.batch(cached.rows_of(torch.randperm(len(cached.images), generator=generator)[:count]))
             reading.soft = phase == 0 and step < steps // 2
-            loss, parts = _loss(model, batch, words, detectors, phase, config, generator)
+            loss, parts = grounded_loss(model, batch, words, detectors, phase, config, generator)
             rate = min(1.0, (step + 1) / 30) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
@@ -360,7 +360,29 @@ def _save(path, model, optimizer, phase, step):
     write_whole(path, lambda part: torch.save(state, part))
 
 
-def _loss(model, batch, words, detectors, phase, config, generator):
+def grounded_loss(
+    model: Any,
+    batch: dict[str, Any],
+    words: Sequence[str],
+    detectors: Tensor,
+    phase: int,
+    config: GroundedMasksConfig,
+    generator: torch.Generator,
+) -> tuple[Tensor, dict[str, float]]:
+    """What a step of a phase learns from.
+
+    Args:
+        model: the SegCompassModel.
+        batch: from `CachedStates.batch`, whole images with all their questions.
+        words: W words, from `CachedStates.detectors`.
+        detectors: bool (W, d_sae), the concepts that say them.
+        phase: 0 on patches, 1 on masks.
+        config: the settings.
+        generator: chooses partners, erased slots and jitter.
+
+    Returns:
+        The loss, a scalar, and its parts by name.
+    """
     reading, inputs, records = model.grounded_reading, batch["inputs"], batch["records"]
     read = reading(**inputs)
     pairs = match_patches(read.heatmaps, read.confidences, batch["coverage"], inputs["patch_mask"])

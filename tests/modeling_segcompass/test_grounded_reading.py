@@ -130,8 +130,10 @@ def test_heatmap_is_the_formula_computed_densely(grounded):
                 chosen = best[:count]
                 shares[count] = torch.zeros(128)
                 shares[count][chosen] = s[slot, chosen].softmax(0)
-            heavy = [j for j in range(128) if shares[3][j] >= 0.05]
-            rho = tied_share(torch.stack([(2 * maps[:, j] / maps[:, j].max()).clamp(max=1) for j in heavy]).amin(0), xy)
+            there = torch.ones(len(maps))
+            for j in shares[3].nonzero()[:, 0].tolist():
+                there *= (maps[:, j] / maps[:, j].max()).clamp(min=0.02) ** shares[3][j]
+            rho = tied_share(there, xy)
             w = (1 - rho) * shares[3] + rho * shares[2]
             heat = reading.offset + reading.gain.abs() * (maps * w).sum(-1)
             torch.testing.assert_close(outputs.grounding.patch_heatmaps[sample, slot], heat, atol=1e-4, rtol=1e-4)
@@ -143,10 +145,8 @@ def test_heatmap_is_the_formula_computed_densely(grounded):
 
 def tied_share(looks, xy):
     """ρ of one slot, patch by patch."""
-    top = int(looks.argmax())
-    apart = [max(abs(float(a) - float(b)) for a, b in zip(here, xy[top], strict=True)) >= 0.24 for here in xy]
-    second = max((float(value) for value, far in zip(looks, apart, strict=True) if far), default=0.0)
-    return 0.25 + 0.35 * min(1.0, max(0.0, (second / max(float(looks[top]), 1e-6) - 0.5) / 0.4))
+    at = [here for here, value in zip(xy.tolist(), looks.tolist(), strict=True) if value >= 0.6 * looks.max()]
+    return 0.6 if any(max(abs(a[0] - b[0]), abs(a[1] - b[1])) > 0.42 for a in at for b in at) else 0.25
 
 
 def test_few_concepts_share_a_slot_and_each_is_of_its_group(grounded):
@@ -338,15 +338,16 @@ def test_places_have_more_of_a_slot_where_two_parts_of_the_image_look_alike(grou
     line = torch.stack([torch.linspace(0.05, 0.95, 10), torch.full((10,), 0.5)], -1)[None]  # (1, 10, 2)
     looks = torch.zeros(1, 5, 10)
     looks[0, :, 1] = 0.8
-    looks[0, 0, 2] = 0.8  # beside the highest: the same thing
-    looks[0, 1, 8] = 0.4  # one look is missing
-    looks[0, 2, 8] = 0.56  # half tied
-    looks[0, 3, 8] = 0.79
+    looks[0, 0, 1:5] = 0.8  # a wide one: from .15 to .45
+    looks[0, 1, 8] = 0.47  # not enough of it
+    looks[0, 2, 6] = 0.49  # at .65
+    looks[0, 3, [4, 6]] = 0.49  # between them one that fills the gap
     looks[0, 4] = 0.0  # nothing looks like it
     inside = torch.ones(1, 10, dtype=torch.bool)
     rho = reading.share_of_places(looks, line, inside)[0, :, 0]
-    torch.testing.assert_close(rho, torch.tensor([0.25, 0.25, 0.425, 0.6, 0.25]))
-    inside[0, 8] = False  # padding is no second place
+    torch.testing.assert_close(rho, torch.tensor([0.25, 0.25, 0.6, 0.6, 0.25]))
+    assert torch.equal(reading.share_of_places(looks, line.flip(-1), inside)[0, :, 0], rho)  # one above the other
+    inside[0, 6] = False  # padding is no second place
     assert (reading.share_of_places(looks, line, inside) == 0.25).all()
 
 

@@ -54,21 +54,44 @@ def test_twins_are_targets_that_bear_the_same_words(caches):
         assert len({(thing.colour, thing.shape) for thing in scene.objects}) == 1
 
 
-def test_interrupted_ties_end_as_uninterrupted_ones_and_touch_the_read_out_alone(caches, tmp_path):
-    config = TiesConfig(steps=7, images=3, save_steps=3)
-    model, _ = with_map()
+GRID = ("upsampling.", "key_")
+
+
+def changed_by(model, caches, path, config):
+    """The names of what training changed, without "grounded_reading.", and what was logged."""
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    logged = list(learn_ties(model, caches, tmp_path / "whole.pt", config))
-    assert [entry["step"] for entry in logged] == list(range(1, 8))
+    logged = list(learn_ties(model, caches, path, config))
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed and all(name.startswith("grounded_reading.") for name in changed)
-    names = {"concept_bias", "slot_bias", "word_side", "patch_side"}
-    assert {name.removeprefix("grounded_reading.") for name in changed} == names
-    moved = model.grounded_reading.concept_bias != before["grounded_reading.concept_bias"]
+    assert all(name.startswith("grounded_reading.") for name in changed)
+    return {name.removeprefix("grounded_reading.") for name in changed}, logged
+
+
+def test_first_the_whole_choice_learns_then_that_of_places(caches, tmp_path):
+    model, _ = with_map()
+    changed, logged = changed_by(
+        model, caches, tmp_path / "looks.pt", TiesConfig(look_steps=2, place_steps=0, images=3)
+    )
+    assert {"concept_bias", "slot_queries", "same_concept", "gain", "patch_side"} < changed
+    assert not any(name.startswith(GRID) for name in changed)
+    assert [(entry["phase"], entry["step"]) for entry in logged] == [(1, 1), (1, 2)]
+    before = model.grounded_reading.concept_bias.detach().clone()
+    changed, logged = changed_by(
+        model, caches, tmp_path / "places.pt", TiesConfig(look_steps=0, place_steps=2, images=3)
+    )
+    assert changed == {"concept_bias", "slot_bias", "word_side", "patch_side"}
+    assert [(entry["phase"], entry["step"]) for entry in logged] == [(2, 1), (2, 2)]
+    moved = model.grounded_reading.concept_bias != before
     assert moved.any() and not (moved & ~model.grounded_reading.is_place).any()  # what chooses looks is what it was
+
+
+@pytest.mark.parametrize("stop", [2, 4, 6])
+def test_interrupted_ties_end_as_uninterrupted_ones(stop, caches, tmp_path):
+    config = TiesConfig(look_steps=4, place_steps=4, images=3, save_steps=3)
+    model, _ = with_map()
+    list(learn_ties(model, caches, tmp_path / "whole.pt", config))
     whole, (model, _) = learned(model), with_map()
     running = learn_ties(model, caches, tmp_path / "parts.pt", config)
-    for _ in range(5):
+    for _ in range(stop):
         next(running)
     running.close()
     model, _ = with_map()
@@ -115,7 +138,14 @@ def test_it_learns_that_a_word_of_another_concept_means_a_place(tmp_path):
             return reading(**batch).heatmaps.argmax(-1)  # (2, K)
 
     assert torch.equal(shown()[0], shown()[1])  # no word moves a slot yet
-    list(learn_ties(model, [tmp_path], tmp_path / "state.part", TiesConfig(steps=80, images=4, rate=2e-2)))
+    list(
+        learn_ties(
+            model,
+            [tmp_path],
+            tmp_path / "state.part",
+            TiesConfig(look_steps=0, place_steps=80, images=4, rates=(1e-3, 2e-2)),
+        )
+    )
     assert (shown()[0] == 1).any() and not (shown()[0] == 8).all()
     assert (shown()[1] == 8).any() and not (shown()[1] == 1).all()
     assert not torch.equal(shown()[0], shown()[1])

@@ -168,7 +168,7 @@ def ties(args):
     processor = SegCompassProcessor.from_pretrained(args.model)
     rows = load_scenes("train", 14, 3 * args.scenes, "mixed", answers="fitting", twins=0.9, questions=3)
     cache_states(trained, processor, rows, args.output / "states", word_kind)
-    changed = {"grounded_rank": 64, "grounded_map": "places", "tied_place_share": 0.6}
+    changed = {"grounded_rank": 64, "grounded_map": "places", "place_share": 0.2, "tied_place_share": 0.65}
     config = type(trained.config).from_dict({**trained.config.to_dict(), **changed})
     torch.manual_seed(0)
     model = SegCompassModel(config)
@@ -177,10 +177,10 @@ def ties(args):
         raise ValueError(f"{args.model} lacks {', '.join(missing)}; give the read-out that the stage `read` made.")
     torch.nn.init.normal_(model.grounded_reading.word_side, std=0.03)
     torch.nn.init.zeros_(model.grounded_reading.patch_side)
-    settings = TiesConfig(steps=args.steps)
-    bar = tqdm(total=args.steps, mininterval=10)
+    settings = TiesConfig(look_steps=args.look_steps, place_steps=args.place_steps, held_out=("purple", "star"))
+    bar = tqdm(total=args.look_steps + args.place_steps, mininterval=10)
     for entry in learn_ties(model, [args.states, args.output / "states"], args.output / "state.pt", settings):
-        bar.n = entry["step"]
+        bar.n = entry["step"] + (entry["phase"] - 1) * args.look_steps
         if entry["step"] % 25 == 0:
             bar.set_postfix({name: round(value, 3) for name, value in entry.items()}, refresh=True)
     bar.close()
@@ -209,7 +209,8 @@ def main():
             part.add_argument("--mask-steps", type=int, default=2200)
         if stage is ties:
             part.add_argument("--scenes", type=int, default=800)
-            part.add_argument("--steps", type=int, default=TiesConfig.steps)
+            part.add_argument("--look-steps", type=int, default=TiesConfig.look_steps)
+            part.add_argument("--place-steps", type=int, default=TiesConfig.place_steps)
     args = parser.parse_args()
     args.run(args)
 
