@@ -27,8 +27,8 @@ WRITTEN = 4
 TOLERANCE = 1e-3
 """How far states may differ, relative to their size, where numbers are exact enough to ask for so much."""
 ROUNDINGS = 16
-"""How many roundings of a half-precision dtype they may differ by: in bfloat16 32 blocks leave 4 % between a row alone
-and the same row in a batch, where a wrong computation leaves a difference of their own size."""
+"""How many roundings of a half-precision dtype they may differ by: in bfloat16 32 blocks leave 4 %, where a wrong
+computation leaves a difference of the states' own size."""
 
 SUPPORTED = (
     "LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision, Qwen2-VL, Qwen2.5-VL, Qwen3-VL, Qwen3.5, InternVL, Gemma 3, Gemma 4, "
