@@ -12,8 +12,8 @@ On the model of `workload.py` (28 M parameters, random weights, 64 image tokens)
 
 Memory is by how much a call raises the process's peak, which Linux lets a process forget (/proc/self/clear_refs; with
 glibc). The exponent is that of the last doubling or so: 1 is proportional, 2 the square; below 0.5 something else is
-still larger. A size becomes the limit where it takes as long as writing 64 tokens, or a gigabyte: that point is read
-off the curve, or off its last exponent beyond the curve's end.
+still larger. A size becomes the limit where it needs a gigabyte or, in a single answer, as long as writing 64 tokens:
+that point is read off the curve, or off its last exponent beyond the curve's end.
 """
 
 import argparse
@@ -43,6 +43,8 @@ SIZES = {
 }
 ANSWER = 64
 """Tokens of an answer, beside whose time the others are looked at."""
+OF_AN_ANSWER = ("slots", "side")
+"""Curves whose time is a part of an answer's."""
 TITLES = {
     "slots": "slots",
     "side": "side of the photograph, pixels",
@@ -177,20 +179,21 @@ def reaching(points, field, limit):
     if min(before[field], after[field]) <= 0 or after[field] <= before[field]:
         return None
     power = math.log(after[field] / before[field]) / math.log(after["size"] / before["size"])
-    if power < 0.25:
+    if power < 0.5:  # something else is still larger
         return None
     return float(f"{after['size'] * (limit / after[field]) ** (1 / power):.2g}")
 
 
 def limits(found):
-    """{curve: {field: size at which it becomes the limit}}, of the curves beside the response."""
+    """{curve: {field: size at which it becomes the limit, or None}}."""
     response = found.get("response", {"points": []})["points"]
     answer = next((point["seconds"] for point in response if point["size"] == ANSWER), None)
-    values = {"seconds": answer, "gigabytes": 1.0}
-    return {
-        name: {field: reaching(curve["points"], field, value) for field, value in values.items() if value}
-        for name, curve in found.items()
-    }
+    limits = {}
+    for name, curve in found.items():
+        limits[name] = {"gigabytes": reaching(curve["points"], "gigabytes", 1.0)}
+        if name in OF_AN_ANSWER and answer:
+            limits[name]["seconds"] = reaching(curve["points"], "seconds", answer)
+    return limits
 
 
 def draw(found, path):
@@ -203,7 +206,9 @@ def draw(found, path):
     figure, places = plt.subplots(2, len(found), figsize=(2.9 * len(found), 4.8), dpi=100, sharex="col", squeeze=False)
     response = found.get("response", {"points": []})["points"]
     lines = {"gigabytes": (1.0, "1 GB")}
-    lines |= {"seconds": (p["seconds"], f"{ANSWER} tokens written") for p in response if p["size"] == ANSWER}
+    for point in response:
+        if point["size"] == ANSWER:
+            lines["seconds"] = (point["seconds"], f"{ANSWER} tokens written")
     for column, (name, curve) in enumerate(found.items()):
         sizes = [point["size"] for point in curve["points"]]
         for row, (field, unit, colour) in enumerate(
@@ -212,11 +217,11 @@ def draw(found, path):
             axes = places[row][column]
             values = [max(point[field], 1e-3) for point in curve["points"]]
             axes.loglog(sizes, values, "o-", color=colour, markersize=4)
-            if field in lines:
+            if field in lines and (field == "gigabytes" or name in OF_AN_ANSWER):
                 limit, called = lines[field]
                 axes.axhline(limit, color="#666666", linestyle="--", linewidth=0.9)
                 if column == 0:
-                    axes.text(sizes[0], limit * 1.12, called, fontsize=8, color="#666666")
+                    axes.text(sizes[0], limit * 0.72, called, fontsize=8, color="#666666")
                 at = reaching(curve["points"], field, limit)
                 if at is not None and at > sizes[0]:
                     last = (sizes[-1], values[-1])
@@ -224,7 +229,7 @@ def draw(found, path):
                         axes.plot([last[0], at], [last[1], limit], ":", color=colour)
                     axes.plot(at, limit, "o", markersize=7, markerfacecolor="white", color=colour)
                     axes.annotate(
-                        f"{at:,.0f}", (at, limit), (0, -13), textcoords="offset points", ha="center", fontsize=9
+                        f"{at:,.0f}", (at, limit), (-6, 5), textcoords="offset points", ha="right", fontsize=9
                     )
             axes.grid(True, which="major", color="#dddddd", linewidth=0.7)
             axes.minorticks_off()
