@@ -56,6 +56,7 @@ setup(
         "scipy>=1.14",
         "pycocotools>=2.0.8",
         "matplotlib>=3.9",
+        "contourpy>=1.2",
         "pillow>=11",
         "safetensors>=0.8",
         "numpy>=2",

@@ -1,7 +1,7 @@
 """How do time and memory grow with slots, image side, response length and data-set size, and what becomes the limit?
 
     python benchmarks/growth.py                                    # Linux; prints the table and RESULT
-    python benchmarks/growth.py --draw runs/growth.png     # and draws the curves
+    python benchmarks/growth.py --draw docs/figures/growth.png     # and draws the curves
 
 On the model of `workload.py` (28 M parameters, random weights, 64 image tokens), one thread, seconds of the processor:
 
@@ -12,7 +12,8 @@ On the model of `workload.py` (28 M parameters, random weights, 64 image tokens)
 
 Memory is by how much a call raises the process's peak, which Linux lets a process forget (/proc/self/clear_refs; with
 glibc). The exponent is that of the last doubling or so: 1 is proportional, 2 the square; below 0.5 something else is
-still larger.
+still larger. A size becomes the limit where it needs a gigabyte or, in a single answer, as long as writing 64 tokens:
+that point is read off the curve, or off its last exponent beyond the curve's end.
 """
 
 import argparse
@@ -40,6 +41,10 @@ SIZES = {
     "response": (16, 32, 64, 128, 256),
     "rows": (1000, 3000, 10_000, 30_000),
 }
+ANSWER = 64
+"""Tokens of an answer, beside whose time the others are looked at."""
+OF_AN_ANSWER = ("slots", "side")
+"""Curves whose time is a part of an answer's."""
 TITLES = {
     "slots": "slots",
     "side": "side of the photograph, pixels",
@@ -159,14 +164,51 @@ def exponent(points, field):
     return round(math.log(last[field] / before[-1][field]) / math.log(last["size"] / before[-1]["size"]), 2)
 
 
+def reaching(points, field, limit):
+    """The size at which a curve reaches a value: between two of its points, or beyond the last one; None if it is flat.
+
+    Two digits, for the machine's speed is no better known.
+    """
+    for before, after in zip(points, points[1:], strict=False):
+        if before[field] < limit <= after[field]:
+            break
+    else:
+        before, after = next(p for p in reversed(points) if p["size"] * 2 <= points[-1]["size"]), points[-1]
+        if points[0][field] >= limit:
+            return points[0]["size"]
+    if min(before[field], after[field]) <= 0 or after[field] <= before[field]:
+        return None
+    power = math.log(after[field] / before[field]) / math.log(after["size"] / before["size"])
+    if power < 0.5:  # something else is still larger
+        return None
+    return float(f"{after['size'] * (limit / after[field]) ** (1 / power):.2g}")
+
+
+def limits(found):
+    """{curve: {field: size at which it becomes the limit, or None}}."""
+    response = found.get("response", {"points": []})["points"]
+    answer = next((point["seconds"] for point in response if point["size"] == ANSWER), None)
+    limits = {}
+    for name, curve in found.items():
+        limits[name] = {"gigabytes": reaching(curve["points"], "gigabytes", 1.0)}
+        if name in OF_AN_ANSWER and answer:
+            limits[name]["seconds"] = reaching(curve["points"], "seconds", answer)
+    return limits
+
+
 def draw(found, path):
-    """One picture for each curve: seconds and gigabytes over the size, both axes logarithmic."""
+    """One picture for each curve: seconds and gigabytes over the size, both axes logarithmic, and where limits are."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    figure, places = plt.subplots(2, len(found), figsize=(2.9 * len(found), 4.6), dpi=100, sharex="col", squeeze=False)
+    figure, places = plt.subplots(2, len(found), figsize=(2.9 * len(found), 4.8), dpi=100, sharex="col", squeeze=False)
+    response = found.get("response", {"points": []})["points"]
+    lines = {"gigabytes": (1.0, "1 GB")}
+    for point in response:
+        if point["size"] == ANSWER:
+            lines["seconds"] = (point["seconds"], f"{ANSWER} tokens written")
     for column, (name, curve) in enumerate(found.items()):
         sizes = [point["size"] for point in curve["points"]]
         for row, (field, unit, colour) in enumerate(
@@ -175,6 +217,20 @@ def draw(found, path):
             axes = places[row][column]
             values = [max(point[field], 1e-3) for point in curve["points"]]
             axes.loglog(sizes, values, "o-", color=colour, markersize=4)
+            if field in lines and (field == "gigabytes" or name in OF_AN_ANSWER):
+                limit, called = lines[field]
+                axes.axhline(limit, color="#666666", linestyle="--", linewidth=0.9)
+                if column == 0:
+                    axes.text(sizes[0], limit * 0.72, called, fontsize=8, color="#666666")
+                at = reaching(curve["points"], field, limit)
+                if at is not None and at > sizes[0]:
+                    last = (sizes[-1], values[-1])
+                    if at > last[0]:
+                        axes.plot([last[0], at], [last[1], limit], ":", color=colour)
+                    axes.plot(at, limit, "o", markersize=7, markerfacecolor="white", color=colour)
+                    axes.annotate(
+                        f"{at:,.0f}", (at, limit), (-6, 5), textcoords="offset points", ha="right", fontsize=9
+                    )
             axes.grid(True, which="major", color="#dddddd", linewidth=0.7)
             axes.minorticks_off()
             axes.set_xticks(sizes[::2], [f"{size:,}" for size in sizes[::2]])
@@ -207,7 +263,10 @@ def main(argv=None):
         found[name] = {"points": points, "time": exponent(points, "seconds"), "memory": exponent(points, "gigabytes")}
     if args.draw:
         draw(found, args.draw)
-    print("RESULT", json.dumps(found))
+    for name, at in limits(found).items():
+        shown = ", ".join(f"{field} at {'none' if size is None else f'{size:,.0f}'}" for field, size in at.items())
+        print(f"{name:<9} becomes the limit in {shown}")
+    print("RESULT", json.dumps({**found, "limits": limits(found)}))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Segments one image and writes down everything that came out: the work of `segcompass segment`."""
 
 import json
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from PIL import Image
 
 from segcompass.box_formats import Answer
 from segcompass.boxes_route import BoxesRoute
-from segcompass.drawing import ConceptTile, draw_overlay, label_image
+from segcompass.drawing import ConceptTile, draw_overlay, encode_png, label_image
 from segcompass.loaders.folder_lock import folder_lock
 from segcompass.loaders.masks import encode_mask
 from segcompass.loading import load
@@ -23,7 +23,6 @@ from segcompass.modeling_segcompass.images import read_image
 from segcompass.modeling_segcompass.patch_boxes import has_area
 from segcompass.modeling_segcompass.whole_files import write_whole
 from segcompass.routes import QUERY_SOURCES, check_route
-from segcompass.white_box import ConceptDictionary
 
 
 def segment_image(
@@ -56,6 +55,7 @@ def segment_image(
     image = read_image(source)
     segcompass, processor = load(model)
     check_route(segcompass, route)
+    labels = segcompass.concept_labels  # read with the model, {} without a dictionary
     inputs = processor(images=image, text=instruction).to(segcompass.device)
     with torch.no_grad():  # once, for the masks and for what they lose without a concept
         keys = segcompass.get_image_embeddings(inputs.pop("encoder_pixel_values"))
@@ -73,8 +73,7 @@ def segment_image(
     heatmaps = slot_heatmaps(outputs, processor, image, slots)
     shown = [slot for slot, _, _ in heatmaps]
     concepts = concept_heat(outputs, segcompass, shown)
-    dictionary = ConceptDictionary.from_pretrained(model)
-    explanations = explain_slots(segcompass, processor, outputs, shown, dictionary, keys)
+    explanations = explain_slots(segcompass, processor, outputs, shown, labels, keys)
     tiles = {report.slot: concept_tiles(report) for report in explanations if outputs.grounding is not None}
     overlay = draw_overlay(np.asarray(image), result, reasoning, verdict, masks, heatmaps, concepts, tiles)
     write_results(output, result, label_image(masks, scores, slots), overlay)
@@ -133,7 +132,7 @@ def write_results(output: Path, result: dict, labels: Image.Image, overlay: Imag
     with folder_lock(output):
         write_whole(output / "result.json", json.dumps(result, indent=2) + "\n")
         write_whole(output / "masks.png", labels.save)
-        write_whole(output / "overlay.png", partial(overlay.save, compress_level=3))
+        write_whole(output / "overlay.png", encode_png(overlay))
     print(f"wrote overlay.png, masks.png and result.json to {output}")
 
 
@@ -266,7 +265,7 @@ def explain_slots(
     processor: SegCompassProcessor,
     outputs: Any,
     slots: list[int],
-    dictionary: ConceptDictionary | None = None,
+    labels: Mapping[int, str] | None = None,
     image_embeddings: torch.Tensor | None = None,
 ) -> list[Explanation]:
     """The explanations of some slots.
@@ -276,7 +275,7 @@ def explain_slots(
         processor: its processor.
         outputs: SegCompassOutput of `model.segment` for one image.
         slots: which slots.
-        dictionary: names the concepts.
+        labels: {feature index: label}.
         image_embeddings: float (1, d_k, h, w) that the masks were decoded with; of a grounded read-out the
             explanations then say what each mask loses without each concept. Others leave them aside.
 
@@ -285,7 +284,6 @@ def explain_slots(
     """
     if outputs.concept_weights is None:
         return []
-    labels = dictionary.labels if dictionary else None
     keys = None if outputs.grounding is None else image_embeddings
     return [model.explain(outputs, slot, labels=labels, processor=processor, image_embeddings=keys) for slot in slots]
 

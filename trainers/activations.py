@@ -116,7 +116,8 @@ def keep_finite(z: torch.Tensor, name: str, on_nonfinite: str) -> bool:
     """
     if on_nonfinite not in ("stop", "skip"):
         raise ValueError(f"on_nonfinite is {on_nonfinite!r}; choose 'stop' or 'skip'.")
-    if torch.isfinite(z).all():
+    # least and greatest are NaN where any number is: one pass without memory, several times as fast as `isfinite`
+    if not z.numel() or torch.stack(z.aminmax()).isfinite().all():
         return True
     bad = int((~torch.isfinite(z)).flatten(0, -2).any(-1).sum())
     found = f"{name}: {bad} of {z[..., 0].numel()} tokens have NaN or infinite hidden states"

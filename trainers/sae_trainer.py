@@ -88,6 +88,9 @@ class SparseAutoencoderTrainerConfig(TrainingArguments):
         default="stop",
         metadata={"help": "At a batch with NaN or infinity: 'stop' the training, or 'skip' the whole batch."},
     )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Needless: a loss that is not finite ends training; it waits for each step."}
+    )
     calibration_tokens: int = field(
         default=65_536, metadata={"help": "Tokens from which the hidden states' mean and scale are measured."}
     )

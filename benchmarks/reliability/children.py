@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads of the parent are not there in a fork
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # where torch sees a GPU, no backward pass runs in a fork
 PATIENCE = 20
 HANG, CRASH, MEMORY, DONE, ERROR = "hang", "crash", "memory", "done", "error"
 

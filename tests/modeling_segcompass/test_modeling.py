@@ -435,10 +435,13 @@ def test_topk_sae_and_both_readings_train(reading):
 # -- precision ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("reading", ["feature", "token", "grounded"])
+@pytest.mark.parametrize("low", [("mllm",), ("sae",), ("mllm", "image_encoder", "sae")], ids="+".join)
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_half_precision_mllm_works_with_full_precision_masks(backbone):
-    model, processor = lively_segcompass(backbone)
-    model.mllm.to(torch.bfloat16)
+def test_half_precision_parts_work_with_full_precision_masks(backbone, low, reading):
+    model, processor = lively_segcompass(backbone, concept_reading=reading)
+    for part in low:
+        getattr(model, part).to(torch.bfloat16)
     outputs = segment(model, processor, noise_images(), INSTRUCTIONS, RESPONSES)
     assert outputs.pred_masks.dtype == torch.float32 and outputs.pred_masks.isfinite().all()
 

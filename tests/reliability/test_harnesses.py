@@ -34,3 +34,17 @@ def test_the_short_form_finds_nothing(tmp_path):
     assert result["sessions"] == 20, shown
     assert "| crash states | " in shown and "| attacks | " in shown and "| 0 through |" in shown
     assert result["serve_requests"] == (24 if SERVES else 0) and result["serve_wrong"] == 0, shown
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the harnesses fork; Windows cannot")
+def test_parts_of_the_crash_states_are_all_of_them_once(tmp_path):
+    """Three processes share a writer's states; a fourth, which has no time, adds up what they noted."""
+    from benchmarks.reliability import crash_states
+
+    words = ["--writers", "journal", "--output", str(tmp_path)]
+    found = [crash_states.main([*words, "--part", f"{part}/3"])["crash_states"] for part in (1, 2, 3)]
+    whole = crash_states.main([*words, "--minutes", "0"])
+    exact, tried, there = whole["by_writer"]["journal"]
+    assert exact == tried == there == sum(found) and min(found) >= there // 3
+    with pytest.raises(SystemExit):
+        crash_states.main([*words, "--part", "4/3"])

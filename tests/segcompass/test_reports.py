@@ -249,6 +249,51 @@ def test_long_lines_are_cut_where_they_say_least():
     assert drawing._cut("short", 12) == "short"
 
 
+# -- what the overlay shows --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 3), (320, 200)])
+def test_png_holds_every_pixel(size, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    (tmp_path / "a.png").write_bytes(drawing.encode_png(Image.fromarray(pixels)))
+    with Image.open(tmp_path / "a.png") as again:
+        again.verify()
+    again = Image.open(tmp_path / "a.png")
+    assert again.mode == "RGB" and (np.asarray(again) == pixels).all()
+
+
+def test_masks_are_outlined_where_they_are_and_nothing_is_drawn_beside_the_picture():
+    """A square mask at the right edge: its outline, box and score, found in the picture of the masks by its colour."""
+    image, mask = np.full((200, 200, 3), 128, np.uint8), np.zeros((200, 200), bool)
+    mask[80:160, 120:200] = True
+    instance = {"slot": 0, "score": 0.9, "box": [120, 80, 200, 160]}
+    result = {"instruction": "x", "instances": [instance]}
+    overlay = np.asarray(draw_overlay(image, result, "x", "1 instance", mask[None], [])).astype(int)
+    panel, left = 520, 36 + 520 + 22  # the second of two panels, as high as a panel gets
+    top = 36 + 40 + 14 + 32
+    picture = overlay[top : top + panel, left : left + panel]
+    red = np.abs(picture - np.array(drawing.slot_colour(0))).max(-1) < 12
+    scale = panel / 200
+    rows, columns = (np.flatnonzero(red.any(axis)) for axis in (1, 0))
+    assert abs(columns.min() - 120 * scale) < 4 and abs(rows.max() - 160 * scale) < 4
+    inside = red[round(95 * scale) : round(150 * scale), round(130 * scale) : round(190 * scale)]
+    assert not inside.any(), "the mask is outlined, not filled"
+    assert red[round(120 * scale), round(120 * scale) - 3 : round(120 * scale) + 4].sum() >= 2
+    assert (overlay[top + 30 : top + panel, left + panel + 1 :] == 255).all(), "nothing right of the picture"
+
+
+def test_heat_has_the_colours_of_its_scale():
+    """Clear where it is 0; at its greatest nine tenths of inferno's lightest colour."""
+    from matplotlib import colormaps
+
+    heat = np.array([[0.0, 0.5, 1.0]], np.float32)
+    drawn = np.asarray(drawing._over(Image.new("RGB", (3, 1), (100, 150, 200)), heat))[0]
+    for value, pixel in zip(heat[0], drawn, strict=True):
+        colour = np.array(colormaps["inferno"](0.25 + 0.75 * float(value))[:3]) * 255
+        wanted = (1 - 0.9 * value) * np.array([100, 150, 200]) + 0.9 * value * colour
+        assert np.abs(pixel - wanted).max() <= 2.5
+
+
 # -- names in the overlay ----------------------------------------------------------------------------------------------
 
 
