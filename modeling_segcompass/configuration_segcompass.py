@@ -134,8 +134,8 @@ class SegCompassConfig(PreTrainedConfig):
         look_concepts: how many concepts of a slot say what is meant ("grounded").
         place_concepts: how many say where ("grounded").
         place_share: ρ, the share of a slot that the places have, in [0, 1) ("grounded").
-        tied_place_share: what they have where two parts of the image look alike, in [place_share, 1) ("grounded"); None
-            is `place_share`.
+        tied_place_share: what they have where the slot's looks are there over more than one thing covers, in
+            [place_share, 1) ("grounded"); None is `place_share`.
         phrase_window: a word is read together with the phrase_window - 1 words before it ("grounded").
         place_spread: a concept whose mean map covers a smaller share of the image than this is a place, in [0, 1]
             ("grounded").

@@ -133,16 +133,16 @@ def lost_without(model: Any, outputs: Any, slot: int, sample: int, image_embeddi
         )
     columns = grounding.weights[sample, slot].nonzero()[:, 0]  # (n,)
     heat = outputs.heatmaps[sample, slot]  # (h, w)
-    kept = torch.cat([heat[None], heat - grounding.on_keys(sample, slot)[columns].to(heat.dtype)])  # (1 + n, h, w)
+    kept = heat - grounding.on_keys(sample, slot)[columns].to(heat.dtype)  # (n, h, w)
     keys = image_embeddings[sample : sample + 1] if len(image_embeddings) > 1 else image_embeddings
     keys = keys.to(heat.device, heat.dtype)
     sizes = outputs.reshaped_input_sizes
     cell_mask = model.cell_mask(keys, None if sizes is None else sizes[sample : sample + 1])
     shown = heat.new_full((1, len(kept)), DECODER_CONFIDENCE)
     positions = model.key_positions(keys.shape[-2:]).to(heat.dtype)
-    masks = model.mask_decoder(keys, positions, kept[None], shown, cell_mask)[0] > 0  # (1 + n, 4h, 4w)
-    masks = (masks & cell_mask[0].repeat_interleave(4, 0).repeat_interleave(4, 1)).flatten(1)
-    gone = (masks[0] & ~masks[1:]).sum(1) / masks[0].sum().clamp_min(1)
+    masks = model.mask_decoder(keys, positions, kept[None], shown, cell_mask)[0] > 0  # (n, 4h, 4w)
+    whole = (outputs.pred_masks[sample, slot] > 0) & cell_mask[0].repeat_interleave(4, 0).repeat_interleave(4, 1)
+    gone = (whole & ~masks).flatten(1).sum(1) / whole.sum().clamp_min(1)
     return dict(zip(outputs.concept_indices[sample, columns].tolist(), gone.tolist(), strict=True))
 
 

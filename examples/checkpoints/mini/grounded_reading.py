@@ -28,9 +28,9 @@ SLOT_KEY_WIDTH = 64
 GUIDE_WIDTH = 32
 MAX_ELEMENTS = 2**23  # about how many numbers the search over all concepts holds at once
 HIGHEST_PATCHES = 4  # whose mean the confidence reads
-APART = 0.24  # of the frame's side, along an axis: patches this far from the highest are another thing's
-TIED_FROM, TIED_AT = 0.5, 0.9  # how far the looks are there too: from where places have more, and where all
-LEAST_LOOK = 0.05  # share of a slot's looks from which one must be there
+THERE = 0.6  # of the greatest: from there on all looks of a slot count as there
+ONE_THING = 0.42  # of the frame's side, in x or in y: looks that are there over more than this are of several things
+ABSENT = 0.02  # strength, of a look's greatest, that counts as none
 
 
 class WordReading(NamedTuple):
@@ -337,7 +337,7 @@ class GroundedReading(nn.Module):
 
     @torch.no_grad()
     def share_of_places(self, looks: torch.Tensor, patch_xy: torch.Tensor, patch_mask: torch.Tensor) -> torch.Tensor:
-        """ρ_k = ρ + (ρ_tied - ρ) min(1, max(0, (L₂ / L₁ - 0.5) / 0.4)): the more two places look alike, the more.
+        """ρ_tied where looks are there over more of the image than one thing covers, else ρ.
 
         Args:
             looks: float (B, K, P) in [0, 1], L_k = how far all looks of the slot are there, see `all_present`.
@@ -345,16 +345,15 @@ class GroundedReading(nn.Module):
             patch_mask: bool (B, P), the patches that lie on the image.
 
         Returns:
-            float (B, K, 1) in [`place_share`, `tied_place_share`]. L₁ is the greatest L_k; L₂ the greatest of patches
-            that are at least 0.24 of the frame's side away from it, in x or in y.
+            float (B, K, 1), `tied_place_share` where patches with L_k of at least 0.6 of its maximum lie more than 0.42
+            apart in x or in y, else `place_share`.
         """
         looks = looks * patch_mask[:, None]
-        highest, at = looks.max(-1)  # (B, K)
-        centre = patch_xy.gather(1, at[..., None].expand(-1, -1, 2))  # (B, K, 2)
-        away = (patch_xy[:, None] - centre[:, :, None]).abs().amax(-1)  # (B, K, P)
-        second = looks.masked_fill(away < APART, 0).amax(-1)
-        tied = ((second / highest.clamp_min(1e-6) - TIED_FROM) / (TIED_AT - TIED_FROM)).clamp(0, 1)
-        return (self.place_share + (self.tied_place_share - self.place_share) * tied)[..., None]
+        there = (looks >= THERE * looks.amax(-1, keepdim=True)) & (looks > 0)  # (B, K, P)
+        xy, there = patch_xy[:, None].float(), there[..., None]
+        stretch = xy.masked_fill(~there, -1.0).amax(-2) - xy.masked_fill(~there, 2.0).amin(-2)  # (B, K, 2)
+        tied = stretch.amax(-1, keepdim=True) > ONE_THING
+        return torch.where(tied, self.tied_place_share, self.place_share).to(looks.dtype)
 
     def _share(self, logits, allowed, count):
         logits = logits.float().masked_fill(~allowed, float("-inf"))
@@ -587,19 +586,18 @@ def centred(codes: torch.Tensor, patch_mask: torch.Tensor) -> torch.Tensor:
 
 
 def all_present(maps: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-    """L_k(p) = min_j min(1, 2 maps_j(p) / max_p maps_j) over a slot's looks: each is there from half its strength on.
+    """L_k(p) = Π_j max(0.02, maps_j(p) / max_p maps_j)^share_j: a look that is not there outweighs the others.
 
     Args:
         maps: float (B, P, K · n), at least 0, the maps of each slot's n looks, slot by slot.
-        shares: float (B, K, n), of the slot; looks with less than 0.05 do not count.
+        shares: float (B, K, n), of the slot; they sum to 1, or to 0 for a slot without looks.
 
     Returns:
         float (B, K, P) in [0, 1]; 0 for a slot without looks.
     """
-    there = (2 * maps / maps.amax(1, keepdim=True).clamp_min(1e-6)).clamp(max=1)  # (B, P, K · n)
-    there = there.unflatten(2, shares.shape[1:])  # (B, P, K, n)
-    counts = (shares >= LEAST_LOOK)[:, None]
-    return (there.masked_fill(~counts, 1).amin(-1) * counts.any(-1)).mT
+    there = (maps / maps.amax(1, keepdim=True).clamp_min(1e-6)).clamp_min(ABSENT)  # (B, P, K · n)
+    there = (there.unflatten(2, shares.shape[1:]).log() * shares[:, None]).sum(-1).exp()  # (B, P, K)
+    return (there * (shares.sum(-1) > 0)[:, None]).mT
 
 
 def concept_spread(mean_maps: torch.Tensor) -> torch.Tensor:

@@ -141,7 +141,7 @@ class QueryCodebook(nn.Module):
             Concepts without `representations` and `weights`.
         """
         indices, smallest = self.select(sae, z, may_fire, scale)
-        activations = self.activate(sae, z, may_fire, indices, smallest, scale)
+        activations = self.activate(sae, z, may_fire, indices, smallest, scale).to(self.codebook.dtype)
         values = activations.amax(1)  # (B, T, M) -> (B, M)
         codes = self.codebook[indices]  # (B, M, d_c)
         token_positions = token_positions.to(codes.dtype)

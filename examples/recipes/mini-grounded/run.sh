@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The grounded small model: the MLLM of the small model goes on with the alignment term, then SAE, masks, read-out.
+# The grounded small model: the MLLM of the small model goes on with the alignment term, then SAE, masks, read-out, ties.
 # Give the small model to start from, or run examples/recipes/mini/run.sh first. Two CPU cores, about an hour and a half.
 # Repeat the command to resume: finished stages are skipped, an unfinished one continues from its last state.
 # Everything is written to runs/mini-grounded. Whether bfloat16 is used hangs on the machine: one step of each is timed.
@@ -18,7 +18,9 @@ done_or sae/quality.json env OMP_NUM_THREADS=2 segcompass train sae --config $re
 done_or masks/masks.pt $two $recipe/stages.py masks --model $runs/joined --output $runs/masks --minutes 15
 done_or read/model.safetensors env OMP_NUM_THREADS=2 python $recipe/stages.py read --model $runs/joined \
     --sae $runs/sae --masks $runs/masks/masks.pt --output $runs/read
+done_or ties/model.safetensors env OMP_NUM_THREADS=2 python $recipe/stages.py ties --model $runs/read \
+    --states $runs/read/states --output $runs/ties
 for dataset in scenes mixed-scenes; do
-    segcompass evaluate --model $runs/read --dataset $dataset --split test --seed 100 --num-samples 500 \
+    segcompass evaluate --model $runs/ties --dataset $dataset --split test --seed 100 --num-samples 500 \
         --output $runs/evaluation-$dataset
 done

@@ -7,11 +7,13 @@
 
 `masks` is what SAM's own pretraining is: image encoder and mask decoder learn to turn a disturbed, coarse map of one
 object into its mask. `read` caches the states of three questions on each of 2,800 scenes, then trains the read-out.
-`ties` gives that read-out a map from words to places, which starts at zero, and teaches it to tell equal things apart.
+`ties` gives that read-out a map from words to places, which starts at zero, and more weight to places where looks tie,
+and teaches it to tell equal things apart.
 Repeat a command to resume it.
 """
 
 import argparse
+import copy
 import os
 import sys
 from pathlib import Path
@@ -168,8 +170,8 @@ def ties(args):
     processor = SegCompassProcessor.from_pretrained(args.model)
     rows = load_scenes("train", 14, 3 * args.scenes, "mixed", answers="fitting", twins=0.9, questions=3)
     cache_states(trained, processor, rows, args.output / "states", word_kind)
-    changed = {"grounded_rank": 64, "grounded_map": "places", "place_share": 0.2, "tied_place_share": 0.65}
-    config = type(trained.config).from_dict({**trained.config.to_dict(), **changed})
+    config = copy.deepcopy(trained.config)
+    config.update({"grounded_rank": 64, "grounded_map": "places", "place_share": 0.2, "tied_place_share": 0.65})
     torch.manual_seed(0)
     model = SegCompassModel(config)
     missing, _ = model.load_state_dict(trained.state_dict(), strict=False)
