@@ -225,6 +225,7 @@ class Page:
     def paste(self, left: float, top: float, width: float, height: float, picture: Picture) -> None:
         """Put a picture there, in a frame."""
         first, upper, last, lower = (round(edge) for edge in (left, top, left + width, top + height))
+        last, lower = max(last, first + 1), max(lower, upper + 1)  # of an image a hundred times as long as wide
         self.picture.paste(picture(lower - upper, last - first), (first, upper))
         self.pen.rectangle((first, upper, last - 1, lower - 1), outline=FRAME)
 
