@@ -184,7 +184,7 @@ def encode_png(image: Image.Image) -> bytes:
     rows[:, 0], rows[0, 1:] = 2, flat[0]  # filter "up"
     np.subtract(flat[1:], flat[:-1], out=rows[1:, 1:])
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)  # 8 bits a channel, RGB
-    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(rows, 1)), (b"IEND", b""))
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(rows.data, 1)), (b"IEND", b""))
     whole = [
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts
     ]
@@ -225,6 +225,7 @@ class Page:
     def paste(self, left: float, top: float, width: float, height: float, picture: Picture) -> None:
         """Put a picture there, in a frame."""
         first, upper, last, lower = (round(edge) for edge in (left, top, left + width, top + height))
+        last, lower = max(last, first + 1), max(lower, upper + 1)  # of an image a hundred times as long as wide
         self.picture.paste(picture(lower - upper, last - first), (first, upper))
         self.pen.rectangle((first, upper, last - 1, lower - 1), outline=FRAME)
 
@@ -285,7 +286,7 @@ class Canvas(NamedTuple):
             self.page.picture.paste(colour, tuple(first.tolist()), fine.reduce(FINE))
 
 
-def _draw_tiles(page: Page, top: float, row: list[ConceptTile], image: np.ndarray, aspect: float):
+def _draw_tiles(page: Page, top: float, row: list[ConceptTile], image: Image.Image, aspect: float):
     """A row of concepts, each a small picture with its lines beside it."""
     step = (PAGE - 2 * MARGIN + GAP) / TILES
     width = min(TILE * aspect, 0.44 * (step - GAP))  # beside it stands "without it −100%" whole
@@ -409,8 +410,9 @@ def _show_masks(canvas: Canvas, instances: list[dict], masks: list[Image.Image],
         _outline(canvas, instance, np.asarray(mask) / 255)
     if not instances:
         ((x, y),) = canvas.places(np.array([canvas.size]) / 2)
-        style = dict(font=_font(TEXT, True), anchor="mm", align="center", fill="white")
-        canvas.page.pen.multiline_text((x, y), textwrap.fill(verdict, 22), **style)
+        canvas.page.pen.multiline_text(
+            (x, y), textwrap.fill(verdict, 22), fill="white", font=_font(TEXT, True), anchor="mm", align="center"
+        )
 
 
 def _outline(canvas: Canvas, instance: dict, mask: np.ndarray):
@@ -421,7 +423,7 @@ def _outline(canvas: Canvas, instance: dict, mask: np.ndarray):
     x = (np.arange(-1, columns + 1) + 0.5) * width / columns
     y = (np.arange(-1, rows + 1) + 0.5) * height / rows
     for line in contour_generator(x, y, np.pad(mask, 1)).lines(0.5):
-        canvas.line(line, colour, 3)
+        canvas.line(np.asarray(line), colour, 3)
     canvas.rectangle(instance["box"], colour, 1.7)
 
     left, top, right, _ = instance["box"]

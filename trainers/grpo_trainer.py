@@ -163,6 +163,7 @@ class SegCompassGRPOTrainer(WholeCheckpoints, HeldOutMasks, GRPOTrainer):
         if not with_adapters:
             freeze(model, train_below_sae_layer=args.train_below_sae_layer)
 
+        self._core: tuple[Any, Any] | None = None  # `self.model`, and the SegCompassModel in it
         self._rollout: Rollout | None = None
         self._response_lengths: Tensor | None = None  # of the training forward at hand, where TRL masks cut responses
         self._unformatted: int | None = 0  # rollouts in a row from the first without the format; None once one has it
@@ -204,9 +205,11 @@ class SegCompassGRPOTrainer(WholeCheckpoints, HeldOutMasks, GRPOTrainer):
 
     @property
     def core(self) -> Any:
-        """The SegCompassModel inside DDP, FSDP, DeepSpeed and PEFT wrappers."""
-        model = self.accelerator.unwrap_model(self.model)
-        return model.get_base_model() if is_peft_model(model) else model
+        """The SegCompassModel inside DDP, FSDP, DeepSpeed and PEFT wrappers; looked for once, it costs milliseconds."""
+        if self._core is None or self._core[0] is not self.model:
+            model = self.accelerator.unwrap_model(self.model)
+            self._core = self.model, model.get_base_model() if is_peft_model(model) else model
+        return self._core[1]
 
     @property
     def mode(self) -> str:

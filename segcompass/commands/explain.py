@@ -33,7 +33,6 @@ def main(argv: list[str] | None = None) -> None:
     from segcompass.loading import load
     from segcompass.modeling_segcompass.images import read_image
     from segcompass.segmentation import explain_slots, slot_heatmaps, write_explanation
-    from segcompass.white_box import ConceptDictionary
 
     image = read_image(args.image)
     model, processor = load(args.model)
@@ -43,7 +42,6 @@ def main(argv: list[str] | None = None) -> None:
     outputs = model.segment(**inputs, image_embeddings=keys)
     kept = processor.post_process_instance_segmentation(outputs, args.threshold, target_sizes=inputs["original_sizes"])
     slots = [slot for slot, _, _ in slot_heatmaps(outputs, processor, image, kept[0]["slots"].tolist())]
-    dictionary = ConceptDictionary.from_pretrained(args.model)
     args.output.mkdir(parents=True, exist_ok=True)
-    explanations = explain_slots(model, processor, outputs, slots, dictionary, keys)
+    explanations = explain_slots(model, processor, outputs, slots, model.concept_labels, keys)
     write_explanation(args.output, model, processor, outputs, image, args.instruction, explanations)

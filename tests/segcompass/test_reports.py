@@ -282,6 +282,20 @@ def test_masks_are_outlined_where_they_are_and_nothing_is_drawn_beside_the_pictu
     assert (overlay[top + 30 : top + panel, left + panel + 1 :] == 255).all(), "nothing right of the picture"
 
 
+@pytest.mark.parametrize("size", [(1, 1), (400, 1), (10, 3000), (3000, 10)])
+def test_images_as_narrow_as_a_line_are_drawn(size):
+    """Their answer was lost: nothing can be resized to no pixel."""
+    width, height = size
+    mask, tile = np.ones((1, height, width), bool), ConceptTile("x", (), np.ones(1), np.array([[0.0, 0.0, 1.0, 1.0]]))
+    result = {"instruction": "x", "instances": [{"slot": 0, "score": 1.0, "box": [0, 0, width, height]}]}
+    prompts = [{"slot": 0, "box": [3 * width, 0, 4 * width, height], "point": [width, height]}]
+    heatmaps = [(0, 1.0, np.ones((3, 3)))]
+    drawn = draw_overlay(
+        np.zeros((height, width, 3), np.uint8), result, "x", "y", mask, heatmaps, None, {0: [tile]}, prompts
+    )
+    assert drawn.width == 1600 and drawn.height < 2000
+
+
 def test_heat_has_the_colours_of_its_scale():
     """Clear where it is 0; at its greatest nine tenths of inferno's lightest colour."""
     from matplotlib import colormaps

@@ -598,3 +598,13 @@ def test_an_image_of_another_size_than_its_row_is_refused(tmp_path):
 def test_settings_that_cannot_work_are_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         settings(tmp_path, **changes)
+
+
+def test_the_model_is_looked_for_once_and_again_when_it_is_another(tmp_path, monkeypatch):
+    """Looking for it in its wrappers takes milliseconds, and a step asks eleven times."""
+    trainer = make_trainer(tmp_path, beta=0.0)
+    looked, unwrap = [], trainer.accelerator.unwrap_model
+    monkeypatch.setattr(trainer.accelerator, "unwrap_model", lambda model: looked.append(model) or unwrap(model))
+    assert trainer.core is trainer.model and trainer.core is trainer.core and len(looked) <= 1
+    trainer.model = get_peft_model(trainer.model, lora())
+    assert trainer.core is trainer.model.get_base_model() and looked[-1] is trainer.model
