@@ -439,7 +439,8 @@ def test_images_of_several_ratios_read_together_as_they_do_alone(reading_class):
             model.mllm.generate = generate
 
     response = [processor.format_response("a red ball")] * 2
-    means = reading_class.gather_means(model, iter([dict(processor(images=images, text=["it"] * 2, response=response))]))
+    batch = dict(processor(images=images, text=["it"] * 2, response=response))
+    means = reading_class.gather_means(model, iter([batch]))
     together = reason(*images)
     assert together.patch_boxes.shape[1] > len(reason(images[1]).patch_boxes[0]), "the second image is padded"
     for place, image in enumerate(images):
