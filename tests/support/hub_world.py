@@ -12,6 +12,7 @@ folder's contents, `llava-hf/llava-1.5-7b-hf` is a path, so that the recipes run
 import argparse
 import base64
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -238,6 +239,15 @@ def make_llava(folder, vocabularies=None):
     mllm.save_pretrained(folder)
 
 
+def telling_norm(tokens, width):
+    """The norm of a random head's rows at which a state that lies along one of them prefers it to all others by 5 nats.
+
+    The state's norm is √width behind the last norm, its logit √width · n; those of the others have a standard deviation
+    of n, so that together they weigh ln(tokens) + n² / 2.
+    """
+    return width**0.5 - (width - 2 * (5 + math.log(tokens))) ** 0.5
+
+
 def make_qwen(folder, vocabularies=None, tied=False):
     """Qwen2.5-VL as in its repositories; embedding and head of the 3B model are one matrix."""
     tokens, merges = qwen_vocabulary(vocabularies)
@@ -307,7 +317,8 @@ def make_qwen(folder, vocabularies=None, tied=False):
     )
     mllm = Qwen2_5_VLForConditionalGeneration(config).to(torch.bfloat16)
     if tied:  # a head that does not learn must be able to prefer a token, as a trained one is
-        mllm.get_input_embeddings().weight.data.mul_(2)
+        weight = mllm.get_input_embeddings().weight.data
+        weight.mul_(telling_norm(*weight.shape) / (STD * weight.shape[1] ** 0.5))
     mllm.generation_config = GenerationConfig(
         bos_token_id=number("<|endoftext|>"),
         pad_token_id=number("<|endoftext|>"),
