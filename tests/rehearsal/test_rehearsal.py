@@ -44,8 +44,7 @@ PROCESSES.set_forkserver_preload(
 CPU = "--bf16 false --use_cpu true --report_to none --dataloader_num_workers 0"
 MODEL = {"d_c": 32, "num_concepts": 32, "codebook_heads": 4, "slot_heads": 4, "slot_head_dim": 8, "decoder_heads": 4}
 MODEL |= {"decoder_mlp_dim": 64, "max_response_length": 128}
-STEPS, ROWS = {None: (110, 60), "all": (200, 150)}.get(WANTED, (120, 150))
-"""Of the cold start, and of each data set. With the real vocabularies a step costs up to ten times as much."""
+STEPS, ROWS = (200, 150) if WANTED else (110, 60)
 SMALLER = {
     "prepare-data": "",
     "write-traces": "",
