@@ -428,9 +428,7 @@ class SegCompassProcessor(ProcessorMixin):
             self.apply_chat_template(self.build_messages(t), tokenize=False, add_generation_prompt=True) for t in texts
         ]
         return_tensors = kwargs.pop("return_tensors", None) or kwargs.get("common_kwargs", {}).get("return_tensors")
-        given = {**kwargs.get("text_kwargs", {}), **kwargs}
-        padding = {"padding": self.tokenizer.init_kwargs.get("padding", True), "padding_side": "left"}
-        kwargs |= {name: value for name, value in padding.items() if name not in given}
+        kwargs = {**kwargs, **self._padding(kwargs, ("padding", "padding_side"))}
         inputs = self._named(super().__call__(images=images, text=prompts, return_tensors="pt", **kwargs))
         lengths = inputs["attention_mask"].sum(-1).tolist()
         if max(lengths) > self.max_prompt_length:
@@ -454,9 +452,17 @@ class SegCompassProcessor(ProcessorMixin):
             raise ValueError(
                 f"a prompt holds {several} images; masks are made of one image per prompt: ask about one at a time."
             )
+        # a tokenizer whose files name no side pads right (Qwen2.5-VL's), and a prompt is written on from its end
+        kwargs = {**kwargs, **self._padding(kwargs, ("padding_side",))}
         inputs = self._named(super().__call__(images=images, text=texts, **kwargs))
         inputs.pop("patch_boxes", None)  # the MLLM does not take them
         return inputs
+
+    def _padding(self, kwargs, names):
+        """Of these options of padding a prompt, ours where the caller gives none."""
+        given = {**kwargs.get("text_kwargs", {}), **kwargs}
+        ours = {"padding": self.tokenizer.init_kwargs.get("padding", True), "padding_side": "left"}
+        return {name: ours[name] for name in names if name not in given}
 
     def _named(self, inputs):
         """Token types under the name that the MLLM takes."""

@@ -54,6 +54,12 @@ def _on_grid(maps: torch.Tensor, grid: tuple[int, int], other: tuple[int, int]) 
     return torch.nn.functional.interpolate(maps.unflatten(2, grid), size=other, mode="bilinear").flatten(2)
 
 
+def _patches(outputs: Any) -> torch.Tensor:
+    """float (patches, 4): the boxes of the first sample's patches, without what pads a batch and the ends of rows."""
+    boxes = outputs.patch_boxes[0]
+    return boxes[has_area(boxes)]
+
+
 @contextmanager
 def _changed_tokens(codebook: Any, change: Callable[..., Any]) -> Iterator[None]:
     """While open, the codebook's concept tokens are `change(indices, activations, token_positions)`."""
@@ -102,6 +108,7 @@ class AttentionReading:
         self.active = (outputs.concept_values[0] > 0).cpu().numpy()
         self.fired = self.indices[self.active]
         self.on_image = outputs.token_types[0] == IMAGE  # (T,)
+        self.patch_boxes = _patches(outputs)
 
     @staticmethod
     @torch.no_grad()
@@ -216,6 +223,7 @@ class PlacesReading:
         self.active = (outputs.concept_values[0] > 0).cpu().numpy()
         on_image = outputs.token_types[0] == IMAGE  # (T,)
         self.fired = (model.sae.encode(states.z[0, on_image]) > 0).any(0).nonzero()[:, 0].cpu().numpy()
+        self.patch_boxes = _patches(outputs)
 
     @staticmethod
     @torch.no_grad()
@@ -254,7 +262,9 @@ class PlacesReading:
 
     def shown(self, weights: np.ndarray) -> np.ndarray:
         """See `criteria.Reading`."""
-        return self.outputs.grounding.maps[0].float().cpu().numpy() @ weights
+        maps = self.outputs.grounding.maps[0]  # (image tokens, M)
+        shows = has_area(self.outputs.patch_boxes[0])[: len(maps)]
+        return maps[shows].float().cpu().numpy() @ weights
 
     def sum_error(self, slot: int) -> float:
         """See `criteria.Reading`."""
@@ -285,7 +295,9 @@ class PlacesReading:
         replaced = torch.from_numpy(np.isin(self.indices, change.mean)).to(maps.device)
         if replaced.any():
             grid = grid_shape(self.outputs.patch_boxes[0])
-            maps[replaced] = self.means.on(grid).to(maps)[self.outputs.concept_indices[0][replaced]]
+            shows = has_area(self.outputs.patch_boxes[0]).nonzero()[:, 0]
+            mean = self.means.on(grid).to(maps)[self.outputs.concept_indices[0][replaced]]
+            maps[replaced.nonzero()[:, :1], shows] = mean
         weights = grounding.weights[0, slot] * (0 if change.silent else 1)  # without words nothing is chosen
         heat = weights @ maps + grounding.offset  # (patches,)
         heat = grounding.key_scale * (grounding.upsampling[0] @ heat) + grounding.key_shift  # (h, w)

@@ -52,6 +52,8 @@ class Reading(Protocol):
     """bool (M,), those of them that fired."""
     fired: np.ndarray
     """long (F,), all features that can have a weight in this sample."""
+    patch_boxes: torch.Tensor
+    """float (patches, 4), the part of the image that each patch of `shown` shows."""
 
     def shown(self, weights: np.ndarray) -> np.ndarray:
         """The map that is shown of concepts with these weights, float (M,) -> float (patches,)."""

@@ -88,7 +88,7 @@ def measure_images(
             reading = reading_class(model, single_sample(states, place), means)
             truth = Truth(
                 masks=masks,
-                cover=patch_cover(known.masks, outputs.patch_boxes[place]),
+                cover=patch_cover(known.masks, reading.patch_boxes),
                 looks=known.looks,
                 places=known.places,
                 targets=known.targets,

@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import SamVisionConfig, SamVisionModel
 
 from segcompass.modeling_segcompass import SegCompassModel, SparseAutoencoder
 from segcompass.modeling_segcompass.backbone import backbone_of
 from segcompass.trainers.activations import layer_hidden_states
-from tests.support.tiny import tiny_mllm, tiny_processor
+from tests.support.tiny import tiny_mllm, tiny_processor, tiny_sam
 
 ROOT = Path(__file__).parents[2]
 D, N, K = 32, 1024, 7
@@ -221,13 +220,9 @@ INTO = {"Qwen-Scope": "qwen2_5_vl", "Gemma Scope 2": "llava", "sparsify": "llava
 def test_they_drop_into_a_model_for_a_forward_pass(name, tmp_path):
     torch.manual_seed(0)
     processor = tiny_processor(INTO[name])
-    sam = dict(
-        hidden_size=16, output_channels=16, num_hidden_layers=2, num_attention_heads=2, image_size=32, mlp_dim=32
-    )
-    sam |= dict(patch_size=4, window_size=4, global_attn_indexes=[1])
     model = SegCompassModel.from_backbones(
         tiny_mllm(INTO[name], processor),
-        SamVisionModel(SamVisionConfig(**sam)),
+        tiny_sam(),
         sae=SparseAutoencoder.from_public(LAYOUTS[name](tmp_path)),
         processor=processor,
         **dict(d_c=16, num_concepts=24, codebook_heads=4, slot_heads=4, slot_head_dim=8, decoder_heads=4),

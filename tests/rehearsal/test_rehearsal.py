@@ -167,8 +167,7 @@ def test_the_commands_of_the_page_lead_from_plain_backbones_to_a_pushed_model(ml
     world, vocabularies = tmp_path / "world", None
     if WANTED and WANTED != "all":
         vocabularies = Path(WANTED)
-        if not vocabularies.exists():
-            fetch_vocabularies(vocabularies)
+        fetch_vocabularies(vocabularies)
     make_world(world, [mllm, SAM], vocabularies)
     make_user_data(world)
     results = world / "runs" / RECIPES[mllm]

@@ -6,12 +6,13 @@
 The classes, the layout of files, the tokenizers' normalizers, pre-tokenizers and added tokens, padded and tied
 embeddings are those of the repositories; weights are random and everything is small. In a working directory with this
 folder's contents, `llava-hf/llava-1.5-7b-hf` is a path, so that the recipes run as they are. WHERE holds
-`qwen.tiktoken` and `llama-tokenizer.js`, which `fetch_vocabularies` gets from two packages.
+`qwen.tiktoken` and `llama-tokenizer.js`, which are fetched out of two packages where they are missing.
 """
 
 import argparse
 import base64
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -64,21 +65,33 @@ QWEN_PLAIN = ["<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>",
 QWEN_PLAIN += ["<|repo_name|>", "<|file_sep|>"]
 
 
+VOCABULARIES = ("qwen.tiktoken", "llama-tokenizer.js")
+
+
 # -- vocabularies ------------------------------------------------------------------------------------------------------
 
 
 def fetch_vocabularies(folder):
-    """Get the vocabularies of Llama-2 and Qwen2.5 out of a Python and a JavaScript package, with pip and npm."""
+    """Get the vocabularies of Llama-2 and Qwen2.5 out of a Python and a JavaScript package, with pip and npm.
+
+    A folder that has both stays as it is; what is fetched is written when both are there.
+    """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    if all((folder / name).exists() for name in VOCABULARIES):
+        return
+    if shutil.which("npm") is None:
+        raise SystemExit(f"npm fetches Llama-2's vocabulary and was not found: install it, or fill {folder} elsewhere.")
     with tempfile.TemporaryDirectory() as work:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "dashscope==1.20.0"]
         for command in (pip, ["npm", "pack", "--silent", "llama-tokenizer-js@1.2.2"]):
             subprocess.run(command, cwd=work, check=True, stdout=subprocess.DEVNULL)
         with zipfile.ZipFile(next(Path(work).glob("dashscope*.whl"))) as wheel:
-            (folder / "qwen.tiktoken").write_bytes(wheel.read("dashscope/resources/qwen.tiktoken"))
+            qwen = wheel.read("dashscope/resources/qwen.tiktoken")
         with tarfile.open(next(Path(work).glob("llama-tokenizer-js*.tgz"))) as package:
-            (folder / "llama-tokenizer.js").write_bytes(package.extractfile("package/llama-tokenizer.js").read())
+            llama = package.extractfile("package/llama-tokenizer.js").read()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in zip(VOCABULARIES, (qwen, llama), strict=True):
+        (folder / name).write_bytes(content)
 
 
 def merged(letters, words):
@@ -226,6 +239,15 @@ def make_llava(folder, vocabularies=None):
     mllm.save_pretrained(folder)
 
 
+def telling_norm(tokens, width):
+    """The norm of a random head's rows at which a state that lies along one of them prefers it to all others by 5 nats.
+
+    The state's norm is √width behind the last norm, its logit √width · n; those of the others have a standard deviation
+    of n, so that together they weigh ln(tokens) + n² / 2.
+    """
+    return width**0.5 - (width - 2 * (5 + math.log(tokens))) ** 0.5
+
+
 def make_qwen(folder, vocabularies=None, tied=False):
     """Qwen2.5-VL as in its repositories; embedding and head of the 3B model are one matrix."""
     tokens, merges = qwen_vocabulary(vocabularies)
@@ -295,7 +317,8 @@ def make_qwen(folder, vocabularies=None, tied=False):
     )
     mllm = Qwen2_5_VLForConditionalGeneration(config).to(torch.bfloat16)
     if tied:  # a head that does not learn must be able to prefer a token, as a trained one is
-        mllm.get_input_embeddings().weight.data.mul_(2)
+        weight = mllm.get_input_embeddings().weight.data
+        weight.mul_(telling_norm(*weight.shape) / (STD * weight.shape[1] ** 0.5))
     mllm.generation_config = GenerationConfig(
         bos_token_id=number("<|endoftext|>"),
         pad_token_id=number("<|endoftext|>"),
@@ -369,6 +392,6 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--vocabularies", type=Path, help="folder of the two vocabularies, fetched if it is not there")
     arguments = parser.parse_args()
-    if arguments.vocabularies and not arguments.vocabularies.exists():
+    if arguments.vocabularies:
         fetch_vocabularies(arguments.vocabularies)
     make_world(arguments.folder, vocabularies=arguments.vocabularies)

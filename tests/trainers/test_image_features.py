@@ -23,7 +23,7 @@ from segcompass.trainers.image_features import (
     image_key,
     open_image_features,
 )
-from tests.support.grpo import make_trainer, scenes, weights
+from tests.support.grpo import make_trainer, scenes
 from tests.support.tiny import tiny_segcompass
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -185,19 +185,19 @@ def test_a_killed_run_is_gone_on_with(tmp_path):
 def test_joint_training_with_a_cache_encodes_nothing_and_learns_the_same(tmp_path):
     model, processor = tiny_segcompass("llava")
     write(tmp_path / "cache", list(scenes(8)["image"]), model, processor)
-    results = []
+    logs = []
     for features in (None, str(tmp_path / "cache")):
         trainer = make_trainer(tmp_path / "run", beta=0.0, max_steps=1, image_features=features)
         encoded = []
         trainer.model.image_encoder.register_forward_hook(lambda *_, encoded=encoded: encoded.append(1))
         trainer.train()
         assert bool(encoded) == (features is None)
-        results.append((trainer.state.log_history[0], weights(trainer.model)))
-    (plain, moved), (cached, moved_too) = results
-    assert cached["loss"] == pytest.approx(plain["loss"], rel=2e-3)
+        logs.append(trainer.state.log_history[0])
+    plain, cached = logs
+    # the cache rounds to float16: 1e-7, 5e-6 and 0.01; with the features of two images exchanged: 1e-3, 7e-3 and 0.25
+    for name, tolerance in (("loss", 1e-4), ("seg/conf_bce", 1e-3), ("grad_norm", 0.05)):
+        assert cached[name] == pytest.approx(plain[name], rel=tolerance), name
     assert cached["reward"] == pytest.approx(plain["reward"], abs=2e-3)
-    for name, value in moved.items():
-        assert torch.allclose(value, moved_too[name], atol=2.1e-3 * 80), name  # lr 1e-3 x 80, Adam's first step
 
 
 def test_the_supervised_collator_reads_a_cache(tmp_path):

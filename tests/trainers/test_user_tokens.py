@@ -17,6 +17,7 @@ from segcompass.trainers import (
 from segcompass.trainers.checks import check_adapters
 from segcompass.trainers.joint_forward import add_fused_head
 from segcompass.trainers.policy import is_tied, lora_config
+from tests.support.grpo import scenes
 from tests.support.hub_world import LLAVA, QWEN, QWEN_TIED, SAM, make_world
 from tests.support.scripted import noise_image
 
@@ -173,6 +174,40 @@ def test_joint_training_moves_the_three_rows_of_a_tied_mllm_and_no_other(bits, h
     trainer.train()
     assert set((embeddings.weight != before).any(1).nonzero()[:, 0].tolist()) <= learned
     assert trainer.core.get_output_embeddings().weight is embeddings.weight
+
+
+@pytest.mark.parametrize("mllm", [LLAVA, QWEN])
+def test_prompts_of_several_lengths_keep_their_token_types_in_joint_training(mllm, hub, tmp_path):
+    """TRL makes prompts twice: their ids, which it pads left, and what else belongs to them, which the processor pads.
+    Qwen's tokenizer pads right where nobody asks, and its positions follow the token types."""
+    model, processor = build(hub, mllm)
+    words = [
+        "the red box",
+        "the ball that is on the right of the two blue boxes and left of the yellow ball",
+        "it",
+        "a",
+    ]
+    data = scenes(4).map(lambda row, number: {"instruction": words[number]}, with_indices=True)
+    args = SegCompassGRPOConfig(
+        **settings(tmp_path, max_steps=1, num_generations=2, gradient_accumulation_steps=4, beta=0.1),
+        max_completion_length=24,
+    )
+    trainer = SegCompassGRPOTrainer(model, args=args, train_dataset=data, processing_class=processor)
+    seen = []
+    own = trainer._get_per_token_logps_and_entropies
+    trainer._get_per_token_logps_and_entropies = lambda *args, **kwargs: (
+        seen.append((args, kwargs)) or own(*args, **kwargs)
+    )
+    trainer.train()
+    lengths = set()
+    for (_, ids, mask, *_), options in seen:
+        lengths |= set(mask.sum(1).tolist())
+        types = options.get("mm_token_type_ids")
+        assert (types is None) == (mllm == LLAVA)
+        if types is not None:
+            assert torch.equal(types == 1, ids == processor.image_token_id)
+            assert not types[mask == 0].any()
+    assert len(lengths) > 2, "prompts of one length show nothing"
 
 
 def test_both_trainers_refuse_a_processor_whose_tokens_or_view_are_not_the_models(hub, rows, tmp_path):

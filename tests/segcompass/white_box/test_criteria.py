@@ -418,6 +418,42 @@ def test_mean_places_of_images_of_several_ratios_lie_on_one_grid():
     assert torch.allclose(even.on((5, 3)), torch.ones(len(even.maps), 15))
 
 
+@pytest.mark.parametrize("reading_class", [AttentionReading, PlacesReading])
+def test_images_of_several_ratios_read_together_as_they_do_alone(reading_class):
+    """A batch pads the patches of its smaller images: padding is no patch, neither shown nor asked for."""
+    kind = next(name for name, each in READINGS.items() if each is reading_class)
+    model, processor = lively_segcompass("qwen2_5_vl", num_slots=3, concept_reading=kind)
+    if kind == "grounded":  # words choose by chance
+        model.grounded_reading.concept_bias.data.normal_(std=0.3)
+    images = [noise_image(28, 56), noise_image(28, 28, 1)]
+
+    def reason(*chosen):
+        generate = model.mllm.generate
+        script = [Script(processor.tokenizer, [GOOD] * len(chosen))]
+        model.mllm.generate = lambda input_ids, **kwargs: generate(
+            input_ids=input_ids, logits_processor=script, **kwargs
+        )
+        try:
+            return model.reason(**processor(images=list(chosen), text=["it"] * len(chosen)))[1]
+        finally:
+            model.mllm.generate = generate
+
+    response = [processor.format_response("a red ball")] * 2
+    batch = dict(processor(images=images, text=["it"] * 2, response=response))
+    means = reading_class.gather_means(model, iter([batch]))
+    together = reason(*images)
+    assert together.patch_boxes.shape[1] > len(reason(images[1]).patch_boxes[0]), "the second image is padded"
+    for place, image in enumerate(images):
+        padded = reading_class(model, single_sample(together, place), means)
+        alone = reading_class(model, single_sample(reason(image), 0), means)
+        assert torch.equal(padded.patch_boxes, alone.patch_boxes)
+        assert padded.indices.tolist() == alone.indices.tolist()
+        shown = padded.shown(padded.weights[0])
+        assert np.allclose(shown, alone.shown(alone.weights[0]), atol=1e-4) and len(shown) == len(padded.patch_boxes)
+        changes = [Change(), Change(mean=tuple(padded.indices[:3].tolist())), Change(silent="image")]
+        assert torch.equal(padded.masks(0, changes), alone.masks(0, changes))
+
+
 # -- the command -------------------------------------------------------------------------------------------------------
 
 
