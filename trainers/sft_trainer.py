@@ -4,6 +4,7 @@ A plain transformers Trainer whose loss is the language loss on the reference tr
 With `lambda_s = lambda_c = 0` it trains the language alone and leaves out every mask computation.
 """
 
+import inspect
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -35,6 +36,22 @@ from .losses import LOG_PREFIX, LossWeights, erasure_loss, segmentation_loss
 from .optimization import RateMultipliers, check_warmup, component_optimizer
 from .options import OPTIONS, refuse_options
 from .policy import freeze
+
+
+def response_logits(mllm: nn.Module, labels: Tensor) -> int:
+    """How many last tokens need logits, so that each token of the responses is predicted: most are the prompt's.
+
+    Args:
+        mllm: transformers' model.
+        labels: long (B, T), -100 outside the responses.
+
+    Returns:
+        That many; 0, all of them, where this MLLM cannot leave any out.
+    """
+    if "logits_to_keep" not in inspect.signature(type(mllm).forward).parameters:
+        return 0
+    first = int((labels != -100).any(0).int().argmax())
+    return labels.shape[1] - max(0, first - 1)
 
 
 @dataclass
@@ -218,6 +235,8 @@ class SegCompassSFTTrainer(WholeCheckpoints, HeldOutMasks, Trainer):
                 num_erased_concepts=self.args.num_erased_concepts * self.with_masks,
                 output_hidden_states=True if alignment is not None else None,
                 use_cache=False,
+                # whoever asks for the outputs gets all logits
+                logits_to_keep=0 if return_outputs else response_logits(core.mllm, inputs["labels"]),
             )
         loss, parts = outputs.loss, dict[str, Tensor]()
         if self.with_masks:

@@ -32,6 +32,7 @@ from segcompass.trainers.collator import SegCompassCollator
 from segcompass.trainers.constant_prefix import constant_prefix
 from segcompass.trainers.grpo_trainer import SegCompassGRPOTrainer
 from segcompass.trainers.policy import freeze, lora_config
+from segcompass.trainers.sft_trainer import response_logits
 from tests.support.families import TINY_FAMILIES, tiny_family
 from tests.support.grpo import scenes, settings
 from tests.support.scripted import Script
@@ -129,6 +130,27 @@ def test_every_learning_weight_gets_a_finite_gradient(family, parts):
     assert any(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
     assert all(w.grad is None or w.grad.isfinite().all() for w in model.parameters())
     model.zero_grad()
+
+
+@column("backward")
+def test_logits_of_the_responses_alone_give_the_same_loss_and_gradients(family, parts):
+    model, processor = parts
+    inputs = processor(images=IMAGES, text=TEXTS, response=[RESPONSE, f"<think>{RESPONSE[7:]}"])
+    inputs = {name: v for name, v in inputs.items() if name not in ("encoder_pixel_values", "reshaped_input_sizes")}
+    learning = list(model.backbone.blocks(model.mllm)[-1].parameters()) + [model.get_output_embeddings().weight]
+    labels = inputs["labels"]
+    kept = response_logits(model.mllm, labels)
+    assert (labels[:, -kept + 1] != -100).any() and 0 < kept < labels.shape[1]  # this family can leave the prompt out
+    whole, some = model(**inputs), model(**inputs, logits_to_keep=kept)
+    assert some.logits.shape[1] == kept and some.loss.item() == pytest.approx(whole.loss.item(), abs=1e-5)
+    expected, found = (torch.autograd.grad(out.loss, learning, allow_unused=True) for out in (whole, some))
+    largest = max(gradient.abs().max() for gradient in expected if gradient is not None)
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, atol=1e-5 * float(largest), rtol=1e-4)
+    with pytest.raises(ValueError, match=f"has a label at token {labels.shape[1] - kept + 1}, which none"):
+        model(**inputs, logits_to_keep=kept - 1)
 
 
 @column("segment = forward")

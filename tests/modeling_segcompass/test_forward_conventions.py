@@ -108,7 +108,8 @@ def test_language_inputs_reach_the_mllm(parts):
         ({"nonsense": 1}, "takes no nonsense; leave it out"),
         ({"inputs_embeds": torch.zeros(1, 4, 32), "input_ids": None}, "input_ids is None; masks need"),
         ({"past_key_values": object()}, "past_key_values is given; masks need"),
-        ({"logits_to_keep": 1}, "logits_to_keep is given with labels"),
+        ({"logits_to_keep": 1}, r"row 0 has a label at token \d+, which none of these logits predicts"),
+        ({"logits_to_keep": torch.tensor([1])}, "logits_to_keep is given with labels"),
         (
             {"attention_mask": torch.ones(1, 3, dtype=torch.long), "labels": None},
             r"attention_mask has shape \(1, 3\), input_ids",
