@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from segcompass.loaders.scene_drawing import draw_scene
 from segcompass.loaders.scene_questions import KINDS, ask
@@ -294,6 +297,7 @@ def test_words_that_the_small_model_never_learned_are_named_before_and_with_the_
         assert unknown(tokenizer, odd) == []
     with pytest.raises(Exception, match="half a character"):
         list(mini.ask(Image.new("RGB", (64, 64)), "find \ud800", 0.5))
+    assert unknown(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE())), "dog") == []  # another small model's
     assert unknown(tokenizer, "stars") == ["stars"] and unknown(tokenizer, "find all stars") == []
     warned = space.small_model.warning(["dog", "cat"])
     assert warned.startswith("It never learned “dog” and “cat” (as written)") and space.small_model.warning([]) == ""
