@@ -333,8 +333,9 @@ class GroundedReading(nn.Module):
         return self._share(logits, fires & ~self.is_place, self.look_concepts)
 
     def _heaviest_looks(self, logits, fires):
-        """Shares and features of each slot's looks, (B, K, n) each."""
-        return self._looks(logits, fires).topk(self.look_concepts, dim=-1)
+        """Shares, of what these have together, and features of each slot's heaviest looks, (B, K, n) each."""
+        shares, features = self._looks(logits, fires).topk(self.look_concepts, dim=-1)
+        return shares / shares.sum(-1, keepdim=True).clamp_min(LEAST), features
 
     @torch.no_grad()
     def share_of_places(self, looks: torch.Tensor, patch_xy: torch.Tensor, patch_mask: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from segcompass.modeling_segcompass import SegCompassConfig, SegCompassModel, SparseAutoencoderConfig
+from segcompass.modeling_segcompass import (
+    SegCompassConfig,
+    SegCompassModel,
+    SparseAutoencoderConfig,
+    grounded_reading,
+)
 from segcompass.modeling_segcompass.grounded_reading import (
     GroundedReading,
     GuidedUpsampling,
@@ -355,6 +360,28 @@ def test_places_have_more_of_a_slot_where_two_parts_of_the_image_look_alike(grou
     assert torch.equal(reading.share_of_places(looks, line.flip(-1), inside)[0, :, 0], rho)  # one above the other
     inside[0, 6] = False  # padding is no second place
     assert (reading.share_of_places(looks, line, inside) == 0.25).all()
+
+
+def test_where_every_concept_shares_a_slot_the_heaviest_looks_still_say_whether_there_is_a_tie(monkeypatch):
+    """In the first steps of training shares are small, and what is a small part of a slot would be there everywhere."""
+    model, _ = grounded_segcompass("llava")
+    reading, seen = model.grounded_reading, []
+    monkeypatch.setattr(reading, "soft", True)
+    monkeypatch.setattr(
+        grounded_reading, "all_present", lambda maps, shares: seen.append(shares) or all_present(maps, shares)
+    )
+    codes, words = torch.rand(2, 9, 128), torch.ones(2, 3, dtype=torch.bool)
+    read = reading(
+        torch.rand(2, 3, 128),
+        torch.randn(2, 3, 32),
+        words,
+        codes,
+        torch.ones(2, 9, dtype=torch.bool),
+        torch.rand(2, 9, 2),
+    )
+    (shares,) = seen
+    assert ((read.weights > 0).sum(-1) > 20).all() and shares.shape[-1] == 3
+    torch.testing.assert_close(shares.sum(-1), torch.ones(shares.shape[:2]))
 
 
 def test_a_look_that_is_equal_everywhere_is_there_nowhere():
