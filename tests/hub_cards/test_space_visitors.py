@@ -196,6 +196,17 @@ def test_the_verdict_says_first_what_was_answered(space, text, kept, said):
     assert space.why.Why([text], [slot], found=1, threshold=0.5, additive=True).verdict.startswith(said)
 
 
+def test_where_it_is_sure_and_nothing_is_drawn_heat_is_missing_and_not_confidence(space):
+    slot = space.why.Slot(0, 0.97, False, np.zeros((2, 2), bool), np.ones((2, 2)))
+    given = dict(found=1, threshold=0.5, additive=True)
+    why, none = (space.why.Why([text], [slot], **given) for text in ("answer: a ball.", "answer: none."))
+    sure = "confidence 0.97 is enough, heat to draw a mask is missing."
+    assert why.verdict == f"No target: {sure} It looked here."
+    assert none.verdict == f"No target: it answered that nothing fits (“answer: none”), {sure}"
+    html = space.why_page.answer_page(why, Image.new("RGB", (2, 2)), [], {}, "x")
+    assert "<small>no mask</small>" in html and "no mask left" not in html  # there was none before
+
+
 def test_the_forecast_of_a_concept_is_what_switching_it_off_shows(space, mini):
     """To the last digit, and in the same words; also beside a change that is in force."""
     image = Image.open(ROOT / "examples" / "scene.png").convert("RGB")
