@@ -100,7 +100,7 @@ def learn_ties(
         raise ValueError("grounded_map is 'all', and the map would move looks too; build the model with 'places'.")
     words, detectors = cached.detectors(config.held_out)
     losses = GroundedMasksConfig(lambda_hand_over=config.lambda_hand_over, lambda_name=config.lambda_name)
-    start = torch.load(path, weights_only=True) if path.exists() else {"phase": 0, "step": 0}
+    start: dict[str, Any] = torch.load(path, weights_only=True) if path.exists() else {"phase": 0, "step": 0}
     if "phase" not in start:
         raise ValueError(
             f"{path} is no state of this training, which has two phases (it holds {', '.join(start)}); give another "
