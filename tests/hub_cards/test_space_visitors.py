@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from segcompass.loaders.scene_drawing import draw_scene
 from segcompass.loaders.scene_questions import KINDS, ask
@@ -192,6 +195,17 @@ def test_the_verdict_says_first_what_was_answered(space, text, kept, said):
     assert space.why.Why([text], [slot], found=1, threshold=0.5, additive=True).verdict.startswith(said)
 
 
+def test_where_it_is_sure_and_nothing_is_drawn_heat_is_missing_and_not_confidence(space):
+    slot = space.why.Slot(0, 0.97, False, np.zeros((2, 2), bool), np.ones((2, 2)))
+    given = dict(found=1, threshold=0.5, additive=True)
+    why, none = (space.why.Why([text], [slot], **given) for text in ("answer: a ball.", "answer: none."))
+    sure = "confidence 0.97 is enough, heat to draw a mask is missing."
+    assert why.verdict == f"No target: {sure} It looked here."
+    assert none.verdict == f"No target: it answered that nothing fits (“answer: none”), {sure}"
+    html = space.why_page.answer_page(why, Image.new("RGB", (2, 2)), [], {}, "x")
+    assert "<small>no mask</small>" in html and "no mask left" not in html  # there was none before
+
+
 def test_the_forecast_of_a_concept_is_what_switching_it_off_shows(space, mini):
     """To the last digit, and in the same words; also beside a change that is in force."""
     image = Image.open(ROOT / "examples" / "scene.png").convert("RGB")
@@ -293,6 +307,7 @@ def test_words_that_the_small_model_never_learned_are_named_before_and_with_the_
         assert unknown(tokenizer, odd) == []
     with pytest.raises(Exception, match="half a character"):
         list(mini.ask(Image.new("RGB", (64, 64)), "find \ud800", 0.5))
+    assert unknown(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE())), "dog") == []  # another small model's
     assert unknown(tokenizer, "stars") == ["stars"] and unknown(tokenizer, "find all stars") == []
     warned = space.small_model.warning(["dog", "cat"])
     assert warned.startswith("It never learned “dog” and “cat” (as written)") and space.small_model.warning([]) == ""
