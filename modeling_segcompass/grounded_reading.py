@@ -31,6 +31,7 @@ HIGHEST_PATCHES = 4  # whose mean the confidence reads
 THERE = 0.6  # of the greatest: from there on all looks of a slot count as there
 ONE_THING = 0.42  # of the frame's side, in x or in y: looks that are there over more than this are of several things
 ABSENT = 0.02  # strength, of a look's greatest, that counts as none
+LEAST = 1e-6  # of a map: what is equal everywhere leaves less by rounding
 
 
 class WordReading(NamedTuple):
@@ -332,8 +333,9 @@ class GroundedReading(nn.Module):
         return self._share(logits, fires & ~self.is_place, self.look_concepts)
 
     def _heaviest_looks(self, logits, fires):
-        """Shares and features of each slot's looks, (B, K, n) each."""
-        return self._looks(logits, fires).topk(self.look_concepts, dim=-1)
+        """Shares, of what these have together, and features of each slot's heaviest looks, (B, K, n) each."""
+        shares, features = self._looks(logits, fires).topk(self.look_concepts, dim=-1)
+        return shares / shares.sum(-1, keepdim=True).clamp_min(LEAST), features
 
     @torch.no_grad()
     def share_of_places(self, looks: torch.Tensor, patch_xy: torch.Tensor, patch_mask: torch.Tensor) -> torch.Tensor:
@@ -593,11 +595,12 @@ def all_present(maps: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
         shares: float (B, K, n), of the slot; they sum to 1, or to 0 for a slot without looks.
 
     Returns:
-        float (B, K, P) in [0, 1]; 0 for a slot without looks.
+        float (B, K, P) in [0, 1]; 0 where none of the slot's looks is there, be it for rounding.
     """
-    there = (maps / maps.amax(1, keepdim=True).clamp_min(1e-6)).clamp_min(ABSENT)  # (B, P, K · n)
+    there = (maps / maps.amax(1, keepdim=True).clamp_min(LEAST)).clamp_min(ABSENT)  # (B, P, K · n)
     there = (there.unflatten(2, shares.shape[1:]).log() * shares[:, None]).sum(-1).exp()  # (B, P, K)
-    return (there * (shares.sum(-1) > 0)[:, None]).mT
+    some = ((maps > LEAST).unflatten(2, shares.shape[1:]) & (shares > 0)[:, None]).any(-1)  # (B, P, K)
+    return (there * some).mT
 
 
 def concept_spread(mean_maps: torch.Tensor) -> torch.Tensor:

@@ -78,8 +78,8 @@ def learn_ties(
         After each step its phase, number and loss.
 
     Raises:
-        ValueError: the read-out is not grounded, no cached image asks for two things of equal names, or the map U Vᵀ
-            would move looks too.
+        ValueError: the read-out is not grounded, no cached image asks for two things of equal names, the map U Vᵀ would
+            move looks too, or `state_file` is of a training of another kind, such as one in which only places learned.
     """
     if not model.grounded:
         raise ValueError(
@@ -100,7 +100,12 @@ def learn_ties(
         raise ValueError("grounded_map is 'all', and the map would move looks too; build the model with 'places'.")
     words, detectors = cached.detectors(config.held_out)
     losses = GroundedMasksConfig(lambda_hand_over=config.lambda_hand_over, lambda_name=config.lambda_name)
-    start = torch.load(path, weights_only=True) if path.exists() else {"phase": 0, "step": 0}
+    start: dict[str, Any] = torch.load(path, weights_only=True) if path.exists() else {"phase": 0, "step": 0}
+    if "phase" not in start:
+        raise ValueError(
+            f"{path} is no state of this training, which has two phases (it holds {', '.join(start)}); give another "
+            "state_file, or remove this one to begin anew."
+        )
     if "reading" in start:
         reading.load_state_dict(start["reading"])
     for phase, steps in enumerate((config.look_steps, config.place_steps)):

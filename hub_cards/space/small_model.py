@@ -36,12 +36,14 @@ def unknown_words(tokenizer: Any, instruction: str) -> list[str]:
 
     Returns:
         Each once, in order. The first word counts as it stands there: “stars” at the very beginning is none, though it
-        was taught inside of questions.
+        was taught inside of questions. [] with a tokenizer that does not cut a text into words, which is another's.
     """
+    words = getattr(getattr(tokenizer, "backend_tokenizer", None), "pre_tokenizer", None)
+    if words is None:
+        return []
     text = instruction.encode("utf-8", "ignore").decode("utf-8").strip()  # half characters are refused elsewhere
-    pieces = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
     found = []
-    for _, (start, end) in pieces:
+    for _, (start, end) in words.pre_tokenize_str(text):
         word = text[start:end]
         if any(map(str.isalpha, word)) and len(tokenizer.tokenize(word)) > 1:
             found.append(word.strip())

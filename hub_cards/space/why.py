@@ -153,10 +153,12 @@ class Why:
             count = len(self.kept)
             although = f", though it wrote “{self.none}”" if self.none else ""
             return f"{count} mask{'s' * (count > 1)}, {share} of the image{although}."
-        sure = f"onfidence {confidence(self.slots[0].confidence)}, a mask needs {self.threshold:.2f}."
+        enough = self.slots[0].confidence >= self.threshold
+        sure = f"onfidence {confidence(self.slots[0].confidence)}"
+        sure += " is enough, heat to draw a mask is missing." if enough else f", a mask needs {self.threshold:.2f}."
         if self.none:
             return f"No target: it answered that nothing fits (“{self.none}”), c{sure}"
-        return f"No target: not sure enough. C{sure} It looked here."
+        return f"No target: {f'c{sure}' if enough else f'not sure enough. C{sure}'} It looked here."
 
     @property
     def none(self) -> str:

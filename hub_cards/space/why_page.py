@@ -101,7 +101,7 @@ def answer_page(
     shown.thumbnail((LONGEST, LONGEST))
     numbers = {key: number for number, key in enumerate(concepts)}
     titles = why.titles
-    tabs = "".join(_tab(slot, titles[slot.number], why.threshold) for slot in why.now)
+    tabs = "".join(_tab(slot, titles[slot.number], why.threshold, bool(why.after)) for slot in why.now)
     defs = (
         f"<svg class='defs' aria-hidden='true'><defs><image id='why-photo' width='{shown.width}' "
         f"height='{shown.height}' href='{_jpeg(shown)}'/></defs></svg>"
@@ -131,10 +131,10 @@ def _top(verdict: str, tabs: str, warned: str) -> str:
     )
 
 
-def _tab(slot: Slot, name: str, threshold: float) -> str:
+def _tab(slot: Slot, name: str, threshold: float, after: bool) -> str:
     sure = f"confidence {confidence(slot.confidence)}"
     if not slot.kept and slot.confidence >= threshold:  # sure, and yet nothing is drawn
-        sure = "no mask left"
+        sure = "no mask left" if after else "no mask"
     elif not slot.kept:
         sure += f", needs {threshold:.2f}"
     return (

@@ -122,7 +122,7 @@ def test_every_snippet_and_the_endpoint_give_the_masks_of_segment(hub, pushed):
     assert (union == got["union"]).all()
     assert got["pipe"] == [[pytest.approx(each["score"], abs=1e-5), each["box"]] for each in answer["instances"]]
     assert got["concepts"] == [each["concepts"][0]["index"] for each in answer["instances"]]
-    assert answer["instances"][0]["concepts"][0]["label"] == "purple"
+    assert "purple" in [concept["label"] for concept in answer["instances"][0]["concepts"]]
     assert got["address"][0] == 400 and "an address or a path; nothing is fetched" in got["address"][1]
     assert got["empty"][0] == 400 and "instruction is ' '; it must be text" in got["empty"][1]
 

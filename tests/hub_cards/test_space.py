@@ -35,7 +35,8 @@ MINI = EXAMPLES / "checkpoints" / "mini"
 SCENE = json.loads((EXAMPLES / "scene.json").read_text())
 PATIENCE = 600
 """Seconds after which something will never come; a busy machine takes minutes for the first."""
-TWO, NONE = 0, 3  # examples.json: two purple boxes beside a blue star; nothing to the left of the red thing
+TWO, STARS, NONE = 0, 1, 3
+# examples.json: two purple boxes beside a blue star; a red star and a yellow one; nothing to the left of the red thing
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +200,7 @@ def test_an_example_says_why_its_mask_is_there_and_nothing_shifts(browser, addre
 
     page.pointer().move_to_element(page.to(page.concept("purple"))).perform()
     lit = lambda: [each.text for each in page.all(".slot:not([hidden]) .word.lit")]  # noqa: E731
-    page.wait(lambda: lit() == ["purple"], 120)
+    page.wait(lambda: "purple" in lit(), 120)
     visible = "return getComputedStyle(document.querySelector(arguments[0])).visibility"
     number = page.concept("purple").get_attribute("data-c")
     assert page.js(visible, f".slot:not([hidden]) .places .part[data-c='{number}']") == "visible"
@@ -228,23 +229,25 @@ def test_an_example_says_why_its_mask_is_there_and_nothing_shifts(browser, addre
 
 def test_switching_off_swapping_and_undoing_show_before_and_after(browser, address):
     page = Page(browser, address)
-    page.run(TWO)
+    page.run(STARS)
+    look = page.kind("look").get_attribute("data-name")
+    other = {"red": "yellow", "yellow": "red"}[look]
     source = lambda side: page.js(  # noqa: E731
         "return document.querySelector('.pair:not([hidden]) .' + arguments[0] + ' .drawn')?.getAttribute('href')", side
     )
     before = source("before")
     assert before and source("after") is None
     assert page.text(".pair:not([hidden]) .before figcaption") == "before: mask 1 of 2"
-    page.to(page.concept("purple")).click()
-    assert page.text(".do > span") == "Change purple: acts on all masks of this answer"
+    page.to(page.concept(look)).click()
+    assert page.text(".do > span") == f"Change {look}: acts on all masks of this answer"
     offered = page.js("return [...document.querySelector('.other').options].filter(o => !o.hidden).map(o => o.value)")
-    assert "purple" not in offered and "blue" in offered and offered == sorted(offered)
-    page.js("document.querySelector('.other').value = 'blue'")
+    assert look not in offered and other in offered and offered == sorted(offered)
+    page.js("document.querySelector('.other').value = arguments[0]", other)
     page.press("swap")
-    assert page.text(".pair:not([hidden]) .moved").startswith("purple → blue: the mask moves away")
+    assert page.text(".pair:not([hidden]) .moved").startswith(f"{look} → {other}: the mask moves away")
     assert source("before") == before and source("after") not in (None, before)
-    assert "→ blue" in page.concept("purple").text and page.text(".changes") == "purple → blue×"
-    assert page.concept("purple").get_attribute("aria-pressed") == "true"  # still chosen
+    assert f"→ {other}" in page.concept(look).text and page.text(".changes") == f"{look} → {other}×"
+    assert page.concept(look).get_attribute("aria-pressed") == "true"  # still chosen
     page.keep("space.webp")
     page.keep("space_swap.webp", ".lower")
     row = page.to(page.kind("place"))
@@ -336,9 +339,9 @@ def test_no_target_explains_itself(browser, address):
     names = [row.get_attribute("data-name") for row in page.all(".slot:not([hidden]) .concept[data-c]")]
     assert names and not any(re.fullmatch(r"\W*", name) for name in names)  # marks are no names
     assert page.text(".note").startswith("There is no mask to move: confidence is missing")
-    assert page.one(".slot:not([hidden]) .word").get_attribute("title").endswith("mask reads comes from this word.")
+    assert page.one(".slot:not([hidden]) .word").get_attribute("title").count("mask reads comes from this word.")
     assert "answer: none." in page.text(".why .text") and "best guess" in page.text(".tab")
-    assert page.all(".slot:not([hidden]) .concept[data-c]") and "brightened" in page.text(".place")
+    assert page.all(".slot:not([hidden]) .concept[data-c]") and "all together" in page.text(".place")
     page.keep("space_none.webp", ".why")
 
 
@@ -353,7 +356,7 @@ def test_a_phone_shows_everything_without_scrolling_sideways(browser, address):
     shifts = page.js("return window.shifts")
     assert sum(value for value, _, _ in shifts) < 0.05, shifts
     page.to(page.concept("purple")).click()
-    assert [word.text for word in page.all(".slot:not([hidden]) .word.lit")] == ["purple"]  # a tap lights, as pointing
+    assert "purple" in [word.text for word in page.all(".slot:not([hidden]) .word.lit")]  # a tap lights, as pointing
     page.press("off")
     before, after = (page.one(f".pair:not([hidden]) .{side}").rect for side in ("before", "after"))
     assert before["y"] == after["y"] and before["x"] + before["width"] <= after["x"], "not side by side"
@@ -445,7 +448,7 @@ def test_an_mcp_client_gets_the_masks_of_segment(address, tmp_path):
         address,
         ("segment", asked),
         ("explain", asked),
-        ("change_concepts", {**asked, "swap": "purple=blue"}),
+        ("change_concepts", {**asked, "instruction": "find the blue star", "swap": "blue=purple"}),
         ("segment", {**asked, "instruction": "x" * 1001}),
     )
     assert set(tools) == {"segment", "explain", "change_concepts"}
@@ -464,5 +467,6 @@ def test_an_mcp_client_gets_the_masks_of_segment(address, tmp_path):
     assert "purple" in [each["name"] for each in concepts] and reasons["verdict"].startswith("2 masks")
     assert all(0 <= each["lost_without_it"] <= 1 for each in concepts) and reasons["unknown_words"] == []
     moved = json.loads(changed.content[0].text)
-    assert moved["before"] == answer and moved["after"]["instances"][0]["box"] != answer["instances"][0]["box"]
+    (star,), elsewhere = moved["before"]["instances"], [each["box"] for each in moved["after"]["instances"]]
+    assert elsewhere and star["box"] not in elsewhere and elsewhere[0] in [each["box"] for each in answer["instances"]]
     assert refused.isError and "1,001 characters" in refused.content[0].text

@@ -7,8 +7,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from segcompass.modeling_segcompass import SegCompassConfig, SegCompassModel, SparseAutoencoderConfig
-from segcompass.modeling_segcompass.grounded_reading import GroundedReading, GuidedUpsampling, centred, concept_spread
+from segcompass.modeling_segcompass import (
+    SegCompassConfig,
+    SegCompassModel,
+    SparseAutoencoderConfig,
+    grounded_reading,
+)
+from segcompass.modeling_segcompass.grounded_reading import (
+    GroundedReading,
+    GuidedUpsampling,
+    all_present,
+    centred,
+    concept_spread,
+)
 from segcompass.modeling_segcompass.image_encoder import Frame
 from segcompass.modeling_segcompass.token_layout import conclusion_mask, gather_positions
 from segcompass.trainers.optimization import RateMultipliers, parameter_groups, segmentation_modules
@@ -351,6 +362,40 @@ def test_places_have_more_of_a_slot_where_two_parts_of_the_image_look_alike(grou
     assert (reading.share_of_places(looks, line, inside) == 0.25).all()
 
 
+def test_where_every_concept_shares_a_slot_the_heaviest_looks_still_say_whether_there_is_a_tie(monkeypatch):
+    """In the first steps of training shares are small, and what is a small part of a slot would be there everywhere."""
+    model, _ = grounded_segcompass("llava")
+    reading, seen = model.grounded_reading, []
+    monkeypatch.setattr(reading, "soft", True)
+    monkeypatch.setattr(
+        grounded_reading, "all_present", lambda maps, shares: seen.append(shares) or all_present(maps, shares)
+    )
+    codes, words = torch.rand(2, 9, 128), torch.ones(2, 3, dtype=torch.bool)
+    read = reading(
+        torch.rand(2, 3, 128),
+        torch.randn(2, 3, 32),
+        words,
+        codes,
+        torch.ones(2, 9, dtype=torch.bool),
+        torch.rand(2, 9, 2),
+    )
+    (shares,) = seen
+    assert ((read.weights > 0).sum(-1) > 20).all() and shares.shape[-1] == 3
+    torch.testing.assert_close(shares.sum(-1), torch.ones(shares.shape[:2]))
+
+
+def test_a_look_that_is_equal_everywhere_is_there_nowhere():
+    """Its mean over 49 patches is rounded, so that 6e-8 of it stands out all over the image."""
+    inside, alone = torch.ones(1, 49, dtype=torch.bool), torch.ones(1, 1, 1)
+    equal = torch.stack([centred(torch.full((1, 49, 1), value.item()), inside) for value in torch.linspace(0.5, 2, 40)])
+    assert (equal > 0).any(), "nothing was rounded, so nothing is shown"
+    assert not any(all_present(maps, alone).any() for maps in equal)
+    maps = torch.zeros(1, 49, 2)
+    maps[0, 3, 0] = 1.0  # the other look is nowhere: the first still says where
+    both = all_present(maps, torch.full((1, 1, 2), 0.5))
+    assert both[0, 0, 3] > 0.1 and both.sum() == both[0, 0, 3]
+
+
 def test_ties_are_looked_for_only_where_they_change_something(grounded, monkeypatch):
     model, _, _, _, states = grounded
     calls, encode = [], model.sae.encode_selected
@@ -592,6 +637,14 @@ def test_explanation_names_concepts_with_their_places_words_and_losses(grounded)
         gone = float((full & ~without).sum() / full.sum().clamp_min(1))
         assert concept.lost == pytest.approx(gone, abs=0.02)  # a pixel on the edge may round either way
     assert "without it the mask loses" in report.to_html(noise_image(40, 40))
+
+
+def test_where_every_concept_is_switched_off_none_is_left_to_lose(grounded):
+    model, processor, _, _, states = grounded
+    off = decode(model, states, concept_scale=dict.fromkeys(range(128), 0.0))
+    with torch.no_grad():
+        report = model.explain(off, processor=processor, image_embeddings=states.image_embeddings)
+    assert not report.concepts and report.rest == 0
 
 
 def test_faithfulness_and_erasing_take_contributions_away(grounded):

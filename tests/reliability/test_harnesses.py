@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 
 from benchmarks.reliability.served import SERVES
@@ -37,8 +38,11 @@ def test_the_short_form_finds_nothing(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the harnesses fork; Windows cannot")
-def test_parts_of_the_crash_states_are_all_of_them_once(tmp_path):
+def test_parts_of_the_crash_states_are_all_of_them_once(tmp_path, monkeypatch):
     """Three processes share a writer's states; a fourth, which has no time, adds up what they noted."""
+    # the harnesses hide GPUs and move the cache for good; other tests of this process have both as they were
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", datasets.config.HF_DATASETS_CACHE)
     from benchmarks.reliability import crash_states
 
     words = ["--writers", "journal", "--output", str(tmp_path)]

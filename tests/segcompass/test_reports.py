@@ -282,6 +282,24 @@ def test_masks_are_outlined_where_they_are_and_nothing_is_drawn_beside_the_pictu
     assert (overlay[top + 30 : top + panel, left + panel + 1 :] == 255).all(), "nothing right of the picture"
 
 
+def test_a_mask_of_specks_is_outlined_too(monkeypatch):
+    """Its outline has 70,000 points; the corner of each would be rounded by itself, which takes a second and more."""
+    joints, line = [], drawing.ImageDraw.ImageDraw.line
+    monkeypatch.setattr(
+        drawing.ImageDraw.ImageDraw, "line", lambda pen, *a, **k: joints.append(k.get("joint")) or line(pen, *a, **k)
+    )
+    specks = np.random.default_rng(0).random((1, 300, 300)) > 0.5
+    result = {"instruction": "x", "instances": [{"slot": 0, "score": 0.9, "box": [0, 0, 300, 300]}]}
+    drawn = draw_overlay(np.zeros((300, 300, 3), np.uint8), result, "x", "1 instance", specks, [])
+    assert len(joints) > 1000 and "curve" not in joints
+    red = np.abs(np.asarray(drawn).astype(int) - np.array(drawing.slot_colour(0))).max(-1) < 12
+    assert red.mean() > 0.1
+    specks[:] = False
+    specks[0, 100:200, 100:200] = True
+    draw_overlay(np.zeros((300, 300, 3), np.uint8), result, "x", "1 instance", specks, [])
+    assert "curve" in joints
+
+
 @pytest.mark.parametrize("size", [(1, 1), (400, 1), (10, 3000), (3000, 10)])
 def test_images_as_narrow_as_a_line_are_drawn(size):
     """Their answer was lost: nothing can be resized to no pixel."""

@@ -163,3 +163,11 @@ def test_rows_without_twins_are_refused(caches, tmp_path):
         next(learn_ties(model, caches, tmp_path / "state.pt", TiesConfig()))
     with pytest.raises(ValueError, match="holds no cached states"):
         next(learn_ties(model, [caches[1], tmp_path / "none"], tmp_path / "state.pt", TiesConfig()))
+
+
+def test_a_state_of_another_training_is_refused(caches, tmp_path):
+    """Before there were two phases, states held none."""
+    model, _ = with_map()
+    torch.save({"step": 2000, "reading": {}, "optimizer": {}}, tmp_path / "state.pt")
+    with pytest.raises(ValueError, match="state.pt is no state of this training, .* holds step, reading, optimizer"):
+        next(learn_ties(model, caches, tmp_path / "state.pt", TiesConfig()))

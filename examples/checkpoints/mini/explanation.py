@@ -101,7 +101,7 @@ class Explanation:
     concepts: list[ConceptShare]
     """the heaviest, heaviest first."""
     rest: float
-    """weight of all other concepts: it and the concepts' weights sum to 1."""
+    """weight of all other concepts: it and the concepts' weights sum to 1, or to what steering left of it."""
     heatmap: np.ndarray
     """float (h, w) in [0, 1], H_k over the image (the frame's padding cut off)."""
     patch_boxes: np.ndarray
@@ -255,7 +255,7 @@ def explain_slot(
         slot=slot,
         confidence=float(outputs.pred_logits[sample, slot].float().sigmoid()),
         concepts=concepts,
-        rest=max(0.0, 1.0 - sum(concept.weight for concept in concepts)),
+        rest=max(0.0, float(weights.sum()) - sum(concept.weight for concept in concepts)),
         heatmap=_heatmap(outputs, sample, slot, frame),
         patch_boxes=boxes,
         patch_map=patch_map,

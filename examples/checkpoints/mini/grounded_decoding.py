@@ -132,6 +132,8 @@ def lost_without(model: Any, outputs: Any, slot: int, sample: int, image_embeddi
             "heatmap is no sum; decode again with decode_masks(..., concept_scale={index: 0}) and compare."
         )
     columns = grounding.weights[sample, slot].nonzero()[:, 0]  # (n,)
+    if not len(columns):  # all of its concepts are switched off
+        return {}
     heat = outputs.heatmaps[sample, slot]  # (h, w)
     kept = heat - grounding.on_keys(sample, slot)[columns].to(heat.dtype)  # (n, h, w)
     keys = image_embeddings[sample : sample + 1] if len(image_embeddings) > 1 else image_embeddings
