@@ -45,6 +45,7 @@ from .token_layout import (
     concept_token_mask,
     distance_to_slots,
     find_slots,
+    last_labels,
     token_position_features,
     token_types,
 )
@@ -447,7 +448,8 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             inputs_embeds: float (B, T, d_π) instead of input_ids, for the language part only.
             past_key_values: a key-value cache of earlier tokens, for the language part only.
             use_cache: also return the key-value cache.
-            logits_to_keep: logits of the last so many tokens only, 0 = of all; without labels.
+            logits_to_keep: logits of the last so many tokens only, 0 = of all. With labels a number, and all labels are
+                of tokens that these logits predict: the loss is the same, without the head over the prompt.
             output_attentions: also return the attention weights, under eager attention; None = as the configuration
                 says.
             image_grid_thw: long (B, 3), of families such as Qwen2.5-VL.
@@ -485,7 +487,7 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
                 )
         keeps_some = isinstance(logits_to_keep, torch.Tensor) or logits_to_keep != 0
         if keeps_some and labels is not None:
-            raise ValueError("logits_to_keep is given with labels, whose loss needs all logits; leave one of them out.")
+            labels = last_labels(labels, None if fused_lm_head else logits_to_keep)
         if attention_mask is None and input_ids is not None and past_key_values is None:
             attention_mask = torch.ones_like(input_ids)
         inputs = dict(

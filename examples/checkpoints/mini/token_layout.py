@@ -41,6 +41,35 @@ def find_slots(input_ids: torch.Tensor, response_mask: torch.Tensor, config: Any
     return hit.int().argmax(-1), hit.any(-1)
 
 
+def last_labels(labels: torch.Tensor, logits_to_keep: Any) -> torch.Tensor:
+    """The labels that belong to the logits of the last tokens.
+
+    Args:
+        labels: long (B, T), -100 where nothing is to be predicted.
+        logits_to_keep: of how many tokens there are logits; each but the last predicts the next one's label.
+
+    Returns:
+        long (B, logits_to_keep).
+
+    Raises:
+        ValueError: no number of tokens, or a label that none of these logits predicts.
+    """
+    if not isinstance(logits_to_keep, int) or logits_to_keep < 1:
+        raise ValueError(
+            "logits_to_keep is given with labels; beside labels it is a whole number above 0, and without the fused "
+            "head. Leave one of them out."
+        )
+    dropped = labels.shape[1] - logits_to_keep
+    unpredicted = labels[:, : dropped + 1 if dropped > 0 else 0] != -100
+    if unpredicted.any():
+        row, column = unpredicted.nonzero()[0].tolist()
+        raise ValueError(
+            f"logits_to_keep={logits_to_keep} of {labels.shape[1]} tokens, but row {row} has a label at token "
+            f"{column}, which none of these logits predicts; keep more, or set the label to -100."
+        )
+    return labels[:, -logits_to_keep:]
+
+
 def concept_token_mask(
     input_ids: torch.Tensor, attention_mask: torch.Tensor, special_token_ids: list[int]
 ) -> torch.Tensor:
