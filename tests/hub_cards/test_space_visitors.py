@@ -149,9 +149,9 @@ def test_a_swapped_concept_moves_the_mask_to_the_other_thing(mini):
     key = next(each.key for each in before.concepts if each.kind == "place")
     place = shown.answer.concepts.index(key)
     both = mini.change(shown.question, place, 0.0, 0.5)
-    assert both.why.names["purple"] == "purple" and list(both.why.changes) == ["purple", key]
+    assert both.why.names["blue"] == "blue" and list(both.why.changes) == ["blue", key]
     one = mini.restore(shown.question, 0.5, concept=place)  # the other change stays
-    assert one.why.changes == {"purple": "blue"} and same_masks(one.why, moved.why)
+    assert one.why.changes == {"blue": "purple"} and same_masks(one.why, moved.why)
     with pytest.raises(Exception, match="none of this answer"):
         mini.restore(shown.question, 0.5, concept=99)
 

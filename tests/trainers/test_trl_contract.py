@@ -66,6 +66,7 @@ PRIVATE = {
     rollout_rows: set(),
 }
 OURS = {
+    "_core",
     "_make_reference",
     "_overlays",
     "_response_lengths",
