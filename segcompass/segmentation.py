@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from PIL import Image
 
 from segcompass.box_formats import Answer
 from segcompass.boxes_route import BoxesRoute
-from segcompass.drawing import ConceptTile, draw_overlay, encode_png, label_image
+from segcompass.drawing import ConceptTile, draw_overlay, label_image
 from segcompass.loaders.folder_lock import folder_lock
 from segcompass.loaders.masks import encode_mask
 from segcompass.loading import load
@@ -132,7 +133,7 @@ def write_results(output: Path, result: dict, labels: Image.Image, overlay: Imag
     with folder_lock(output):
         write_whole(output / "result.json", json.dumps(result, indent=2) + "\n")
         write_whole(output / "masks.png", labels.save)
-        write_whole(output / "overlay.png", encode_png(overlay))
+        write_whole(output / "overlay.png", partial(overlay.save, compress_level=3))
     print(f"wrote overlay.png, masks.png and result.json to {output}")
 
 

@@ -252,16 +252,6 @@ def test_long_lines_are_cut_where_they_say_least():
 # -- what the overlay shows --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [(1, 1), (7, 3), (320, 200)])
-def test_png_holds_every_pixel(size, tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    (tmp_path / "a.png").write_bytes(drawing.encode_png(Image.fromarray(pixels)))
-    with Image.open(tmp_path / "a.png") as again:
-        again.verify()
-    again = Image.open(tmp_path / "a.png")
-    assert again.mode == "RGB" and (np.asarray(again) == pixels).all()
-
-
 def test_masks_are_outlined_where_they_are_and_nothing_is_drawn_beside_the_picture():
     """A square mask at the right edge: its outline, box and score, found in the picture of the masks by its colour."""
     image, mask = np.full((200, 200, 3), 128, np.uint8), np.zeros((200, 200), bool)

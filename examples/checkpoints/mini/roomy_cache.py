@@ -27,7 +27,6 @@ class RoomyLayer(DynamicLayer):
     def __init__(self):
         super().__init__()
         self._rooms: dict[str, torch.Tensor] = {}
-        self._given: dict[str, torch.Tensor] = {}  # the view of each that was handed out last
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -50,22 +49,16 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def _added(self, name, kept, new):
-        # Once for each token, layer and of keys and values: on a GPU, which waits for Python, each microsecond counts.
-        start = kept.shape[-2] if kept.numel() else 0
-        count, room = new.shape[-2], self._rooms.get(name)
-        if room is None or room.shape[-2] < start + count or not self._fits(name, kept, room):
-            room = self._rooms[name] = new.new_empty(*new.shape[:-2], start + count + ROOM, new.shape[-1])
+        room, start = self._rooms.get(name), kept.shape[-2] if kept.numel() else 0
+        end = start + new.shape[-2]
+        # whoever cuts, chooses or reorders rows leaves tensors of their own, or views of the room's beginning
+        fits = room is not None and kept.data_ptr() == room.data_ptr() and kept.shape[:-2] == room.shape[:-2]
+        if not fits or room.shape[-2] < end:
+            room = self._rooms[name] = new.new_empty(*new.shape[:-2], end + ROOM, new.shape[-1])
             if start:
-                room.narrow(-2, 0, start).copy_(kept)
-        room.narrow(-2, start, count).copy_(new)
-        given = self._given[name] = room.narrow(-2, 0, start + count)
-        return given
-
-    def _fits(self, name, kept, room):
-        """Whether what is kept lies in the room: rows that somebody chose or reordered are tensors of their own."""
-        if kept is self._given.get(name):
-            return True
-        return kept.data_ptr() == room.data_ptr() and kept.shape[:-2] == room.shape[:-2]
+                room[..., :start, :] = kept
+        room[..., start:end, :] = new
+        return room[..., :end, :]
 
 
 def roomy_cache(mllm: Any) -> dict[str, DynamicCache]:
