@@ -156,6 +156,7 @@ def sessions(demo: Any, count: int, end: float) -> tuple[int, float]:
         answer = ask(demo, visitor, number)
         assert not isinstance(answer, str), answer
         request = SimpleNamespace(session_hash=visitor)
+        demo.foretell(answer.question, 0, 0.0, request)
         demo.change(answer.question, 0, 0.0, 0.0, request)
         demo.restore(answer.question, 0.0, request)
         demo.leave(request)

@@ -16,7 +16,10 @@ PREFIX = 512
 """How many numbers of each parameter are looked at: training changes them all."""
 SHAPES = ("ball", "box", "cone", "moon", "ring", "star")
 COLOURS = ("blue", "green", "purple", "red", "white", "yellow")
-TAUGHT = f"Its words are {', '.join(SHAPES)}; {', '.join(COLOURS)}; small, large; left of, right of, above, below, larger than."
+TAUGHT = (
+    f"Its words are {', '.join(SHAPES)}; {', '.join(COLOURS)}; small, large; left of, right of, above, below, larger "
+    "than."
+)
 """Its words for things, in a sentence."""
 KNOWS = (
     "The small model that runs here ({millions:.1f} million parameters) has only ever seen drawn scenes like the "

@@ -473,7 +473,8 @@ def shown_name(key: Key, labels: dict[int, str], names: dict[str, str] | None = 
         names: how labels are called that are called otherwise, such as the columns of a board.
 
     Returns:
-        Such as "purple", "column C", "words “large”, “4”", "unnamed 7" or "unnamed 7 (at “,”)", with the first of its features' numbers.
+        Such as "purple", "column C", "words “large”, “4”", "unnamed 7" or "unnamed 7 (at “,”)", with the first of
+        its features' numbers.
     """
     if isinstance(key, int):
         return f"unnamed {key}"

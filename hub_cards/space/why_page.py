@@ -314,8 +314,8 @@ def _controls(why: Why, concepts: list[Key], swaps: dict[str, str], foretells: b
         "<button type='button' data-do='off'>Switch off</button>"
         f"<button type='button' data-do='double'>Double</button>{swap}"
         f"<button type='button' class='undo' data-do='undo'{undo}>Undo all</button></div>"
-        f"{foretold}<p class='hint'><span class='about-chosen'></span> Choose another in 2. The words stay as they are; "
-        "only what they fire is changed.</p>"
+        f"{foretold}<p class='hint'><span class='about-chosen'></span> Choose another in 2. The words stay as they "
+        "are; only what they fire is changed.</p>"
         f"<ul class='changes' aria-label='changes in force, on all masks'>{changes}</ul>"
     )
 
