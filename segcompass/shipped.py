@@ -33,9 +33,9 @@ def notes_on(model: Any, tokenizer: Any, image: str, instruction: str) -> tuple[
 
     if not is_small(model):
         return [], []
-    unknown, scene = unknown_words(tokenizer, instruction), str(default_scene()[0])
+    unknown = unknown_words(tokenizer, instruction)
     lines = [warning(unknown)] if unknown else []
-    if image != scene:
+    if Path(image).resolve() != default_scene()[0].resolve():
         photograph = f'segcompass segment {shlex.quote(image)} "…" {PHOTOGRAPH}'
         lines.append(f"the small model knows drawn scenes only; for a photograph: {photograph}")
     return unknown, [f"note         {line}" for line in lines]
