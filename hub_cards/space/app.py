@@ -123,13 +123,13 @@ class Page:
         change = {"off": 0.0, "double": 2.0}.get(str(action), getattr(event, "other", None))
         return self.html(self.demo.change(question, getattr(event, "concept", None), change, threshold, request))
 
-    def foretell(self, question: str, threshold: float, event: gr.EventData, request: gr.Request) -> Any:
+    def foretell(self, question: str, threshold: float, event: gr.EventData, request: gr.Request) -> str:
         """What could be done with a concept, for `page.js`; nothing where the answer is gone."""
         concept = getattr(event, "concept", None)
         try:
             slots = self.demo.foretell(question, concept, threshold, request)
-        except gr.Error:  # nobody asked in words; a click will say it
-            return gr.skip()
+        except gr.Error:  # nobody asked for it in words; a click will say what is wrong
+            slots = {}
         told = {"concept": concept, "turn": getattr(event, "turn", None), "slots": slots}
         return f"<i data-told='{escape(json.dumps(told))}'></i>"
 
@@ -189,7 +189,7 @@ def page(demo: Demo) -> gr.Blocks:
         ):
             changed.success(None, js=SETTLED_JS, **ours)  # also when the page is as it was
             changed.failure(None, js=SETTLED_JS, **ours)
-        why.foretell(calls.foretell, [answer, threshold], told, trigger_mode="always_last", **ours)
+        why.foretell(calls.foretell, [answer, threshold], told, trigger_mode="multiple", **ours)
         blocks.unload(demo.leave)
         add_api(tools)
     return blocks.queue(max_size=4 * (AT_ONCE + MAX_WAITING))

@@ -1,5 +1,5 @@
 // What is pointed at lights up what it is linked with; what is chosen can be changed. Runs once, inside gr.HTML.
-const state = {answer: null, slot: null, chosen: null, turn: 0, asked: null, told: null, other: null};
+const state = {answer: null, slot: null, chosen: null, turn: 0, asked: null, waiting: 0, told: null, other: null};
 const all = (selector, root) => [...(root || element).querySelectorAll(selector)];
 const active = () => element.querySelector('.slot:not([hidden])');
 const numbers = node => (node.dataset.c || '').split(' ').filter(Boolean);
@@ -32,12 +32,14 @@ function choose(number) {
   foretell();
 }
 
-// What the chosen concept could be changed to is tried on the way, once for each answer and its changes.
+// What the chosen concept could be changed to is tried on the way, once for each answer and its changes, one at a time.
 function foretell() {
   const root = element.querySelector('.why'), asked = `${state.turn} ${state.chosen}`;
   tell();
   if (!root || root.dataset.foretells === undefined || state.chosen === null || state.asked === asked) return;
+  if (Date.now() - state.waiting < 20000) return; // asked when the one before is there, or lost
   state.asked = asked;
+  state.waiting = Date.now();
   trigger('foretell', {concept: Number(state.chosen), turn: state.turn});
 }
 
@@ -47,6 +49,7 @@ function tell() {
   box.replaceChildren();
   const known = told && told.turn === state.turn && told.concept === Number(state.chosen);
   const found = known ? told.slots[state.slot] : null;
+  if (!known) box.textContent = 'trying what each would do …';
   if (!found) return;
   const line = (what, does) => {
     const row = document.createElement('p'), strong = document.createElement('b');
@@ -176,7 +179,8 @@ element.addEventListener('change', event => {
 });
 element.addEventListener('told', event => {
   state.told = event.detail;
-  tell();
+  state.waiting = 0;
+  foretell();
 });
 element.addEventListener('computing', () => computing(true));
 element.addEventListener('settled', () => computing(false));

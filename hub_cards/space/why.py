@@ -568,7 +568,8 @@ def apart(slot: Slot) -> str:
         return ""
     gains = own - others
     decide = (gains >= 0.2 * gains[gains > 0].sum()) & ~also
-    hot = parts_of(np.where(near, 0, total) >= 0.5 * total[there])
+    theirs = np.where(near, 0, heats[also].sum(0))
+    hot = parts_of(theirs >= 0.5 * theirs[there])
     middle = np.mean(next(part for part in hot if tuple(map(int, there)) in part), axis=0) + 0.5
     place = place_name(middle[0] / height, middle[1] / width, slot.mask.shape, slot.board)
     heat = "heat" if also.sum() > 1 else "heats"

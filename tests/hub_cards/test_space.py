@@ -168,6 +168,7 @@ class Page:
         """A picture of the page, or of a part of it, only when pictures are asked for."""
         if "SPACE_SCREENSHOTS" not in os.environ:
             return
+        self.wait(lambda: self.all(".foretold p"))
         time.sleep(0.5)
         picture(self.browser, selector, width).save(Path(os.environ["SPACE_SCREENSHOTS"]) / name, quality=72, method=6)
 
