@@ -131,6 +131,7 @@ function act(action, button) {
   }
   if (state.chosen === null || !row || (action === 'swap' && !other.value)) return;
   const concept = Number(state.chosen), done = {off: '0', double: '2'}[action];
+  if (action === 'swap') state.other = null; // what is best next is another
   if (done !== undefined && row.dataset.change === done) return ask('undo', {concept});
   ask('steer', {action, concept, other: other ? other.value : null});
 }

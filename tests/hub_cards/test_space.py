@@ -170,7 +170,7 @@ class Page:
             return
         self.wait(lambda: self.all(".foretold p"))
         time.sleep(0.5)
-        picture(self.browser, selector, width).save(Path(os.environ["SPACE_SCREENSHOTS"]) / name, quality=72, method=6)
+        picture(self.browser, selector, width).save(Path(os.environ["SPACE_SCREENSHOTS"]) / name, quality=66, method=6)
 
 
 def test_an_example_says_why_its_mask_is_there_and_nothing_shifts(browser, address):
