@@ -21,6 +21,25 @@ if TYPE_CHECKING:
 THRESHOLD_RATE = 0.01
 """How far "batchtopk" moves its threshold towards that of each training batch."""
 
+GROUP = 64
+"""Columns that a GPU multiplies together."""
+
+
+def features_at_once(max_elements: int, tokens: int, on_gpu: bool) -> int:
+    """How many features' activations are searched at a time.
+
+    Args:
+        max_elements: about how many numbers to hold at once.
+        tokens: of the batch.
+        on_gpu: whether a GPU multiplies: its fast units take columns in whole groups, and with one column more or less
+            it falls back on slow ones.
+
+    Returns:
+        int: at least 1; on a GPU a multiple of GROUP.
+    """
+    step = max(1, max_elements // tokens)
+    return max(GROUP, step // GROUP * GROUP) if on_gpu else step
+
 
 class Code(NamedTuple):
     """What an activation's `forward` makes of hidden states (..., d_in)."""
@@ -159,7 +178,7 @@ class SparseActivation:
         stand_in = torch.where(token_mask, places, token_mask.int().argmax(1, keepdim=True))  # (B, T)
         low = z.to(torch.bfloat16 if halves else sae.W_enc.dtype).gather(1, stand_in[..., None].expand_as(z))
         strongest = sae.b_enc.masked_fill(~token_mask.any(1, keepdim=True), float("-inf"))  # (B, d_sae)
-        step = max(1, max_elements // (batch * length))
+        step = features_at_once(max_elements, batch * length, z.is_cuda)
         for start in range(0, sae.config.d_sae, step):
             columns = slice(start, start + step)
             strongest[:, columns] += (low @ sae.W_enc[:, columns].to(low.dtype)).amax(1)  # (B, T, step) -> (B, step)
