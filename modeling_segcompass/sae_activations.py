@@ -622,7 +622,7 @@ def _counts(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Features active at each token, and tokens at which each is active, of h (N, d_sae): float32 (N,) and (d_sae,)."""
     active, fired = [], torch.zeros(h.shape[1], dtype=torch.float32, device=h.device)
     for rows in h.split(2**14 if h.is_cuda else 64):  # few enough that their signs stay in a CPU's cache
-        on = rows.sign()  # count_nonzero is three times slower on a CPU
+        on = rows > 0 if h.is_cuda else rows.sign()  # bytes are less to write; a CPU is three times slower at them
         active.append(on.sum(1, dtype=torch.float32))
         fired += on.sum(0, dtype=torch.float32)
     return torch.cat(active), fired
