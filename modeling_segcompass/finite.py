@@ -32,13 +32,12 @@ def refuse_non_finite(
     }
     if not values or _all_finite(list(values.values())):
         return
-    wrong = ((name, _wrong(value, token_mask)) for name, value in values.items())
-    name, where = next(((name, flag) for name, flag in wrong if flag.any()), (None, None))
-    if name is None:  # none at the tokens to look at
-        return
-    place = where.nonzero()[0].tolist()
-    token = f", token {place[1]}" if len(place) > 1 else ""
-    raise ValueError(f"{name}: sample {place[0]}{token} holds NaN or infinity; {_cause(module, named[name])}")
+    for name, value in values.items():
+        where = _wrong(value, token_mask)
+        if where.any():  # else it is at tokens that are not to be looked at
+            place = where.nonzero()[0].tolist()
+            token = f", token {place[1]}" if len(place) > 1 else ""
+            raise ValueError(f"{name}: sample {place[0]}{token} holds NaN or infinity; {_cause(module, named[name])}")
 
 
 def _all_finite(values):
