@@ -336,7 +336,7 @@ def test_the_small_model_is_known_by_its_weights_and_no_other_is_taken_for_it(sp
     sum(weight.square().sum() for weight in learning).backward()
     torch.optim.SGD(learning, lr=1e-3).step()
     assert not known.is_small(trained)
-    words = [*known.SHAPES, *known.COLOURS, *SIZES, *"left right above below larger".split()]
+    words = [*known.SHAPES, *known.COLOURS, *SIZES, *["left", "right", "above", "below", "larger"]]
     assert sorted((*SHAPES, *COLOURS)) == sorted((*known.SHAPES, *known.COLOURS))
     assert not [word for word in words if word not in known.TAUGHT or mini.unknown(f"the {word}")]
 
