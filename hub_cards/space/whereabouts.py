@@ -30,11 +30,11 @@ def whereabouts(mask: np.ndarray, board: bool) -> str:
     small = small if small.any() else mask
     parts = sorted(parts_of(small), key=len, reverse=True)
     whole = sum(map(len, parts))
-    named = [
-        place_name(*((np.mean(part, axis=0) + 0.5) / small.shape), mask.shape, board)
-        for part in parts[:MOST_PARTS]
-        if len(part) >= A_PART * whole
-    ]
+    named = []
+    for part in parts[:MOST_PARTS]:
+        if len(part) >= A_PART * whole:
+            down, right = (np.mean(part, axis=0) + 0.5) / small.shape
+            named.append(place_name(down, right, mask.shape, board))
     *others, last = dict.fromkeys(named) or [""]
     return f"{', '.join(others)} and {last}" if others else last
 
