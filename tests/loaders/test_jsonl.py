@@ -8,6 +8,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from segcompass.loaders import load_jsonl, load_rows
+from segcompass.loaders.jsonl import jsonl_splits
 from segcompass.loaders.masks import encode_mask
 from segcompass.loaders.rows import FEATURES
 from tests.support.refer import HEIGHT, WIDTH, box, rectangle, run_lengths
@@ -60,14 +61,16 @@ def test_one_mask_needs_no_list(write):
 
 def test_rows_have_the_one_schema(write):
     full = {"masks": [], "ignore": "mask.png", "sample_id": "mine", "image_id": 7, "reasoning": "so", "kind": "odd"}
-    rows = load_jsonl(write(full, {"polygons": []}, {"masks": [], "split": "val"}))
+    rows = load_jsonl(write(full, {"polygons": [], "image_id": 7}))
     assert rows.features == FEATURES
     first, second = rows
     assert (decoded([first["ignore"]])[0] == MASK).all() and first["masks"] == []
     assert [first[name] for name in ("sample_id", "image_id", "reasoning", "kind")] == ["mine", "7", "so", "odd"]
     assert [second[name] for name in ("sample_id", "dataset", "kind", "split")] == ["mine-2", "mine", "none", "train"]
     assert (second["height"], second["width"]) == (HEIGHT, WIDTH) and second["image"].size == (WIDTH, HEIGHT)
-    assert list(load_jsonl(write(full, {"masks": [], "split": "val"}), split="val")["sample_id"]) == ["mine", "mine-2"]
+    path = write(full | {"split": "train"}, {"masks": [], "split": "val"})
+    assert list(load_jsonl(path, split="val")["sample_id"]) == ["mine-2"] and jsonl_splits(path) == ["train", "val"]
+    assert load_jsonl(write({"masks": [], "image": "./photo.png"}))["image_id"] == ["photo.png"]
 
 
 @pytest.mark.parametrize(
@@ -94,12 +97,53 @@ def test_rows_have_the_one_schema(write):
         ({"masks": [], "image": "https://example.com/a.png"}, "is an address, and lines name files; download it"),
         ({"mask": "https://example.com/a.png"}, "is an address"),
         ({"masks": [], "image": "photos\\a.png"}, "is missing; .*Folders are separated by /"),
+        ({"masks": [], "image": "Photo.png"}, "Photo.png is missing; .* There is 'photo.png': rename one of the two"),
+        ({"masks": [], "instruction": "the </think> mug"}, "the instruction holds '</think>'.*remove it"),
+        ({"masks": [], "reasonning": "so"}, "the key 'reasonning' is not read, 'reasoning' is"),
+        ({"masks": [], "Split": "val"}, "the key 'Split' is not read, 'split' is"),
+        ({"masks": [], "height": 48, "width": 64}, "'height' is 48, and its image has 24 x 32 .*another size"),
+        ({"polygons": [[1, 1, 300, 1, 300, 200]]}, r"from \(1, 1\) to \(300, 200\) .*most of it lies outside .*Scale it"),
+        ({"polygons": [[rectangle(2, 2, 20, 20), rectangle(5, 5, 9, 9)]]}, "2 parts.*part 2 lies inside.*If it is a hole"),
+        ({"polygons": [rectangle(2, 2, 9, 9)] * 2}, "masks 1 and 2 are the same"),
+        ({"masks": [], "split": ["val"]}, "'split' must be text"),
     ],
 )
 def test_bad_lines_are_named(write, line, message):
     path = write({"masks": []}, line)
     with pytest.raises((ValueError, FileNotFoundError), match=rf"mine\.jsonl, line 2: .*{message}"):
         load_jsonl(path)
+
+
+def test_other_keys_are_left_alone(write):
+    extra = {"height": HEIGHT, "width": WIDTH, "id": 3, "bbox": [1, 2, 3, 4], "source": "a", "caption": "b", "area": 1}
+    parts = [[rectangle(2, 2, 9, 9), rectangle(12, 12, 20, 20)]]
+    thing = {"category": "mug", "polygons": rectangle(2, 2, 9, 9), "mask": None, "rle": ""}
+    (row,) = load_jsonl(write({"polygons": parts, **extra, "instances": [thing]}))
+    assert len(row["masks"]) == 1 and len(row["instances"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ({"sample_id": "a"}, {"sample_id": "a"}, "the sample id 'a' repeats: line 1 has it too"),
+        ({"sample_id": "mine-2"}, {}, "the sample id 'mine-2' repeats: line 1 .*without 'sample_id' is called by"),
+        ({"image_id": 1}, {"image_id": "1", "image": "other.png"}, "'1' is that of photo.png in line 1, .*other.png"),
+        ({"split": "train"}, {}, "line 2 has no 'split' and line 1 has one, so that line 2 would be of every split"),
+        ({"split": None}, {"split": "train"}, "line 1 has no 'split' and line 2 has one"),
+        ({"split": "train"}, {"split": "Train "}, "the split 'Train ' is not 'train' of line 1: write both alike"),
+    ],
+)
+def test_lines_that_do_not_agree_are_named(write, tmp_path, first, second, message):
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "other.png")
+    path = write({"masks": [], **first}, {"masks": [], **second})
+    with pytest.raises(ValueError, match=rf"mine\.jsonl, line 2: .*{message}"):
+        load_jsonl(path)
+
+
+def test_a_name_whose_accents_are_written_otherwise_is_hinted_at(write, tmp_path):
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "Ka\u0308the.png")  # as macOS writes it
+    with pytest.raises(FileNotFoundError, match=r"There is 'Ka\\u0308the.png', whose accents are .*rename one"):
+        load_jsonl(write({"masks": [], "image": "K\u00e4the.png"}))
 
 
 def test_bad_files_are_named(write, tmp_path):
