@@ -39,8 +39,8 @@ def load_jsonl(
         "mask"      a mask file, or a list of them, one per instance: what is not 0 (black) is inside
     ([] says that nothing is meant; a mask without a pixel is refused). It may have "ignore" (an RLE dict or a mask
     file), "sample_id", "image_id", "dataset", "split", "reasoning", "kind" and "instances"; null and "" are as good as
-    absent, for these and for the four above. docs/data.md says what a mask file may hold. Other keys are left alone, but
-    for those that are nearly one of these, and for a "height" and "width" that are not the image's.
+    absent, for these and for the four above. docs/data.md says what a mask file may hold. Other keys are left alone,
+    but for those that are nearly one of these, and for a "height" and "width" that are not the image's.
 
     "instances" lists all things in the image, for the white box's criteria: each {"category": str} with its mask as one
     entry of "polygons", "rle" or "mask", and maybe "expressions" (texts that mean it alone) and "crowd" (true).

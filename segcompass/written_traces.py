@@ -416,16 +416,17 @@ def write_gallery(
         cards = "".join(_card(rows[number], records[names[number]]) for number in chosen)
         sections += f"<h2>{title}, {len(numbers):,}</h2><div class='grid'>{cards}</div>"
     title = f"Traces of {run.dataset} {run.split}, by {run.mllm or run.server_model or 'annotations'}"
-    legend = "The red line is the target; whoever checks a trace sees the image without it."
+    legend = "The red line is around the target; whoever checks a trace sees the image without it."
     write_whole(run.output / f"{run.split}-gallery.html", page(title, sections, legend))
 
 
 def _card(row: dict, record: dict) -> str:
-    image = draw_targets(row_image(row), row["masks"])
+    image = draw_targets(row_image(row), row["masks"], rim=(255, 255, 255))
     image.thumbnail((SIDE, SIDE))
     file = io.BytesIO()
     image.save(file, format="JPEG", quality=85)
     lines = [f"<code>{text(record['sample_id'])}</code>", f"<strong>{text(row['instruction'])}</strong>"]
+    lines.append(f"{len(row['masks']) or 'no'} target{'' if len(row['masks']) == 1 else 's'}")
     lines.append(f"<em>{text(record['trace'])}</em>")
     if record["dropped"]:
         lines.append(f"dropped: {text(record['dropped'])}")

@@ -102,8 +102,14 @@ def test_rows_have_the_one_schema(write):
         ({"masks": [], "reasonning": "so"}, "the key 'reasonning' is not read, 'reasoning' is"),
         ({"masks": [], "Split": "val"}, "the key 'Split' is not read, 'split' is"),
         ({"masks": [], "height": 48, "width": 64}, "'height' is 48, and its image has 24 x 32 .*another size"),
-        ({"polygons": [[1, 1, 300, 1, 300, 200]]}, r"from \(1, 1\) to \(300, 200\) .*most of it lies outside .*Scale it"),
-        ({"polygons": [[rectangle(2, 2, 20, 20), rectangle(5, 5, 9, 9)]]}, "2 parts.*part 2 lies inside.*If it is a hole"),
+        (
+            {"polygons": [[1, 1, 300, 1, 300, 200]]},
+            r"from \(1, 1\) to \(300, 200\) .*most of it lies outside .*Scale it",
+        ),
+        (
+            {"polygons": [[rectangle(2, 2, 20, 20), rectangle(5, 5, 9, 9)]]},
+            "2 parts.*part 2 lies inside.*If it is a hole",
+        ),
         ({"polygons": [rectangle(2, 2, 9, 9)] * 2}, "masks 1 and 2 are the same"),
         ({"masks": [], "split": ["val"]}, "'split' must be text"),
     ],

@@ -211,6 +211,10 @@ def test_the_target_is_drawn_around_and_not_on():
     image = Image.new("RGB", (120, 90), "white")
     pixels = np.asarray(draw_targets(image, given["masks"]))
     assert (pixels[20:60, 20:60] == 255).all() and (pixels[19, 20:60] == (255, 0, 0)).all()
+    red = Image.new("RGB", (120, 90), (255, 0, 0))
+    rimmed = np.asarray(draw_targets(red, given["masks"], rim=(255, 255, 255)))
+    assert (rimmed[18, 30:50] == (255, 0, 0)).all() and (rimmed[17, 30:50] == 255).all(), "seen on red, too"
+    assert (rimmed[15, 30:50] == (255, 0, 0)).all() and (rimmed[20:60, 20:60] == (255, 0, 0)).all()
 
 
 # -- a server ----------------------------------------------------------------------------------------------------------

@@ -134,6 +134,12 @@ def test_rows_that_do_not_know_their_images_are_refused_by_name(root, tmp_path):
     load_refcoco(root, image_dir=root / "train2014").save_to_disk(tmp_path / "plain")
     with pytest.raises(ValueError, match=r"plain' do not say what else is in their images.*--instances"):
         annotated_rows(str(tmp_path / "plain"), "val", 4)
+    rows = load_refcoco(root, "refcoco", split="val", image_dir=root / "train2014", instances=True)
+    listed = [each if number else None for number, each in enumerate(rows["instances"])]
+    silent = rows.remove_columns("instances").add_column("instances", listed, feature=rows.features["instances"])
+    silent.save_to_disk(tmp_path / "silent")
+    with pytest.raises(ValueError, match=rf"1 of {len(rows)} rows of .*silent' \(split 'val'\) .*as ground. Give"):
+        annotated_rows(str(tmp_path / "silent"), "val", 100)
     with pytest.raises(ValueError, match=r"'refcoco' have no image, such as 'refcoco-unc-val-12-1200'; give --image-d"):
         annotated_rows("refcoco", "val", 4, root=root)
 
