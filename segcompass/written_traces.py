@@ -220,17 +220,17 @@ def asked(run: Writing, rows: Dataset, left: Sequence[int], unanswered: list[str
         OSError: the teacher answers nothing any more.
     """
     teacher = run.teacher() if left else None
-    silent = 0
+    silent, answered = 0, 0
     for start in range(0, len(left) if teacher else 0, run.batch_size):
         batch = [rows[number] for number in left[start : start + run.batch_size]]
         records, failures = ask_teacher(teacher, batch, run.check)  # type: ignore[arg-type]
         unanswered += failures
-        silent = 0 if records else silent + 1
+        silent, answered = 0 if records else silent + 1, answered + len(records)
         yield records
         if silent == UNANSWERED:
             raise OSError(
-                f"the teacher answered none of the last {silent} batches ({failures[-1]}); {len(left) - start} rows "
-                "are left. Repeat the command to go on."
+                f"the teacher answered none of the last {silent} batches ({failures[-1]}); {len(left) - answered} "
+                "rows are without a trace. Repeat the command to go on."
             )
 
 
