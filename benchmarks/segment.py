@@ -7,19 +7,22 @@ The peer of the ratio is `mllm.generate` of as many tokens, then SAM's encoder, 
 Calls of the two alternate; the ratio is of medians, at batch 1, 4 and 16. Seconds are those that one thread computed,
 which other work on the machine stretches less than the clock's; with --threads and on a GPU they are the clock's. Then
 `segcompass segment` is run on the shipped scene with the shipped model, loaded already: what share of its time is
-neither generation nor the image encoder's?
+neither generation nor the image encoder's? The same with the sized model, which is dictated a response with all of its
+concentration tokens, and whose masks are discs: random weights draw specks, whose outlines take long.
 
-Keys of RESULT: ratio (batch 1), ratio_4, ratio_16, command_outside (that share), command_seconds, ...
+Keys of RESULT: ratio (batch 1), ratio_4, ratio_16, command_outside (that share), command_seconds,
+command_outside_sized, command_seconds_sized, ...
 """
 
 import argparse
 import json
 import statistics
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
-from workload import MINI, add_size, benchmark_rows, clock_of, machine, sized_model
+from workload import MINI, Dictation, add_size, benchmark_rows, clock_of, machine, scripted_ids, sized_model
 
 from segcompass import segmentation
 from segcompass.loading import load
@@ -49,9 +52,8 @@ def alternate(calls, repeats, clock):
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def command_seconds(clock, device):
+def command_seconds(clock, model, processor, threshold=0.5):
     """Seconds of `segcompass segment` after loading: (all, generation's and the encoder's); the second of two runs."""
-    model, processor = load(str(MINI), device)
     within = []
 
     def timed(call):
@@ -70,9 +72,18 @@ def command_seconds(clock, device):
         within.clear()
         began = clock()
         with tempfile.TemporaryDirectory() as folder:
-            segmentation.segment_image(str(SCENE), "everything to the left of the blue star", str(MINI), Path(folder))
+            asked = "everything to the left of the blue star"
+            segmentation.segment_image(str(SCENE), asked, str(MINI), Path(folder), threshold)
         whole = clock() - began
     return whole, sum(within)
+
+
+def discs(module, inputs, masks):
+    """One disc for each slot, in the place of logits (B, K, H, W)."""
+    along = torch.arange(masks.shape[-1], device=masks.device) / masks.shape[-1]
+    centres = torch.linspace(0.2, 0.8, masks.shape[1], device=masks.device)[:, None, None]
+    inside = (along - centres).square() + (along[:, None] - centres).square() < 0.02  # (K, H, W)
+    return torch.where(inside, 5.0, -5.0).to(masks.dtype).expand_as(masks)
 
 
 @torch.no_grad()
@@ -107,9 +118,13 @@ def main(argv=None):
         print(f"batch {batch:<4} {shown}   {ratio:.3f}x")
 
     result |= {"mllm_parameters": sum(p.numel() for p in model.mllm.parameters()), "response_tokens": args.response}
-    whole, within = command_seconds(clock, args.device)
-    result["command_outside"], result["command_seconds"] = round(1 - within / whole, 4), round(whole, 4)
-    print(f"segcompass segment {whole:.3f} s, {within:.3f} s of them generation and image encoder")
+    dictated = scripted_ids(model, processor, args.response, 1)[0].tolist()
+    model.segment = partial(model.segment, logits_processor=[Dictation(dictated)], **length)
+    model.mask_decoder.register_forward_hook(discs)
+    for key, asked in (("", load(str(MINI), args.device)), ("_sized", (model, processor, 0.0))):
+        whole, within = command_seconds(clock, *asked)
+        result[f"command_outside{key}"], result[f"command_seconds{key}"] = round(1 - within / whole, 4), round(whole, 4)
+        print(f"segcompass segment {whole:.3f} s, {within:.3f} s of them generation and image encoder")
     result |= {"image_tokens": (args.image_side // 16) ** 2, **machine(args)}
     print("RESULT", json.dumps(result))
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import LlavaConfig, LlavaForConditionalGeneration, SamVisionConfig, SamVisionModel
+from transformers import LlavaConfig, LlavaForConditionalGeneration, LogitsProcessor, SamVisionConfig, SamVisionModel
 
 from segcompass.loaders import load_scenes
 from segcompass.modeling_segcompass import (
@@ -136,6 +136,20 @@ def benchmark_model(
 def benchmark_rows(count, seed=0):
     """`count` scenes of the shared schema."""
     return load_scenes(split="train", seed=seed, num_samples=count)
+
+
+class Dictation(LogitsProcessor):
+    """Makes `generate` write these ids, whatever the model would write, after prompts of one length."""
+
+    def __init__(self, ids):
+        self.ids = ids
+        self.prompt = None
+
+    def __call__(self, input_ids, scores):
+        self.prompt = self.prompt or input_ids.shape[1]
+        dictated = torch.full_like(scores, float("-inf"))
+        dictated[:, self.ids[input_ids.shape[1] - self.prompt]] = 0
+        return dictated
 
 
 def scripted_ids(model, processor, length, count, seed=0):

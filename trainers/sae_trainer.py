@@ -229,7 +229,14 @@ class SparseAutoencoderTrainer(WholeCheckpoints, Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         # Batches are ready made and each process makes its own, so accelerate has nothing to batch or dispatch.
-        return DataLoader(self.train_dataset, batch_size=None, collate_fn=_as_inputs)
+        return DataLoader(self.train_dataset, batch_size=None, collate_fn=self._as_inputs)
+
+    def _as_inputs(self, batch):
+        z, types = split_batch(batch)
+        inputs = {"hidden_states": z} if types is None else {"hidden_states": z, "token_types": types}
+        if not self.args.dataloader_pin_memory:
+            return inputs
+        return {name: _on_its_way(value, self.args.device) for name, value in inputs.items()}
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -386,6 +393,8 @@ class _AfterStep(TrainerCallback):
         self.trainer._after_step()
 
 
-def _as_inputs(batch):
-    z, types = split_batch(batch)
-    return {"hidden_states": z} if types is None else {"hidden_states": z, "token_types": types}
+def _on_its_way(value, device):
+    """A tensor of the CPU as a GPU fetches it while it still computes the step before; another device's as it is."""
+    if device.type != "cuda" or value.device.type != "cpu":
+        return value
+    return value.pin_memory().to(device, non_blocking=True)

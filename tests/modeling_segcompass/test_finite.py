@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from segcompass.modeling_segcompass import ReasoningSegmentationPipeline
+from segcompass.modeling_segcompass.finite import refuse_non_finite
+from tests.support.operators import OperatorsCalled
 from tests.support.scripted import INSTRUCTIONS, Script, lively_segcompass, noise_images
 from tests.support.tiny import BACKBONES
 
@@ -115,7 +117,24 @@ def test_a_state_is_named_with_its_token_and_padding_may_hold_anything(parts):
 
 
 def test_half_precision_that_overflows_says_so():
-    from segcompass.modeling_segcompass.finite import refuse_non_finite
-
     with pytest.raises(ValueError, match="masks: sample 1 .*float16 ends at 65504: use bfloat16 or float32"):
         refuse_non_finite({"masks": torch.tensor([1.0, 7e4]).half()[:, None]})
+
+
+def test_looking_at_finite_tensors_waits_for_the_device_once():
+    """Each written token is looked at, and a GPU waits for Python meanwhile."""
+    values = {"a": torch.randn(2, 7, 3), "b": torch.full((2, 5), 3e38), "c": torch.full((2,), 6e4).half(), "d": None}
+    values["c"][1] = -0.0
+    with OperatorsCalled() as called:
+        refuse_non_finite(values, token_mask=torch.ones(2, 7))
+    assert called.times["_local_scalar_dense"] == 1
+    assert called.times.total() <= 3 * len(values) + 3
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_one_number_that_is_not_finite_is_found_among_many(value, dtype):
+    values = torch.randn(3, 1000).to(dtype)
+    values[2, 999] = value
+    with pytest.raises(ValueError, match="^x: sample 2 holds NaN"):
+        refuse_non_finite({"fine": torch.ones(3), "x": values})

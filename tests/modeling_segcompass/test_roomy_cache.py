@@ -5,6 +5,7 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 from segcompass.modeling_segcompass.roomy_cache import ROOM, RoomyLayer
+from tests.support.operators import OperatorsCalled
 
 CHANGES = {
     "nothing": lambda layer: None,
@@ -38,3 +39,23 @@ def test_one_more_token_is_written_where_the_others_lie():
     for _ in range(ROOM):
         layer.update(*torch.ones(2, 1, 2, 1, 8).unbind())
     assert layer.keys.data_ptr() == place and layer.get_seq_length() == 7 + ROOM
+
+
+def test_one_more_token_takes_one_copy_each_of_keys_and_values():
+    """Views of what is kept are made with the room: later a GPU waits for each of Python's operations."""
+    layer, more = RoomyLayer(), torch.ones(2, 1, 2, 1, 8).unbind()
+    layer.update(*torch.zeros(2, 1, 2, 7, 8).unbind())
+    with torch.no_grad(), OperatorsCalled() as called:
+        for _ in range(ROOM):
+            layer.update(*more)
+    assert called.times == {"copy_": 2 * ROOM}
+    assert layer.keys[0, 0, :, 0].tolist() == [0] * 7 + [1] * ROOM
+
+
+def test_what_was_handed_out_is_not_overwritten_after_a_cut():
+    layer = RoomyLayer()
+    layer.update(*torch.zeros(2, 1, 2, 7, 8).unbind())
+    handed, _ = layer.update(*torch.ones(2, 1, 2, 1, 8).unbind())
+    layer.crop(-1)
+    layer.update(*torch.full((2, 1, 2, 1, 8), 2.0).unbind())
+    assert handed[0, 0, -1, 0] == 1 and layer.keys[0, 0, -1, 0] == 2

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from segcompass.modeling_segcompass.shared_prompts import common_beginnings, number_alike
+from tests.support.operators import OperatorsCalled
 from tests.support.scripted import INSTRUCTIONS, Script, lively_segcompass, noise_image
 from tests.support.tiny import BACKBONES
 
@@ -179,3 +180,12 @@ def test_equal_rows_get_equal_numbers_and_equal_sums_are_not_enough():
         [torch.ones(1, 2) * 1.5],
     ]
     assert number_alike(rows) == [0, 1, 0, 3]
+
+
+def test_rows_are_told_apart_with_one_wait_for_the_device():
+    rows = [[torch.full((3,), float(number)), torch.ones(2)] for number in range(8)]
+    with OperatorsCalled() as called:
+        assert number_alike(rows) == list(range(8))
+    assert called.times["_local_scalar_dense"] == 0, "a number was fetched for itself; all come together, by one tolist"
+    assert number_alike([[torch.tensor(float("nan"))]] * 2) == [0, 1]
+    assert number_alike([]) == [] and number_alike(rows[:1]) == [0]

@@ -6,11 +6,14 @@ import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 
+from segcompass.modeling_segcompass import sae_activations
 from segcompass.modeling_segcompass.configuration_segcompass import SparseAutoencoderConfig
 from segcompass.modeling_segcompass.modeling_sparse_autoencoder import SparseAutoencoder
+from segcompass.modeling_segcompass.sae_activations import GROUP, features_at_once
 
 D_IN, D_SAE = 16, 96
 ROOT = Path(__file__).parents[2]
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 def build_sae(dtype=torch.float32, **kwargs):
@@ -279,6 +282,30 @@ def test_selected_features_of_each_sample_are_those_of_the_dense_code(options):
     selected = sae.encode_selected(z, indices, smallest)
     for row in range(2):
         torch.testing.assert_close(selected[row], dense[row][:, indices[row]], rtol=1e-12, atol=1e-12)
+
+
+def test_a_gpu_searches_features_in_whole_groups_and_a_cpu_as_many_as_fit():
+    for tokens in (1, 16 * 690, 2**20):
+        on_gpu = features_at_once(2**23, tokens, on_gpu=True)
+        assert on_gpu % GROUP == 0 and on_gpu >= GROUP
+        assert on_gpu <= max(GROUP, 2**23 // tokens) < on_gpu + GROUP
+        assert features_at_once(2**23, tokens, on_gpu=False) == 2**23 // tokens
+    assert features_at_once(4, 5, on_gpu=False) == 1
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+def test_the_search_in_groups_finds_what_the_search_of_all_at_once_finds(monkeypatch, device):
+    sae = build_sae().to(device)
+    z, mask = torch.randn(2, 11, D_IN, device=device), torch.rand(2, 11, device=device) > 0.2
+    monkeypatch.setattr(sae_activations, "features_at_once", lambda *args: D_SAE)
+    whole, _ = sae.max_over_tokens(z, mask)
+    monkeypatch.setattr(sae_activations, "features_at_once", features_at_once)
+    monkeypatch.setattr(sae_activations, "GROUP", 32)
+    in_groups, _ = sae.max_over_tokens(z, mask, max_elements=2 * 11 * 50)  # 50 features, or 32 of them
+    torch.testing.assert_close(in_groups, whole, atol=2e-2, rtol=2e-2)  # half precision
+    with torch.no_grad():
+        dense = (sae.encode(z) * mask[..., None]).amax(1)
+    torch.testing.assert_close(in_groups, dense, atol=5e-2, rtol=5e-2)
 
 
 @pytest.mark.parametrize("options", VARIANTS)

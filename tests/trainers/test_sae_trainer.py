@@ -21,7 +21,7 @@ from segcompass.trainers.activations import take_tokens
 from segcompass.trainers.checkpoints import last_checkpoint
 from segcompass.trainers.sae_frame import Frame
 from segcompass.trainers.sae_quality import evaluate_sae, measure_mean_active_activation
-from segcompass.trainers.sae_trainer import SparseAutoencoderTrainer, SparseAutoencoderTrainerConfig
+from segcompass.trainers.sae_trainer import SparseAutoencoderTrainer, SparseAutoencoderTrainerConfig, _on_its_way
 from tests.support.sae_on_two_processes import everybodys_tokens, fixed_sae
 
 ROOT = Path(__file__).parents[2]
@@ -418,6 +418,38 @@ def test_activations_of_another_width_are_refused(tmp_path):
 def test_an_empty_dataset_is_refused(tmp_path):
     with pytest.raises(ValueError, match="0 activations to train on"):
         build_trainer(tmp_path, build_sae(), Mixtures(0)).train()
+
+
+class Pinned:
+    """What `pin_memory` gave, and how it was sent on."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def to(self, device, **how):
+        return self.value, device, how
+
+
+def test_a_gpu_fetches_a_batch_of_the_cpu_while_it_computes_and_others_stay_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda value: Pinned(value))
+    trainer, z, types = build_trainer(tmp_path, build_sae()), torch.ones(3, D_IN), torch.zeros(3, dtype=torch.uint8)
+    assert trainer._as_inputs((z, types)) == {"hidden_states": z, "token_types": types}
+    gpu = torch.device("cuda", 0)
+    assert _on_its_way(z, torch.device("cpu")) is z
+    assert _on_its_way(there := z.to("meta"), gpu) is there
+    assert _on_its_way(z, gpu) == (z, gpu, {"non_blocking": True})
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("options", VARIANTS)
+def test_a_gpu_learns_what_a_cpu_learns(tmp_path, options):
+    learned = {}
+    for use_cpu in (True, False):
+        trainer = build_trainer(tmp_path, build_sae(**options), max_steps=20, use_cpu=use_cpu)
+        trainer.train()
+        learned[use_cpu] = evaluate_sae(trainer.model.cpu(), Mixtures(8, seed=1))
+    for name in ("explained_variance", "l0", "mse"):
+        assert learned[False][name] == pytest.approx(learned[True][name], rel=0.05, abs=0.02), name
 
 
 def test_bf16_autocast_keeps_float32_weights_and_learns(tmp_path):

@@ -49,7 +49,7 @@ def conversations(processor, arm, seed):
 
 def train_mllm(args, arm, folder):
     """Train one arm's MLLM and measure its language loss."""
-    torch.manual_seed(0)
+    torch.manual_seed(args.seed)
     processor = make_processor(SegCompassProcessor.from_pretrained(args.start).tokenizer, True)
     mllm = make_mllm(processor)
     mllm.set_attn_implementation("eager")  # the fastest on a CPU
@@ -57,7 +57,7 @@ def train_mllm(args, arm, folder):
     pupil = Talking(mllm, rates=RATES).train()
     groups = [{"params": list(part.parameters()), "peak": rate} for part, rate in pupil.learning_rates()]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    batches = islice(conversations(processor, arm, [7, 0, 0]), args.steps)
+    batches = islice(conversations(processor, arm, [7, args.seed, 0]), args.steps)
     bar = tqdm(batches, total=args.steps, desc=arm, mininterval=10)
     for step, batch in enumerate(bar):
         rate = min(1.0, (step + 1) / 20) * (1 - 0.98 * step / args.steps)
@@ -84,7 +84,7 @@ def train_mllm(args, arm, folder):
 
 def measure(args, arm):
     """All figures of one arm."""
-    base = args.output / f"{arm}-{args.steps}-{args.sae_steps}-{args.label_samples}"
+    base = args.output / f"{arm}-{args.steps}-{args.sae_steps}-{args.label_samples}-seed{args.seed}"
     mllm, joined, sae, figures = (base / name for name in ("mllm", "joined", "sae", "figures.json"))
     if figures.exists():
         return json.loads(figures.read_text())
@@ -94,6 +94,7 @@ def measure(args, arm):
         join(Namespace(mllm=mllm, weights=args.start, output=joined))
     if not (sae / "quality.json").exists():
         words = ["--config", HERE / "sae.yaml", "--model", joined, "--output_dir", sae, "--max_steps", args.sae_steps]
+        words += ["--seed", args.seed]
         train_sae.main([str(word) for word in words])
     model = SegCompassModel.from_pretrained(joined, dtype="float32").eval()
     model.load_sae(str(sae))
@@ -114,6 +115,7 @@ def main():
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     parser.add_argument("--steps", type=int, default=400, help="of the MLLM; default: %(default)s")
     parser.add_argument("--sae-steps", type=int, default=300, help="default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="of the scenes, their order and the SAE's start")
     parser.add_argument("--label-samples", type=int, default=300, help="scenes that label, and others that score")
     args = parser.parse_args()
     torch.set_num_threads(1)
