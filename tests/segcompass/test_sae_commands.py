@@ -157,7 +157,9 @@ def test_what_is_no_mllm_is_named_before_anything_is_read(tmp_path):
     BertConfig(num_hidden_layers=1).save_pretrained(tmp_path / "bert")
     (tmp_path / "empty").mkdir()
     options = ["--dataset", "nowhere.jsonl", "--output-dir", str(tmp_path / "sae"), "--use-cpu", "true"]
-    with pytest.raises(ValueError, match="model='.*bert' is of type 'bert' and cannot be used: it is no MLLM, which re"):
+    with pytest.raises(
+        ValueError, match="model='.*bert' is of type 'bert' and cannot be used: it is no MLLM, which re"
+    ):
         train_sae.main(["--model", str(tmp_path / "bert"), *options])
     with pytest.raises(ValueError, match="model='.*empty' is no folder or Hub id of a model: Unrecognized model"):
         train_sae.main(["--model", str(tmp_path / "empty"), *options])

@@ -126,6 +126,27 @@ def test_coco_asks_for_each_category_of_an_image(root, tmp_path):
     file.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="annotation 0: it has no category that the file names"):
         load_rows("coco", "mine", root=tmp_path, image_dir=root / "train2014")
+    content["annotations"][0]["category_id"] = 1
+    box = {"bbox": [1, 1, 5, 5], "segmentation": []}
+    for place, change, message in (
+        ("annotations", {"image_id": "0"}, "annotation 0: its image_id is '0', and the image's id is a number or text"),
+        ("annotations", box, r"annotation 0: its segmentation is \[\]. A box alone is no mask"),
+        ("annotations", {"segmentation": None}, r"annotations\[0\] \(id 0\): it has no 'segmentation'. A box alone"),
+        (
+            "images",
+            {"height": None, "width": None},
+            "it has no 'height' and no 'width'. Each image needs its file, and",
+        ),
+        ("images", {"id": 1}, "lists the image id 1 more than once; renumber"),
+    ):
+        first, *others = content[place]
+        file.write_text(json.dumps({**content, place: [{**first, **change}, *others]}))
+        with pytest.raises(ValueError, match=f"instances_mine.json.*{message}"):
+            load_rows("coco", "mine", root=tmp_path, image_dir=root / "train2014")
+    outside = {**content["annotations"][0], "segmentation": [[900, 900, 990, 900, 990, 990]]}
+    file.write_text(json.dumps({**content, "annotations": [outside, *content["annotations"][1:]]}))
+    with pytest.warns(UserWarning, match="1 left out, instances of instances_mine.json without a pixel.*annotation 0"):
+        load_rows("coco", "mine", root=tmp_path, image_dir=root / "train2014")
     with pytest.raises(FileNotFoundError, match=r"instances_val2017.json is missing.*annotations/"):
         load_rows("coco", "val2017", root=tmp_path)
 
