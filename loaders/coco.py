@@ -5,16 +5,19 @@ are annotated in COCO's format.
 """
 
 import os
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, Features
 
 from .files import inside_folder, need, read_json
+from .jsonl_checks import check_place
 from .masks import coco_rle, packed_polygons
 from .registry import register_loader
-from .rows import FEATURES, INSTANCES, LeftOut, target_kind, to_dataset
+from .rows import FEATURES, INSTANCES, LeftOut, reserved_token, target_kind, to_dataset
 
 FIELDS = {
     "categories": ("id", "name"),
@@ -70,11 +73,23 @@ def _rows(path: Path, split: str, folder: Path) -> Iterator[dict]:
     if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= content.keys():
         raise ValueError(f"{path} is no COCO annotation file: it needs the keys images, annotations and categories.")
     for part, fields in FIELDS.items():
+        if not isinstance(content[part], list):
+            raise ValueError(f"{path}: {part!r} must be a list; got {type(content[part]).__name__}.")
         for number, each in enumerate(content[part]):
             if lacking := [name for name in fields if each.get(name) is None]:
                 which = f"{part}[{number}] (id {each.get('id')})"
                 raise ValueError(f"{path}, {which}: it has no {' and no '.join(map(repr, lacking))}.{HINTS[part]}")
-    names = {each["id"]: each["name"] for each in content["categories"]}
+    for image in content["images"]:
+        if not all(isinstance(image[side], int) and image[side] > 0 for side in ("height", "width")):
+            sides = f"{image['height']!r} and {image['width']!r}"
+            raise ValueError(f"{path}, image {image['id']}: its height and width are {sides}; give numbers of pixels.")
+    for each in content["categories"]:
+        if not str(each["name"]).strip() or reserved_token(str(each["name"])):
+            raise ValueError(
+                f"{path}, category {each['id']}: its name is {each['name']!r}; give the word that people say, such as "
+                "'mug'."
+            )
+    names = {each["id"]: str(each["name"]).strip() for each in content["categories"]}
     ids = [image["id"] for image in content["images"]]
     listed, written, left_out = set(ids), {str(number) for number in ids}, LeftOut()
     if len(listed) < len(ids):
@@ -96,14 +111,17 @@ def _rows(path: Path, split: str, folder: Path) -> Iterator[dict]:
             try:
                 if not each["segmentation"]:
                     raise ValueError(f"its segmentation is {each['segmentation']!r}.{HINTS['annotations']}")
+                check_outlines(each["segmentation"], image["height"], image["width"])
                 mask = coco_rle(each["segmentation"], image["height"], image["width"])
             except (ValueError, TypeError) as error:
                 raise ValueError(f"{path}, annotation {each['id']}: {error}") from error
-            if mask is None:
-                left_out.add(f"instances of {path.name} without a pixel inside their image", f"annotation {each['id']}")
+            name, crowd = names[each["category_id"]], bool(each.get("iscrowd"))
+            thing = {"category": name, "expressions": [], "crowd": crowd, "mask": mask}
+            if mask is None or thing in things:
+                why = "without a pixel inside their image" if mask is None else "that are another's, pixel for pixel"
+                left_out.add(f"instances of {path.name} {why}", f"annotation {each['id']}")
             else:
-                name, crowd = names[each["category_id"]], bool(each.get("iscrowd"))
-                things.append({"category": name, "expressions": [], "crowd": crowd, "mask": mask})
+                things.append(thing)
         crowds = {thing["category"] for thing in things if thing["crowd"]}
         for name in dict.fromkeys(thing["category"] for thing in things):
             if name in crowds:
@@ -125,3 +143,23 @@ def _rows(path: Path, split: str, folder: Path) -> Iterator[dict]:
                 "instances": things,
             }
     left_out.warn()
+
+
+def check_outlines(segmentation: Any, height: int, width: int) -> None:
+    """Refuse polygons in shares of the image's sides, or made on the image at another size.
+
+    Args:
+        segmentation: of an annotation; what is no list of flat polygons is left to `coco_rle`.
+        height: of the image, in pixels.
+        width: likewise.
+
+    Raises:
+        ValueError: such a polygon.
+    """
+    if not isinstance(segmentation, list):
+        return
+    for polygon in segmentation:
+        if isinstance(polygon, array) and len(polygon) >= 6:
+            if max(polygon) <= 1 < max(height, width) and min(polygon) >= 0:
+                raise ValueError(f"all coordinates of a polygon lie from 0 to 1; multiply x by {width}, y by {height}.")
+            check_place("a polygon", polygon, height, width)

@@ -14,8 +14,9 @@ from .jsonl_checks import (
     MASK_KEYS,
     Agreement,
     check_different,
+    check_holes,
     check_keys,
-    check_polygon,
+    check_place,
     check_size,
     names_alike,
 )
@@ -270,8 +271,9 @@ def _instances(given: dict, image: Path, folder: Path, height: int, width: int) 
         if polygon and _fits_lying_down(_numbers(each), height, width) and (why := _turned(image, height, width)):
             raise ValueError(f"polygon {number} reaches outside the image of {height} x {width} (height x width).{why}")
         if polygon:
+            check_place(f"polygon {number}", _numbers(each), height, width)
             parts = [read_polygons(part, height, width) for part in each] if _united(each) else []
-            check_polygon(f"polygon {number}", _numbers(each), filter(None, parts), height, width)
+            check_holes(f"polygon {number}", [part for part in parts if part])
         masks.append(mask)
     check_different(masks)
     return masks

@@ -6,7 +6,7 @@ and the line's number. Knows nothing about rows.
 
 import difflib
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,28 +59,38 @@ def check_size(line: Mapping[str, Any], height: int, width: int) -> None:
             )
 
 
-def check_polygon(given: Any, numbers: Sequence[float], parts: Iterable[dict], height: int, width: int) -> None:
-    """Refuse a polygon that lies elsewhere than on its image, or has a hole that would be filled.
+def check_place(given: str, numbers: Sequence[float], height: int, width: int) -> None:
+    """Refuse a polygon that lies elsewhere than on its image.
 
     Args:
-        given: as it stands in the line; the beginning of the error says which it is.
+        given: how the error calls it.
         numbers: all coordinates, x and y by turns.
-        parts: RLEs of its polygons, where it has several that are united.
         height: of the image, in pixels.
         width: likewise.
 
     Raises:
-        ValueError: more than half of its box lies outside the image, or one part lies inside another.
+        ValueError: more than half of its box lies outside the image.
     """
     left, right, top, bottom = min(numbers[::2]), max(numbers[::2]), min(numbers[1::2]), max(numbers[1::2])
-    across, down = min(right, width) - max(left, 0), min(bottom, height) - max(top, 0)
+    across, down = max(0, min(right, width) - max(left, 0)), max(0, min(bottom, height) - max(top, 0))
     if across * down < (right - left) * (bottom - top) / 2:
         raise ValueError(
             f"{given} reaches from ({left:g}, {top:g}) to ({right:g}, {bottom:g}) (x, y), so that most of it lies "
             f"outside the image of {height} x {width} (height x width). Was it made on the image at another size? "
             "Scale it; if not, clip it to the image."
         )
-    parts = list(parts)
+
+
+def check_holes(given: str, parts: Sequence[dict]) -> None:
+    """Refuse a polygon with a hole that would be filled.
+
+    Args:
+        given: how the error calls it.
+        parts: RLEs of the polygons that are united.
+
+    Raises:
+        ValueError: one part lies inside the others.
+    """
     for number, part in enumerate(parts, 1):
         others = coco_mask.merge([each for each in parts if each is not part]) if len(parts) > 1 else None
         if others and coco_mask.area(coco_mask.merge([part, others], intersect=True)) == coco_mask.area(part):

@@ -138,15 +138,34 @@ def test_coco_asks_for_each_category_of_an_image(root, tmp_path):
             "it has no 'height' and no 'width'. Each image needs its file, and",
         ),
         ("images", {"id": 1}, "lists the image id 1 more than once; renumber"),
+        ("images", {"height": "24"}, "image 0: its height and width are '24' and 32; give numbers of pixels"),
+        ("categories", {"name": " "}, "its name is ' '; give the word that people say"),
+        ("categories", {"name": "</think>"}, "its name is '</think>'; give the word"),
+        ("annotations", {"segmentation": [[[1, 1], [9, 1], [9, 9]]]}, "annotation 0: a polygon must be flat"),
+        (
+            "annotations",
+            {"segmentation": [[0.1, 0.1, 0.9, 0.1, 0.9, 0.9]]},
+            "annotation 0: all coordinates .* from 0 to 1",
+        ),
+        (
+            "annotations",
+            {"segmentation": [[90, 90, 99, 90, 99, 99]]},
+            "annotation 0: a polygon reaches from .* Scale it",
+        ),
     ):
         first, *others = content[place]
         file.write_text(json.dumps({**content, place: [{**first, **change}, *others]}))
         with pytest.raises(ValueError, match=f"instances_mine.json.*{message}"):
             load_rows("coco", "mine", root=tmp_path, image_dir=root / "train2014")
-    outside = {**content["annotations"][0], "segmentation": [[900, 900, 990, 900, 990, 990]]}
-    file.write_text(json.dumps({**content, "annotations": [outside, *content["annotations"][1:]]}))
-    with pytest.warns(UserWarning, match="1 left out, instances of instances_mine.json without a pixel.*annotation 0"):
-        load_rows("coco", "mine", root=tmp_path, image_dir=root / "train2014")
+    first, *others = content["annotations"]
+    line, again = {**first, "segmentation": [[1, 1, 9, 1, 5, 1]]}, {**first, "id": 90}
+    for given, why in (
+        ([line], "without a pixel .*annotation 0"),
+        ([first, again], "that are another's.*annotation 90"),
+    ):
+        file.write_text(json.dumps({**content, "annotations": [*given, *others]}))
+        with pytest.warns(UserWarning, match=f"1 left out, instances of instances_mine.json {why}"):
+            load_rows("coco", "mine", root=tmp_path, image_dir=root / "train2014")
     with pytest.raises(FileNotFoundError, match=r"instances_val2017.json is missing.*annotations/"):
         load_rows("coco", "val2017", root=tmp_path)
 
