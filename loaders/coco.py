@@ -106,7 +106,7 @@ def _rows(path: Path, split: str, folder: Path) -> Iterator[dict]:
             )
         there.setdefault(image_id, []).append(each)
     for image in content["images"]:
-        things = []
+        things: list[dict[str, Any]] = []
         for each in there.get(image["id"], ()):
             try:
                 if not each["segmentation"]:
