@@ -24,11 +24,10 @@ FIELDS = {
     "images": ("id", "file_name", "height", "width"),
     "annotations": ("id", "image_id", "category_id", "segmentation"),
 }
-HINTS = {
-    "categories": "",
-    "images": " Each image needs its file, and the size that masks were made on.",
-    "annotations": " A box alone is no mask: export masks from the labelling tool, or leave such annotations out.",
-}
+BOX_ALONE = " A box alone is no mask: export masks from the labelling tool, or leave such annotations out."
+SIZE = " Each image needs its file, and the size that masks were made on."
+HINTS = {"file_name": SIZE, "height": SIZE, "width": SIZE, "segmentation": BOX_ALONE}
+"""What is missing -> the end of the error."""
 
 
 @register_loader("coco")
@@ -76,13 +75,19 @@ def _rows(path: Path, split: str, folder: Path) -> Iterator[dict]:
         if not isinstance(content[part], list):
             raise ValueError(f"{path}: {part!r} must be a list; got {type(content[part]).__name__}.")
         for number, each in enumerate(content[part]):
+            if not isinstance(each, dict):
+                raise ValueError(f"{path}, {part}[{number}] must be an object with its fields; got {each!r:.60}.")
             if lacking := [name for name in fields if each.get(name) is None]:
                 which = f"{part}[{number}] (id {each.get('id')})"
-                raise ValueError(f"{path}, {which}: it has no {' and no '.join(map(repr, lacking))}.{HINTS[part]}")
+                hint = HINTS.get(lacking[-1], "")
+                without = " and no ".join(map(repr, lacking))
+                raise ValueError(f"{path}, {which}: it has no {without}.{hint}")
     for image in content["images"]:
         if not all(isinstance(image[side], int) and image[side] > 0 for side in ("height", "width")):
             sides = f"{image['height']!r} and {image['width']!r}"
-            raise ValueError(f"{path}, image {image['id']}: its height and width are {sides}; give numbers of pixels.")
+            raise ValueError(
+                f"{path}, image {image['id']}: its height and width are {sides}; give whole numbers of pixels."
+            )
     for each in content["categories"]:
         if not str(each["name"]).strip() or reserved_token(str(each["name"])):
             raise ValueError(
@@ -110,7 +115,7 @@ def _rows(path: Path, split: str, folder: Path) -> Iterator[dict]:
         for each in there.get(image["id"], ()):
             try:
                 if not each["segmentation"]:
-                    raise ValueError(f"its segmentation is {each['segmentation']!r}.{HINTS['annotations']}")
+                    raise ValueError(f"its segmentation is {each['segmentation']!r}.{BOX_ALONE}")
                 check_outlines(each["segmentation"], image["height"], image["width"])
                 mask = coco_rle(each["segmentation"], image["height"], image["width"])
             except (ValueError, TypeError) as error:
@@ -125,6 +130,8 @@ def _rows(path: Path, split: str, folder: Path) -> Iterator[dict]:
         crowds = {thing["category"] for thing in things if thing["crowd"]}
         for name in dict.fromkeys(thing["category"] for thing in things):
             if name in crowds:
+                why = "questions about things of which the image has a crowd ('iscrowd')"
+                left_out.add(f"{why} in {path.name}", f"{name} in image {image['id']}")
                 continue
             masks = [thing["mask"] for thing in things if thing["category"] == name]
             yield {
@@ -146,7 +153,7 @@ def _rows(path: Path, split: str, folder: Path) -> Iterator[dict]:
 
 
 def check_outlines(segmentation: Any, height: int, width: int) -> None:
-    """Refuse polygons in shares of the image's sides, or made on the image at another size.
+    """Refuse polygons of points, in shares of the image's sides, or made on the image at another size.
 
     Args:
         segmentation: of an annotation; what is no list of flat polygons is left to `coco_rle`.
@@ -158,8 +165,12 @@ def check_outlines(segmentation: Any, height: int, width: int) -> None:
     """
     if not isinstance(segmentation, list):
         return
-    for polygon in segmentation:
-        if isinstance(polygon, array) and len(polygon) >= 6:
-            if max(polygon) <= 1 < max(height, width) and min(polygon) >= 0:
-                raise ValueError(f"all coordinates of a polygon lie from 0 to 1; multiply x by {width}, y by {height}.")
-            check_place("a polygon", polygon, height, width)
+    parts = [part for part in segmentation if isinstance(part, array)]
+    if len(parts) > 2 and all(len(part) == 2 for part in parts):
+        raise ValueError("a polygon must be flat, [x0, y0, x1, y1, ...]; got points: join them to one list.")
+    numbers = [number for part in parts if len(part) >= 6 and len(part) % 2 == 0 for number in part]
+    if not numbers:
+        return
+    if max(numbers) <= 1 < max(height, width) and min(numbers) >= 0:  # of all parts: one may be a speck in the corner
+        raise ValueError(f"all coordinates of a polygon lie from 0 to 1; multiply x by {width}, y by {height}.")
+    check_place("a polygon", numbers, height, width)

@@ -42,7 +42,7 @@ def load_image_text(
         dataset: "scenes"; a folder that `segcompass prepare-data` or `save_to_disk` wrote; a `.jsonl` file (paths of
             images in it are relative to the file and stay in its folder); the dotted path of a function that returns
             rows; or the id of a data set on the Hub.
-        split: which split; of a `.jsonl` file the lines that name it, or all where the first line names none.
+        split: which split; of a `.jsonl` file the lines that name it, or all where no line names one.
         seed: seed of the procedural scenes, and of the order of others.
         num_samples: rows at most; None means all, and 100,000 scenes.
         streaming: read (or draw) rows while they are used instead of storing them first.
@@ -53,7 +53,8 @@ def load_image_text(
         Dataset or IterableDataset, its rows as they are; `image_text` reads them.
 
     Raises:
-        ValueError: num_samples is below 1, the data set cannot be found, or no line of the file has the split.
+        ValueError: num_samples is below 1, the data set cannot be found, no line of the file has the split, or some of
+            its lines have none.
 
     Example:
         >>> row = next(iter(load_image_text("scenes", "val", num_samples=1)))
@@ -73,7 +74,7 @@ def load_image_text(
         rows = load_dataset("json", data_files=str(path), split="train", streaming=streaming)
         rows = rows.map(_relative_to, fn_kwargs={"folder": str(path.parent)})
         if has_splits(dataset):
-            rows = rows.filter(_is_of, fn_kwargs={"split": split})
+            rows = rows.filter(_is_of, fn_kwargs={"split": split, "dataset": dataset})
             if next(iter(rows), None) is None:
                 raise ValueError(f"{dataset} has no line of split {split!r}; name one that its lines have.")
     elif path.is_dir():
@@ -89,12 +90,11 @@ def load_image_text(
 
 
 def has_splits(dataset: str) -> bool:
-    """Whether a data set of `load_image_text` may be divided into splits: an undivided folder is not, nor a file whose
-    first line names none."""
+    """Whether a data set of `load_image_text` may be divided into splits: an undivided folder is not, nor a file of
+    which no line names one."""
     path = Path(dataset)
     if path.suffix == ".jsonl" and path.is_file():
-        _, line = next(read_jsonl(path), (0, {}))
-        return line.get("split") not in (None, "")
+        return any(line.get("split") not in (None, "") for _, line in read_jsonl(path))
     divided = (path / "dataset_dict.json").exists() or any(path.glob("*.parquet"))
     return dataset in LOADERS or not (path.is_file() or (path.is_dir() and not divided))
 
@@ -176,7 +176,12 @@ def _relative_to(row, folder):
     return changed
 
 
-def _is_of(row, split):
+def _is_of(row, split, dataset):
+    if row.get("split") in (None, ""):
+        raise ValueError(
+            f"{dataset} has lines with 'split' and lines without, which would be of every split, trained on and held "
+            "out: give each line its split, or none."
+        )
     return str(row["split"]) == split
 
 

@@ -7,6 +7,7 @@ and the line's number. Knows nothing about rows.
 import difflib
 import unicodedata
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,21 @@ MASK_KEYS = ("masks", "polygons", "rle", "mask")
 TEXTS = ("image", "instruction", "sample_id", "image_id", "dataset", "kind")
 READ_IF_THERE = (*MASK_KEYS, "ignore", "split", "reasoning", "instances")
 """What a slip in the key's name would leave out without a word."""
+SLIPS: dict[str, tuple[type, ...]] = {
+    "polygons": (list,),
+    "ignore": (dict, str),
+    "split": (str,),
+    "reasoning": (str,),
+    "instances": (list,),
+}
+"""Names long enough to tell a slip from another word ("role" is no slip of "rle"), and what they hold."""
 
 
 def check_keys(line: Mapping[str, Any]) -> None:
     """Refuse a key that is nearly one that is read: "Split", "reasonning", "polygon".
 
-    Other keys are the user's own and are left alone.
+    Other keys are the user's own and are left alone, such as those of several words ("n_polygons") and those whose
+    value could not be the field's ("instance": 3).
 
     Args:
         line: the fields that are not empty.
@@ -29,12 +39,13 @@ def check_keys(line: Mapping[str, Any]) -> None:
     Raises:
         ValueError: such a key.
     """
-    for key in line:
+    for key, value in line.items():
         if key in READ_IF_THERE or key in TEXTS:
             continue
         plain = key.strip().casefold().replace("-", "_").replace(" ", "_")
         meant = plain if plain in (*READ_IF_THERE, *TEXTS) else ""
-        if near := meant or next(iter(difflib.get_close_matches(plain, READ_IF_THERE, 1, 0.85)), ""):
+        possible = [name for name, kinds in SLIPS.items() if isinstance(value, kinds)] if plain.isalpha() else []
+        if near := meant or next(iter(difflib.get_close_matches(plain, possible, 1, 0.85)), ""):
             raise ValueError(f"the key {key!r} is not read, {near!r} is: write that, or name yours less alike.")
 
 
@@ -69,11 +80,12 @@ def check_place(given: str, numbers: Sequence[float], height: int, width: int) -
         width: likewise.
 
     Raises:
-        ValueError: more than half of its box lies outside the image.
+        ValueError: more than half of its box lies outside the image, and more than a pixel beyond its edge.
     """
     left, right, top, bottom = min(numbers[::2]), max(numbers[::2]), min(numbers[1::2]), max(numbers[1::2])
     across, down = max(0, min(right, width) - max(left, 0)), max(0, min(bottom, height) - max(top, 0))
-    if across * down < (right - left) * (bottom - top) / 2:
+    beyond = max(-left, -top, right - width, bottom - height)  # up to a pixel it is a sliver at the edge
+    if beyond > 1 and across * down < (right - left) * (bottom - top) / 2:
         raise ValueError(
             f"{given} reaches from ({left:g}, {top:g}) to ({right:g}, {bottom:g}) (x, y), so that most of it lies "
             f"outside the image of {height} x {width} (height x width). Was it made on the image at another size? "
@@ -91,13 +103,21 @@ def check_holes(given: str, parts: Sequence[dict]) -> None:
     Raises:
         ValueError: one part lies inside the others.
     """
+    if len(parts) < 2:
+        return
+    before = list(accumulate(parts, _united))  # of each part and those before it
+    after = list(accumulate(parts[::-1], _united))[::-1]
     for number, part in enumerate(parts, 1):
-        others = coco_mask.merge([each for each in parts if each is not part]) if len(parts) > 1 else None
-        if others and coco_mask.area(coco_mask.merge([part, others], intersect=True)) == coco_mask.area(part):
+        others = coco_mask.merge([*before[number - 2 : number - 1], *after[number : number + 1]])
+        if coco_mask.area(coco_mask.merge([part, others], intersect=True)) == coco_mask.area(part):
             raise ValueError(
                 f"{given} has {len(parts)} parts, which are united, and part {number} lies inside the others. If it is "
                 "a hole, give a mask file or RLE in place of polygons; if not, leave it out."
             )
+
+
+def _united(one: dict, other: dict) -> dict:
+    return coco_mask.merge([one, other])
 
 
 def check_different(masks: Sequence[Mapping[str, Any]]) -> None:

@@ -34,6 +34,7 @@ from segcompass.modeling_segcompass.web_images import fetch as fetch_file
 from segcompass.modeling_segcompass.whole_files import write_whole
 
 LARGEST = 20_000_000  # bytes of a downloaded image
+Sample = tuple[str, str, str]  # sample id, image id, instruction
 
 
 @dataclass
@@ -102,7 +103,7 @@ def prepare_data(conversion: Conversion) -> list[dict]:
         if conversion.download is not None and conversion.root and conversion.image_dir:
             download(conversion.root, conversion.image_dir, conversion.download)
         named = {name: getattr(conversion, name) for name in ("root", "split_by", "unit", "image_dir", "instances")}
-        samples: dict[str, str] = {}  # sample id -> its split
+        samples: dict[Sample, str] = {}  # sample -> its split
         images: dict[str, set[str]] = {}  # split -> its images
         for split in conversion.split:
             rows = load_rows(conversion.dataset, split, 0, conversion.num_samples, **named)
@@ -119,26 +120,26 @@ def prepare_data(conversion: Conversion) -> list[dict]:
     return table
 
 
-def check_apart(conversion: Conversion, split: str, rows: Dataset, samples: dict[str, str]) -> None:
-    """Refuse a sample that an earlier split holds too.
+def check_apart(conversion: Conversion, split: str, rows: Dataset, samples: dict[Sample, str]) -> None:
+    """Refuse a sample that an earlier split holds too; ids alone may repeat, as where each split counts from 0.
 
     Args:
         conversion: what is converted.
         split: the split's name.
         rows: all rows of the split.
-        samples: sample id -> split of the earlier splits; gets this one's.
+        samples: sample -> split of the earlier splits; gets this one's.
 
     Raises:
         ValueError: there is one.
     """
-    for name in rows["sample_id"]:
-        if name in samples:
+    found = list(zip(rows["sample_id"], rows["image_id"], rows["instruction"], strict=True))
+    for sample in found:
+        if sample in samples:
             raise ValueError(
-                f"{samples[name]!r} and {split!r} of {conversion.dataset} both hold the sample {name!r}: what is "
-                "trained on would be what is held out. Say on each line which 'split' it is of, and give samples ids "
-                "of their own."
+                f"{samples[sample]!r} and {split!r} of {conversion.dataset} both hold the sample {sample[0]!r}: what "
+                "is trained on would be what is held out. Say on each line which 'split' it is of."
             )
-    samples.update(dict.fromkeys(rows["sample_id"], split))
+    samples.update(dict.fromkeys(found, split))
 
 
 def tell_shared(images: Mapping[str, set[str]]) -> None:

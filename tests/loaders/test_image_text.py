@@ -61,6 +61,12 @@ def test_lines_of_other_splits_are_not_read(tmp_path, picture, streaming):
     assert has_splits(str(path)) and texts("train") == ["train", "train"] and texts("val") == ["val"]
     with pytest.raises(ValueError, match="rows.jsonl has no line of split 'test'; name one that its lines have"):
         texts("test")
+    for mixed in ([{**lines[0], "split": None}, *lines], [*lines, {**lines[0], "split": None}]):
+        path.write_text("\n".join(map(json.dumps, mixed)))
+        with pytest.raises(
+            ValueError, match="rows.jsonl has lines with 'split' and lines without, which would be of e"
+        ):
+            texts("train")
     path.write_text("\n".join(json.dumps({**line, "split": None}) for line in lines))
     assert not has_splits(str(path)) and len(texts("val")) == 3
 

@@ -1,13 +1,14 @@
 """Data of one's own in every form of a mask."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from segcompass.loaders import load_jsonl, load_rows
+from segcompass.loaders import jsonl_checks, load_jsonl, load_rows
 from segcompass.loaders.jsonl import jsonl_splits
 from segcompass.loaders.masks import encode_mask
 from segcompass.loaders.rows import FEATURES
@@ -109,10 +110,32 @@ def test_bad_lines_are_named(write, line, message):
 
 def test_other_keys_are_left_alone(write):
     extra = {"height": HEIGHT, "width": WIDTH, "id": 3, "bbox": [1, 2, 3, 4], "source": "a", "caption": "b", "area": 1}
+    extra |= {"role": "user", "rule": "a", "n_polygons": 2, "reasoning_en": "so", "instance": 3, "ignored": False}
     parts = [[rectangle(2, 2, 9, 9), rectangle(12, 12, 20, 20)]]
     thing = {"category": "mug", "polygons": rectangle(2, 2, 9, 9), "mask": None, "rle": ""}
     (row,) = load_jsonl(write({"polygons": parts, **extra, "instances": [thing]}))
     assert len(row["masks"]) == 1 and len(row["instances"]) == 1
+
+
+@pytest.mark.parametrize("inside", [1, 2, 3])
+def test_a_part_inside_the_union_of_the_others_is_found_wherever_it_stands(write, inside):
+    parts = [rectangle(2, 2, 10, 20), rectangle(10, 2, 20, 20)]
+    parts.insert(inside - 1, rectangle(8, 8, 12, 12))  # half in the one, half in the other
+    with pytest.raises(ValueError, match=f"has 3 parts, which are united, and part {inside} lies inside the others"):
+        load_jsonl(write({"polygons": [parts]}))
+
+
+def test_an_instance_of_many_parts_takes_time_by_their_number_and_not_its_square(monkeypatch):
+    parts = [encode_mask(np.eye(300, dtype=bool) & (np.arange(300) == number)) for number in range(300)]
+    merged = []
+
+    def merge(rles, intersect=False):
+        merged.append(len(rles))
+        return coco_mask.merge(rles, intersect)
+
+    monkeypatch.setattr(jsonl_checks, "coco_mask", SimpleNamespace(merge=merge, area=coco_mask.area))
+    jsonl_checks.check_holes("polygon 1", parts)
+    assert sum(merged) < 10 * len(parts)
 
 
 def test_a_name_whose_accents_are_written_otherwise_is_hinted_at(write, tmp_path):

@@ -138,7 +138,9 @@ def test_coco_asks_for_each_category_of_an_image(root, tmp_path):
             "it has no 'height' and no 'width'. Each image needs its file, and",
         ),
         ("images", {"id": 1}, "lists the image id 1 more than once; renumber"),
-        ("images", {"height": "24"}, "image 0: its height and width are '24' and 32; give numbers of pixels"),
+        ("images", {"height": "24"}, "image 0: its height and width are '24' and 32; give whole numbers of pixels"),
+        ("annotations", {"segmentation": [[1, 1], [9, 1], [9, 9]]}, "annotation 0: a polygon must be flat"),
+        ("annotations", {"id": None}, r"annotations\[0\] \(id None\): it has no 'id'.$"),
         ("categories", {"name": " "}, "its name is ' '; give the word that people say"),
         ("categories", {"name": "</think>"}, "its name is '</think>'; give the word"),
         ("annotations", {"segmentation": [[[1, 1], [9, 1], [9, 9]]]}, "annotation 0: a polygon must be flat"),
@@ -162,10 +164,22 @@ def test_coco_asks_for_each_category_of_an_image(root, tmp_path):
     for given, why in (
         ([line], "without a pixel .*annotation 0"),
         ([first, again], "that are another's.*annotation 90"),
+        ([first, {**again, "segmentation": [[32, 3, 32.4, 3, 32.4, 9]]}], "without a pixel .*annotation 90"),
     ):
         file.write_text(json.dumps({**content, "annotations": [*given, *others]}))
         with pytest.warns(UserWarning, match=f"1 left out, instances of instances_mine.json {why}"):
             load_rows("coco", "mine", root=tmp_path, image_dir=root / "train2014")
+    parts = [[0, 0, 0, 1, 1, 1, 1, 0], *first["segmentation"]]  # a speck in the corner, as outlines of a mask have it
+    file.write_text(json.dumps({**content, "annotations": [{**first, "segmentation": parts}, *others]}))
+    load_rows("coco", "mine", root=tmp_path, image_dir=root / "train2014")
+    file.write_text(json.dumps({**content, "annotations": [[1], *others]}))
+    with pytest.raises(ValueError, match=r"annotations\[0\] must be an object with its fields; got \[1\]"):
+        load_rows("coco", "mine", root=tmp_path, image_dir=root / "train2014")
+    run = {"size": [content["images"][0][side] for side in ("height", "width")], "counts": [3, 5]}
+    run["counts"].append(run["size"][0] * run["size"][1] - 8)
+    file.write_text(json.dumps({**content, "annotations": [{**first, "segmentation": run, "iscrowd": 1}, *others]}))
+    with pytest.warns(UserWarning, match=r"questions about things of which the image has a crowd \('iscrowd'\)"):
+        load_rows("coco", "mine", root=tmp_path, image_dir=root / "train2014")
     with pytest.raises(FileNotFoundError, match=r"instances_val2017.json is missing.*annotations/"):
         load_rows("coco", "val2017", root=tmp_path)
 
