@@ -13,6 +13,7 @@ from functools import partial
 from itertools import combinations, islice
 from pathlib import Path
 
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset
 from datasets.table import embed_table_storage
@@ -34,7 +35,7 @@ from segcompass.modeling_segcompass.web_images import fetch as fetch_file
 from segcompass.modeling_segcompass.whole_files import write_whole
 
 LARGEST = 20_000_000  # bytes of a downloaded image
-Sample = tuple[str, str, str]  # sample id, image id, instruction
+Sample = tuple[str, str, str]  # id, file of the image, instruction
 
 
 @dataclass
@@ -47,7 +48,7 @@ class Conversion:
 
     Example:
         table = prepare_data(Conversion("mine.jsonl", Path("data/mine")))
-        print(table[0]["rows"], table[0]["check"])
+        print(table[0]["rows"], table[0]["multi-target"])
     """
 
     dataset: str
@@ -104,12 +105,11 @@ def prepare_data(conversion: Conversion) -> list[dict]:
             download(conversion.root, conversion.image_dir, conversion.download)
         named = {name: getattr(conversion, name) for name in ("root", "split_by", "unit", "image_dir", "instances")}
         samples: dict[Sample, str] = {}  # sample -> its split
-        images: dict[str, set[str]] = {}  # split -> its images
+        images: dict[str, set[str]] = {}  # split -> files of its images
         for split in conversion.split:
             rows = load_rows(conversion.dataset, split, 0, conversion.num_samples, **named)
             if conversion.dataset.endswith(".jsonl"):
-                check_apart(conversion, split, rows, samples)
-                images[split] = set(rows["image_id"])
+                images[split] = check_apart(conversion, split, rows, samples)
             claim_split(conversion, split, rows)
             convert(rows, conversion.output, split, conversion.rows_per_file, conversion.images == "bytes")
             table.append(count(conversion, split, rows))
@@ -120,7 +120,7 @@ def prepare_data(conversion: Conversion) -> list[dict]:
     return table
 
 
-def check_apart(conversion: Conversion, split: str, rows: Dataset, samples: dict[Sample, str]) -> None:
+def check_apart(conversion: Conversion, split: str, rows: Dataset, samples: dict[Sample, str]) -> set[str]:
     """Refuse a sample that an earlier split holds too; ids alone may repeat, as where each split counts from 0.
 
     Args:
@@ -129,10 +129,17 @@ def check_apart(conversion: Conversion, split: str, rows: Dataset, samples: dict
         rows: all rows of the split.
         samples: sample -> split of the earlier splits; gets this one's.
 
+    Returns:
+        Files of the split's images.
+
     Raises:
         ValueError: there is one.
     """
-    found = list(zip(rows["sample_id"], rows["image_id"], rows["instruction"], strict=True))
+    table = rows.select_columns(["sample_id", "image", "instruction"]).with_format("arrow")[:]
+    files = pc.struct_field(table.column("image"), "path").to_pylist()
+    found = list(
+        zip(table.column("sample_id").to_pylist(), files, table.column("instruction").to_pylist(), strict=True)
+    )
     for sample in found:
         if sample in samples:
             raise ValueError(
@@ -140,17 +147,18 @@ def check_apart(conversion: Conversion, split: str, rows: Dataset, samples: dict
                 "is trained on would be what is held out. Say on each line which 'split' it is of."
             )
     samples.update(dict.fromkeys(found, split))
+    return set(files)
 
 
 def tell_shared(images: Mapping[str, set[str]]) -> None:
     """Print which splits share images.
 
     Args:
-        images: split -> ids of its images.
+        images: split -> files of its images.
     """
     for one, other in combinations(images, 2):
         if shared := sorted(images[one] & images[other]):
-            names = ", ".join(shared[:3]) + (", …" if len(shared) > 3 else "")
+            names = ", ".join(Path(file).name for file in shared[:3]) + (", …" if len(shared) > 3 else "")
             number = f"{len(shared)} image{'' if len(shared) == 1 else 's'}"
             print(
                 f"{one} and {other} share {number} ({names}): results on {other} then are of images that training "

@@ -123,8 +123,9 @@ def test_all_splits_of_a_jsonl_are_converted_and_shared_images_told(tmp_path, ca
     assert len(load_rows(str(tmp_path / "out"), "val")) == 1
     convert(*[("a", {"split": "train"}), ("b", {"split": "val"})], output="apart")
     assert "share" not in capsys.readouterr().out
-    own = {"sample_id": 0}  # each split counts from 0
+    own = {"sample_id": 0, "image_id": 0}  # each split counts from 0
     convert(("a", {"split": "train", **own}), ("b", {"split": "val", **own}), output="counted")
+    assert "share" not in capsys.readouterr().out
     with pytest.raises(ValueError, match="'train' and 'val' of .*mine.jsonl both hold the sample 'mine-1'.*Say on"):
         convert(("a", {}), ("b", {}), output="both", more=["--split", "train", "val"])
 
