@@ -510,8 +510,10 @@ def prepare_pixels(image_processor: Any, images: Sequence[Any]) -> torch.Tensor:
     if not known or not (image_processor.do_rescale and image_processor.do_normalize):
         return image_processor(images, return_tensors="pt")["pixel_values"]
     made = image_processor(images, return_tensors="np", do_rescale=False, do_normalize=False)
-    rescaled = image_processor.rescale(np.tile(np.arange(256, dtype=np.uint8), (3, 1, 1)), image_processor.rescale_factor)
-    values = image_processor.normalize(rescaled, image_processor.image_mean, image_processor.image_std)[:, 0]  # (3, 256)
+    every = np.tile(np.arange(256, dtype=np.uint8), (3, 1, 1))  # a picture of all levels, in each channel
+    rescaled = image_processor.rescale(every, image_processor.rescale_factor)
+    values = image_processor.normalize(rescaled, image_processor.image_mean, image_processor.image_std)
+    values = values[:, 0]  # (3, 1, 256) -> (3, 256)
     pixels = np.empty(made["pixel_values"].shape, np.float32)  # (B, 3, S, S)
     for levels, looked_up in zip(made["pixel_values"], pixels, strict=True):
         for channel in range(3):

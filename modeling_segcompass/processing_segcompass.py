@@ -594,7 +594,8 @@ class SegCompassProcessor(ProcessorMixin):
         """As ProcessorMixin's, of the token that stands once per image token."""
         token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
         for number, (words, ids) in enumerate(zip(text, text_inputs["input_ids"], strict=True)):
-            if words.count(token) != list(ids).count(self.image_token_id):
+            ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)  # one call, not one for each token
+            if words.count(token) != ids.count(self.image_token_id):
                 raise ValueError(f"prompt {number} lost image tokens when it was cut; shorten it, or do not cut it.")
 
     @property

@@ -37,7 +37,10 @@ def test_image_lies_in_the_frame_where_the_image_processor_puts_it(size):
     [
         SamImageProcessorPil(size={"longest_edge": 48}, pad_size={"height": 48, "width": 48}),
         SamImageProcessorPil(
-            size={"longest_edge": 32}, pad_size={"height": 32, "width": 32}, image_mean=[0.1, 0.9, 0.5], rescale_factor=0.01
+            size={"longest_edge": 32},
+            pad_size={"height": 32, "width": 32},
+            image_mean=[0.1, 0.9, 0.5],
+            rescale_factor=0.01,
         ),
         SamImageProcessorPil(size={"longest_edge": 32}, pad_size={"height": 32, "width": 32}, do_normalize=False),
         ViTImageProcessorPil(size={"height": 32, "width": 32}, resample=3, image_std=[0.2, 0.3, 1.7]),
