@@ -88,7 +88,13 @@ def _loader(dataset: str) -> Loader:
         )
     load = import_loader(dataset)
     if load is None:
-        raise ValueError(f"dataset {dataset!r} is not known; give one of {known_datasets()}.")
+        hub = ""
+        if dataset.count("/") == 1 and not dataset.startswith((".", "/")):
+            hub = (
+                f" Of a data set on the Hub name a copy: hf download {dataset} --repo-type dataset --local-dir COPY, "
+                "then COPY/data."
+            )
+        raise ValueError(f"dataset {dataset!r} is not known; give one of {known_datasets()}.{hub}")
     return load
 
 

@@ -14,13 +14,14 @@ def load_folder(folder: str | os.PathLike, split: str = "train") -> Dataset:
 
     Args:
         folder: holds SPLIT-*.parquet, or what save_to_disk wrote of a Dataset or a DatasetDict.
-        split: which parquet files, or which part of a DatasetDict.
+        split: which parquet files, which part of a DatasetDict, or which rows of a Dataset whose rows say their split.
 
     Returns:
         The rows as they were written.
 
     Raises:
-        ValueError: the folder holds neither, only some of the parquet files, or others than were signed.
+        ValueError: the folder holds neither, nothing of the split, only some of the parquet files, or others than were
+            signed.
 
     Example:
         rows = load_folder("data/refcoco", "val")
@@ -44,7 +45,21 @@ def load_folder(folder: str | os.PathLike, split: str = "train") -> Dataset:
         lines = sorted(Path(folder).glob("*.jsonl"))
         hint = f" It has the splits {', '.join(others)}." if others else ""
         hint = hint or (f" Its rows may be in {lines[0]}: name that file." if lines else "")
+        if any(Path(folder, "data").glob("*-00000-of-*.parquet")):  # as the Hub's repositories lie
+            hint = hint or f" Its parquet files lie in {Path(folder, 'data')}: name that folder."
         raise ValueError(
             f"{folder} holds neither {split}-*.parquet nor a data set written by save_to_disk.{hint}"
         ) from error
-    return rows[split] if hasattr(rows, "keys") else rows
+    if hasattr(rows, "keys"):
+        if split not in rows:
+            raise ValueError(f"{folder} holds the splits {', '.join(rows)}; {split!r} is none of them.")
+        return rows[split]
+    said = rows["split"][:] if "split" in rows.column_names else []
+    if not set(said) - {None, split}:
+        return rows
+    if split not in said:
+        raise ValueError(
+            f"the rows of {folder} are of split {', '.join(sorted(map(str, set(said))))}, and {split!r} was asked for; "
+            "name theirs."
+        )
+    return rows.select([number for number, each in enumerate(said) if each == split])

@@ -14,7 +14,7 @@ from typing import Any
 
 from datasets import Dataset, Image, IterableDataset, Sequence, load_dataset
 
-from .files import inside_folder
+from .files import inside_folder, read_jsonl
 from .folder import load_folder
 from .identity import image_content
 from .registry import LOADERS, call_loader, first_rows, import_loader
@@ -42,7 +42,7 @@ def load_image_text(
         dataset: "scenes"; a folder that `segcompass prepare-data` or `save_to_disk` wrote; a `.jsonl` file (paths of
             images in it are relative to the file and stay in its folder); the dotted path of a function that returns
             rows; or the id of a data set on the Hub.
-        split: which split; a `.jsonl` file has one only.
+        split: which split; of a `.jsonl` file the lines that name it, or all where the first line names none.
         seed: seed of the procedural scenes, and of the order of others.
         num_samples: rows at most; None means all, and 100,000 scenes.
         streaming: read (or draw) rows while they are used instead of storing them first.
@@ -53,7 +53,7 @@ def load_image_text(
         Dataset or IterableDataset, its rows as they are; `image_text` reads them.
 
     Raises:
-        ValueError: num_samples is below 1, or the data set cannot be found.
+        ValueError: num_samples is below 1, the data set cannot be found, or no line of the file has the split.
 
     Example:
         >>> row = next(iter(load_image_text("scenes", "val", num_samples=1)))
@@ -72,6 +72,10 @@ def load_image_text(
             raise ValueError(f"dataset {dataset!r} is no file; give the path of a .jsonl file.")
         rows = load_dataset("json", data_files=str(path), split="train", streaming=streaming)
         rows = rows.map(_relative_to, fn_kwargs={"folder": str(path.parent)})
+        if has_splits(dataset):
+            rows = rows.filter(_is_of, fn_kwargs={"split": split})
+            if next(iter(rows), None) is None:
+                raise ValueError(f"{dataset} has no line of split {split!r}; name one that its lines have.")
     elif path.is_dir():
         rows = load_folder(dataset, split)
     elif load := import_loader(dataset):
@@ -85,8 +89,12 @@ def load_image_text(
 
 
 def has_splits(dataset: str) -> bool:
-    """Whether a data set of `load_image_text` may be divided into splits: a file and an undivided folder are not."""
+    """Whether a data set of `load_image_text` may be divided into splits: an undivided folder is not, nor a file whose
+    first line names none."""
     path = Path(dataset)
+    if path.suffix == ".jsonl" and path.is_file():
+        _, line = next(read_jsonl(path), (0, {}))
+        return line.get("split") not in (None, "")
     divided = (path / "dataset_dict.json").exists() or any(path.glob("*.parquet"))
     return dataset in LOADERS or not (path.is_file() or (path.is_dir() and not divided))
 
@@ -166,6 +174,10 @@ def _relative_to(row, folder):
     if isinstance(row.get("images"), list):
         changed["images"] = [absolute(image) for image in row["images"]]
     return changed
+
+
+def _is_of(row, split):
+    return str(row["split"]) == split
 
 
 def _undecoded(rows):

@@ -10,10 +10,18 @@ from datasets import Dataset, Features
 from PIL import Image
 
 from .files import inside_folder, need, read_jsonl
+from .jsonl_checks import (
+    MASK_KEYS,
+    Agreement,
+    check_different,
+    check_holes,
+    check_keys,
+    check_place,
+    check_size,
+    names_alike,
+)
 from .masks import has_pixels, read_mask, read_polygons
-from .rows import FEATURES, INSTANCES, check_reasoning, target_kind, to_dataset
-
-MASK_KEYS = ("masks", "polygons", "rle", "mask")
+from .rows import FEATURES, INSTANCES, check_reasoning, reserved_token, target_kind, to_dataset
 
 
 def load_jsonl(
@@ -32,7 +40,8 @@ def load_jsonl(
         "mask"      a mask file, or a list of them, one per instance: what is not 0 (black) is inside
     ([] says that nothing is meant; a mask without a pixel is refused). It may have "ignore" (an RLE dict or a mask
     file), "sample_id", "image_id", "dataset", "split", "reasoning", "kind" and "instances"; null and "" are as good as
-    absent, for these and for the four above. docs/data.md says what a mask file may hold.
+    absent, for these and for the four above. docs/data.md says what a mask file may hold. Other keys are left alone,
+    but for those that are nearly one of these, and for a "height" and "width" that are not the image's.
 
     "instances" lists all things in the image, for the white box's criteria: each {"category": str} with its mask as one
     entry of "polygons", "rle" or "mask", and maybe "expressions" (texts that mean it alone) and "crowd" (true).
@@ -51,40 +60,77 @@ def load_jsonl(
 
     Raises:
         FileNotFoundError: the file, an image or a mask file is missing.
-        ValueError: a line that is no JSON, lacks a key, or whose masks do not fit its image; the line is named.
+        ValueError: a line that is no JSON, lacks a key, or whose masks do not fit its image; lines that do not agree on
+            splits and ids. The line is named.
 
     Example:
         rows = load_jsonl("mine.jsonl", "train")
     """
     path = need(Path(path), "give a file with one JSON object per line.").resolve()
     folder = path.parent if image_dir is None else need(Path(image_dir), "`image_dir` holds the images.").resolve()
-    named, instances = _named_files(path, folder)
+    named, instances, _ = _look_over(path, folder)
     files = [path, *(file for file in named if file.is_file())]
     arguments = {"path": path, "split": split, "folder": folder, "instances": instances}
     features = Features({**FEATURES, **INSTANCES}) if instances else FEATURES
     return to_dataset(_rows, arguments, files, split, num_samples, features=features)
 
 
-def _named_files(path: Path, folder: Path) -> tuple[list[Path], bool]:
-    """The files that a JSONL names, each once (rows are made anew when one has changed); whether it has instances."""
+def jsonl_splits(path: str | os.PathLike) -> list[str]:
+    """The splits that the lines of a JSONL name.
+
+    Args:
+        path: the file.
+
+    Returns:
+        In the order of the file; [] where no line names one.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: a line that is no JSON, or lines that do not agree on their splits.
+
+    Example:
+        jsonl_splits("mine.jsonl")  # ["train", "val"]
+    """
+    path = need(Path(path), "give a file with one JSON object per line.").resolve()
+    return _look_over(path, path.parent)[2]
+
+
+def _look_over(path: Path, folder: Path) -> tuple[list[Path], bool, list[str]]:
+    """The files that a JSONL names, each once (rows are made anew when one has changed); whether it has instances; and
+    its splits. Raises ValueError."""
     named: set[str] = set()
     instances = False
-    for _, line in read_jsonl(path):
+    lines = Agreement()
+    for number, line in read_jsonl(path):
+        try:
+            check_keys(_filled(line))
+            lines.split(_filled(line).get("split"), number)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
         given = [line.get(name) for name in ("image", "ignore", "mask", "masks")]
         if isinstance(things := line.get("instances"), list):
             instances = True
             given += [thing.get("mask") for thing in things if isinstance(thing, dict)]
         for value in given:
             named |= {each for each in (value if isinstance(value, list) else [value]) if isinstance(each, str)}
-    return [folder / name for name in sorted(named) if "\0" not in name and len(name) < 4096], instances
+    return [folder / name for name in sorted(named) if "\0" not in name and len(name) < 4096], instances, lines.splits
+
+
+def _filled(line: dict) -> dict:
+    """A line without its empty fields: null and "" are as good as absent, and so is the NaN that tables write."""
+    return {name: value for name, value in line.items() if not (value is None or value == "" or value != value)}
 
 
 def _rows(path: Path, split: str, folder: Path, instances: bool) -> Iterator[dict]:
     others: set[str] = set()
     found = False
+    lines = Agreement()
     for number, line in read_jsonl(path):
         try:
             row = _row(line, path, number, split, folder)
+            if row is not None:
+                lines.sample(row["sample_id"], number)
+                lines.image(row["image_id"], Path(row["image"]["path"]), number)
             if row is not None and instances:
                 things, image = line.get("instances"), Path(row["image"]["path"])
                 row["instances"] = _things(things, image, folder, row["height"], row["width"])
@@ -105,8 +151,7 @@ def _rows(path: Path, split: str, folder: Path, instances: bool) -> Iterator[dic
 def _row(given: dict, path: Path, number: int, split: str, folder: Path) -> dict | None:
     from segcompass.modeling_segcompass.images import upright_size  # here, since it brings torch along
 
-    # null and "" are as good as absent, and so is the NaN that tables write for an empty field
-    given = {name: value for name, value in given.items() if not (value is None or value == "" or value != value)}
+    given = _filled(given)
     if str(given.get("split", split)) != split:
         return None
     for key in ("image", "instruction"):
@@ -117,6 +162,8 @@ def _row(given: dict, path: Path, number: int, split: str, folder: Path) -> dict
     for key, value in given.items():
         if isinstance(value, str) and not value.isascii() and value != value.encode("utf-8", "replace").decode("utf-8"):
             raise ValueError(f"{key!r} holds half of a character (a lone surrogate); write the text anew.")
+    if token := reserved_token(given["instruction"]):
+        raise ValueError(f"the instruction holds {token!r}, which only responses have; remove it.")
     reasoning = given.get("reasoning")
     if not isinstance(reasoning, (str, type(None))):
         raise ValueError(f"'reasoning' must be text; got a {type(reasoning).__name__}.")
@@ -127,11 +174,15 @@ def _row(given: dict, path: Path, number: int, split: str, folder: Path) -> dict
             raise ValueError(f"{key!r} must be text or a whole number; got {given[key]!r:.100}.")
     image = _file(folder, given["image"])
     height, width = upright_size(image)
+    try:
+        check_size(given, height, width)
+    except ValueError as error:
+        raise ValueError(f"{error}{_turned(image, height, width)}") from error
     masks = _instances(given, image, folder, height, width)
     ignore = _read(given["ignore"], folder, height, width) if given.get("ignore") else None
     return {
         "image": {"path": str(image), "bytes": None},
-        "image_id": str(given.get("image_id", given["image"])),
+        "image_id": str(given.get("image_id", image.relative_to(folder).as_posix())),
         "sample_id": str(given.get("sample_id", f"{path.stem}-{number}")),
         "dataset": str(given.get("dataset", path.stem)),
         "split": split,
@@ -155,6 +206,7 @@ def _things(given: Any, image: Path, folder: Path, height: int, width: int) -> l
     for number, each in enumerate(given, 1):
         if not isinstance(each, dict) or not isinstance(each.get("category"), str) or not each["category"].strip():
             raise ValueError(f"instance {number} has no 'category': give its name, such as \"mug\".")
+        each = _filled(each)
         said, keys = each.get("expressions") or [], [key for key in MASK_KEYS[1:] if key in each]
         if not isinstance(said, list) or not all(isinstance(text, str) for text in said):
             raise ValueError(f"instance {number}: 'expressions' must be a list of texts.")
@@ -173,8 +225,11 @@ def _file(folder: Path, given: str) -> Path:
     """A file that a line names. Raises FileNotFoundError or ValueError."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", given):
         raise ValueError(f"{given[:200]!r} is an address, and lines name files; download it first.")
-    slashes = " Folders are separated by /." if "\\" in given else ""
-    return need(inside_folder(folder, given), f"paths are relative to the JSONL's folder.{slashes}")
+    hint = " Folders are separated by /." if "\\" in given else ""
+    path = inside_folder(folder, given)
+    if not path.exists():
+        hint += names_alike(path)
+    return need(path, f"paths are relative to the JSONL's folder.{hint}")
 
 
 def _read(mask: Any, folder: Path, height: int, width: int) -> dict:
@@ -215,8 +270,18 @@ def _instances(given: dict, image: Path, folder: Path, height: int, width: int) 
             )
         if polygon and _fits_lying_down(_numbers(each), height, width) and (why := _turned(image, height, width)):
             raise ValueError(f"polygon {number} reaches outside the image of {height} x {width} (height x width).{why}")
+        if polygon:
+            check_place(f"polygon {number}", _numbers(each), height, width)
+            parts = [read_polygons(part, height, width) for part in each] if _united(each) else []
+            check_holes(f"polygon {number}", [part for part in parts if part])
         masks.append(mask)
+    check_different(masks)
     return masks
+
+
+def _united(given: list) -> bool:
+    """Whether an entry of "polygons" is a list of polygons: flat ones, or those of points."""
+    return all(isinstance(each, (list, tuple)) and len(each) > 2 for each in given)
 
 
 def _numbers(given: Any) -> list:

@@ -307,6 +307,8 @@ def coco_rle(segmentation: Any, height: int, width: int) -> dict | None:
     elif isinstance(segmentation, (list, tuple)) and all(
         isinstance(part, (list, tuple, array)) for part in segmentation
     ):
+        if any(isinstance(each, (list, tuple)) for part in segmentation for each in part[:1]):
+            raise TypeError("a polygon must be flat, [x0, y0, x1, y1, ...]; got points: join them to one list.")
         polygons = [list(map(float, part)) for part in segmentation if len(part) >= 6 and len(part) % 2 == 0]
         _check_outline(polygons)
         rle = coco_mask.merge(coco_mask.frPyObjects(polygons, height, width)) if polygons else None

@@ -154,8 +154,14 @@ def mix_rows(
         line |= {"taken": size, "passes": round(size / max(1, len(indices)), 2)}
     order = np.concatenate(chosen)
     if not len(order):
+        why = "; ".join(
+            f"of {line['dataset']} {line['split']} {line['removed']} of {line['rows']} rows are on images that are "
+            f"evaluated on or another data set holds out, and {line['taken']} are taken"
+            for line in table
+        )
         raise ValueError(
-            f"no row is left to train on: {table}. All images are held out, or each data set has num_samples=0."
+            f"no row is left to train on: {why}. Evaluate on other images (--eval-dataset, --eval-split), or take more "
+            "rows (num_samples)."
         )
     np.random.default_rng(seed).shuffle(order)
     together = _concatenate(parts, loaded)

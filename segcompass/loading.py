@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, SamImageProcessorPil
+from transformers import AutoModelForImageTextToText, PreTrainedModel, SamImageProcessorPil
 
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
-from segcompass.modeling_segcompass.backbone_files import read_mllm
+from segcompass.modeling_segcompass.backbone_files import read_config, read_mllm
 from segcompass.modeling_segcompass.saved_folders import check_loaded
 from segcompass.modeling_segcompass.tokens import give_rows
 
@@ -54,7 +54,7 @@ def load_mllm(
         ValueError: no MLLM, a file of it that is missing, or weights that are missing or not finite.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    config = AutoConfig.from_pretrained(path)
+    config = read_config(path, "model")
     if config.model_type == "segcompass":
         model = SegCompassModel.from_pretrained(path, dtype=dtype)
         return model.to(device), SegCompassProcessor.from_pretrained(path)

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import yaml
 from torch import nn
-from transformers import AutoConfig
 
 from segcompass.modeling_segcompass import SegCompassConfig, SegCompassModel, SparseAutoencoderConfig
+from segcompass.modeling_segcompass.backbone_files import read_config
 from segcompass.published_backbones import PUBLISHED, backbone_configs
 from segcompass.shipped import MODEL as SMALL
 from segcompass.shipped import RECIPES
@@ -332,14 +332,14 @@ def plan_sae(path: Path, gpu_memory: float = 80.0) -> dict[str, Any]:
         "estimate": a SparseAutoencoderEstimate; "peak" and "room": bytes.
 
     Raises:
-        ValueError: the recipe does not say how large the SAE is.
-        OSError: an MLLM that is not published here and cannot be reached.
+        ValueError: the recipe does not say how large the SAE is, or an MLLM that is not published here and cannot be
+            reached.
     """
     training = yaml.safe_load(path.read_text(encoding="utf-8"))
     source = training["model"]
     if _is_small(path) and not Path(source).exists():
         source = SMALL
-    config: Any = PUBLISHED[source]() if source in PUBLISHED else AutoConfig.from_pretrained(source)
+    config: Any = PUBLISHED[source]() if source in PUBLISHED else read_config(source, "model")
     whole = config.model_type == "segcompass"
     mllm = config.mllm_config if whole else config
     fields = config.sae_config.to_dict() if whole else {"layer": mllm.get_text_config().num_hidden_layers // 2}

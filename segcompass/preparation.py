@@ -6,10 +6,11 @@ Every image's size is compared with its masks', every count with the published o
 import hashlib
 import io
 import json
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import combinations, islice
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -22,6 +23,7 @@ from segcompass.journal import claim_folder
 from segcompass.loaders import load_rows
 from segcompass.loaders.folder_lock import folder_lock
 from segcompass.loaders.identity import images_digest, rows_digest
+from segcompass.loaders.jsonl import jsonl_splits
 from segcompass.loaders.mixing import note_held_out
 from segcompass.loaders.obelics import image_name, open_documents
 from segcompass.loaders.published import SPLITS, compare
@@ -76,7 +78,8 @@ class Conversion:
             )
         if self.dataset in SPLIT_BY:
             self.split_by = self.split_by or SPLIT_BY[self.dataset][0]
-        self.split = self.split or list(SPLITS.get((self.dataset, self.split_by), ["train"]))
+        named = jsonl_splits(self.dataset) if self.dataset.endswith(".jsonl") and not self.split else []
+        self.split = self.split or named or list(SPLITS.get((self.dataset, self.split_by), ["train"]))
 
 
 def prepare_data(conversion: Conversion) -> list[dict]:
@@ -89,8 +92,8 @@ def prepare_data(conversion: Conversion) -> list[dict]:
         The table: one dict per split.
 
     Raises:
-        ValueError: a folder with another conversion, a data set that cannot be loaded, or an image of another size
-            than its masks.
+        ValueError: a folder with another conversion, a data set that cannot be loaded, an image of another size
+            than its masks, or a sample that two splits hold.
         OSError: a file that cannot be read or written, or another run that writes into the folder.
     """
     table = []
@@ -99,15 +102,59 @@ def prepare_data(conversion: Conversion) -> list[dict]:
         if conversion.download is not None and conversion.root and conversion.image_dir:
             download(conversion.root, conversion.image_dir, conversion.download)
         named = {name: getattr(conversion, name) for name in ("root", "split_by", "unit", "image_dir", "instances")}
+        samples: dict[str, str] = {}  # sample id -> its split
+        images: dict[str, set[str]] = {}  # split -> its images
         for split in conversion.split:
             rows = load_rows(conversion.dataset, split, 0, conversion.num_samples, **named)
+            if conversion.dataset.endswith(".jsonl"):
+                check_apart(conversion, split, rows, samples)
+                images[split] = set(rows["image_id"])
             claim_split(conversion, split, rows)
             convert(rows, conversion.output, split, conversion.rows_per_file, conversion.images == "bytes")
             table.append(count(conversion, split, rows))
         if conversion.dataset in SPLIT_BY and conversion.root:
             note_held_out(conversion.output, conversion.dataset, conversion.root, conversion.split_by)
     report(table)
+    tell_shared(images)
     return table
+
+
+def check_apart(conversion: Conversion, split: str, rows: Dataset, samples: dict[str, str]) -> None:
+    """Refuse a sample that an earlier split holds too.
+
+    Args:
+        conversion: what is converted.
+        split: the split's name.
+        rows: all rows of the split.
+        samples: sample id -> split of the earlier splits; gets this one's.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for name in rows["sample_id"]:
+        if name in samples:
+            raise ValueError(
+                f"{samples[name]!r} and {split!r} of {conversion.dataset} both hold the sample {name!r}: what is "
+                "trained on would be what is held out. Say on each line which 'split' it is of, and give samples ids "
+                "of their own."
+            )
+    samples.update(dict.fromkeys(rows["sample_id"], split))
+
+
+def tell_shared(images: Mapping[str, set[str]]) -> None:
+    """Print which splits share images.
+
+    Args:
+        images: split -> ids of its images.
+    """
+    for one, other in combinations(images, 2):
+        if shared := sorted(images[one] & images[other]):
+            names = ", ".join(shared[:3]) + (", …" if len(shared) > 3 else "")
+            number = f"{len(shared)} image{'' if len(shared) == 1 else 's'}"
+            print(
+                f"{one} and {other} share {number} ({names}): results on {other} then are of images that training "
+                "saw, with other questions. To measure new images, give each image one split."
+            )
 
 
 def claim_conversion(conversion: Conversion) -> None:
@@ -199,7 +246,8 @@ def count(conversion: Conversion, split: str, rows: Dataset) -> dict:
     published = (conversion.dataset, conversion.split_by, split, conversion.unit)
     check = "a part" if conversion.num_samples else compare(*published, found)
     no_target, multi = sum(n == 0 for n in targets), sum(n > 1 for n in targets)
-    return {"split": split, **found, "no target": no_target, "multi-target": multi, "check": check}
+    table = {"split": split, **found, "no target": no_target, "multi-target": multi}
+    return table if conversion.dataset.endswith(".jsonl") else {**table, "check": check}
 
 
 def report(table: list[dict]) -> None:

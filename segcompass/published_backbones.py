@@ -3,7 +3,6 @@
 from typing import Any
 
 from transformers import (
-    AutoConfig,
     InternVLConfig,
     LlavaConfig,
     PreTrainedConfig,
@@ -11,6 +10,8 @@ from transformers import (
     Qwen3VLConfig,
     SamVisionConfig,
 )
+
+from segcompass.modeling_segcompass.backbone_files import read_config
 
 CLIP = dict(
     model_type="clip_vision_model",
@@ -129,9 +130,10 @@ def backbone_configs(mllm: str, image_encoder: str) -> tuple[PreTrainedConfig, P
         The MLLM's configuration and the image encoder's.
 
     Raises:
-        OSError: an id that is not listed here and cannot be reached.
+        ValueError: an id that is not listed here and cannot be reached.
     """
     configs = [
-        PUBLISHED[name]() if name in PUBLISHED else AutoConfig.from_pretrained(name) for name in (mllm, image_encoder)
+        PUBLISHED[name]() if name in PUBLISHED else read_config(name, option)
+        for name, option in ((mllm, "mllm"), (image_encoder, "image_encoder"))
     ]
     return configs[0], getattr(configs[1], "vision_config", configs[1])

@@ -61,13 +61,19 @@ def writing_question(row: Mapping[str, Any], image: Image.Image) -> tuple[Image.
     return draw_targets(image, row["masks"]), WRITE.format(drawn=drawn, instruction=_one_line(row["instruction"]))
 
 
-def draw_targets(image: Image.Image, masks: Sequence[dict], colour: tuple[int, int, int] = DRAWN) -> Image.Image:
+def draw_targets(
+    image: Image.Image,
+    masks: Sequence[dict],
+    colour: tuple[int, int, int] = DRAWN,
+    rim: tuple[int, int, int] | None = None,
+) -> Image.Image:
     """The image with an outline around each mask.
 
     Args:
         image: RGB, of the masks' size.
         masks: RLEs.
         colour: of the outline.
+        rim: of a line around the outline, which shows it on things of its own colour; None draws none.
 
     Returns:
         A new image.
@@ -77,10 +83,12 @@ def draw_targets(image: Image.Image, masks: Sequence[dict], colour: tuple[int, i
     for mask in masks:
         inside = decode_mask([mask], image.height, image.width)
         grown = inside
-        for _ in range(thick):
-            padded = np.pad(grown, 1)
-            grown = grown | padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]
-        pixels[grown & ~inside] = colour
+        for line in (colour, rim):
+            within = grown
+            for _ in range(thick if line else 0):
+                padded = np.pad(grown, 1)
+                grown = grown | padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]
+            pixels[grown & ~within] = line or colour
     return Image.fromarray(pixels)
 
 

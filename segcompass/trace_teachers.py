@@ -17,11 +17,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from PIL import Image
-from transformers import AutoConfig
 
 from segcompass.box_formats import Answer, Box, BoxFormat, format_of, known_format, possible_boxes
 from segcompass.loading import load_mllm
 from segcompass.modeling_segcompass.backbone import backbone_of
+from segcompass.modeling_segcompass.backbone_files import read_config
 from segcompass.modeling_segcompass.tokens import THINK
 
 KEY = "OPENAI_API_KEY"
@@ -191,7 +191,7 @@ class BackboneTeacher:
         chat_template: str | None = None,
     ):
         dtype = "bfloat16" if torch.cuda.is_available() else "float32"
-        self.boxes = format_of(AutoConfig.from_pretrained(path))
+        self.boxes = format_of(read_config(path))
         self.model, self.processor = load_mllm(path, dtype, device, chat_template)
         self.model.eval()
         self.mllm: Any = getattr(self.model, "mllm", self.model)

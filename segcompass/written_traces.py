@@ -220,17 +220,17 @@ def asked(run: Writing, rows: Dataset, left: Sequence[int], unanswered: list[str
         OSError: the teacher answers nothing any more.
     """
     teacher = run.teacher() if left else None
-    silent = 0
+    silent, answered = 0, 0
     for start in range(0, len(left) if teacher else 0, run.batch_size):
         batch = [rows[number] for number in left[start : start + run.batch_size]]
         records, failures = ask_teacher(teacher, batch, run.check)  # type: ignore[arg-type]
         unanswered += failures
-        silent = 0 if records else silent + 1
+        silent, answered = 0 if records else silent + 1, answered + len(records)
         yield records
         if silent == UNANSWERED:
             raise OSError(
-                f"the teacher answered none of the last {silent} batches ({failures[-1]}); {len(left) - start} rows "
-                "are left. Repeat the command to go on."
+                f"the teacher answered none of the last {silent} batches ({failures[-1]}); {len(left) - answered} "
+                "rows are without a trace. Repeat the command to go on."
             )
 
 
@@ -416,16 +416,17 @@ def write_gallery(
         cards = "".join(_card(rows[number], records[names[number]]) for number in chosen)
         sections += f"<h2>{title}, {len(numbers):,}</h2><div class='grid'>{cards}</div>"
     title = f"Traces of {run.dataset} {run.split}, by {run.mllm or run.server_model or 'annotations'}"
-    legend = "The red line is the target; whoever checks a trace sees the image without it."
+    legend = "The red line is around the target; whoever checks a trace sees the image without it."
     write_whole(run.output / f"{run.split}-gallery.html", page(title, sections, legend))
 
 
 def _card(row: dict, record: dict) -> str:
-    image = draw_targets(row_image(row), row["masks"])
+    image = draw_targets(row_image(row), row["masks"], rim=(255, 255, 255))
     image.thumbnail((SIDE, SIDE))
     file = io.BytesIO()
     image.save(file, format="JPEG", quality=85)
     lines = [f"<code>{text(record['sample_id'])}</code>", f"<strong>{text(row['instruction'])}</strong>"]
+    lines.append(f"{len(row['masks']) or 'no'} target{'' if len(row['masks']) == 1 else 's'}")
     lines.append(f"<em>{text(record['trace'])}</em>")
     if record["dropped"]:
         lines.append(f"dropped: {text(record['dropped'])}")

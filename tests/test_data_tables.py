@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import math
 import os
 import re
@@ -14,6 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
+from segcompass.loaders import load_jsonl
+from segcompass.loaders.jsonl_checks import READ_IF_THERE, TEXTS
 from segcompass.loaders.masks import decode_mask, encode_mask, has_pixels, read_mask, read_polygons
 from segcompass.modeling_segcompass.images import MAX_PIXELS, read_image
 from tests.support.tiny import tiny_processor
@@ -416,3 +419,73 @@ def test_every_refused_mask_is_named():
                     read_mask(given, HEIGHT, WIDTH)
             assert len(str(caught.value)) < 400, row
     assert not has_pixels(read_mask(np.zeros((HEIGHT, WIDTH)), HEIGHT, WIDTH)), "refused where rows are made"
+
+
+def refused_lines():
+    """Two lines of a file, of which the second is refused."""
+    box = [2, 2, 20, 2, 20, 15, 2, 15]
+    return {
+        "no `split` where other lines have one": [
+            (
+                {"split": "train"},
+                {},
+                "line 2 has no 'split' and line 1 has one, so that line 2 would be of every split",
+            ),
+            ({}, {"split": "train"}, "line 1 has no 'split' and line 2 has one"),
+        ],
+        "`split` that differs from another in case or blanks alone": [
+            ({"split": "train"}, {"split": "Train "}, "the split 'Train ' is not 'train' of line 1: write both alike")
+        ],
+        "`sample_id` that an earlier line has": [
+            ({"sample_id": 1}, {"sample_id": "1"}, "the sample id '1' repeats: line 1 has it too"),
+            (
+                {"sample_id": "mine-2"},
+                {},
+                "'mine-2' repeats: line 1 .*without 'sample_id' is called by the file's name",
+            ),
+        ],
+        "`image_id` of another image": [
+            ({"image_id": 1}, {"image_id": "1", "image": "b.png"}, "'1' is that of a.png in line 1, and here of b.png")
+        ],
+        "`height` or `width` that is not the image's": [
+            ({}, {"height": 40, "width": 60}, "'height' is 40, and its image has 20 x 30 .*another size"),
+            ({}, {"width": 20}, "'width' is 20"),
+        ],
+        "polygon most of which lies outside the image": [
+            ({}, {"polygons": [[1, 1, 300, 1, 300, 200]]}, r"from \(1, 1\) to \(300, 200\) .*most of it lies outside")
+        ],
+        "polygon inside another of its instance": [
+            ({}, {"polygons": [[box, [5, 5, 9, 5, 9, 9]]]}, "2 parts.*part 2 lies inside the others. If it is a hole"),
+            ({}, {"polygons": [[[[2, 2], [20, 2], [20, 15]], box]]}, "2 parts.*part 1 lies inside"),
+        ],
+        "the same mask twice": [({}, {"polygons": [box, box]}, "masks 1 and 2 are the same, pixel for pixel")],
+        'a key that is nearly a field ("Split", "reasonning", "polygon")': [
+            ({}, {"Split": "val"}, "the key 'Split' is not read, 'split' is"),
+            ({}, {"reasonning": "so"}, "the key 'reasonning' is not read, 'reasoning' is"),
+            ({}, {"polygon": box}, "the key 'polygon' is not read, 'polygons' is"),
+            ({}, {"Sample-ID": 3}, "the key 'Sample-ID' is not read, 'sample_id' is"),
+        ],
+        "`instruction` or `reasoning` with `<think>`, `</think>` or `<REF_POS>`": [
+            ({}, {"instruction": "the </think> mug"}, "the instruction holds '</think>'.*remove it"),
+            ({}, {"reasoning": "so <REF_POS>"}, "the reasoning holds '<REF_POS>'"),
+        ],
+    }
+
+
+def test_every_refused_line_is_named(tmp_path):
+    for name in "ab":
+        Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / f"{name}.png")
+    cases = refused_lines()
+    assert rows_of("refused line") == list(cases)
+    path = tmp_path / "mine.jsonl"
+    for given in cases.values():
+        for first, second, message in given:
+            plain = {"image": "a.png", "instruction": "it"}
+            lines = [{**plain, **({} if "polygons" in line else {"masks": []}), **line} for line in (first, second)]
+            path.write_text("\n".join(map(json.dumps, lines)))
+            with pytest.raises(ValueError, match=rf"mine\.jsonl, line 2: .*{message}"):
+                load_jsonl(path)
+
+
+def test_every_field_of_a_line_is_in_the_table():
+    assert set(re.findall(r"`(\w+)`", " ".join(rows_of("field")))) == {*READ_IF_THERE, *TEXTS}

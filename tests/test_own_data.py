@@ -49,7 +49,7 @@ def test_the_page_runs_as_it_stands(tmp_path, monkeypatch, capsys):
         printed = capsys.readouterr().out
         if expected := re.search("expect: (.+)", marker):
             assert expected[1] in printed
-    assert ran == 7
+    assert ran == 9
     assert (tmp_path / "runs" / "mine-val" / "gallery.html").is_file()
     assert (tmp_path / "data" / "mine-traces" / "train-gallery.html").is_file()
 

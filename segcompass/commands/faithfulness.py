@@ -97,6 +97,10 @@ def report(metrics: dict[str, Any]) -> None:
         print(f"  {names[source]:<32}{values}")
     print(f"\n{metrics['masks']} right masks in {metrics['scenes_with_masks']} scenes")
     if not metrics["masks"]:
+        print(
+            "No mask has a confidence of 0.5 or more and an IoU of 0.5 or more with a target, so there is nothing to "
+            "take concepts from: no curves are written. Train on, or take other samples."
+        )
         return
     print(f"  IoU with all concepts                  {_interval(metrics['full'])}")
     for name in ("median", "mean"):

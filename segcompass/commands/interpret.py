@@ -81,5 +81,8 @@ def report(summary: dict[str, Any], instances: int) -> None:
     for ranking, values in summary["figure5"].items():
         print(f"{ranking:<12}" + "".join(f"{value:>7.3f}" for value in values))
     print("\nFigure 8: correlations")
+    for name in ("sae", "heatmap"):
+        if name not in summary["figure8"]:
+            print(f"{name:<12}not measured: fewer than three points, or all alike")
     for name, line in summary["figure8"].items():
         print(f"{name:<12}r {line['r']:+.3f}   p {line['p']:.2e}   slope {line['slope']:+.4g}   n {line['n']}")

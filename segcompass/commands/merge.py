@@ -37,4 +37,10 @@ def main(argv: list[str] | None = None) -> None:
     merged = PeftModel.from_pretrained(model, str(args.adapters)).merge_and_unload()
     merged.save_pretrained(args.output)
     processor.save_pretrained(args.output)
+    if model.concept_labels:
+        print(
+            f"The names of the concepts of {args.model} (concepts.json) are left out, since training may have moved "
+            "what they mean; this names them anew: "
+            f"segcompass dictionary --model {args.output} --dataset ROWS --output FOLDER --save-to {args.output}"
+        )
     print(args.output)

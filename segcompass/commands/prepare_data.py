@@ -22,7 +22,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--root", help="the folder with the files its authors released")
     parser.add_argument("--image-dir", type=Path, help="COCO's train2014 images, or OBELICS' downloaded ones")
     parser.add_argument("--output", type=options.folder, required=True, help="folder of the parquet files")
-    parser.add_argument("--split", nargs="+", default=[], help="splits to convert; default: all that the data set has")
+    parser.add_argument(
+        "--split", nargs="+", default=[], help="splits to convert; default: all that the data set or file has"
+    )
     parser.add_argument("--split-by", help="of the RefCOCO family: unc, umd or google")
     parser.add_argument(
         "--unit",

@@ -61,7 +61,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     sae.add_argument("--dashboard", help="output folder of `segcompass dashboard`, pushed with it")
     data = kinds.add_parser("dataset", help="push a data set")
     data.add_argument("source", help=options.TRAINING_ROWS)
-    data.add_argument("--split", default="test", help="split to push; default: %(default)s")
+    data.add_argument(
+        "--split",
+        nargs="+",
+        default=["test"],
+        help="splits to push, together, since the card tells of these; default: test",
+    )
     data.add_argument(
         "--dataset-seed", "--seed", dest="seed", type=int, default=0, help="seed of the procedural scenes"
     )
@@ -96,6 +101,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def push(args: argparse.Namespace) -> "CommitInfo":
     """Push what the options name."""
+    from datasets import DatasetDict
+
     from segcompass.hub_cards import push_dataset, push_metric, push_sae, push_space
     from segcompass.loaders import METRIC, load_rows
     from segcompass.loaders.registry import takes_streaming
@@ -107,12 +114,14 @@ def push(args: argparse.Namespace) -> "CommitInfo":
     if args.kind == "metric":
         return push_metric(METRIC, args.repo_id, **where)
     if args.kind == "dataset":
-        rows = load_rows(
-            args.source, args.split, args.seed, args.num_samples or (500 if takes_streaming(args.source) else None)
-        )
-        if not (args.with_places or args.private):
-            check_places(rows)
-        return push_dataset(rows, args.repo_id, args.description, split=args.split, license=args.license, **where)
+        number = args.num_samples or (500 if takes_streaming(args.source) else None)
+        parts = {split: load_rows(args.source, split, args.seed, number) for split in args.split}
+        for rows in parts.values():
+            if not (args.with_places or args.private):
+                check_places(rows)
+        rows = DatasetDict(parts) if len(parts) > 1 else parts[args.split[0]]
+        split = args.split[0] if len(parts) == 1 else None
+        return push_dataset(rows, args.repo_id, args.description, split=split, license=args.license, **where)
     if args.kind == "sae":
         sae = SparseAutoencoder.from_pretrained(args.source)
         card = {"quality": _read(args.quality), "license": args.license}

@@ -18,12 +18,13 @@ from pathlib import Path
 
 from datasets import Dataset, IterableDataset
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from segcompass.journal import weights_of
 from segcompass.loaders.image_text import has_splits, image_text, image_text_digest, load_image_text
 from segcompass.loading import load_mllm
 from segcompass.modeling_segcompass import SparseAutoencoder, SparseAutoencoderConfig
+from segcompass.modeling_segcompass.backbone_files import check_mllm, read_config
 from segcompass.modeling_segcompass.manifest import signing
 from segcompass.modeling_segcompass.sae_origin import origin_of
 from segcompass.modeling_segcompass.whole_files import write_whole
@@ -96,7 +97,9 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command with these options; None takes the process's own."""
     parser = options.recipe_parser("train sae", __doc__, (SAEArguments, SparseAutoencoderTrainerConfig))
     arguments, training = parse_with_recipe(parser, argv)
-    model_config = AutoConfig.from_pretrained(arguments.model)
+    model_config = read_config(arguments.model, "model")
+    if model_config.model_type != "segcompass":
+        check_mllm(model_config, arguments.model, "model")
     sae_config = make_sae_config(arguments, model_config)
     if arguments.estimate:
         print_estimate(arguments, training, model_config, sae_config)

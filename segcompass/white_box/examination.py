@@ -66,6 +66,15 @@ def annotated_rows(dataset: str, split: str, num_samples: int, **options: Any) -
             "coco with --root; a folder that `segcompass prepare-data … --instances` wrote; or a .jsonl file whose "
             "lines have 'instances' (docs/data.md)."
         )
+    told = rows.select_columns(["instances", "sample_id"]).with_format("arrow")[:]
+    silent = told.column("sample_id").filter(pc.is_null(told.column("instances"))).to_pylist()
+    if silent:
+        raise ValueError(
+            f"{len(silent)} of {len(rows)} rows of {dataset!r} (split {split!r}) do not say what else is in their "
+            f"image, such as {silent[0]!r}, and all of it would count as ground. Give each line the 'instances' of "
+            "its image, also where another line of the same image has them ([] where there is nothing), or leave such "
+            "lines out."
+        )
     images = rows.select_columns(["image", "sample_id"]).with_format("arrow")[:]
     empty = [pc.is_null(pc.struct_field(images.column("image"), part)) for part in ("bytes", "path")]
     without = images.column("sample_id").filter(pc.and_(*empty)).to_pylist()

@@ -5,7 +5,7 @@ from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from segcompass.loaders.image_text import image_text, load_image_text
+from segcompass.loaders.image_text import has_splits, image_text, load_image_text
 from segcompass.preparation import Conversion, prepare_data
 from segcompass.trainers.collator import ImageTextCollator, open_image
 from tests.support.tiny import tiny_processor
@@ -45,6 +45,24 @@ def test_a_saved_data_set_with_an_image_that_does_not_open_can_still_be_read(tmp
     assert open_image(rows[0]["image"]).size == (28, 28)
     with pytest.raises(OSError, match="cannot be read as an image"):
         open_image(rows[1]["image"])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_lines_of_other_splits_are_not_read(tmp_path, picture, streaming):
+    lines = [
+        {"image": "mug.png", "instruction": name, "masks": [], "split": name} for name in ("train", "val", "train")
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+
+    def texts(split):
+        return [image_text(row)["text"] for row in load_image_text(str(path), split, streaming=streaming)]
+
+    assert has_splits(str(path)) and texts("train") == ["train", "train"] and texts("val") == ["val"]
+    with pytest.raises(ValueError, match="rows.jsonl has no line of split 'test'; name one that its lines have"):
+        texts("test")
+    path.write_text("\n".join(json.dumps({**line, "split": None}) for line in lines))
+    assert not has_splits(str(path)) and len(texts("val")) == 3
 
 
 def test_rows_are_drawn_by_the_seed_and_are_not_the_first(tmp_path, picture):

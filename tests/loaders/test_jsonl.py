@@ -8,6 +8,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from segcompass.loaders import load_jsonl, load_rows
+from segcompass.loaders.jsonl import jsonl_splits
 from segcompass.loaders.masks import encode_mask
 from segcompass.loaders.rows import FEATURES
 from tests.support.refer import HEIGHT, WIDTH, box, rectangle, run_lengths
@@ -60,14 +61,16 @@ def test_one_mask_needs_no_list(write):
 
 def test_rows_have_the_one_schema(write):
     full = {"masks": [], "ignore": "mask.png", "sample_id": "mine", "image_id": 7, "reasoning": "so", "kind": "odd"}
-    rows = load_jsonl(write(full, {"polygons": []}, {"masks": [], "split": "val"}))
+    rows = load_jsonl(write(full, {"polygons": [], "image_id": 7}))
     assert rows.features == FEATURES
     first, second = rows
     assert (decoded([first["ignore"]])[0] == MASK).all() and first["masks"] == []
     assert [first[name] for name in ("sample_id", "image_id", "reasoning", "kind")] == ["mine", "7", "so", "odd"]
     assert [second[name] for name in ("sample_id", "dataset", "kind", "split")] == ["mine-2", "mine", "none", "train"]
     assert (second["height"], second["width"]) == (HEIGHT, WIDTH) and second["image"].size == (WIDTH, HEIGHT)
-    assert list(load_jsonl(write(full, {"masks": [], "split": "val"}), split="val")["sample_id"]) == ["mine", "mine-2"]
+    path = write(full | {"split": "train"}, {"masks": [], "split": "val"})
+    assert list(load_jsonl(path, split="val")["sample_id"]) == ["mine-2"] and jsonl_splits(path) == ["train", "val"]
+    assert load_jsonl(write({"masks": [], "image": "./photo.png"}))["image_id"] == ["photo.png"]
 
 
 @pytest.mark.parametrize(
@@ -94,12 +97,28 @@ def test_rows_have_the_one_schema(write):
         ({"masks": [], "image": "https://example.com/a.png"}, "is an address, and lines name files; download it"),
         ({"mask": "https://example.com/a.png"}, "is an address"),
         ({"masks": [], "image": "photos\\a.png"}, "is missing; .*Folders are separated by /"),
+        ({"masks": [], "image": "Photo.png"}, "Photo.png is missing; .* There is 'photo.png': rename one of the two"),
+        ({"masks": [], "split": ["val"]}, "'split' must be text"),
     ],
 )
 def test_bad_lines_are_named(write, line, message):
     path = write({"masks": []}, line)
     with pytest.raises((ValueError, FileNotFoundError), match=rf"mine\.jsonl, line 2: .*{message}"):
         load_jsonl(path)
+
+
+def test_other_keys_are_left_alone(write):
+    extra = {"height": HEIGHT, "width": WIDTH, "id": 3, "bbox": [1, 2, 3, 4], "source": "a", "caption": "b", "area": 1}
+    parts = [[rectangle(2, 2, 9, 9), rectangle(12, 12, 20, 20)]]
+    thing = {"category": "mug", "polygons": rectangle(2, 2, 9, 9), "mask": None, "rle": ""}
+    (row,) = load_jsonl(write({"polygons": parts, **extra, "instances": [thing]}))
+    assert len(row["masks"]) == 1 and len(row["instances"]) == 1
+
+
+def test_a_name_whose_accents_are_written_otherwise_is_hinted_at(write, tmp_path):
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "Ka\u0308the.png")  # as macOS writes it
+    with pytest.raises(FileNotFoundError, match=r"There is 'Ka\\u0308the.png', whose accents are .*rename one"):
+        load_jsonl(write({"masks": [], "image": "K\u00e4the.png"}))
 
 
 def test_bad_files_are_named(write, tmp_path):

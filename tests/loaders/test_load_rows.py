@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, DatasetDict, IterableDataset, concatenate_datasets
 
 from segcompass.loaders import LOADERS, load_obelics, load_rows, load_scenes, register_loader
 from segcompass.loaders.image_text import image_text, load_image_text
@@ -27,6 +27,32 @@ def test_names_lead_to_their_loaders(tmp_path):
     line = {"image": "train2014/COCO_train2014_000000000000.jpg", "instruction": "it", "masks": []}
     (tmp_path / "mine.jsonl").write_text(json.dumps(line))
     assert load_rows(str(tmp_path / "mine.jsonl"), "train")["instruction"] == ["it"]
+
+
+def test_a_saved_data_set_gives_the_split_that_is_asked_for_or_names_its_own(tmp_path):
+    parts = {split: load_scenes(split, num_samples=2) for split in ("train", "val")}
+    together, folder = concatenate_datasets([*parts.values()]), str(tmp_path / "one")
+    together.save_to_disk(folder)
+    for split, part in parts.items():
+        assert load_rows(folder, split)["sample_id"][:] == part["sample_id"][:]
+    with pytest.raises(ValueError, match="one are of split train, val, and 'test' was asked for; name theirs"):
+        load_rows(folder, "test")
+    together.remove_columns("split").save_to_disk(tmp_path / "plain")
+    assert len(load_rows(str(tmp_path / "plain"), "test")) == 4, "nobody said of which"
+    DatasetDict(parts).save_to_disk(tmp_path / "two")
+    assert load_rows(str(tmp_path / "two"), "val")["sample_id"][:] == parts["val"]["sample_id"][:]
+    with pytest.raises(ValueError, match="two holds the splits train, val; 'test' is none of them"):
+        load_rows(str(tmp_path / "two"), "test")
+
+
+def test_a_copy_of_a_data_set_on_the_hub_is_read_where_its_files_lie(tmp_path):
+    with pytest.raises(ValueError, match="'me/mine' is not known; .* hf download me/mine --repo-type dataset .*/data"):
+        load_rows("me/mine")
+    (tmp_path / "data").mkdir()
+    load_scenes("val", num_samples=2).to_parquet(tmp_path / "data" / "val-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match="holds neither val.* Its parquet files lie in .*data: name that folder"):
+        load_rows(str(tmp_path), "val")
+    assert len(load_rows(str(tmp_path / "data"), "val")) == 2
 
 
 def test_scenes_have_the_columns_of_all_rows_and_phrases():

@@ -198,3 +198,18 @@ def test_photographs_that_say_where_they_were_taken_are_not_published_unasked(tm
     Image.new("RGB", (9, 6)).save(tmp_path / "1.jpg", exif=exif)
     push.main(words)
     assert pushed == [600] * 3, "all rows: 500 is the default of drawn scenes alone"
+
+
+def test_splits_are_pushed_together(tmp_path, monkeypatch):
+    pushed = {}
+
+    def push_dataset(rows, *_, split, **__):
+        pushed.update({name: part["instruction"][:] for name, part in rows.items()} | {"named": split})
+        return SimpleNamespace(oid="1")
+
+    monkeypatch.setattr(hub_cards, "push_dataset", push_dataset)
+    Image.new("RGB", (9, 6)).save(tmp_path / "a.jpg")
+    lines = [{"image": "a.jpg", "instruction": name, "masks": [], "split": name} for name in ("train", "val", "test")]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    push.main(["dataset", str(tmp_path / "mine.jsonl"), "me/mine", "--split", "train", "val"])
+    assert pushed == {"train": ["train"], "val": ["val"], "named": None}

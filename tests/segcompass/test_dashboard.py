@@ -23,7 +23,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dashboard")
     load_scenes("test", seed=3, num_samples=5).save_to_disk(folder / "rows")
     options = ["--model", str(MODEL), "--output"]
-    rows = ["--dataset", str(folder / "rows"), "--num-samples", "5", "--contexts", "2"]
+    rows = ["--dataset", str(folder / "rows"), "--split", "test", "--num-samples", "5", "--contexts", "2"]
     dictionary.main([*options, str(folder / "dictionary"), *rows])
     told = ["--dictionary", str(folder / "dictionary"), "--num-masks", "2", "--num-features", "40"]
     dashboard.main([*options, str(folder / "out"), *told, "--name", "me/my-sae"])

@@ -1,5 +1,7 @@
 """`segcompass merge` makes a model of adapters, and says what it needs."""
 
+import json
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -12,7 +14,7 @@ from tests.support.scripted import noise_image
 from tests.support.tiny import tiny_segcompass
 
 
-def test_the_merged_model_is_the_adapted_one(tmp_path):
+def test_the_merged_model_is_the_adapted_one(tmp_path, capsys):
     model, processor = tiny_segcompass("llava")
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
@@ -21,7 +23,14 @@ def test_the_merged_model_is_the_adapted_one(tmp_path):
         for parameter in adapted.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02 * parameter.requires_grad)
     adapted.save_pretrained(tmp_path / "adapters")
+    named = {"index": 3, "label": "red", "density": 0.1}
+    dictionary = {"features": model.config.sae_config.d_sae, "concepts": [named]}
+    (tmp_path / "model" / "concepts.json").write_text(json.dumps(dictionary))
     merge.main([str(tmp_path / "adapters"), "--model", str(tmp_path / "model"), "--output", str(tmp_path / "merged")])
+    said = capsys.readouterr().out
+    assert f"segcompass dictionary --model {tmp_path / 'merged'}" in said and "names of the concepts" in said
+    with pytest.raises(OSError, match="adapters holds adapters and no model; put them into .*segcompass merge"):
+        SegCompassModel.from_pretrained(tmp_path / "adapters")
     merged = SegCompassModel.from_pretrained(tmp_path / "merged").eval()
     inputs = processor(images=noise_image(40, 60), text="it", response=processor.format_response("a box"))
     with torch.no_grad():

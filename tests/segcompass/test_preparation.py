@@ -108,6 +108,25 @@ def test_published_sizes():
     assert compare("grefcoco", "unc", "testA", "ref", found) == "1,500 images, published 750"
 
 
+def test_all_splits_of_a_jsonl_are_converted_and_shared_images_told(tmp_path, capsys):
+    for name in "abc":
+        Image.new("RGB", (30, 20)).save(tmp_path / f"{name}.png")
+
+    def convert(*lines, output="out", more=()):
+        lines = [{"image": f"{image}.png", "instruction": "it", "masks": [], **more} for image, more in lines]
+        (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        return prepare_data.main([str(tmp_path / "mine.jsonl"), "--output", str(tmp_path / output), *more])
+
+    table = convert(*[("a", {"split": "train"}), ("b", {"split": "train"}), ("a", {"split": "val"})])
+    assert [(line["split"], line["rows"]) for line in table] == [("train", 2), ("val", 1)] and "check" not in table[0]
+    assert "train and val share 1 image (a.png): results on val then are of images that" in capsys.readouterr().out
+    assert len(load_rows(str(tmp_path / "out"), "val")) == 1
+    convert(*[("a", {"split": "train"}), ("b", {"split": "val"})], output="apart")
+    assert "share" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="'train' and 'val' of .*mine.jsonl both hold the sample 'mine-1'.*Say on"):
+        convert(("a", {}), ("b", {}), output="both", more=["--split", "train", "val"])
+
+
 def test_a_changed_source_is_not_mixed_into_a_conversion(tmp_path):
     Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
     Image.new("L", (30, 20), 255).save(tmp_path / "m.png")

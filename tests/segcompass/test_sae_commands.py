@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from PIL import Image
+from transformers import BertConfig
 
 from segcompass.commands import evaluate_sae, train_sae
 from segcompass.loaders.image_text import image_text, load_image_text
@@ -150,6 +151,18 @@ def test_a_sweep_trains_one_autoencoder_for_each_value_and_draws_the_curve(tmp_p
     ):
         with pytest.raises(ValueError, match=message):
             train_sae.main([*arguments, "--activation", activation, "--sweep", *sweep])
+
+
+def test_what_is_no_mllm_is_named_before_anything_is_read(tmp_path):
+    BertConfig(num_hidden_layers=1).save_pretrained(tmp_path / "bert")
+    (tmp_path / "empty").mkdir()
+    options = ["--dataset", "nowhere.jsonl", "--output-dir", str(tmp_path / "sae"), "--use-cpu", "true"]
+    with pytest.raises(
+        ValueError, match="model='.*bert' is of type 'bert' and cannot be used: it is no MLLM, which re"
+    ):
+        train_sae.main(["--model", str(tmp_path / "bert"), *options])
+    with pytest.raises(ValueError, match="model='.*empty' is no folder or Hub id of a model: Unrecognized model"):
+        train_sae.main(["--model", str(tmp_path / "empty"), *options])
 
 
 def test_an_autoencoder_of_another_backbone_is_refused(tmp_path):

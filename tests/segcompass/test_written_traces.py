@@ -124,9 +124,11 @@ def test_traces_of_the_refcoco_family_become_a_data_set(refer, capsys):
 def test_own_rows_get_traces_and_keep_those_they_have(tmp_path):
     Image.new("RGB", (30, 30)).save(tmp_path / "a.png")
     line = {"image": "a.png", "instruction": "it", "polygons": [[0, 0, 9, 0, 9, 9, 0, 9]]}
-    lines = [line, {**line, "reasoning": "my own words"}, {**line, "instruction": "the <think> sign"}]
+    lines = [line, {**line, "reasoning": "my own words"}, line]
     (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    report = write(tmp_path / "own.jsonl", tmp_path / "out")
+    rows = load_rows(str(tmp_path / "own.jsonl")).remove_columns("instruction")
+    rows.add_column("instruction", ["it", "it", "the <think> sign"]).save_to_disk(tmp_path / "rows")
+    report = write(tmp_path / "rows", tmp_path / "out")
     assert report["kept"] == 2 and report["dropped"] == {"it holds a marker of the response's frame": 1}
     traces = traces_of(tmp_path / "out")
     assert traces["own-2"] == "my own words" and "at the upper left" in traces["own-1"]
@@ -211,6 +213,10 @@ def test_the_target_is_drawn_around_and_not_on():
     image = Image.new("RGB", (120, 90), "white")
     pixels = np.asarray(draw_targets(image, given["masks"]))
     assert (pixels[20:60, 20:60] == 255).all() and (pixels[19, 20:60] == (255, 0, 0)).all()
+    red = Image.new("RGB", (120, 90), (255, 0, 0))
+    rimmed = np.asarray(draw_targets(red, given["masks"], rim=(255, 255, 255)))
+    assert (rimmed[18, 30:50] == (255, 0, 0)).all() and (rimmed[17, 30:50] == 255).all(), "seen on red, too"
+    assert (rimmed[15, 30:50] == (255, 0, 0)).all() and (rimmed[20:60, 20:60] == (255, 0, 0)).all()
 
 
 # -- a server ----------------------------------------------------------------------------------------------------------

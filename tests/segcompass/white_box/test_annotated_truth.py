@@ -126,6 +126,46 @@ def test_coco_asks_for_each_category_of_an_image(root, tmp_path):
     file.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="annotation 0: it has no category that the file names"):
         load_rows("coco", "mine", root=tmp_path, image_dir=root / "train2014")
+    content["annotations"][0]["category_id"] = 1
+    box = {"bbox": [1, 1, 5, 5], "segmentation": []}
+    for place, change, message in (
+        ("annotations", {"image_id": "0"}, "annotation 0: its image_id is '0', and the image's id is a number or text"),
+        ("annotations", box, r"annotation 0: its segmentation is \[\]. A box alone is no mask"),
+        ("annotations", {"segmentation": None}, r"annotations\[0\] \(id 0\): it has no 'segmentation'. A box alone"),
+        (
+            "images",
+            {"height": None, "width": None},
+            "it has no 'height' and no 'width'. Each image needs its file, and",
+        ),
+        ("images", {"id": 1}, "lists the image id 1 more than once; renumber"),
+        ("images", {"height": "24"}, "image 0: its height and width are '24' and 32; give numbers of pixels"),
+        ("categories", {"name": " "}, "its name is ' '; give the word that people say"),
+        ("categories", {"name": "</think>"}, "its name is '</think>'; give the word"),
+        ("annotations", {"segmentation": [[[1, 1], [9, 1], [9, 9]]]}, "annotation 0: a polygon must be flat"),
+        (
+            "annotations",
+            {"segmentation": [[0.1, 0.1, 0.9, 0.1, 0.9, 0.9]]},
+            "annotation 0: all coordinates .* from 0 to 1",
+        ),
+        (
+            "annotations",
+            {"segmentation": [[90, 90, 99, 90, 99, 99]]},
+            "annotation 0: a polygon reaches from .* Scale it",
+        ),
+    ):
+        first, *others = content[place]
+        file.write_text(json.dumps({**content, place: [{**first, **change}, *others]}))
+        with pytest.raises(ValueError, match=f"instances_mine.json.*{message}"):
+            load_rows("coco", "mine", root=tmp_path, image_dir=root / "train2014")
+    first, *others = content["annotations"]
+    line, again = {**first, "segmentation": [[1, 1, 9, 1, 5, 1]]}, {**first, "id": 90}
+    for given, why in (
+        ([line], "without a pixel .*annotation 0"),
+        ([first, again], "that are another's.*annotation 90"),
+    ):
+        file.write_text(json.dumps({**content, "annotations": [*given, *others]}))
+        with pytest.warns(UserWarning, match=f"1 left out, instances of instances_mine.json {why}"):
+            load_rows("coco", "mine", root=tmp_path, image_dir=root / "train2014")
     with pytest.raises(FileNotFoundError, match=r"instances_val2017.json is missing.*annotations/"):
         load_rows("coco", "val2017", root=tmp_path)
 
@@ -134,6 +174,12 @@ def test_rows_that_do_not_know_their_images_are_refused_by_name(root, tmp_path):
     load_refcoco(root, image_dir=root / "train2014").save_to_disk(tmp_path / "plain")
     with pytest.raises(ValueError, match=r"plain' do not say what else is in their images.*--instances"):
         annotated_rows(str(tmp_path / "plain"), "val", 4)
+    rows = load_refcoco(root, "refcoco", split="val", image_dir=root / "train2014", instances=True)
+    listed = [each if number else None for number, each in enumerate(rows["instances"])]
+    silent = rows.remove_columns("instances").add_column("instances", listed, feature=rows.features["instances"])
+    silent.save_to_disk(tmp_path / "silent")
+    with pytest.raises(ValueError, match=rf"1 of {len(rows)} rows of .*silent' \(split 'val'\) .*as ground. Give"):
+        annotated_rows(str(tmp_path / "silent"), "val", 100)
     with pytest.raises(ValueError, match=r"'refcoco' have no image, such as 'refcoco-unc-val-12-1200'; give --image-d"):
         annotated_rows("refcoco", "val", 4, root=root)
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -113,7 +114,8 @@ def test_right_masks_are_measured_and_a_killed_run_goes_on(saved, tmp_path, writ
 def test_without_a_right_mask_only_the_ablation_is_reported(saved, tmp_path, writes, capsys):
     writes("<think>nothing</think>", saved[1])
     metrics = measure(saved, tmp_path)
-    assert metrics["masks"] == 0 and "0 right masks in 0 scenes" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert metrics["masks"] == 0 and "0 right masks in 0 scenes" in said and "no curves are written" in said
 
 
 def test_script_finds_the_metrics_library_that_shares_a_name_with_its_neighbour():
@@ -127,7 +129,7 @@ def test_script_finds_the_metrics_library_that_shares_a_name_with_its_neighbour(
 # -- interpret ------------------------------------------------------------------------------------------------------
 
 
-def test_figures_come_with_their_data(saved, tmp_path, writes):
+def test_figures_come_with_their_data(saved, tmp_path, writes, capsys):
     writes(GOOD, saved[1])
     arguments = ["--model", str(saved[0]), "--seed", "3", "--num-samples", "18", "--batch-size", "6", "--panels", "2"]
     summary = interpret.main([*arguments, "--output", str(tmp_path)])
@@ -147,6 +149,8 @@ def test_figures_come_with_their_data(saved, tmp_path, writes):
     pairs = [pair for item in records for pair in item["pairs"]]
     points = list(csv.DictReader((tmp_path / "figure8_heatmap.csv").open()))
     assert [[float(value) for value in row.values()] for row in points] == pairs
+    assert "sae" not in summary["figure8"], "18 samples are two points"
+    assert re.search(r"^sae +not measured: fewer than three points", capsys.readouterr().out, re.M)
     if "heatmap" in summary["figure8"]:
         expected = stats.pearsonr(*np.array(pairs).T)
         assert summary["figure8"]["heatmap"]["r"] == pytest.approx(expected.statistic)
