@@ -25,6 +25,7 @@ from segcompass.modeling_segcompass.images import read_image
 from segcompass.modeling_segcompass.patch_boxes import has_area
 from segcompass.modeling_segcompass.whole_files import write_whole
 from segcompass.routes import QUERY_SOURCES, check_route
+from segcompass.shipped import notes_on
 
 
 def segment_image(
@@ -58,6 +59,8 @@ def segment_image(
     segcompass, processor = load(model)
     check_route(segcompass, route)
     labels = segcompass.concept_labels  # read with the model, {} without a dictionary
+    unknown, notes = notes_on(segcompass, processor.tokenizer, source, instruction)
+    print(*notes, sep="\n", end="\n" * bool(notes))
     inputs = processor(images=image, text=instruction).to(segcompass.device)
     with torch.no_grad():  # once, for the masks and for what they lose without a concept
         keys = segcompass.get_image_embeddings(inputs.pop("encoder_pixel_values"))
@@ -65,7 +68,7 @@ def segment_image(
 
     sizes = inputs["original_sizes"]
     instances = processor.post_process_instance_segmentation(outputs, threshold, target_sizes=sizes)[0]
-    result = describe(instruction, outputs, processor, instances)
+    result = {**describe(instruction, outputs, processor, instances), "unknown_words": unknown}
     reasoning = reasoning_of(result["text"])
     verdict = verdict_of(len(result["instances"])) if outputs.slot_mask[0].any() else NO_TOKENS
     report(result, reasoning, verdict)

@@ -28,6 +28,7 @@ from starlette.exceptions import HTTPException
 
 from segcompass import __version__
 from segcompass.api_page import api_page
+from segcompass.hub_cards.space.small_model import is_small, unknown_words
 from segcompass.loading import load
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
 from segcompass.modeling_segcompass.answering import (
@@ -114,6 +115,7 @@ class Worker:
         self.model, self.processor = model, processor
         self.batch_size, self.places = batch_size, batch_size + max_waiting
         self.answered = 0
+        self._small = is_small(model)
         self._inside: set[Ticket] = set()  # all that have a place, from their arrival on
         self._waiting: list[Ticket] = []  # those of them that are read, first come first
         self._changed = threading.Condition()
@@ -202,7 +204,8 @@ class Worker:
             if isinstance(answer, BaseException):
                 ticket.tell("error", answer)
             elif answer is not None:
-                ticket.tell("answer", json.dumps(answer, allow_nan=False).encode())
+                unknown = unknown_words(self.processor.tokenizer, answer["instruction"]) if self._small else []
+                ticket.tell("answer", json.dumps({**answer, "unknown_words": unknown}, allow_nan=False).encode())
                 self.answered += 1
 
 
@@ -254,6 +257,9 @@ class Answer(_Strict):
     size: tuple[int, int] = Field(description="height and width of the image, upright")
     instances: list[Instance] = Field(description="most confident first")
     most_confident: Nearest | None = Field(description="where there are no instances")
+    unknown_words: list[str] = Field(
+        description="those of the instruction that the small model never learned; its answer to them is a guess"
+    )
 
 
 class ErrorContent(_Strict):

@@ -108,21 +108,18 @@ def same(answer: Any, alone: Any) -> bool:
 def concurrent(demo: Any, requests: int, clients: int, end: float) -> Counter:
     """Requests of several clients at a time, each compared with the answer to it alone."""
     alone = [ask(demo, "alone", number) for number in range(4)]
-    counts: Counter = Counter()
 
-    def client(number: int) -> None:
+    def client(number: int) -> str:
         if time.monotonic() > end:
-            return
+            return "late"
         answer = ask(demo, f"visitor {number % 50}", number)
-        counts["asked"] += 1
         if isinstance(answer, str) and "waiting already" in answer:
-            counts["refused"] += 1
-        elif not same(answer, alone[number % 4]):
-            counts["wrong"] += 1
+            return "refused"
+        return "right" if same(answer, alone[number % 4]) else "wrong"
 
-    with ThreadPoolExecutor(clients) as pool:
-        list(pool.map(client, range(requests)))
-    return counts
+    with ThreadPoolExecutor(clients) as pool:  # counted here alone: threads that add to one number lose some
+        counts = Counter(pool.map(client, range(requests)))
+    return counts + Counter(asked=counts["right"] + counts["wrong"] + counts["refused"])
 
 
 def leave_and_ask(demo: Any, times: int, end: float) -> Counter:
@@ -156,6 +153,7 @@ def sessions(demo: Any, count: int, end: float) -> tuple[int, float]:
         answer = ask(demo, visitor, number)
         assert not isinstance(answer, str), answer
         request = SimpleNamespace(session_hash=visitor)
+        demo.foretell(answer.question, 0, 0.0, request)
         demo.change(answer.question, 0, 0.0, 0.0, request)
         demo.restore(answer.question, 0.0, request)
         demo.leave(request)
@@ -187,19 +185,17 @@ def segment_calls(calls: int, clients: int, end: float) -> Counter:
         return outputs.sequences.tolist(), outputs.pred_masks
 
     alone = [call(place) for place in range(4)]
-    counts: Counter = Counter()
 
-    def one(number: int) -> None:
+    def one(number: int) -> str:
         if time.monotonic() > end:
-            return
+            return "late"
         sequences, pred_masks = call(number % 4)
         wanted = alone[number % 4]
-        counts["calls"] += 1
-        counts["wrong"] += sequences != wanted[0] or not torch.equal(pred_masks, wanted[1])
+        return "right" if sequences == wanted[0] and torch.equal(pred_masks, wanted[1]) else "wrong"
 
     with ThreadPoolExecutor(clients) as pool:
-        list(pool.map(one, range(calls)))
-    return counts
+        counts = Counter(pool.map(one, range(calls)))
+    return counts + Counter(calls=counts["right"] + counts["wrong"])
 
 
 def space_and_segment(size: dict[str, int], end: float) -> dict[str, int]:

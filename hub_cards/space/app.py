@@ -42,6 +42,13 @@ element.addEventListener('click', event => {
   if (card) trigger('take', {number: Number(card.dataset.example)});
 });
 """
+TOLD_JS = """
+watch('value', () => {
+  const told = element.querySelector('[data-told]'), why = document.querySelector('.why');
+  if (told && why) why.dispatchEvent(new CustomEvent('told', {bubbles: true, detail: JSON.parse(told.dataset.told)}));
+});
+"""
+"""Hands `page.js` what is foretold of a concept."""
 TELL = "document.querySelector('.why')?.dispatchEvent(new CustomEvent('{}', {{bubbles: true}}))"
 BUSY_JS = f"(...given) => {{ {TELL.format('computing')}; return given; }}"
 SETTLED_JS = f"() => {{ {TELL.format('settled')}; }}"
@@ -94,6 +101,7 @@ class Page:
             answer.name,
             warning(shown.unknown),
             board=self.demo.small,
+            foretells=self.demo.foretells,
         )
 
     def take(self, event: gr.EventData) -> tuple:
@@ -114,6 +122,16 @@ class Page:
         action = getattr(event, "action", None)
         change = {"off": 0.0, "double": 2.0}.get(str(action), getattr(event, "other", None))
         return self.html(self.demo.change(question, getattr(event, "concept", None), change, threshold, request))
+
+    def foretell(self, question: str, threshold: float, event: gr.EventData, request: gr.Request) -> str:
+        """What could be done with a concept, for `page.js`; nothing where the answer is gone."""
+        concept = getattr(event, "concept", None)
+        try:
+            slots = self.demo.foretell(question, concept, threshold, request)
+        except gr.Error:  # nobody asked for it in words; a click will say what is wrong
+            slots = {}
+        told = {"concept": concept, "turn": getattr(event, "turn", None), "slots": slots}
+        return f"<i data-told='{escape(json.dumps(told))}'></i>"
 
     def undo(self, question: str, threshold: float, event: gr.EventData, request: gr.Request) -> str:
         """The page without the change of one concept, or with nothing changed."""
@@ -154,6 +172,7 @@ def page(demo: Demo) -> gr.Blocks:
         if calls.examples:
             chosen = gr.HTML(cards(calls.examples), js_on_load=EXAMPLES_JS, apply_default_css=False, elem_id="examples")
         why = gr.HTML(waiting_page(), js_on_load=js, apply_default_css=False, elem_id="why")
+        told = gr.HTML("", js_on_load=TOLD_JS, apply_default_css=False, elem_id="told")  # page.css hides it
 
         ours: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         asking = {**ours, "concurrency_limit": AT_ONCE + MAX_WAITING, "concurrency_id": "ask"}
@@ -164,10 +183,13 @@ def page(demo: Demo) -> gr.Blocks:
         for changed in (
             why.steer(calls.steer, [answer, threshold], why, **ours),
             why.undo(calls.undo, [answer, threshold], why, **ours),
-            threshold.release(calls.rethreshold, [answer, threshold], why, js=BUSY_JS, **ours),
+            threshold.change(
+                calls.rethreshold, [answer, threshold], why, js=BUSY_JS, trigger_mode="always_last", **ours
+            ),
         ):
             changed.success(None, js=SETTLED_JS, **ours)  # also when the page is as it was
             changed.failure(None, js=SETTLED_JS, **ours)
+        why.foretell(calls.foretell, [answer, threshold], told, trigger_mode="multiple", **ours)
         blocks.unload(demo.leave)
         add_api(tools)
     return blocks.queue(max_size=4 * (AT_ONCE + MAX_WAITING))

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 import visitors
 from huggingface_hub import metadata_load
-from small_model import BOARD, is_small, unknown_words
+from small_model import board_names, is_small, unknown_words
 from transformers import AutoModel, AutoProcessor, TextIteratorStreamer
 from visitors import Answer, Answers, Line, check_question, check_threshold, read, refusal, visitor_of, within
-from why import Changes, Key, Why, account, swap_names, with_change
+from why import Changes, Key, Slot, Why, account, foretold, slots_of, swap_names, with_change
 
 ZERO_GPU = os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "t", "true")
 """Whether a GPU is lent call by call, each in a process of its own."""
@@ -49,6 +49,10 @@ def model_of_the_space(folder: Path) -> str | None:
         return named
     listed = (metadata_load(folder / "README.md") or {}).get("models") or ["USER/"]
     return None if listed[0].startswith("USER/") else listed[0]
+
+
+FORETELLING = 3.0
+"""Seconds for which changes to a concept are tried before anybody asks for one."""
 
 
 class Shown(NamedTuple):
@@ -88,8 +92,10 @@ class Demo:
         self.line, self.answers = Line(), Answers()
         self._asking: dict[str, tuple[Event, object]] = {}  # visitor -> (set when the visitor has left, its ticket)
         is_place = model.grounded_reading.is_place.tolist() if model.grounded else []
-        self.swaps = swap_names(model.concept_labels, is_place) if model.grounded else {}
         self.small = is_small(model)
+        self.names = board_names(model.concept_labels, is_place) if self.small else {}
+        self.swaps = swap_names(model.concept_labels, is_place, self.names) if model.grounded else {}
+        self.foretells = model.grounded and not ZERO_GPU  # a lent GPU's time is the visitor's
         self._write, self._decode = on_gpu(self._write_here), on_gpu(self._decode_here)
         self._account = on_gpu(self._account_here)
 
@@ -237,13 +243,13 @@ class Demo:
             answer.states = moved_to(self.model.device, answer.states)
             answer.outputs = moved_to(self.model.device, answer.outputs)
         decode = partial(self._decode_here, answer)
-        return account(self.model, self.processor, answer, threshold, decode, BOARD if self.small else None)
+        return account(self.model, self.processor, answer, threshold, decode, self.names)
 
     # -- changing ----------------------------------------------------------------------------------------------------
 
     def show(self, answer: Answer, threshold: float) -> Shown:
         """The account of an answer with its changes. Raises gr.Error when they cannot be followed."""
-        why = self._account(answer, threshold)
+        why, answer.threshold = self._account(answer, threshold), threshold
         for slot in (*why.slots, *why.after.values()):
             answer.concepts += [each.key for each in slot.concepts if each.key not in answer.concepts]
         return Shown("".join(why.words), why=why, answer=answer, unknown=answer.unknown)
@@ -316,6 +322,43 @@ class Demo:
         answer.earlier = dict(list(answer.changes.items())[:-1])  # the last that is left, as if it were made now
         return self.show(answer, threshold)
 
+    def foretell(
+        self, question: str | None, concept: Any, threshold: float, request: gr.Request | None = None
+    ) -> dict[int, dict[str, Any]]:
+        """What doubling a concept, or another in its place, would do to each mask, beside the changes in force.
+
+        Each is decoded as the click would, for `FORETELLING` seconds at most. Nothing is changed.
+
+        Args:
+            question: name of the answer.
+            concept: its number on the page.
+            threshold: confidence from which a slot is kept.
+            request: whose question it is.
+
+        Returns:
+            Number of each slot -> double (in a few words; "" where it is doubled already) and swaps: [[effect in a few
+            words, [names]]], what moves the mask most first. {} where nothing is foretold.
+        """
+        answer = self.answers.get(visitor_of(request), question)
+        key = self._chosen(answer, concept)
+        check_threshold(threshold)
+        if not self.foretells:
+            return {}
+
+        def slots_with(changes: Changes) -> dict[int, Slot]:
+            outputs = self.decode(answer, changes) if changes else answer.outputs
+            return slots_of(self.processor, answer, outputs, threshold, bool(self.names))
+
+        several = len(with_change(answer.changes, key, 0.0)) > 1  # else the page compares with the answer as it was
+        now = slots_with(answer.changes if several else {})
+        until, changed = time.monotonic() + FORETELLING, []
+        for change in (2.0, *self.swaps):
+            if change not in (key, answer.changes.get(key)) and time.monotonic() < until:
+                changed.append((change, slots_with(with_change(answer.changes, key, change))))
+        doubled, swapped = [each for each in changed if each[0] == 2.0], [each for each in changed if each[0] != 2.0]
+        double, swaps = foretold(now, doubled, threshold), foretold(now, swapped, threshold)
+        return {slot: {"double": double[slot][0][0] if doubled else "", "swaps": swaps[slot]} for slot in now}
+
     @staticmethod
     def _chosen(answer: Answer, concept: Any) -> Key:
         """The concept with this number on the page. Raises gr.Error when there is none."""
@@ -324,11 +367,12 @@ class Demo:
         return answer.concepts[concept]
 
     def rethreshold(self, question: str | None, threshold: float, request: gr.Request | None = None) -> Shown | None:
-        """The same answer, other slots kept; None when nothing was asked yet."""
+        """The same answer, other slots kept; None when nothing was asked yet, or it is shown so already."""
         if question is None:
             return None
         check_threshold(threshold)
-        return self.show(self.answers.get(visitor_of(request), question), threshold)
+        answer = self.answers.get(visitor_of(request), question)
+        return None if threshold == answer.threshold else self.show(answer, threshold)
 
 
 def kept_where(made: Any) -> Any:

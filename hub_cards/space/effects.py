@@ -30,6 +30,13 @@ class Effect:
     """pixels that are new, as a share of the mask's, at least 0; 0 where there was none or is none."""
     reason: str = ""
     """why there is no mask now; "" where there is one."""
+    to: str = ""
+    """where the mask is now; "" where that is not known."""
+
+    @property
+    def moved(self) -> bool:
+        """Whether the mask is elsewhere now."""
+        return self.had and self.has and self.gone >= MOVED
 
     @property
     def size(self) -> float:
@@ -42,11 +49,11 @@ class Effect:
         if not self.has:
             return "no mask left" if self.had else "still no mask"
         if not self.had:
-            return "a mask appears"
+            return f"a mask appears at {self.to}" if self.to else "a mask appears"
         if self.size < HARDLY:
             return "no change" if self.size == 0 else "under 1% changes"
-        if self.gone >= MOVED:
-            return "it moves away"
+        if self.moved:
+            return f"it moves to {self.to}" if self.to else "it moves away"
         return self._listed("goes", "added")
 
     @property
@@ -55,13 +62,13 @@ class Effect:
         if not self.has:
             return f"{'no mask is left' if self.had else 'there still is no mask'} ({self.reason})"
         if not self.had:
-            return "a mask appears"
+            return f"a mask appears at {self.to}" if self.to else "a mask appears"
         if self.size == 0:
             return "the mask does not change"
         if self.size < HARDLY:
             return "under 1% of the mask changes"
-        if self.gone >= MOVED:
-            return f"the mask moves away: {percent(self.gone)} of it goes"
+        if self.moved:
+            return f"the mask moves to {self.to}" if self.to else "the mask moves away"
         return self._listed("of the mask goes", "of its size is added")
 
     def _listed(self, goes: str, added: str) -> str:
@@ -83,7 +90,8 @@ def effect(before: np.ndarray | None, after: np.ndarray | None, reason: str = ""
     if before is None or after is None:
         return Effect(before is not None, after is not None, float(before is not None and after is None), 0.0, reason)
     whole = max(int(before.sum()), 1)
-    return Effect(True, True, float((before & ~after).sum() / whole), float((after & ~before).sum() / whole))
+    gone, added = float((before & ~after).sum() / whole), float((after & ~before).sum() / whole)
+    return Effect(True, True, gone, added)
 
 
 def percent(share: float) -> str:

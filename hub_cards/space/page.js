@@ -1,5 +1,5 @@
 // What is pointed at lights up what it is linked with; what is chosen can be changed. Runs once, inside gr.HTML.
-const state = {answer: null, slot: null, chosen: null};
+const state = {answer: null, slot: null, chosen: null, turn: 0, asked: null, waiting: 0, told: null, other: null};
 const all = (selector, root) => [...(root || element).querySelectorAll(selector)];
 const active = () => element.querySelector('.slot:not([hidden])');
 const numbers = node => (node.dataset.c || '').split(' ').filter(Boolean);
@@ -19,6 +19,7 @@ function light(fired) {
 }
 
 function choose(number) {
+  if (number !== state.chosen) state.other = null;
   state.chosen = number;
   for (const row of all('.concept[data-c]')) {
     const chosen = row.dataset.c === number && !row.closest('[hidden]');
@@ -28,6 +29,39 @@ function choose(number) {
     for (const about of all('.about-chosen')) about.textContent = row.dataset.about;
     offer(row);
   }
+  foretell();
+}
+
+// What the chosen concept could be changed to is tried on the way, once for each answer and its changes, one at a time.
+function foretell() {
+  const root = element.querySelector('.why'), asked = `${state.turn} ${state.chosen}`;
+  tell();
+  if (!root || root.dataset.foretells === undefined || state.chosen === null || state.asked === asked) return;
+  if (Date.now() - state.waiting < 20000) return; // asked when the one before is there, or lost
+  state.asked = asked;
+  state.waiting = Date.now();
+  trigger('foretell', {concept: Number(state.chosen), turn: state.turn});
+}
+
+function tell() {
+  const box = element.querySelector('.foretold'), other = element.querySelector('.other'), told = state.told;
+  if (!box) return;
+  box.replaceChildren();
+  const known = told && told.turn === state.turn && told.concept === Number(state.chosen);
+  const found = known ? told.slots[state.slot] : null;
+  if (!known) box.textContent = 'trying what each would do …';
+  if (!found) return;
+  const line = (what, does) => {
+    const row = document.createElement('p'), strong = document.createElement('b');
+    strong.textContent = does;
+    row.append(`${what}: `, strong);
+    box.append(row);
+  };
+  const named = label => [...(other ? other.options : [])].find(option => option.value === label)?.text ?? label;
+  if (found.double) line('× 2', found.double);
+  for (const [does, labels] of found.swaps) line(`→ ${labels.map(named).join(', ')}`, does);
+  const [most] = found.swaps;
+  if (other && most && state.other === null) other.value = most[1][0]; // what moves it most, unless one was chosen
 }
 
 // What can be done with the chosen concept: what is done already is undone, and nothing takes its own place.
@@ -37,6 +71,7 @@ function offer(row) {
   for (const button of all('[data-do=double]')) button.textContent = change === '2' ? 'Undo double' : 'Double';
   if (!other) return;
   for (const option of other.options) option.hidden = option.disabled = option.value === name || option.value === change;
+  if (state.other !== null) other.value = state.other;
   if (!other.selectedOptions.length || other.selectedOptions[0].disabled)
     other.value = ([...other.options].find(option => !option.disabled) || {value: ''}).value;
 }
@@ -59,6 +94,7 @@ function refresh() {
   if (begins && !state.busy && element.getBoundingClientRect().top > 0.6 * window.innerHeight)
     element.scrollIntoView({block: 'start'});
   state.busy = begins;
+  state.turn += 1;
   const slots = all('.tab').map(tab => tab.dataset.slot);
   if (root.dataset.answer !== state.answer) Object.assign(state, {answer: root.dataset.answer, slot: null, chosen: null});
   if (slots.length) show(slots.includes(state.slot) ? state.slot : slots[0]);
@@ -79,6 +115,8 @@ function computing(on) {
 
 function ask(event, given) {
   computing(true);
+  const pair = element.querySelector('.pair:not([hidden])');
+  if (pair) pair.scrollIntoView({block: 'nearest'}); // where the change will be seen; on a phone it is further down
   trigger(event, given);
 }
 
@@ -93,8 +131,15 @@ function act(action, button) {
   }
   if (state.chosen === null || !row || (action === 'swap' && !other.value)) return;
   const concept = Number(state.chosen), done = {off: '0', double: '2'}[action];
+  if (action === 'swap') state.other = null; // what is best next is another
   if (done !== undefined && row.dataset.change === done) return ask('undo', {concept});
   ask('steer', {action, concept, other: other ? other.value : null});
+}
+
+// The concept that a word stands for: the one of its name, else the heaviest that it fires.
+function meant(word) {
+  const fired = numbers(word), rows = all('.concept[data-c]', active()).filter(row => fired.includes(row.dataset.c));
+  return (rows.find(row => row.dataset.name === word.textContent.trim()) || rows[0]).dataset.c;
 }
 
 function spot(event) {
@@ -127,8 +172,16 @@ element.addEventListener('click', event => {
   if (!button) return;
   if (button.classList.contains('tab')) return show(button.dataset.slot);
   if (button.classList.contains('concept')) return choose(button.dataset.c);
-  if (button.classList.contains('word') && numbers(button).length) return choose(numbers(button)[0]);
+  if (button.classList.contains('word') && numbers(button).length) return choose(meant(button));
   if (button.dataset.do) act(button.dataset.do, button);
+});
+element.addEventListener('change', event => {
+  if (event.target.closest('.other')) state.other = event.target.value;
+});
+element.addEventListener('told', event => {
+  state.told = event.detail;
+  state.waiting = 0;
+  foretell();
 });
 element.addEventListener('computing', () => computing(true));
 element.addEventListener('settled', () => computing(false));

@@ -1,30 +1,69 @@
-"""What is known of the small model that ships, and of no other: its words and its board.
+"""What is known of the small model that ships, and of no other: which it is, its words and its board.
 
-A model of few parameters is taken for it. Its tokenizer was made from the words that it was taught, each whole, so a
-word that falls into pieces is one it never learned. Knows nothing about the page.
+It is known by its weights, wherever they lie; a small model of somebody else's, or this one trained on, is another. Its
+tokenizer was made from the words that it was taught, each whole, so a word that falls into pieces is one it never
+learned. The page, `segcompass segment` and `segcompass serve` ask here. Knows nothing about the page.
 """
 
+import hashlib
 from typing import Any
 
-SMALL = 20_000_000
-"""Parameters up to which a model is taken for the one that ships."""
+PARAMETERS = 5_225_102
+"""How many the small model has."""
+WEIGHTS = "a5903a8431e12a8c827b96dc13a913bb49add260f449ab51d767f1f932e0a595"
+"""Its `fingerprint`; another when another model ships."""
+PREFIX = 512
+"""How many numbers of each parameter are looked at: training changes them all."""
+SHAPES = ("ball", "box", "cone", "moon", "ring", "star")
+COLOURS = ("blue", "green", "purple", "red", "white", "yellow")
+TAUGHT = (
+    f"Its words are {', '.join(SHAPES)}; {', '.join(COLOURS)}; small, large; left of, right of, above, below, larger "
+    "than."
+)
+"""Its words for things, in a sentence."""
 KNOWS = (
     "The small model that runs here ({millions:.1f} million parameters) has only ever seen drawn scenes like the "
-    "examples; photographs mean nothing to it. It calls places by a board: columns A to D from left to right, rows 1 "
-    "to 4 from top to bottom; “B3” is a place."
+    f"examples; photographs mean nothing to it. {TAUGHT} It calls places by a board: columns A to D from left to "
+    "right, rows 1 to 4 from top to bottom; “B3” is a place."
 )
 BOARD = {**{letter: f"column {letter}" for letter in "ABCD"}, **{digit: f"row {digit}" for digit in "1234"}}
 """How the places of its board are called in full: its cells are squares, four along the longest side."""
 
 
+def board_names(labels: dict[int, str], is_place: list[bool]) -> dict[str, str]:
+    """How concepts are called that are named after the board's words and say where a thing is.
+
+    Args:
+        labels: feature -> label.
+        is_place: for each feature, whether it tells where a thing is.
+
+    Returns:
+        Such as {"C": "column C"}.
+    """
+    words = {label.removesuffix("(word)").strip() for index, label in labels.items() if is_place[index]}
+    return {word: BOARD[word] for word in BOARD if word in words}
+
+
 def millions(model: Any) -> float:
     """Parameters of a model, in millions."""
-    return sum(weight.numel() for weight in model.parameters()) / 1e6
+    return _count(model) / 1e6
 
 
 def is_small(model: Any) -> bool:
-    """Whether a model is taken for the one that ships."""
-    return 1e6 * millions(model) <= SMALL
+    """Whether a loaded model is the small one that ships, in half precision or whole."""
+    return _count(model) == PARAMETERS and fingerprint(model) == WEIGHTS
+
+
+def fingerprint(model: Any) -> str:
+    """SHA-256 of the beginnings of a model's parameters as 32-bit numbers, in the order of their names."""
+    made = hashlib.sha256()
+    for _, weight in sorted(model.named_parameters()):
+        made.update(weight.detach().flatten()[:PREFIX].float().cpu().numpy())
+    return made.hexdigest()
+
+
+def _count(model: Any) -> int:
+    return sum(weight.numel() for weight in model.parameters())
 
 
 def unknown_words(tokenizer: Any, instruction: str) -> list[str]:
@@ -55,4 +94,4 @@ def warning(unknown: list[str]) -> str:
     if not unknown:
         return ""
     named = " and ".join(filter(None, [", ".join(f"“{word}”" for word in unknown[:-1]), f"“{unknown[-1]}”"]))
-    return f"It never learned {named} (as written), so its answer is a guess. Ask as the examples do."
+    return f"It never learned {named} (as written), so its answer is a guess. {TAUGHT}"

@@ -95,6 +95,7 @@ class Answer:
         self.states: Any = None  # what masks are decoded from
         self.outputs: Any = None  # of the response as it was written, before any change
         self.changes: dict[int | str, float | str] = {}  # concept -> its factor, or the concept in its place
+        self.threshold: float | None = None  # at which it was shown last
         self.earlier: dict[int | str, float | str] | None = None  # the changes before the last was made
         self.concepts: list[int | str] = []  # those that the page shows, by the number it knows them by
         self.unknown: list[str] = []  # words of the instruction that the model never learned

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from effects import NEEDED, Effect, effect, percent, said
+from effects import HARDLY, NEEDED, Effect, effect, percent, said
+from whereabouts import parts_of, place_name, whereabouts
 
 TOP_CONCEPTS = 5
 """How many concepts of a slot are shown."""
@@ -22,6 +23,9 @@ FINE = 64
 """Cells along each side of a map of patches."""
 LONGEST = 640
 """Pixels of the longest side of what the page shows, and of what it measures masks in."""
+
+ALSO = 0.35
+"""A concept that gives another place this share of what it gives the mask heats that place too."""
 
 NOTHING = re.compile(r"\banswer:\s*(?:none|nothing)\b[^.<\n]*", re.IGNORECASE)
 """How a response answers that nothing fits."""
@@ -74,6 +78,8 @@ class Slot:
     """place in `Why.words` -> how much of the slot comes from this word, in [0, 1]."""
     phrases: dict[int, str] = field(default_factory=dict)
     """place in `Why.words` -> the words that were read together there."""
+    board: bool = False
+    """whether its places are called by the small model's board."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,7 @@ class Why:
     """number -> the same slot after the visitor's changes, with its reasons; empty without any."""
     changes: Changes = field(default_factory=dict)
     names: dict[Key, str] = field(default_factory=dict)
-    """how the concepts of `changes` are called."""
+    """how the concepts of `changes` are called, and those that may take a place and are called otherwise."""
     earlier: dict[int, Slot] = field(default_factory=dict)
     """number -> the same slot before the last of several changes; empty where there are not several."""
     stages: tuple[int, int] = (0, 0)
@@ -133,12 +139,16 @@ class Why:
         if slot.number not in self.after:
             return ""
         *_, (key, change) = self.changes.items()
-        last = f"{self.names.get(key, key)} {said(change)}: "
+        last = f"{self.names.get(key, key)} {self.said(change)}: "
         together = self.effect(slot)
         if slot.number not in self.earlier:
             return f"{last}{together.sentence}."
         step = effect_on(self.earlier[slot.number], self.after[slot.number], self.threshold)
         return f"{last}{step.sentence}." + ("" if step == together else f" All changes: {together.brief}.")
+
+    def said(self, change: float | str) -> str:
+        """A change in a word or two, such as "off" or "→ column A"."""
+        return said(self.names.get(change, change) if isinstance(change, str) else change)
 
     @property
     def verdict(self) -> str:
@@ -176,22 +186,25 @@ def confidence(value: float) -> str:
     return f"{value:.2f}"
 
 
-def swap_names(labels: dict[int, str], is_place: list[bool]) -> dict[str, str]:
-    """The names that may stand in a concept's place: those of one plain word.
+def swap_names(labels: dict[int, str], is_place: list[bool], names: dict[str, str] | None = None) -> dict[str, str]:
+    """The names that may stand in a concept's place: those of one plain word, and the places of a board.
 
     Args:
         labels: feature -> label.
         is_place: for each feature, whether it tells where a thing is.
+        names: how labels are called on the page that are called otherwise, such as the columns of a board.
 
     Returns:
-        Name -> "look" or "place"; looks first, each in alphabetical order.
+        Label -> "look" or "place"; looks first, each in alphabetical order.
     """
     kinds: dict[str, str] = {}
     for index, label in labels.items():
-        name = label.strip()
-        if name.replace(" ", "").replace("-", "").isalpha() and kinds.get(name) != "look":
-            kinds[name] = "place" if is_place[index] else "look"
-    ordered = sorted(kinds, key=lambda name: (kinds[name], name.casefold(), name))
+        name, kind = label.strip(), "place" if is_place[index] else "look"
+        if plain(name) in (names or {}) and name.endswith("(word)"):
+            kinds[name] = "place"
+        elif name.replace(" ", "").replace("-", "").isalpha() and kinds.get(name) != "look":
+            kinds[name] = kind
+    ordered = sorted(kinds, key=lambda name: (kinds[name], shown_name(name, labels, names).casefold(), name))
     return {name: kinds[name] for name in ordered[:MAX_SWAPS]}
 
 
@@ -219,11 +232,11 @@ def account(
     outputs, names = answer.outputs, names or {}
 
     def slots_with(changes: Changes) -> dict[int, Slot]:
-        return slots_of(processor, answer, decode(changes), threshold)
+        return slots_of(processor, answer, decode(changes), threshold, bool(names))
 
-    slots = slots_of(processor, answer, outputs, threshold)
+    slots = slots_of(processor, answer, outputs, threshold, bool(names))
     changed = decode(answer.changes) if answer.changes else None
-    after = {} if changed is None else slots_of(processor, answer, changed, threshold)
+    after = {} if changed is None else slots_of(processor, answer, changed, threshold, bool(names))
     shown = [slot for slot in slots.values() if slot.kept or (slot.number in after and after[slot.number].kept)]
     shown = shown or sorted(slots.values(), key=lambda slot: -slot.confidence)[:1]
     after = {slot.number: after[slot.number] for slot in shown if slot.number in after}
@@ -237,6 +250,8 @@ def account(
         shown, after = (shown, found) if after else (list(found.values()), after)
     several = answer.earlier is not None and len(answer.changes) > 1
     earlier = slots_with(answer.earlier) if several else {}
+    named = [*answer.changes, *(other for other in answer.changes.values() if isinstance(other, str))]
+    named += [label.strip() for label in model.concept_labels.values() if plain(label.strip()) in names]
     return Why(
         words=response_words(processor, outputs),
         slots=shown,
@@ -245,7 +260,8 @@ def account(
         additive=outputs.grounding is not None,
         after=after,
         changes=dict(answer.changes),
-        names={key: shown_name(key, model.concept_labels, names) for key in answer.changes},
+        names={key: shown_name(key, model.concept_labels, names) for key in named}
+        | {concept.key: concept.name for slot in (*shown, *after.values()) for concept in slot.concepts},
         earlier={slot.number: earlier[slot.number] for slot in shown if earlier},
         stages=stages_of(processor, outputs),
     )
@@ -292,10 +308,12 @@ def effect_on(before: Slot, after: Slot, threshold: float) -> Effect:
         reason = f"confidence {confidence(after.confidence)}, it needs {threshold:.2f}"
     else:
         reason = "too little heat"
-    return effect(before.mask if before.kept else None, after.mask if after.kept else None, reason)
+    made = effect(before.mask if before.kept else None, after.mask if after.kept else None, reason)
+    elsewhere = made.moved or (made.has and not made.had)
+    return replace(made, to=whereabouts(after.mask, after.board)) if elsewhere else made
 
 
-def slots_of(processor: Any, answer: Any, outputs: Any, threshold: float) -> dict[int, Slot]:
+def slots_of(processor: Any, answer: Any, outputs: Any, threshold: float, board: bool = False) -> dict[int, Slot]:
     """The slots that the response has, by number, with masks and heatmaps and no reasons yet."""
     sizes = at_most(answer.image.size, LONGEST)
     instances = processor.post_process_instance_segmentation(outputs, threshold, target_sizes=sizes)[0]
@@ -304,7 +322,7 @@ def slots_of(processor: Any, answer: Any, outputs: Any, threshold: float) -> dic
     heats = processor.post_process_masks(outputs.heatmaps, at_most(answer.image.size, 96))[0].sigmoid().cpu().numpy()
     confidences = outputs.pred_logits[0].float().sigmoid().tolist()
     return {
-        number: Slot(number, confidences[number], number in kept, masks[number], heats[number])
+        number: Slot(number, confidences[number], number in kept, masks[number], heats[number], board=board)
         for number in outputs.slot_mask[0].nonzero()[:, 0].tolist()
     }
 
@@ -401,7 +419,8 @@ def explained(model: Any, processor: Any, outputs: Any, slot: Slot, names: dict[
             words[number[token.position]] = words.get(number[token.position], 0.0) + token.strength
         words = {word: strength for word, strength in words.items() if strength >= FAINT * max(words.values())}
         kind = "" if is_place is None else "place" if is_place[members[0].index] else "look"
-        name, about = shown_name(key, labels, names), about_name(key, kind, names)
+        called = {} if kind == "look" else names  # the board's words name places
+        name, about = shown_name(key, labels, called), about_name(key, kind, called)
         concepts.append(Concept(key, name, kind, shares[key] / max(whole, 1e-9), words, heats[key], about))
     read = {number[word.position]: word.strength for word in report.words if word.position in number}
     read = {word: strength for word, strength in read.items() if strength > 0}
@@ -445,7 +464,8 @@ def key_of(index: int, labels: dict[int, str]) -> Key:
 def shown_name(key: Key, labels: dict[int, str], names: dict[str, str] | None = None) -> str:
     """The name that a visitor reads: a label without the note that says what it was found on.
 
-    A label of marks and small words alone tells where the concept fires and not what it means; it is called by number.
+    Words that it fires at are no name for what it finds: they are quoted. A label of marks and small words alone tells
+    even less; such a concept is called by number.
 
     Args:
         key: how the concept is called when it is changed.
@@ -453,7 +473,8 @@ def shown_name(key: Key, labels: dict[int, str], names: dict[str, str] | None = 
         names: how labels are called that are called otherwise, such as the columns of a board.
 
     Returns:
-        Such as "purple", "column C", "unnamed 7" or "unnamed 7 (at “,”)", with the first of its features' numbers.
+        Such as "purple", "column C", "words “large”, “4”", "unnamed 7" or "unnamed 7 (at “,”)", with the first of
+        its features' numbers.
     """
     if isinstance(key, int):
         return f"unnamed {key}"
@@ -461,9 +482,14 @@ def shown_name(key: Key, labels: dict[int, str], names: dict[str, str] | None = 
     if names and name in names:
         return names[name]
     if not all(MARK.fullmatch(part) for part in name.split("/")):
-        return name
+        return f"word{'s' * ('/' in name)} {quoted(name)}" if key.endswith("(word)") else name
     number = min(index for index, label in labels.items() if label.strip() == key)
     return f"unnamed {number} (at “{name}”)" if name else f"unnamed {number}"
+
+
+def quoted(name: str) -> str:
+    """The words of a label, each in quotes."""
+    return ", ".join(f"“{part}”" for part in name.split("/") if part)
 
 
 def plain(label: str) -> str:
@@ -480,13 +506,11 @@ def about_name(key: Key, kind: str, names: dict[str, str]) -> str:
     says = f"It says {KINDS[kind]}; it" if kind else "It"
     if isinstance(key, int):
         return f"{says} has no name: nothing was found that it stands for"
-    fires = ", ".join(f"“{part}”" for part in plain(key).split("/") if part)
+    fires = quoted(plain(key))
     if not fires:
         return f"{says} has no name: it fires at what is no word"
     if all(MARK.fullmatch(part) for part in plain(key).split("/")) and plain(key) not in names:
         return f"{says} has no name: it fires at {fires}, which tells nothing"
-    if plain(key) in names and kind == "look":
-        return f"It is named after the word it fires at, {fires}; in images it fires at several places, as looks do"
     if key.endswith("(word)"):
         return f"{says} is named after the words it fires at most: {fires}"
     if key.endswith("(patch)"):
@@ -508,7 +532,94 @@ def needed(slot: Slot, threshold: float) -> str:
         return ""
     name, most = max(known, key=lambda each: each[1].size)
     if most.size >= NEEDED:
-        return f"This mask needs “{name}”. Without it, {most.sentence}."
-    return (
-        f"No single concept holds this mask. Even without “{name}”, {most.sentence}. Swap one, or switch several off."
-    )
+        return f"This mask needs {mention(name)}. Without it, {most.sentence}."
+    if most.size < HARDLY:
+        return f"No single concept holds this mask: without any one of them, {most.sentence} at most."
+    return f"No single concept holds this mask: even without {mention(name)}, only {most.sentence}."
+
+
+def apart(slot: Slot) -> str:
+    """Why a mask is where it is and not at the next hottest place, in a sentence; "" where nothing else is hot.
+
+    What concepts add at a place is what its heat is the sum of, so the difference between two places is theirs too.
+
+    Args:
+        slot: with its concepts, of a grounded read-out.
+
+    Returns:
+        Such as "“purple” and “box” heat B4 too; “column C” makes the difference."
+    """
+    concepts = [concept for concept in slot.concepts if concept.kind and concept.share > 0]
+    if not slot.kept or not concepts:
+        return ""
+    heats = np.stack([concept.heat for concept in concepts])  # (concepts, h, w)
+    cells = mask_cells(slot.mask, heats.shape[1:])
+    around = np.pad(cells, 1)
+    height, width = cells.shape
+    near = np.any([around[y : y + height, x : x + width] for y in range(3) for x in range(3)], axis=0)
+    if near.all():
+        return ""
+    total = heats.sum(0)
+    here = np.unravel_index(np.where(cells, total, -1).argmax(), total.shape)
+    there = np.unravel_index(np.where(near, -1, total).argmax(), total.shape)
+    own, others = heats[:, here[0], here[1]], heats[:, there[0], there[1]]
+    also = (others >= ALSO * own) & (others >= 0.05 * own.sum())
+    if not also.any() or others.sum() >= own.sum():
+        return ""
+    gains = own - others
+    decide = (gains >= 0.2 * gains[gains > 0].sum()) & ~also
+    theirs = np.where(near, 0, heats[also].sum(0))
+    hot = parts_of(theirs >= 0.5 * theirs[there])
+    middle = np.mean(next(part for part in hot if tuple(map(int, there)) in part), axis=0) + 0.5
+    place = place_name(middle[0] / height, middle[1] / width, slot.mask.shape, slot.board)
+    heat = "heat" if also.sum() > 1 else "heats"
+    said = f"{listed(concepts, also)} {heat} {place} too"
+    if not decide.any():
+        return f"{said}, but less."
+    make = "make" if decide.sum() > 1 else "makes"
+    return f"{said}; {listed(concepts, decide)} {make} the difference."
+
+
+def mask_cells(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The cells of a heat (h, w) in which a mask (H, W) has a pixel: bool (h, w)."""
+    cells = np.zeros(shape, bool)
+    rows, columns = mask.nonzero()
+    cells[rows * shape[0] // mask.shape[0], columns * shape[1] // mask.shape[1]] = True
+    return cells
+
+
+def mention(name: str) -> str:
+    """A concept's name inside a sentence: in quotes, unless it has some."""
+    return name if "“" in name else f"“{name}”"
+
+
+def listed(concepts: list[Concept], chosen: np.ndarray) -> str:
+    """The names of some concepts, in quotes."""
+    *others, last = (mention(concept.name) for concept, taken in zip(concepts, chosen, strict=True) if taken)
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def foretold(
+    slots: dict[int, Slot], changed: list[tuple[float | str, dict[int, Slot]]], threshold: float
+) -> dict[int, list]:
+    """What changes to a concept would do to each mask, those together that do the same, and those that do little.
+
+    Args:
+        slots: by number, with the changes in force.
+        changed: what the concept would be changed to, and all slots then.
+        threshold: confidence from which a slot is kept.
+
+    Returns:
+        Number of each slot -> [[effect in a few words, [changes]]], what moves it most first.
+    """
+    told: dict[int, list] = {}
+    for number, slot in slots.items():
+        groups: dict[str, tuple[float, list[float | str]]] = {}
+        for name, after in changed:
+            made = effect_on(slot, after[number], threshold)
+            little = made.had and made.has and made.size < NEEDED
+            told_as = f"under {NEEDED:.0%} changes" if little and len(changed) > 1 else made.brief
+            _, names = groups.setdefault(told_as, (0.0 if little else float(made.moved) + made.size, []))
+            names.append(name)
+        told[number] = [[brief, names] for brief, (_, names) in sorted(groups.items(), key=lambda each: -each[1][0])]
+    return told

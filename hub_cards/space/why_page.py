@@ -13,9 +13,10 @@ from html import escape
 from typing import Any
 
 import numpy as np
-from effects import percent, said
+from effects import percent
 from PIL import Image, ImageFilter
-from why import KINDS, LONGEST, TOP_CONCEPTS, Concept, Key, Slot, Why, confidence, needed
+from whereabouts import CELLS
+from why import KINDS, LONGEST, TOP_CONCEPTS, Concept, Key, Slot, Why, apart, confidence, needed
 
 COLOURS = (  # those of modeling_segcompass/palette.py, which a Space's own repository does not hold
     (230, 60, 50),
@@ -29,14 +30,10 @@ COLOURS = (  # those of modeling_segcompass/palette.py, which a Space's own repo
 )
 FAINT = 0.05
 """Words of which a mask reads less than this share are not marked."""
-WORDS_NAMED = 2
-"""How many of its words a concept names."""
 SPOTS = 16
 """The places that one can point at, in each direction."""
 DIM = 0.25
 """Heat below which nothing would be seen."""
-CELLS = 4
-"""Cells of the small model's board along an image's longest side."""
 SURE = "How sure the model is that there is something to find; mostly from its words, so it says little of the mask."
 """What a confidence means."""
 MARKS = re.compile(r"\s*(</?think>|<REF_POS>)")
@@ -82,6 +79,7 @@ def answer_page(
     name: str,
     warned: str = "",
     board: bool = False,
+    foretells: bool = False,
 ) -> str:
     """The page with an answer.
 
@@ -93,6 +91,7 @@ def answer_page(
         name: of the answer, so that the page knows a new one.
         warned: what to know of the question.
         board: whether the heatmap has the small model's board at its edges.
+        foretells: whether `page.js` may ask what changes would do.
 
     Returns:
         HTML.
@@ -113,11 +112,14 @@ def answer_page(
         sections = f"<div class='slot'>{nothing}</div>"
     pairs = "".join(_pair(why, slot, shown, titles[slot.number]) for slot in why.slots)
     needs = "".join(
-        f"<p class='note' data-slot='{slot.number}'>{escape(needed(slot, why.threshold))}</p>" for slot in why.now
+        f"<p class='note' data-slot='{slot.number}'>{escape(needed(slot, why.threshold))} "
+        f"<span>{escape(apart(slot))}</span></p>"
+        for slot in why.now
     )
-    lower = _lower(f"{needs}{_controls(why, concepts, swaps)}", pairs)
+    lower = _lower(f"{needs}{_controls(why, concepts, swaps, foretells)}", pairs)
     head = _top(why.verdict, tabs, warned)
-    return f"<div class='why' data-answer='{escape(name)}'>{head}<div>{sections}</div>{lower}{defs}</div>"
+    asks = " data-foretells" if foretells else ""
+    return f"<div class='why' data-answer='{escape(name)}'{asks}>{head}<div>{sections}</div>{lower}{defs}</div>"
 
 
 # -- the parts ---------------------------------------------------------------------------------------------------------
@@ -240,12 +242,12 @@ def _text(why: Why, slot: Slot, numbers: dict[Key, int]) -> str:
 
 def _row(why: Why, slot: Slot, concept: Concept, number: int, image: Image.Image) -> str:
     named = sorted(concept.words, key=lambda word: -concept.words[word])
-    named = list(dict.fromkeys(_read_as(why, slot, word) for word in named if why.words[word].strip()))[:WORDS_NAMED]
-    source = "from " + ", ".join(f"“{escape(word)}”" for word in named) if named else ""
+    strongest = next((_read_as(why, slot, word) for word in named if why.words[word].strip()), "")
+    source = f"from “{escape(strongest)}”" if strongest else ""
     replaced = [escape(str(why.names.get(key, key))) for key, other in why.changes.items() if other == concept.key]
     source = f"in place of {', '.join(replaced)}" if replaced else source
     change = why.changes.get(concept.key)
-    badge = "" if change is None else f"<em class='badge'>{escape(said(change))}</em>"
+    badge = "" if change is None else f"<em class='badge'>{escape(why.said(change))}</em>"
     changed = "" if change is None else escape(change) if isinstance(change, str) else f"{change:g}"
     thumb = (
         f"<svg class='thumb' viewBox='0 0 {image.width} {image.height}' aria-hidden='true'>"
@@ -286,13 +288,13 @@ def _bar(kind: str, share: float | None, told: str | None) -> str:
     )
 
 
-def _controls(why: Why, concepts: list[Key], swaps: dict[str, str]) -> str:
+def _controls(why: Why, concepts: list[Key], swaps: dict[str, str], foretells: bool) -> str:
     if not concepts:
         return "<p class='hint'>There are no concepts to change in this answer.</p>"
     groups = {f"{kind}s": [name for name in swaps if swaps[name] == kind] for kind in KINDS}
     options = "".join(
         f"<optgroup label='{group}'>"
-        + "".join(f"<option value='{escape(name)}'>{escape(name)}</option>" for name in names)
+        + "".join(f"<option value='{escape(name)}'>{escape(why.names.get(name, name))}</option>" for name in names)
         + "</optgroup>"
         for group, names in groups.items()
         if names
@@ -304,6 +306,7 @@ def _controls(why: Why, concepts: list[Key], swaps: dict[str, str]) -> str:
         else ""
     )
     undo = "" if why.changes else " disabled"
+    foretold = "<div class='foretold' aria-label='what these would do to this mask'></div>" if foretells else ""
     numbers = {key: number for number, key in enumerate(concepts)}
     changes = "".join(_chip(why, key, numbers.get(key)) for key in why.changes)
     return (
@@ -311,15 +314,15 @@ def _controls(why: Why, concepts: list[Key], swaps: dict[str, str]) -> str:
         "<button type='button' data-do='off'>Switch off</button>"
         f"<button type='button' data-do='double'>Double</button>{swap}"
         f"<button type='button' class='undo' data-do='undo'{undo}>Undo all</button></div>"
-        "<p class='hint'><span class='about-chosen'></span> Choose another in 2. The words stay as they are; only what "
-        "they fire is changed.</p>"
+        f"{foretold}<p class='hint'><span class='about-chosen'></span> Choose another in 2. The words stay as they "
+        "are; only what they fire is changed.</p>"
         f"<ul class='changes' aria-label='changes in force, on all masks'>{changes}</ul>"
     )
 
 
 def _chip(why: Why, key: Key, number: int | None) -> str:
     """A change in force, with a button that undoes it alone."""
-    made = escape(f"{why.names.get(key, key)} {said(why.changes[key])}")
+    made = escape(f"{why.names.get(key, key)} {why.said(why.changes[key])}")
     return (
         f"<li>{made}<button type='button' data-do='drop' data-concept='{number}' title='undo this change' "
         f"aria-label='undo {made}'>×</button></li>"
@@ -438,7 +441,7 @@ def _drawn(slot: Slot, image: Image.Image) -> str:
     return _mask(slot, image) if slot.kept else _mask(slot, image, fill=40, outline=110)
 
 
-def _mask(slot: Slot, image: Image.Image, fill: int = 120, outline: int = 255) -> str:
+def _mask(slot: Slot, image: Image.Image, fill: int = 72, outline: int = 255) -> str:
     """A mask's inside and its outline, as opaque as said, up to 255."""
     return _outlined(slot, image, _colour(slot), fill, outline, f"class='drawn' data-mask='{slot.number}'")
 

@@ -33,9 +33,12 @@ def main(argv: list[str] | None = None) -> None:
     from segcompass.loading import load
     from segcompass.modeling_segcompass.images import read_image
     from segcompass.segmentation import explain_slots, slot_heatmaps, write_explanation
+    from segcompass.shipped import notes_on
 
     image = read_image(args.image)
     model, processor = load(args.model)
+    for note in notes_on(model, processor.tokenizer, args.image, args.instruction)[1]:
+        print(note)
     inputs = processor(images=image, text=args.instruction).to(model.device)
     with torch.no_grad():
         keys = model.get_image_embeddings(inputs.pop("encoder_pixel_values"))

@@ -1,7 +1,6 @@
 """Options that several commands share, so that they are spelled, checked and explained in one way."""
 
 import argparse
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -61,16 +60,6 @@ def fill_image(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
         args.image = str(image)
     elif args.instruction is None:
         parser.error(f'no instruction; say what to segment in {args.image}, e.g. "the mug nearest the sink".')
-    elif getattr(args, "route", "concepts") != "boxes" and is_shipped(args.model):
-        print(
-            "note         the small model knows drawn scenes only; for a photograph: segcompass segment "
-            f'{shlex.quote(args.image)} "…" {PHOTOGRAPH}'
-        )
-
-
-def is_shipped(model: str) -> bool:
-    """Whether a model is the small one that ships with the package."""
-    return Path(model).exists() and Path(model).resolve() == SHIPPED.resolve()
 
 
 def add_route(parser: argparse.ArgumentParser) -> None:

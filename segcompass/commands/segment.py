@@ -8,14 +8,15 @@
 Prints the reasoning and the instances, and writes into the output folder
     overlay.png   image, concept activations, heatmaps and masks side by side
     masks.png     label image: 0 background, k + 1 = instance k
-    result.json   instruction, text, no_target, instances, concepts
+    result.json   instruction, text, no_target, instances, concepts, unknown_words
 and with --explain
     explanation.html   each shown slot: its concepts by weight, the words and patches they fired on, heatmap and mask
     explanation.png    the same of the most confident slot as a figure
 Concepts are shown with their labels where the model's folder holds a concepts.json (`segcompass dictionary` makes it).
 `no_target` is true when the model looked and no slot was confident enough. A response without concentration tokens is
-no such answer: then `no_target` is false and `instances` is empty. Without arguments the scene that ships with the
-package is segmented by the small model that does too.
+no such answer: then `no_target` is false and `instances` is empty. `unknown_words` are those of the instruction that
+the small model never learned, so that its answer is a guess; of other models that is not known. Without arguments the
+scene that ships with the package is segmented by the small model that does too.
 
 --route boxes needs no trained SegCompass model, and so is the one for photographs: an MLLM of the Hub writes boxes, SAM
 makes a mask of each. Then overlay.png has the boxes in place of concepts and heatmaps, and result.json also

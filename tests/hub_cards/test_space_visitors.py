@@ -4,11 +4,13 @@ The page's logic runs on a tiny model. Of gradio only its error is needed; where
 stand for it.
 """
 
+import copy
 import gc
 import threading
 import time
 import types
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from segcompass.loaders.scene_drawing import draw_scene
+from segcompass.loaders.scene_drawing import COLOURS, SHAPES, SIZES, draw_scene
 from segcompass.loaders.scene_questions import KINDS, ask
 from segcompass.loading import load
 from tests.support.hub_client import ROOT
@@ -144,7 +146,7 @@ def test_a_swapped_concept_moves_the_mask_to_the_other_thing(mini):
     height, width = blue.heat.shape
     assert not star[int((row + 0.5) / height * 128), int((column + 0.5) / width * 128)]
     assert sum(each.share for each in after.concepts) + after.rest == pytest.approx(1, abs=1e-4)
-    assert moved.why.verdict == "After: mask 1: it moves away."
+    assert moved.why.verdict == "After: mask 1: it moves to C2."
     assert "blue" in moved.answer.concepts
     key = next(each.key for each in before.concepts if each.kind == "place")
     place = shown.answer.concepts.index(key)
@@ -159,10 +161,11 @@ def test_a_swapped_concept_moves_the_mask_to_the_other_thing(mini):
 def test_names_say_what_a_concept_means_or_its_number(space):
     labels = {3: ", (word)", 5: ", (word)", 6: "A (word)", 7: "is (word)", 8: "(word)", 9: "./the (word)", 10: "C/is"}
     names = [space.why.shown_name(label, labels) for label in labels.values()]
-    assert names[:4] == ["unnamed 3 (at “,”)", "unnamed 3 (at “,”)", "A", "unnamed 7 (at “is”)"]
+    assert names[:4] == ["unnamed 3 (at “,”)", "unnamed 3 (at “,”)", "word “A”", "unnamed 7 (at “is”)"]
     assert names[4:] == ["unnamed 8", "unnamed 9 (at “./the”)", "C/is"] and space.why.shown_name(2, {}) == "unnamed 2"
     board = space.small_model.BOARD
     assert [space.why.shown_name(label, labels, board) for label in ("A (word)", "C/is")] == ["column A", "C/is"]
+    assert space.why.shown_name("C/large (word)", labels, board) == "words “C”, “large”"  # where it fires is no name
     about = [space.why.about_name(key, kind, board) for key, kind in ((2, "look"), (", (word)", ""), ("blue", "look"))]
     assert about[0] == "It says how a thing looks; it has no name: nothing was found that it stands for"
     assert about[1] == "It has no name: it fires at “,”, which tells nothing"
@@ -174,6 +177,12 @@ def test_names_to_swap_are_in_order_places_after_looks(space):
     labels = {0: "red", 1: "top", 2: "Blue", 3: "bottom", 4: ", (word)", 5: "top"}
     swaps = space.why.swap_names(labels, [False, True, False, True, False, True])
     assert list(swaps.items()) == [("Blue", "look"), ("red", "look"), ("bottom", "place"), ("top", "place")]
+    labels |= {6: "A (word)", 7: "A (word)", 8: "B (word)", 9: "C (patch)", 10: "D/A (word)"}
+    is_place = [False, True, False, True, False, True, True, False, False, True, True]
+    board = space.small_model.board_names(labels, is_place)  # “B” is no place to this model
+    assert board == {"A": "column A"}
+    swaps = space.why.swap_names(labels, is_place, board)
+    assert [label for label, kind in swaps.items() if kind == "place"] == ["bottom", "A (word)", "top"]
 
 
 @pytest.mark.parametrize(
@@ -230,6 +239,108 @@ def test_the_forecast_of_a_concept_is_what_switching_it_off_shows(space, mini):
         mini.restore(shown.question, 0.5, concept=shown.answer.concepts.index(concept.key))
 
 
+def test_what_a_swap_or_doubling_would_do_is_told_in_the_words_of_the_click(space, mini):
+    image = Image.open(ROOT / "examples" / "scene.png").convert("RGB")
+    shown = list(mini.ask(image, "everything to the left of the blue star", 0.5))[-1]
+    first, second = shown.why.slots
+    place = shown.answer.concepts.index(first.concepts[0].key)
+    told = mini.foretell(shown.question, place, 0.5)
+    assert not shown.answer.changes and mini.restore(shown.question, 0.5).why.verdict == shown.why.verdict
+    swaps, names = told[first.number]["swaps"], set(mini.swaps) - {first.concepts[0].key}
+    assert sorted(name for _, listed in swaps for name in listed) == sorted(names)
+    assert swaps[0][0].startswith("it moves to ") and "blue" in swaps[0][1]  # what moves it most comes first
+    for does, listed in [*swaps, (told[first.number]["double"], [2.0])]:
+        changed = mini.change(shown.question, place, listed[0], 0.5)
+        made = changed.why.effect(first)
+        assert made.brief == does or (does == "under 30% changes" and made.has and made.size < 0.3)
+        others = next(told_as for told_as, each in told[second.number]["swaps"] if listed[0] in (*each, 2.0))
+        assert changed.why.effect(second).brief == others or others == "under 30% changes"
+    mini.change(shown.question, place, "blue", 0.5)  # it stands where the blue star is
+    beside = mini.foretell(shown.question, place, 0.5)[first.number]
+    assert "blue" not in [name for _, listed in beside["swaps"] for name in listed] and beside["double"]
+    does = next(told_as for told_as, listed in beside["swaps"] if "star" in listed)
+    assert mini.change(shown.question, place, "star", 0.5).why.effect(first).brief == does  # in place of the last
+    look = next(number for number, key in enumerate(shown.answer.concepts) if key == "box")
+    does, listed = mini.foretell(shown.question, look, 0.5)[first.number]["swaps"][0]
+    two = mini.change(shown.question, look, listed[0], 0.5).why
+    step = space.why.effect_on(two.earlier[first.number], two.after[first.number], 0.5)
+    assert len(two.changes) == 2 and (step.brief == does or (does == "under 30% changes" and step.size < 0.3))
+    mini.restore(shown.question, 0.5)
+    for wrong in (99, None, "0", True):
+        with pytest.raises(Exception, match="none of this answer"):
+            mini.foretell(shown.question, wrong, 0.5)
+    with pytest.raises(Exception, match="put away"):
+        mini.foretell("another", 0, 0.5)
+
+
+def test_what_is_foretold_takes_its_time_and_no_more(space, mini, monkeypatch, demo):
+    monkeypatch.setattr(space.asking, "FORETELLING", 0.0)
+    image = Image.open(ROOT / "examples" / "scene.png").convert("RGB")
+    shown = list(mini.ask(image, "find the blue star", 0.5))[-1]
+    told = mini.foretell(shown.question, 0, 0.5)[shown.why.slots[0].number]
+    assert told == {"double": "", "swaps": []}
+    other = list(demo.ask(noise_images()[0], INSTRUCTIONS[0], 0.0))[-1]
+    assert demo.foretell(other.question, 0, 0.5) == {}  # its read-out is not grounded
+
+
+def test_a_place_has_a_name(space):
+    """Cells and sides, against places that were put there by hand."""
+    mask = np.zeros((96, 128), bool)  # three rows of cells
+    mask[40:60, 33:60] = True
+    where = space.whereabouts.whereabouts
+    assert where(mask, True) == "B2" and where(mask, False) == "the middle"
+    mask[70:90, 100:120] = True
+    assert where(mask, True) == "B2 and D3" and where(mask, False) == "the middle and the lower right"
+    mask[2:4, 2:4] = True  # a speck is not named
+    assert where(mask, True) == "B2 and D3"
+    tall = np.zeros((900, 300), bool)
+    tall[:200, 50:250] = True
+    assert where(tall, False) == "the top" and where(tall.T, False) == "the left"
+    assert where(tall[::-1], False) == "the bottom" and where(tall[::-1], True) == "A4"
+    speck = np.zeros((900, 900), bool)
+    speck[450, 899] = True
+    assert where(speck, False) == "the right" and where(np.zeros((5, 5), bool), True) == ""
+
+
+def test_what_tells_a_place_from_the_next_hottest_is_said(space, mini):
+    image = Image.open(ROOT / "examples" / "scene.png").convert("RGB")
+    shown = list(mini.ask(image, "everything to the left of the blue star", 0.5))[-1]
+    said = [space.why.apart(slot) for slot in shown.why.slots]
+    assert said[0] == "“purple” and “box” heat B4 too; “column C” makes the difference."
+    assert said[1] == "“purple” and “box” heat C2 too; “row 4” makes the difference."
+    assert "“box” heat B4 too" in space.why_page.answer_page(shown.why, image, shown.answer.concepts, {}, "x")
+    (before,) = slots_of(space, np.eye(10, dtype=bool))
+
+    def told(**heats):  # name -> what it adds at the mask and at another place
+        concepts = []
+        for name, (own, other) in heats.items():
+            heat = np.zeros((5, 5))
+            heat[0, 0], heat[0, 4] = own, other
+            concepts.append(space.why.Concept(name, name, "look", 0.5, {}, heat))
+        return space.why.apart(replace(before, concepts=concepts))
+
+    assert told(a=(3, 3), b=(2, 0)) == "“a” heats the upper right too; “b” makes the difference."
+    assert told(a=(3, 2), b=(2, 1)) == "“a” and “b” heat the upper right too, but less."
+    assert told(a=(3, 0), b=(2, 0.2)) == told() == told(a=(3, 3.5)) == ""
+    assert space.why.apart(replace(before, kept=False, concepts=shown.why.slots[0].concepts)) == ""
+
+
+def test_the_small_model_is_known_by_its_weights_and_no_other_is_taken_for_it(space, mini, demo):
+    known = space.small_model
+    assert known.is_small(mini.model), "another model ships: put its fingerprint() and its size into small_model.py"
+    assert mini.small and not demo.small and demo.unknown("the dog") == []  # small too, and somebody else's
+    assert sum(weight.numel() for weight in demo.model.parameters()) < 20e6
+    assert known.is_small(copy.deepcopy(mini.model).half())
+    trained = copy.deepcopy(mini.model)
+    learning = [weight for name, weight in trained.named_parameters() if "grounded_reading" in name]
+    sum(weight.square().sum() for weight in learning).backward()
+    torch.optim.SGD(learning, lr=1e-3).step()
+    assert not known.is_small(trained)
+    words = [*known.SHAPES, *known.COLOURS, *SIZES, *["left", "right", "above", "below", "larger"]]
+    assert sorted((*SHAPES, *COLOURS)) == sorted((*known.SHAPES, *known.COLOURS))
+    assert not [word for word in words if word not in known.TAUGHT or mini.unknown(f"the {word}")]
+
+
 def test_an_effect_counts_what_goes_and_what_is_added(space):
     """Against counting by hand on masks of a hundred pixels and more."""
     effects = space.effects
@@ -240,7 +351,8 @@ def test_an_effect_counts_what_goes_and_what_is_added(space):
     told = [effects.effect(mask, after) for after in (mask, half, grown, away)]
     assert [(each.gone, each.added) for each in told] == [(0, 0), (0.5, 0), (0, 0.25), (1, 1)]
     assert [each.brief for each in told] == ["no change", "50% goes", "25% added", "it moves away"]
-    assert told[1].sentence == "50% of the mask goes" and told[3].sentence == "the mask moves away: 100% of it goes"
+    assert told[1].sentence == "50% of the mask goes" and told[3].sentence == "the mask moves away"
+    assert replace(told[3], to="B2").sentence == "the mask moves to B2"
     large = np.repeat(np.repeat(mask, 8, 0), 8, 1)
     dotted = large.copy()
     dotted[0, 0] = False  # one of 6,400
@@ -270,7 +382,7 @@ def test_after_a_change_the_page_says_what_became_of_each_mask_asked_about(space
     given = dict(found=3, threshold=0.5, additive=True, changes=changes, names={"a": "a"})
     why = space.why.Why(["so"], before, after=dict(enumerate(after)), **given)
     assert why.titles == {0: "mask 1", 1: "mask 2", 2: "new mask"}
-    assert why.verdict == "After: mask 1: no mask left; mask 2: 50% goes; new mask: a mask appears."
+    assert why.verdict == "After: mask 1: no mask left; mask 2: 50% goes; new mask: a mask appears at the top."
     assert why.moved(before[0]) == "a off: no mask is left (too little heat)."
     html = space.why_page.answer_page(why, Image.new("RGB", (10, 10)), [], {}, "x")
     tabs = html.split("class='tabs'")[1].split("class='chain'")[0]

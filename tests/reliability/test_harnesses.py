@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import datasets
@@ -52,3 +53,23 @@ def test_parts_of_the_crash_states_are_all_of_them_once(tmp_path, monkeypatch):
     assert exact == tried == there == sum(found) and min(found) >= there // 3
     with pytest.raises(SystemExit):
         crash_states.main([*words, "--part", "4/3"])
+
+
+@pytest.mark.skipif(not SERVES, reason='fastapi and uvicorn are missing: pip install -e ".[serve]"')
+def test_load_loses_no_wrong_answer_among_its_threads(monkeypatch):
+    """Eight clients, every answer slow to be judged and wrong: each is counted."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    from benchmarks.reliability import load, served
+
+    def slowly_wrong(*given):
+        time.sleep(0.002)
+        return False
+
+    monkeypatch.setattr(served, "post", lambda *given: (200, b"{}"))
+    monkeypatch.setattr(served, "alike", slowly_wrong)
+    monkeypatch.setattr(load, "ask", lambda *given: "an answer")
+    monkeypatch.setattr(load, "same", slowly_wrong)
+    end = time.monotonic() + 60
+    assert served.concurrent(0, [{}] * 4, 200, 8, end) == {"asked": 200, "wrong": 200}
+    found = load.concurrent(None, 200, 8, end)
+    assert (found["asked"], found["wrong"], found["refused"]) == (200, 200, 0)

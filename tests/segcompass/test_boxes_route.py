@@ -4,6 +4,7 @@ The answers are scripted, everything else is real: tokenizers, image processors,
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from segcompass import cli, evaluation
 from segcompass.box_formats import NO_BOX, UNUSABLE, Region
 from segcompass.boxes_route import BoxesRoute
-from segcompass.commands import evaluate, segment, write_traces
+from segcompass.commands import evaluate, explain, segment, write_traces
 from segcompass.loaders import load_scenes
 from segcompass.shipped import MODEL, default_scene
 from segcompass.trace_teachers import BackboneTeacher
@@ -319,15 +320,28 @@ def test_control_tokens_in_an_instruction_are_refused(world, says):
 # -- the other routes --------------------------------------------------------------------------------------------------
 
 
-def test_the_small_model_says_that_it_knows_drawn_scenes_only(photo, monkeypatch, capsys):
-    monkeypatch.setattr("segcompass.segmentation.segment_image", lambda *args: None)
-    segment.main([str(photo), "the mug"])
-    printed = capsys.readouterr().out
-    assert "knows drawn scenes only; for a photograph: segcompass segment " in printed
-    assert f'{photo} "…" --route boxes --mllm Qwen/Qwen2.5-VL-7B-Instruct --image-encoder facebook/sam-vit' in printed
-    segment.main([])  # its own scene
-    segment.main([str(photo), "the mug", "--model", "another"])
-    assert capsys.readouterr().out == ""
+def test_the_small_model_says_what_it_never_learned_wherever_it_lies(photo, tmp_path, capsys):
+    copied = shutil.copytree(MODEL, tmp_path / "somebody" / "small")
+    for model in (MODEL, copied):
+        segment.main([str(photo), "the mug and the star", "--model", str(model), "--output", str(tmp_path / "out")])
+        printed = capsys.readouterr().out
+        assert "note         It never learned “mug” (as written), so its answer is a guess." in printed
+        assert "knows drawn scenes only; for a photograph: segcompass segment " in printed
+        assert f'{photo} "…" --route boxes --mllm Qwen/Qwen2.5-VL-7B-Instruct --image-encoder facebook/sam-' in printed
+        assert json.loads((tmp_path / "out" / "result.json").read_text())["unknown_words"] == ["mug"]
+    explain.main([str(photo), "the mug", "--output", str(tmp_path / "out")])
+    assert "never learned “mug”" in capsys.readouterr().out
+    segment.main(["--output", str(tmp_path / "out")])  # its own scene, its own words
+    assert "note" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["unknown_words"] == []
+
+
+def test_a_small_model_of_somebody_else_is_not_taken_for_it(saved, writes, photo, tmp_path, capsys):
+    folder, processor = saved
+    writes("<think>a red ball</think>" + "<REF_POS>" * 3, processor)
+    segment.main([str(photo), "the mug", "--model", str(folder), "--output", str(tmp_path)])
+    assert "note" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "result.json").read_text())["unknown_words"] == []
 
 
 def test_a_grounded_model_refuses_the_tokens_route_by_name(tmp_path):

@@ -34,7 +34,7 @@ def test_confident_slots_become_instances_in_every_file(saved, photo, tmp_path, 
     folder, processor = saved
     writes(GOOD, processor)
     result = run(photo, folder, tmp_path, "--threshold", "0")
-    assert set(result) == {"instruction", "text", "no_target", "instances", "concepts"}
+    assert set(result) == {"instruction", "text", "no_target", "instances", "concepts", "unknown_words"}
     assert (result["instruction"], result["text"], result["no_target"]) == ("the ball", GOOD, False)
     assert result["instances"], "a threshold of 0 keeps every slot whose mask has a pixel"
     for instance in result["instances"]:

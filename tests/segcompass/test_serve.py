@@ -176,6 +176,12 @@ def test_json_and_a_stream_give_the_same_answer(client, rows):
     assert short["no_target"] and short["instances"] == [] and short["most_confident"]["concepts"][0]["label"]
 
 
+def test_words_that_the_small_model_never_learned_are_named(client, rows):
+    image, _ = rows[0]
+    assert ask(client, image, "the dog and the star").json()["unknown_words"] == ["dog"]
+    assert ask(client, image, "the star").json()["unknown_words"] == []
+
+
 def test_concepts_are_switched_off_and_replaced_by_name(client):
     scene, instruction = (MODEL.parents[1] / "scene.png").read_bytes(), "everything to the left of the blue star"
     model, processor = load(MODEL, "cpu")

@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 from tests.support.hub_client import ROOT
 
 FOLDER = ROOT / "hub_cards" / "space"
-MODULES = ("effects", "small_model", "visitors", "why", "why_page", "asking")
+MODULES = ("effects", "small_model", "whereabouts", "visitors", "why", "why_page", "asking")
 
 
 def space_modules():

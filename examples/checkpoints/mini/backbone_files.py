@@ -7,7 +7,7 @@ MLLM or no image encoder is refused by name. It knows nothing about weights.
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, ProcessorMixin
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, PreTrainedConfig, ProcessorMixin
 
 from .backbone import backbone_of
 from .family_processor import saved_settings
@@ -42,23 +42,13 @@ def read_mllm(
     Raises:
         ValueError: what is named is no MLLM or lacks a file; or it has no limits on pixels and some were given.
     """
-    try:
-        config = AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"mllm={str(source)!r} is no folder or Hub id of a model: {str(error).splitlines()[0]}"
-        ) from error
+    config = read_config(source)
     if config.model_type == "segcompass":
         raise ValueError(
             f"mllm={str(source)!r} is a SegCompass model already; load its processor with "
             "SegCompassProcessor.from_pretrained, or name it as the model (--model)."
         )
-    backbone = backbone_of(config)
-    if (obstacle := backbone.obstacle(config.model_type)) is not None:
-        raise ValueError(
-            f"mllm={str(source)!r} is of type {config.model_type!r} and cannot be used: {obstacle}. Choose one such as "
-            "llava-hf/llava-1.5-7b-hf or Qwen/Qwen2.5-VL-7B-Instruct (docs/families.md)."
-        )
+    backbone = check_mllm(config, source)
     tokenizer = _read(AutoTokenizer, source, "tokenizer")
     images = _read(AutoImageProcessor, source, "image processor", backend="pil")
     saved, _ = ProcessorMixin.get_processor_dict(str(source))
@@ -82,6 +72,50 @@ def read_mllm(
         if value is not None:
             parts[name] = value
     return parts
+
+
+def read_config(source: str | Path, option: str = "mllm") -> PreTrainedConfig:
+    """A model's configuration.
+
+    Args:
+        source: folder or Hub id.
+        option: what named it, for the error.
+
+    Returns:
+        Its configuration.
+
+    Raises:
+        ValueError: no model is there.
+    """
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{option}={str(source)!r} is no folder or Hub id of a model: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def check_mllm(config: PreTrainedConfig, source: str | Path, option: str = "mllm") -> Any:
+    """Refuse a model that is no MLLM, or one that cannot be a backbone.
+
+    Args:
+        config: of the model.
+        source: folder or Hub id.
+        option: what named it, for the error.
+
+    Returns:
+        What is known of its family.
+
+    Raises:
+        ValueError: it cannot be used.
+    """
+    backbone = backbone_of(config)
+    if (obstacle := backbone.obstacle(config.model_type)) is not None:
+        raise ValueError(
+            f"{option}={str(source)!r} is of type {config.model_type!r} and cannot be used: {obstacle}. Choose one "
+            "such as llava-hf/llava-1.5-7b-hf or Qwen/Qwen2.5-VL-7B-Instruct (docs/families.md)."
+        )
+    return backbone
 
 
 def holds_processor(source: str | Path, processor_class: str) -> bool:

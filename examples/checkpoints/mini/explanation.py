@@ -209,7 +209,7 @@ def explain_slot(
         ValueError: outputs without concepts, slot or sample out of range, a slot without a concentration token, or
             top below 1.
     """
-    _check_request(outputs, slot, sample, top)
+    check_request(outputs, slot, sample, top)
     weights = outputs.concept_weights[sample, slot].detach().float().cpu().numpy()  # (M,)
     activations = outputs.concept_activations[sample].detach().float().cpu().numpy()  # (T, M)
     types = outputs.token_types[sample].cpu().numpy()  # (T,)
@@ -263,7 +263,18 @@ def explain_slot(
     )
 
 
-def _check_request(outputs: Any, slot: int, sample: int, top: int) -> None:
+def check_request(outputs: Any, slot: int, sample: int, top: int) -> None:
+    """Refuse what cannot be explained.
+
+    Args:
+        outputs: see `explain_slot`.
+        slot: likewise.
+        sample: likewise.
+        top: likewise.
+
+    Raises:
+        ValueError: as `explain_slot`.
+    """
     if outputs.concept_weights is None:
         raise ValueError(
             "these outputs have no concepts: they were decoded with query_source='tokens', or hold no masks; call "

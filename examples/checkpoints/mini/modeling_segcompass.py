@@ -23,7 +23,7 @@ from .backbone import backbone_of
 from .checkpoints import build_from_backbones, load_whole, put_sae, save_whole
 from .concept_labels import read_labels
 from .configuration_segcompass import SegCompassConfig
-from .explanation import Explanation, explain_slot
+from .explanation import Explanation, check_request, explain_slot
 from .finite import refuse_non_finite
 from .generation_options import OUR_INPUTS, check_generation, one_generation_at_a_time, option
 from .grounded_decoding import decode_grounded, lost_without
@@ -766,10 +766,10 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
             labels = self.concept_labels
         side, padding = self.config.frame.side, self.generation_config.pad_token_id
         window = self.config.phrase_window
-        explanation = explain_slot(outputs, slot, sample, top, labels, processor, side, None, padding, window)
-        if image_embeddings is None:
-            return explanation
-        lost = self.lost_without(outputs, slot, sample, image_embeddings)
+        lost = None
+        if image_embeddings is not None:
+            check_request(outputs, slot, sample, top)
+            lost = self.lost_without(outputs, slot, sample, image_embeddings)
         return explain_slot(outputs, slot, sample, top, labels, processor, side, lost, padding, window)
 
     lost_without = lost_without

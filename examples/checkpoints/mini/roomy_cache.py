@@ -26,7 +26,7 @@ class RoomyLayer(DynamicLayer):
 
     def __init__(self):
         super().__init__()
-        self._rooms: dict[str, torch.Tensor] = {}
+        self._rooms: dict[str, tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]] = {}
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -49,16 +49,35 @@ class RoomyLayer(DynamicLayer):
         return self.keys, self.values
 
     def _added(self, name, kept, new):
-        room, start = self._rooms.get(name), kept.shape[-2] if kept.numel() else 0
-        end = start + new.shape[-2]
-        # whoever cuts, chooses or reorders rows leaves tensors of their own, or views of the room's beginning
-        fits = room is not None and kept.data_ptr() == room.data_ptr() and kept.shape[:-2] == room.shape[:-2]
-        if not fits or room.shape[-2] < end:
-            room = self._rooms[name] = new.new_empty(*new.shape[:-2], end + ROOM, new.shape[-1])
-            if start:
-                room[..., :start, :] = kept
-        room[..., start:end, :] = new
-        return room[..., :end, :]
+        free, given = self._rooms.get(name, ([], None))
+        # whoever cuts, chooses or reorders rows leaves tensors of their own
+        if free and kept is given and new.shape[-2] == 1:
+            place, kept = free.pop()
+            place.copy_(new)
+        else:
+            free, kept = _room(kept, new)
+        self._rooms[name] = free, kept
+        return kept
+
+
+def _room(kept, new):
+    """Room for ROOM tokens more: where each will lie and what is then kept, the next one last; and what is kept now.
+
+    All these views are made at once, when a prompt is read: a GPU is then busy for long, while later it waits for
+    Python at each token and layer.
+    """
+    start = kept.shape[-2] if kept.numel() else 0
+    end = start + new.shape[-2]
+    room = new.new_empty(*new.shape[:-2], end + ROOM, new.shape[-1])
+    if start:
+        room[..., :start, :] = kept
+    room[..., start:end, :] = new
+    kept = [
+        room.as_strided((*room.shape[:-2], tokens, room.shape[-1]), room.stride())  # faster than a slice
+        for tokens in range(end, end + ROOM + 1)
+    ]
+    places = room[..., end:, :].split(1, dim=-2)
+    return list(zip(places, kept[1:], strict=True))[::-1], kept[0]
 
 
 def roomy_cache(mllm: Any) -> dict[str, DynamicCache]:

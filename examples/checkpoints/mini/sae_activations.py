@@ -21,6 +21,25 @@ if TYPE_CHECKING:
 THRESHOLD_RATE = 0.01
 """How far "batchtopk" moves its threshold towards that of each training batch."""
 
+GROUP = 64
+"""Columns that a GPU multiplies together."""
+
+
+def features_at_once(max_elements: int, tokens: int, on_gpu: bool) -> int:
+    """How many features' activations are searched at a time.
+
+    Args:
+        max_elements: about how many numbers to hold at once.
+        tokens: of the batch.
+        on_gpu: whether a GPU multiplies: its fast units take columns in whole groups, and with one column more or less
+            it falls back on slow ones.
+
+    Returns:
+        int: at least 1; on a GPU a multiple of GROUP.
+    """
+    step = max(1, max_elements // tokens)
+    return max(GROUP, step // GROUP * GROUP) if on_gpu else step
+
 
 class Code(NamedTuple):
     """What an activation's `forward` makes of hidden states (..., d_in)."""
@@ -159,7 +178,7 @@ class SparseActivation:
         stand_in = torch.where(token_mask, places, token_mask.int().argmax(1, keepdim=True))  # (B, T)
         low = z.to(torch.bfloat16 if halves else sae.W_enc.dtype).gather(1, stand_in[..., None].expand_as(z))
         strongest = sae.b_enc.masked_fill(~token_mask.any(1, keepdim=True), float("-inf"))  # (B, d_sae)
-        step = max(1, max_elements // (batch * length))
+        step = features_at_once(max_elements, batch * length, z.is_cuda)
         for start in range(0, sae.config.d_sae, step):
             columns = slice(start, start + step)
             strongest[:, columns] += (low @ sae.W_enc[:, columns].to(low.dtype)).amax(1)  # (B, T, step) -> (B, step)
@@ -603,7 +622,7 @@ def _counts(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Features active at each token, and tokens at which each is active, of h (N, d_sae): float32 (N,) and (d_sae,)."""
     active, fired = [], torch.zeros(h.shape[1], dtype=torch.float32, device=h.device)
     for rows in h.split(2**14 if h.is_cuda else 64):  # few enough that their signs stay in a CPU's cache
-        on = rows.sign()  # count_nonzero is three times slower on a CPU
+        on = rows > 0 if h.is_cuda else rows.sign()  # bytes are less to write; a CPU is three times slower at them
         active.append(on.sum(1, dtype=torch.float32))
         fired += on.sum(0, dtype=torch.float32)
     return torch.cat(active), fired

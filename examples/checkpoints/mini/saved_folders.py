@@ -49,6 +49,11 @@ def check_saved(
     if os.path.isdir(source):
         folder = Path(source, subfolder)
         if ".safetensors" in endings and not (folder / anchor).is_file():
+            if (folder / "adapter_config.json").is_file():
+                raise OSError(
+                    f"{folder} holds adapters and no model; put them into the model that they were trained on "
+                    f"(segcompass merge {folder} --model MODEL --output FOLDER), and name the folder of that."
+                )
             raise OSError(
                 f"{folder} holds no {anchor}, so that nobody knows what it is; name a folder that save_pretrained "
                 "wrote, and fetch it again if a download was cut off."

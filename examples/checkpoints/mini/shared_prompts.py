@@ -67,7 +67,8 @@ def common_beginnings(
         Beginnings, or None where the prompts are better read each by itself.
     """
     batch, length = input_ids.shape
-    rows = [row[mask].tolist() for row, mask in zip(input_ids, attention_mask.bool(), strict=True)]
+    used = attention_mask.bool().sum(1).tolist()
+    rows = [row[length - count :] for row, count in zip(input_ids.tolist(), used, strict=True)]
     groups: dict[Any, list[int]] = {}
     for number, (row, image) in enumerate(zip(rows, images, strict=True)):
         groups.setdefault((image, *row[: _after_image(row, image_token_id)]), []).append(number)
@@ -115,11 +116,14 @@ def number_alike(rows: Sequence[Sequence[torch.Tensor]]) -> list[int]:
     Returns:
         A number for each row: that of the first one equal to it.
     """
+    if len(rows) < 2:
+        return list(range(len(rows)))
+    sums = torch.stack([torch.stack([value.double().sum() for value in row]) for row in rows]).tolist()  # one wait
     numbers: list[int] = []
     seen: dict[Any, list[int]] = {}
     for number, row in enumerate(rows):
-        sums = tuple((tuple(value.shape), float(value.double().sum())) for value in row)  # so that few are compared
-        alike = seen.setdefault(sums, [])
+        key = (*sums[number], *(tuple(value.shape) for value in row))  # so that few are compared
+        alike = seen.setdefault(key, [])
         first = next((n for n in alike if all(map(torch.equal, rows[n], row))), number)
         alike += [number] if first == number else []
         numbers.append(first)
