@@ -28,6 +28,8 @@ MAX_OUTLINE = 4_000_000
 """Pixels along the outline of an instance's polygons; more would take minutes and gigabytes to fill."""
 FARTHEST = 10_000_000
 """Largest coordinate of a polygon's point, in pixels."""
+STRIP = 256
+"""Rows of a mask that are turned into columns at a time: a photograph's, all at once, take five times as long."""
 
 _ONE = 1 << 16  # fixed point, as OpenCV follows an edge from row to row
 
@@ -45,7 +47,10 @@ def encode_mask(mask: np.ndarray) -> dict:
         >>> encode_mask(np.eye(2, dtype=bool))
         {'size': [2, 2], 'counts': '0120'}
     """
-    return _plain(coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8)))
+    columns = np.empty(mask.shape, np.uint8, order="F")
+    for top in range(0, len(mask), STRIP):
+        columns[top : top + STRIP] = mask[top : top + STRIP]
+    return _plain(coco_mask.encode(columns))
 
 
 def decode_mask(rles: Sequence[dict], height: int, width: int) -> np.ndarray:

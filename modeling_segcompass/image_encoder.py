@@ -11,10 +11,11 @@ are all laid over it.
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
@@ -489,6 +490,37 @@ def image_processor_of(source: Any, **keywords: Any) -> Any:
         getattr(config, "vision_config", config),
         **(_own_normalisation(source, keywords) if isinstance(source, str) else {}),
     )
+
+
+def prepare_pixels(image_processor: Any, images: Sequence[Any]) -> torch.Tensor:
+    """What an encoder's image processor makes of images, bit for bit, in a third of the time.
+
+    transformers' own classes rescale and normalise each pixel in double precision, by way of several copies; there are
+    but 256 levels, whose values are asked of the image processor once and looked up.
+
+    Args:
+        image_processor: the image encoder's, of any class; of classes other than the two that `image_processor_of`
+            makes it is simply called.
+        images: PIL images of mode "RGB".
+
+    Returns:
+        float (B, 3, S, S), its `pixel_values`.
+    """
+    known = type(image_processor) in (SamImageProcessorPil, ViTImageProcessorPil)
+    if not known or not (image_processor.do_rescale and image_processor.do_normalize):
+        return image_processor(images, return_tensors="pt")["pixel_values"]
+    made = image_processor(images, return_tensors="np", do_rescale=False, do_normalize=False)
+    every = np.tile(np.arange(256, dtype=np.uint8), (3, 1, 1))  # a picture of all levels, in each channel
+    rescaled = image_processor.rescale(every, image_processor.rescale_factor)
+    values = image_processor.normalize(rescaled, image_processor.image_mean, image_processor.image_std)
+    values = values[:, 0]  # (3, 1, 256) -> (3, 256)
+    pixels = np.empty(made["pixel_values"].shape, np.float32)  # (B, 3, S, S)
+    for levels, looked_up in zip(made["pixel_values"], pixels, strict=True):
+        for channel in range(3):
+            np.take(values[channel], levels[channel], out=looked_up[channel], mode="clip")
+    for padded, (height, width) in zip(pixels, made.get("reshaped_input_sizes", ()), strict=False):
+        padded[:, height:], padded[:, :, width:] = 0, 0  # SAM's pads after it has normalised
+    return torch.from_numpy(pixels)
 
 
 def frame_of(image_processor: Any) -> Frame:

@@ -115,18 +115,19 @@ def draw_overlay(
     height, width = image.shape[:2]
     shown_image = _shrink(Image.fromarray(image), Image.Resampling.LANCZOS)
     dark = _darkened(shown_image)
+    behind = _resized(dark)  # of all panels and tiles, which have one size each
     instances = result["instances"]
     kept = {instance["slot"] for instance in instances}
 
     panels = [Panel("image", _resized(shown_image))]
     if concepts is not None:
-        panels.append(Panel("concepts by image patch", _patches(dark, *concepts)))
+        panels.append(Panel("concepts by image patch", _patches(behind, *concepts)))
     if prompts is not None:
         outlines = partial(_show_prompts, prompts=prompts)
         panels.append(Panel("what the answer points at", _resized(shown_image), draw=outlines))
     for slot, confidence, heat in heatmaps:
         title = f"slot {slot}, confidence {confidence:.2f}" + ("" if slot in kept else " (not kept)")
-        panels.append(Panel(title, _glow(dark, heat), css_colour(slot_colour(slot)) if slot in kept else None))
+        panels.append(Panel(title, _glow(behind, heat), css_colour(slot_colour(slot)) if slot in kept else None))
     title = f"masks: {verdict}" if instances else "masks"
     pictures = [_shrink(Image.fromarray(mask.astype(np.uint8) * 255), Image.Resampling.BOX) for mask in masks]
     outlines = partial(_show_masks, instances=instances, masks=pictures, verdict=verdict)
@@ -159,7 +160,7 @@ def draw_overlay(
         if slot in kept:
             page.square(MARGIN, top + 3, 15, css_colour(slot_colour(slot)))
         page.write(MARGIN + (23 if slot in kept else 0), top, f"slot {slot} is the sum of these concepts")
-        _draw_tiles(page, top + TITLE, heaviest, dark, width / height)
+        _draw_tiles(page, top + TITLE, heaviest, behind, width / height)
     page.write(MARGIN, text_top, "reasoning" if prompts is None else "answer", colour=SOFT)
     for number, line in enumerate(lines, 1):
         page.write(MARGIN, text_top + number * LINE, line)
@@ -267,7 +268,7 @@ class Canvas(NamedTuple):
             self.page.picture.paste(colour, tuple(first.tolist()), fine.reduce(FINE))
 
 
-def _draw_tiles(page: Page, top: float, row: list[ConceptTile], image: Image.Image, aspect: float):
+def _draw_tiles(page: Page, top: float, row: list[ConceptTile], behind: Picture, aspect: float):
     """A row of concepts, each a small picture with its lines beside it."""
     step = (PAGE - 2 * MARGIN + GAP) / TILES
     width = min(TILE * aspect, 0.44 * (step - GAP))  # beside it stands "without it −100%" whole
@@ -275,7 +276,7 @@ def _draw_tiles(page: Page, top: float, row: list[ConceptTile], image: Image.Ima
     letters = int((step - GAP - width - 12) / 8.6)
     for number, tile in enumerate(row[:TILES]):
         left = MARGIN + number * step
-        page.paste(left, top, width, height, _patches(image, tile.heat, tile.boxes))
+        page.paste(left, top, width, height, _patches(behind, tile.heat, tile.boxes))
         for place, line in enumerate((tile.name, *tile.lines[:3])):
             style = (INK, True) if place == 0 else (SOFT, False)
             page.write(left + width + 12, top + 8 + place * TILE_LINE, _cut(line, letters), SMALL, *style)
@@ -323,21 +324,21 @@ def _darkened(image: Image.Image) -> Image.Image:
 
 
 def _resized(image: Image.Image) -> Picture:
-    """An image, smoothly."""
-    return lambda height, width: image.resize((width, height), Image.Resampling.BILINEAR)
+    """An image, smoothly; what is asked for again is there already, and is not to be drawn on."""
+    return cache(lambda height, width: image.resize((width, height), Image.Resampling.BILINEAR))
 
 
-def _glow(image: Image.Image, heat: np.ndarray) -> Picture:
-    """Blend a heat in [0, 1] over an image, clear where it is 0."""
-    behind, glowing = _resized(image), Image.fromarray(heat.astype(np.float32))
+def _glow(behind: Picture, heat: np.ndarray) -> Picture:
+    """Blend a heat in [0, 1] over a picture, clear where it is 0."""
+    glowing = Image.fromarray(heat.astype(np.float32))
     return lambda height, width: _over(
         behind(height, width), np.asarray(glowing.resize((width, height), Image.Resampling.BILINEAR))
     )
 
 
-def _patches(image: Image.Image, heat: np.ndarray, boxes: np.ndarray) -> Picture:
+def _patches(behind: Picture, heat: np.ndarray, boxes: np.ndarray) -> Picture:
     """Likewise, of a heat by image patch, each with its own edges."""
-    behind, heat = _resized(image), heat / max(heat.max(initial=0), 1e-9)
+    heat = heat / max(heat.max(initial=0), 1e-9)
     return lambda height, width: _over(behind(height, width), paint_boxes(heat, boxes, height, width))
 
 

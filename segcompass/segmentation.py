@@ -1,6 +1,7 @@
 """Segments one image and writes down everything that came out: the work of `segcompass segment`."""
 
 import json
+import zlib
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -77,8 +78,11 @@ def segment_image(
     heatmaps = slot_heatmaps(outputs, processor, image, slots)
     shown = [slot for slot, _, _ in heatmaps]
     concepts = concept_heat(outputs, segcompass, shown)
-    explanations = explain_slots(segcompass, processor, outputs, shown, labels, keys)
-    tiles = {report.slot: concept_tiles(report) for report in explanations if outputs.grounding is not None}
+    grounded = outputs.grounding is not None
+    explanations = []
+    if grounded or explain:  # the overlay has room for the concepts of a grounded read-out, whose sum the heatmap is
+        explanations = explain_slots(segcompass, processor, outputs, shown, labels, keys)
+    tiles = {report.slot: concept_tiles(report) for report in explanations if grounded}
     overlay = draw_overlay(np.asarray(image), result, reasoning, verdict, masks, heatmaps, concepts, tiles)
     write_results(output, result, label_image(masks, scores, slots), overlay)
     if explain:
@@ -136,7 +140,8 @@ def write_results(output: Path, result: dict, labels: Image.Image, overlay: Imag
     with folder_lock(output):
         write_whole(output / "result.json", json.dumps(result, indent=2) + "\n")
         write_whole(output / "masks.png", labels.save)
-        write_whole(output / "overlay.png", partial(overlay.save, compress_level=3))
+        # a page's surfaces are runs of one byte once a row is subtracted from the next: faster and smaller than level 3
+        write_whole(output / "overlay.png", partial(overlay.save, compress_level=1, compress_type=zlib.Z_RLE))
     print(f"wrote overlay.png, masks.png and result.json to {output}")
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from segcompass.loaders.masks import coco_rle, decode_mask, encode_mask, packed_polygons, paint_polygon
+from segcompass.loaders.masks import STRIP, coco_rle, decode_mask, encode_mask, packed_polygons, paint_polygon
 from tests.support.refer import ANNOTATIONS, CROWD, HEIGHT, WIDTH, box, rectangle, run_lengths
 
 
@@ -28,6 +28,15 @@ def test_slanted_polygons_are_those_of_pycocotools():
         rle = coco_rle(polygons, HEIGHT, WIDTH)
         assert (decode_mask([rle] if rle else [], HEIGHT, WIDTH) == mask).all()
         assert (rle is None) == (not mask.any())
+
+
+@pytest.mark.parametrize("rows", [1, STRIP - 1, STRIP, 2 * STRIP + 3])
+def test_masks_of_more_rows_than_a_strip_are_encoded_whole(rows):
+    mask = np.random.default_rng(rows).random((rows, 7)) < 0.5
+    for given in (mask, mask.astype(np.uint8), np.asfortranarray(mask), mask[:, ::-1]):
+        rle = encode_mask(given)
+        assert rle["size"] == [rows, 7]
+        assert (coco_mask.decode(rle) == given).all()
 
 
 def test_every_form_of_run_lengths():

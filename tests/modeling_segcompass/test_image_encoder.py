@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, SiglipVisionConfig, SiglipVisionModel
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from segcompass.modeling_segcompass import SegCompassConfig, SegCompassModel
 from segcompass.modeling_segcompass.image_encoder import (
@@ -14,6 +15,7 @@ from segcompass.modeling_segcompass.image_encoder import (
     frame_of,
     image_processor_of,
     load_image_encoder,
+    prepare_pixels,
     without_torchvision,
 )
 from tests.support.scripted import noise_image
@@ -28,6 +30,38 @@ def test_image_lies_in_the_frame_where_the_image_processor_puts_it(size):
     prepared = images([noise_image(*size)], return_tensors="pt")
     frame = frame_of(images)
     assert list(frame.reshaped_size(*size)) == torch.as_tensor(prepared["reshaped_input_sizes"])[0].tolist()
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        SamImageProcessorPil(size={"longest_edge": 48}, pad_size={"height": 48, "width": 48}),
+        SamImageProcessorPil(
+            size={"longest_edge": 32},
+            pad_size={"height": 32, "width": 32},
+            image_mean=[0.1, 0.9, 0.5],
+            rescale_factor=0.01,
+        ),
+        SamImageProcessorPil(size={"longest_edge": 32}, pad_size={"height": 32, "width": 32}, do_normalize=False),
+        ViTImageProcessorPil(size={"height": 32, "width": 32}, resample=3, image_std=[0.2, 0.3, 1.7]),
+    ],
+    ids=["padded", "own values", "not normalised", "stretched"],
+)
+def test_pixels_are_the_image_processors_own_bit_for_bit(images):
+    rows = [noise_image(*size) for size in SIZES]
+    prepared = prepare_pixels(images, rows)
+    assert prepared.dtype == torch.float32
+    assert torch.equal(prepared, images(rows, return_tensors="pt")["pixel_values"])
+
+
+def test_an_image_processor_of_another_class_is_asked_for_its_pixels():
+    class Doubled(SamImageProcessorPil):
+        def normalize(self, image, *args, **kwargs):
+            return 2 * image if image.shape[-1] > 256 else image  # its values depend on more than the level
+
+    images = Doubled(size={"longest_edge": 300}, pad_size={"height": 300, "width": 300})
+    rows = [noise_image(200, 300)]
+    assert torch.equal(prepare_pixels(images, rows), images(rows, return_tensors="pt")["pixel_values"])
 
 
 def test_a_cell_counts_when_some_of_it_is_image():

@@ -11,6 +11,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from segcompass.commands import segment
+from segcompass.modeling_segcompass import SegCompassModel
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 GOOD = "<think>a red ball</think>" + "<REF_POS>" * 3
@@ -60,6 +61,21 @@ def test_confident_slots_become_instances_in_every_file(saved, photo, tmp_path, 
     assert Image.open(tmp_path / "overlay.png").width == 1600
     printed = capsys.readouterr().out
     assert "a red ball" in printed and f"slot {result['instances'][0]['slot']}  score" in printed
+
+
+def test_explanations_are_made_only_where_they_are_shown(saved, photo, tmp_path, writes, monkeypatch):
+    folder, processor = saved
+    writes(GOOD, processor)
+    explained, explain = [], SegCompassModel.explain
+    monkeypatch.setattr(
+        SegCompassModel, "explain", lambda *args, **options: explained.append(args[2]) or explain(*args, **options)
+    )
+    without = run(photo, folder, tmp_path / "without", "--threshold", "0")
+    assert not explained, "the overlay of a read-out that is not grounded shows no explanation"
+    page = np.asarray(Image.open(tmp_path / "without" / "overlay.png"))
+    assert without == run(photo, folder, tmp_path / "with", "--threshold", "0", "--explain")
+    assert explained == [instance["slot"] for instance in without["instances"]]
+    assert (np.asarray(Image.open(tmp_path / "with" / "overlay.png")) == page).all()
 
 
 def test_no_confident_slot_is_said_to_be_no_target(saved, photo, tmp_path, writes, capsys):

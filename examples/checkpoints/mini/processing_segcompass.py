@@ -19,7 +19,7 @@ from transformers.utils import CONFIG_NAME
 
 from .backbone import TOKEN_TYPE_INPUTS, Backbone, backbone_of
 from .backbone_files import holds_processor, read_image_encoder, read_mllm
-from .image_encoder import Frame, frame_of, without_torchvision
+from .image_encoder import Frame, frame_of, prepare_pixels, without_torchvision
 from .images import MAX_PIXELS, read_image
 from .manifest import MANIFEST, READ_BY_PROCESSORS
 from .old_names import with_new_names
@@ -528,7 +528,7 @@ class SegCompassProcessor(ProcessorMixin):
             self._check_aspects(images, 2 * frame.side, "the image encoder")
         sizes = [(image.height, image.width) for image in images]
         return {
-            "encoder_pixel_values": self.encoder_image_processor(images, return_tensors="pt")["pixel_values"],
+            "encoder_pixel_values": prepare_pixels(self.encoder_image_processor, images),
             "original_sizes": torch.tensor(sizes),  # (B, 2)
             "reshaped_input_sizes": torch.tensor([frame.reshaped_size(*size) for size in sizes]),
         }
@@ -594,7 +594,8 @@ class SegCompassProcessor(ProcessorMixin):
         """As ProcessorMixin's, of the token that stands once per image token."""
         token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
         for number, (words, ids) in enumerate(zip(text, text_inputs["input_ids"], strict=True)):
-            if words.count(token) != list(ids).count(self.image_token_id):
+            ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)  # one call, not one for each token
+            if words.count(token) != ids.count(self.image_token_id):
                 raise ValueError(f"prompt {number} lost image tokens when it was cut; shorten it, or do not cut it.")
 
     @property
