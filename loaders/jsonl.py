@@ -216,8 +216,11 @@ def _things(given: Any, image: Path, folder: Path, height: int, width: int) -> l
             (mask,) = _instances({keys[0]: [each[keys[0]]]}, image, folder, height, width)
         except ValueError as error:
             raise ValueError(f"instance {number}: {error}") from error
-        name, crowd = each["category"].strip(), each.get("crowd", False) is True
-        found.append({"category": name, "expressions": said, "crowd": crowd, "mask": mask})
+        crowd = each.get("crowd", False)
+        if not isinstance(crowd, bool) or each.get("iscrowd", crowd) != crowd:
+            key = "crowd" if "crowd" in each else "iscrowd"
+            raise ValueError(f"instance {number}: {key!r} is {each[key]!r}; write 'crowd': true or false.")
+        found.append({"category": each["category"].strip(), "expressions": said, "crowd": crowd, "mask": mask})
     return found
 
 

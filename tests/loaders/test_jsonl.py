@@ -117,6 +117,19 @@ def test_other_keys_are_left_alone(write):
     assert len(row["masks"]) == 1 and len(row["instances"]) == 1
 
 
+def test_a_crowd_that_is_said_in_another_way_is_not_taken_for_one_thing(write):
+    thing = {"category": "pens", "polygons": rectangle(2, 2, 9, 9)}
+    for said, message in (
+        ({"crowd": 1}, "instance 1: 'crowd' is 1; write 'crowd': true or false"),
+        ({"iscrowd": 1}, "instance 1: 'iscrowd' is 1; write 'crowd': true or false"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_jsonl(write({"masks": [], "instances": [{**thing, **said}]}))
+    for said, crowd in (({"iscrowd": 0}, False), ({"crowd": True, "iscrowd": 1}, True), ({}, False)):
+        (row,) = load_jsonl(write({"masks": [], "instances": [{**thing, **said}]}))
+        assert row["instances"][0]["crowd"] is crowd
+
+
 @pytest.mark.parametrize("inside", [1, 2, 3])
 def test_a_part_inside_the_union_of_the_others_is_found_wherever_it_stands(write, inside):
     parts = [rectangle(2, 2, 10, 20), rectangle(10, 2, 20, 20)]
