@@ -116,9 +116,11 @@ def number_alike(rows: Sequence[Sequence[torch.Tensor]]) -> list[int]:
     Returns:
         A number for each row: that of the first one equal to it.
     """
-    if len(rows) < 2:
-        return list(range(len(rows)))
-    sums = torch.stack([torch.stack([value.double().sum() for value in row]) for row in rows]).tolist()  # one wait
+    values = [value for row in rows for value in row]
+    if len(rows) < 2 or not values:
+        return [0] * len(rows)
+    each = [value.double().sum().to(values[0].device) for value in values]
+    sums = torch.stack(each).view(len(rows), -1).tolist()  # one wait for the device
     numbers: list[int] = []
     seen: dict[Any, list[int]] = {}
     for number, row in enumerate(rows):

@@ -189,3 +189,4 @@ def test_rows_are_told_apart_with_one_wait_for_the_device():
     assert called.times["_local_scalar_dense"] == 0, "a number was fetched for itself; all come together, by one tolist"
     assert number_alike([[torch.tensor(float("nan"))]] * 2) == [0, 1]
     assert number_alike([]) == [] and number_alike(rows[:1]) == [0]
+    assert number_alike([[], []]) == [0, 0], "rows without pictures are alike"
