@@ -1,6 +1,7 @@
 """Names of earlier versions, and what they are called now: saved folders of any version load through this one table.
 
-It knows names only; what the values mean is the business of the configuration, the processor and the model.
+It knows names, and the defaults that were others once; what values mean is the business of the configuration, the
+processor and the model.
 """
 
 from typing import Any
@@ -20,6 +21,9 @@ OLD_WEIGHTS = {
     r"^usual_strength$": "mean_active_activation",
 }
 """Regular expressions of weight names, as transformers' `key_mapping` takes them."""
+
+EARLIER_DEFAULTS = {"concept_reading": "feature", "grounded_rank": 0}
+"""What a config.json means that lacks these fields: whoever wrote it knew one read-out, or no map."""
 
 
 def with_new_names(fields: dict[str, Any], names: dict[str, str] = OLD_FIELDS) -> dict[str, Any]:

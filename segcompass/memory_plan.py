@@ -231,9 +231,9 @@ def activation_bytes(model: Any, batch: int, length: int) -> tuple[int, int]:
         else:
             heatmaps, confidences = core.slot_mapper(e, r, keys, valid)
         core.mask_decoder(keys, keys[:1], heatmaps, confidences, valid)
-    if core.grounded:  # an upper bound: as if every feature fired somewhere
+    if core.grounded:  # as in the first half of a cold start: every feature shares a slot
         features, slots = config.sae_config.d_sae, config.num_slots
-        concepts = 4 * 4 * batch * features * (length + slots)  # codes of words and patches, weights, their gradients
+        concepts = 4 * batch * features * (5 * PATCHES + 4 * length + 12 * slots)  # maps, codes, weights, gradients
         concepts += 4 * 4 * batch * grid * grid * PATCHES  # from patches to keys
         return of_block.bytes, of_masks.bytes + concepts
     concepts = batch * length * min(config.num_concepts, config.sae_config.d_sae) * 4 * 4  # h_j(z_t) and its masks

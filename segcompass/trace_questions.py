@@ -27,7 +27,8 @@ SAME_BOX = 0.5
 WRITE = (
     '{drawn} Somebody who saw the image without it asked: "{instruction}". Write what one thinks who looks at the '
     "image and works out what is meant: what is there, what the words say about it, and which it is in the end. Two to "
-    "four plain sentences, no list, no numbers of coordinates, and no word about the drawn line."
+    "four plain sentences, of which the last says what it is, what it looks like and where. No list, no numbers of "
+    "coordinates, and no word about the drawn line."
 )
 ONE = "A red line is drawn around one thing in this image."
 SEVERAL = "Red lines are drawn around {count} things in this image."

@@ -7,11 +7,16 @@ images or models.
 
 import hashlib
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from segcompass.loaders.surroundings import Thing
 
+LONGEST = 12
+"""Words of an instruction that the conclusion repeats; a longer one is a question of its own."""
+MARKS = re.compile(r'[.?!:;…"“”]')
+"""An instruction with one of these is not repeated: it would end the sentence, or be a quotation in a quotation."""
 LISTED = 5
 """Things of a kind that are described one by one; more are counted."""
 COUNTS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
@@ -40,7 +45,7 @@ def write_trace(row: Mapping[str, Any], things: Sequence[Thing], seed: int = 0) 
         >>> row = {"sample_id": "a", "instruction": "the dog", "height": 90, "width": 90, "masks": [None]}
         >>> write_trace(row, [Thing("dog", (0, 0, 20, 20), True), Thing("dog", (60, 60, 90, 90), False)])
         'Asked for is "the dog". There are two dogs: a small one at the upper left, a medium-sized one at the lower \
-right. What is meant is the leftmost dog. It is small and lies at the upper left.'
+right. So "the dog" is the leftmost dog, small, at the upper left.'
     """
     digest = hashlib.sha256(f"{seed} {row['sample_id']}".encode()).digest()
     words = _Words(random.Random(digest), row["height"], row["width"])
@@ -52,7 +57,7 @@ right. What is meant is the leftmost dog. It is small and lies at the upper left
     sentences = [opening.format(" ".join(row["instruction"].split()))]
     if asked:
         sentences += words.survey(asked, others)
-        sentences += words.conclusion(asked, others)
+        sentences.append(words.conclusion(row["instruction"], asked, others))
     else:
         sentences += words.nothing(others)
     return " ".join(sentences)
@@ -137,26 +142,28 @@ class _Words:
             sentences.append(f"Beside, there {_are(others, beside[:3])}.")
         return sentences
 
-    def conclusion(self, asked: Sequence[Thing], others: Sequence[Thing]) -> list[str]:
-        """Which of them is meant."""
+    def conclusion(self, instruction: str, asked: Sequence[Thing], others: Sequence[Thing]) -> str:
+        """Which of them is meant, in one sentence: a grounded read-out reads the last one alone."""
         if len(asked) > 1:
+            listed = [f"the {self.size(t)} {t.name or 'one'} {self.at(t)}" for t in asked[:LISTED]]
+            more = f", and {_number(len(asked) - LISTED)} more" if len(asked) > LISTED else ""
             all_of_kind = asked[0].name is not None and {t.name for t in asked} == {asked[0].name}
-            if all_of_kind and not any(thing.name == asked[0].name for thing in others):
-                meant = f"all {_number(len(asked))} {plural(str(asked[0].name))} are meant"
-            else:
-                listed = [f"the {self.size(t)} {t.name or 'one'} {self.at(t)}" for t in asked[:LISTED]]
-                more = f", and {_number(len(asked) - LISTED)} more" if len(asked) > LISTED else ""
-                meant = f"{_number(len(asked))} things are meant: {', '.join(listed)}{more}"
-            return [f"{self.choose('So', 'Therefore', 'By that,')} {meant}."]
+            alone = all_of_kind and not any(thing.name == asked[0].name for thing in others)
+            things = (
+                f"all {_number(len(asked))} {plural(str(asked[0].name))}" if alone else f"{_number(len(asked))} things"
+            )
+            meant = f"{things} are meant: {', '.join(listed)}{more}"
+            return f"{self.choose('So', 'Therefore', 'By that,')} {meant}."
         (thing,) = asked
         name, alike = thing.name or "thing", [other for other in others if other.name == thing.name and thing.name]
         told = self.told_apart(thing, alike)
         relation = self.relation(thing, [other for other in others if other.name and other.name != thing.name])
-        meant = self.choose("What is meant is the {}{}.", "So it is the {}{}.", "The {}{} fits.")
         which = f"{told} {name}" if told else f"{name}"
-        sentences = [meant.format(which, f", {relation}" if relation else "")]
-        where = self.choose("It is {} and lies {}.", "It is {}, {}.", "I find it {1}, and it is {0}.")
-        return [*sentences, where.format(self.size(thing), self.at(thing))]
+        which = f"the {which}{f', {relation}' if relation else ''}, {self.size(thing)}, {self.at(thing)}"
+        words = " ".join(instruction.split())
+        if len(words.split()) > LONGEST or MARKS.search(words):
+            return self.choose("What is meant is {}.", "So it is {}.", "I find it: {}.").format(which)
+        return self.choose('So "{}" is {}.', 'What is meant, "{}", is {}.', '"{}" is {}.').format(words, which)
 
     def nothing(self, others: Sequence[Thing]) -> list[str]:
         """That nothing is meant."""

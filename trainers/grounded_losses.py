@@ -5,12 +5,15 @@ target, which the Hungarian matching of `matching.py` makes. Nothing here knows 
 concepts come from phrases and masks (`word_detectors`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from segcompass.modeling_segcompass.grounded_reading import GroundedReading
 
 from .matching import match_slots
 
@@ -38,6 +41,29 @@ class HandOver(NamedTuple):
     """(n, d_sae)."""
     givers: Tensor
     """(n,) long, the pair whose looks they have and whose thing they must show."""
+
+
+@contextmanager
+def shared_slots(model: nn.Module, shared: bool) -> Iterator[None]:
+    """Within it every concept that fires shares a slot of a grounded read-out, where `shared`.
+
+    Args:
+        model: a SegCompassModel, maybe inside a wrapper.
+        shared: whether.
+
+    Example:
+        >>> with shared_slots(model, step < 100):
+        ...     outputs = model(**inputs)
+    """
+    # PEFT keeps a trained copy beside the first
+    readings = [module for module in model.modules() if shared and isinstance(module, GroundedReading)]
+    for reading in readings:
+        reading.soft = True
+    try:
+        yield
+    finally:
+        for reading in readings:
+            reading.soft = False
 
 
 def match_patches(heatmaps: Tensor, confidences: Tensor, targets: Sequence[Tensor], patch_mask: Tensor) -> PatchPairs:

@@ -38,6 +38,7 @@ from .grounded_losses import (
     match_patches,
     name_loss,
     patch_loss,
+    shared_slots,
     without_looks,
     word_detectors,
 )
@@ -45,6 +46,7 @@ from .targets import patch_coverage
 
 CHUNK = 60  # rows of one file of the cache
 STANDS_OUT = 0.5  # strength above its mean from which a concept stands out on an image
+CELLS = 8  # along a side of the frame, to say where a concept is at home
 COMMON = 6.0  # how much the start of β holds back what stands out on every image
 
 
@@ -230,6 +232,7 @@ class CachedStates:
 
         lengths = torch.tensor([len(record["word_states"]) for record in records])
         word_codes = padded("word_codes", sparse=True)
+        patches = max(len(record["patch_mask"]) for record in records)
         return {
             "inputs": {
                 "word_codes": word_codes,
@@ -240,7 +243,7 @@ class CachedStates:
                 "patch_xy": padded("patch_xy"),
             },
             "records": records,
-            "coverage": [record["coverage"] for record in records],
+            "coverage": [F.pad(record["coverage"], (0, patches - record["coverage"].shape[-1])) for record in records],
         }
 
     def spread_and_start(self) -> tuple[Tensor, Tensor]:
@@ -249,26 +252,32 @@ class CachedStates:
         What stands out on nearly every image ("something is here") tells no two objects apart, and words fire it too:
         without a start far below 0 every slot chose it, and training did not leave it (dev/log.md).
         """
-        total, common = torch.zeros(()), torch.zeros(())
+        total, seen, common = torch.zeros(()), torch.zeros(CELLS**2), torch.zeros(())
         for rows in self.images:
             record = self.records[rows[0]]
-            maps = centred(record["patch_codes"].to_dense()[None].float(), record["patch_mask"][None])[0]  # (P, d_sae)
-            total, common = total + maps, common + (maps.amax(0) > STANDS_OUT).float()
+            inside = record["patch_mask"]
+            maps = centred(record["patch_codes"].to_dense()[None].float(), inside[None])[0]  # (P, d_sae)
+            column, line = (record["patch_xy"][inside] * CELLS).long().clamp(0, CELLS - 1).unbind(-1)
+            here = F.one_hot(line * CELLS + column, CELLS**2).float()  # (P, cells): grids of any shape meet in one
+            total, seen = total + here.mT @ maps[inside], seen + here.sum(0)
+            common = common + (maps.amax(0) > STANDS_OUT).float()
         share = common / len(self.images)
-        return concept_spread(total), COMMON * torch.log((1 - share).clamp_min(0.01))
+        mean = total[seen > 0] / seen[seen > 0, None]
+        return concept_spread(mean), COMMON * torch.log((1 - share).clamp_min(0.01))
 
     def detectors(self, held_out: Sequence[str], images: int = 300) -> tuple[list[str], Tensor]:
         """The words of all phrases, and which concepts say them (`word_detectors`)."""
         first = [self.records[row] for rows in self.images[:images] for row in rows]
         words = sorted({word for record in first for word in record["shown"]})
+        if not words:
+            d_sae = self.records[0]["patch_codes"].shape[-1]
+            return [], torch.zeros(0, d_sae, dtype=torch.bool)
         codes, shown = [], []
         for record in first:
             inside = record["patch_mask"]
             codes.append(record["patch_codes"].to_dense()[inside].float())
             nothing = torch.zeros_like(inside)
             shown.append(torch.stack([record["shown"].get(word, nothing)[inside] for word in words], 1))
-        if not words:
-            return [], torch.zeros(0, codes[0].shape[1], dtype=torch.bool)
         held = [words.index(word) for word in held_out if word in words]
         return words, word_detectors(torch.cat(codes), torch.cat(shown), held)
 
@@ -317,8 +326,8 @@ def train_grounded(
             generator = torch.Generator().manual_seed(hash((config.seed, phase, step)) % 2**31)
             count = min(len(cached.images), config.mask_images if phase else config.patch_images)
             batch = cached.batch(cached.rows_of(torch.randperm(len(cached.images), generator=generator)[:count]))
-            reading.soft = phase == 0 and step < steps // 2
-            loss, parts = grounded_loss(model, batch, words, detectors, phase, config, generator)
+            with shared_slots(model, phase == 0 and step < steps // 2):
+                loss, parts = grounded_loss(model, batch, words, detectors, phase, config, generator)
             rate = min(1.0, (step + 1) / 30) * (0.02 + 0.98 * (1 + math.cos(math.pi * step / steps)) / 2)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * rate
@@ -330,7 +339,6 @@ def train_grounded(
             if step % config.save_steps == 0 or step == steps:
                 _save(path, model, optimizer, phase, step)
             yield {"phase": phase + 1, "step": step, "loss": loss.item(), **parts}
-    reading.soft = False
 
 
 def _optimizer(model, phase, config):
@@ -409,7 +417,7 @@ def grounded_loss(
     shown = torch.cat([_jittered(weights, config, generator), _jittered(given.weights, config, generator)])
     chosen = torch.cat([torch.arange(len(samples)), given.givers, erased])  # each slot's pair
     heatmaps, masks = _masks(
-        model, torch.cat([shown, without_looks(reading, weights[erased])]), read.maps, records, inputs, samples[chosen]
+        model, torch.cat([shown, without_looks(reading, weights[erased])]), read.maps, batch, samples[chosen]
     )
     targets = [records[b]["masks"][t] for b, t in zip(samples.tolist(), pairs.targets.tolist(), strict=True)]
     wanted = torch.stack(targets)[chosen].float() / 255  # (n, 4h, 4w)
@@ -441,15 +449,17 @@ def _jittered(weights, config, generator):
     return weights * (1 - chosen * config.jitter * torch.rand(weights.shape, generator=generator))
 
 
-def _masks(model, weights, maps, records, inputs, samples):
+def _masks(model, weights, maps, batch, samples):
     """Heatmaps on the image encoder's grid (n, h, w) and mask logits (n, 4h, 4w) of n slots, each on its own image."""
-    rows = [records[sample] for sample in samples.tolist()]
-    keys = torch.stack([row["keys"] for row in rows]).float()
-    stacked = {name: torch.stack([row[name] for row in rows]) for name in ("patch_xy", "patch_size", "reshaped")}
-    reading, patch_mask = model.grounded_reading, inputs["patch_mask"][samples]
-    upsampling = reading.upsampling(keys, stacked["patch_xy"], stacked["patch_size"], patch_mask)
+    rows, inputs = [batch["records"][sample] for sample in samples.tolist()], batch["inputs"]
+    reading = model.grounded_reading
+    keys, reshaped = torch.stack([row["keys"] for row in rows]).float(), torch.stack([row["reshaped"] for row in rows])
+    xy, patch_mask = inputs["patch_xy"][samples], inputs["patch_mask"][samples]
+    sizes = [row["patch_size"] for row in rows]  # (P, 2) each; padding divides by 1
+    size = torch.stack([F.pad(size, (0, 0, 0, xy.shape[1] - len(size)), value=1.0) for size in sizes])
+    upsampling = reading.upsampling(keys, xy, size, patch_mask)
     heatmaps = reading.to_keys(_heat(reading, weights, maps[samples])[:, None], upsampling)  # (n, 1, h, w)
-    cells = model.config.frame.cell_mask(stacked["reshaped"], keys.shape[-1])
+    cells = model.config.frame.cell_mask(reshaped, keys.shape[-1])
     positions = model.key_positions(keys.shape[-2:])
     sure = torch.full((len(rows), 1), DECODER_CONFIDENCE)
     return heatmaps[:, 0], model.mask_decoder(keys, positions, heatmaps, sure, cells)[:, 0]

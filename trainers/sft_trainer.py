@@ -27,15 +27,46 @@ from .checks import (
     check_model,
     check_precision,
     check_quantization,
+    check_sharding,
 )
 from .collator import SegCompassCollator
 from .constant_prefix import constant_prefix
+from .grounded_losses import shared_slots
 from .held_out import HeldOutMasks
 from .image_features import open_image_features
 from .losses import LOG_PREFIX, LossWeights, erasure_loss, segmentation_loss
 from .optimization import RateMultipliers, check_warmup, component_optimizer
 from .options import OPTIONS, refuse_options
 from .policy import freeze
+
+SOFT_SHARE = 0.5
+"""Share of the steps in which every concept that fires shares a slot of a new grounded read-out, before the heaviest
+few do. With these alone from the first step on, a slot keeps those it happens to begin with (dev/log.md)."""
+
+
+def refuse_attention_only(args: "SegCompassSFTConfig") -> None:
+    """Refuse, for a grounded model, what only the attention read-out has.
+
+    Args:
+        args: the settings.
+
+    Raises:
+        ValueError: one of them is set.
+    """
+    usual = {
+        "query_source": ("both", "concepts"),
+        "token_dropout": (0.0,),
+        "query_codebook_lr_multiplier": (1.0,),
+        "slot_mapper_lr_multiplier": (1.0,),
+    }
+    given = {name: getattr(args, name) for name, values in usual.items() if getattr(args, name) not in values}
+    if given:
+        raise ValueError(
+            f"{', '.join(f'{name}={value!r}' for name, value in given.items())} is for the attention read-out, but "
+            "this model's is grounded, which reads no concentration token and has no query codebook or slot mapper "
+            "(grounded_reading_lr_multiplier is its rate); leave it out, or build the model with "
+            "concept_reading='feature'."
+        )
 
 
 def response_logits(mllm: nn.Module, labels: Tensor) -> int:
@@ -165,6 +196,8 @@ class SegCompassSFTTrainer(WholeCheckpoints, HeldOutMasks, Trainer):
         check_model(model, processing_class)
         processing_class.check_fits(model.config)
         check_dataset(kwargs.get("train_dataset"))
+        if model.grounded:
+            refuse_attention_only(args)
         model.config.token_dropout = args.token_dropout
         parts = ("train_below_sae_layer", "train_vision_tower", "train_image_encoder")
         learning = {name: getattr(args, name) for name in parts}
@@ -202,9 +235,12 @@ class SegCompassSFTTrainer(WholeCheckpoints, HeldOutMasks, Trainer):
             kwargs[name] = leave_images_encoded(kwargs.get(name))
         check_precision(adapted)
         super().__init__(model=adapted, args=args, processing_class=processing_class, data_collator=collator, **kwargs)
+        check_sharding(model, self.is_fsdp_enabled)
         self.model_accepts_loss_kwargs = False
         self._parts: dict[str, list[Tensor]] = {}
         self.held_out_features = features
+        # β is 0 until a read-out has learned: one that has keeps its slots
+        self.new_reading = model.grounded and not model.grounded_reading.concept_bias.any()
 
     def has_loss_on(self, rows: Any) -> bool:
         """Whether the rows have traces; those of benchmarks have none, and are only segmented."""
@@ -228,11 +264,14 @@ class SegCompassSFTTrainer(WholeCheckpoints, HeldOutMasks, Trainer):
         targets, alignment = inputs.pop("mask_targets", None), inputs.pop("alignment_targets", None)
         core: Any = self.accelerator.unwrap_model(model)
         core = core.get_base_model() if is_peft_model(core) else core
-        with constant_prefix(core, inputs["input_ids"]):
+        early = self.state.global_step < SOFT_SHARE * self.state.max_steps
+        shared = self.new_reading and model.training and early
+        with constant_prefix(core, inputs["input_ids"]), shared_slots(core, shared):
             outputs = model(
                 **inputs,
                 query_source=self.args.query_source,
-                num_erased_concepts=self.args.num_erased_concepts * self.with_masks,
+                # of a slot that all share, no mask goes with a few
+                num_erased_concepts=self.args.num_erased_concepts * (self.with_masks and not shared),
                 output_hidden_states=True if alignment is not None else None,
                 use_cache=False,
                 # whoever asks for the outputs gets all logits

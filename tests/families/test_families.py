@@ -36,7 +36,7 @@ from segcompass.trainers.sft_trainer import response_logits
 from tests.support.families import TINY_FAMILIES, tiny_family
 from tests.support.grpo import scenes, settings
 from tests.support.scripted import Script
-from tests.support.tiny import tiny_processor
+from tests.support.tiny import make_sure, tiny_processor
 
 from .conftest import coarse_noise
 
@@ -295,7 +295,7 @@ def test_a_joint_step_scores_its_own_responses_and_moves_the_policy(family, tmp_
     if family == "smolvlm":
         pytest.importorskip("num2words")
     model, processor = tiny_family(family)
-    model.slot_mapper.conf_out.bias.data += 3.0  # untrained slots are unsure, and unsure slots earn no mask reward
+    make_sure(model)
     texts = [RESPONSE, RESPONSE.replace("a b", "c"), "<think>no", f"x{RESPONSE}"]
     generate = model.generate
 

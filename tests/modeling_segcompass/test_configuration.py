@@ -18,7 +18,7 @@ FULL_SIZE = {
 }
 
 
-def test_default_config_is_the_papers_and_needs_no_network():
+def test_default_config_has_the_papers_shape_and_needs_no_network():
     config = SegCompassConfig()
     assert config.mllm_config.model_type == "llava"
     assert (config.num_slots, config.num_concepts, config.key_grid) == (6, 256, 64)

@@ -155,9 +155,13 @@ def test_heatmap_is_the_formula_computed_densely(grounded):
 
 
 def tied_share(looks, xy):
-    """ρ of one slot, patch by patch."""
-    at = [here for here, value in zip(xy.tolist(), looks.tolist(), strict=True) if value >= 0.6 * looks.max()]
-    return 0.6 if any(max(abs(a[0] - b[0]), abs(a[1] - b[1])) > 0.42 for a in at for b in at) else 0.25
+    """ρ of one slot, by numpy."""
+    looks, xy = np.array(looks, float), np.array(xy, float)
+    there = looks >= 0.4 * looks.max()
+    if looks.max() == 0:
+        return 0.25
+    scatter = np.cov(xy[there].T, aweights=looks[there], ddof=0)
+    return 0.6 if np.linalg.eigvalsh(scatter)[-1] ** 0.5 > 0.15 else 0.25
 
 
 def test_few_concepts_share_a_slot_and_each_is_of_its_group(grounded):
@@ -347,17 +351,20 @@ def test_codes_alone_give_the_same_heatmaps_as_the_model(grounded):
 def test_places_have_more_of_a_slot_where_two_parts_of_the_image_look_alike(grounded):
     reading = grounded[0].grounded_reading
     line = torch.stack([torch.linspace(0.05, 0.95, 10), torch.full((10,), 0.5)], -1)[None]  # (1, 10, 2)
-    looks = torch.zeros(1, 5, 10)
+    looks = torch.zeros(1, 6, 10)
     looks[0, :, 1] = 0.8
-    looks[0, 0, 1:5] = 0.8  # a wide one: from .15 to .45
-    looks[0, 1, 8] = 0.47  # not enough of it
-    looks[0, 2, 6] = 0.49  # at .65
-    looks[0, 3, [4, 6]] = 0.49  # between them one that fills the gap
-    looks[0, 4] = 0.0  # nothing looks like it
+    looks[0, 0, 1:6] = 0.8  # a wide one: from .15 to .55, √2 tenths around .35
+    looks[0, 1, 8] = 0.31  # not enough of it
+    looks[0, 2, 6] = 0.33  # at .65
+    looks[0, 3, [4, 6]] = 0.33  # between them one that fills the gap
+    looks[0, 4, 3] = 0.8  # beside it, at .35: √1 tenths around .25
+    looks[0, 5] = 0.0  # nothing looks like it
     inside = torch.ones(1, 10, dtype=torch.bool)
     rho = reading.share_of_places(looks, line, inside)[0, :, 0]
-    torch.testing.assert_close(rho, torch.tensor([0.25, 0.25, 0.6, 0.6, 0.25]))
+    torch.testing.assert_close(rho, torch.tensor([0.25, 0.25, 0.6, 0.6, 0.25, 0.25]))
     assert torch.equal(reading.share_of_places(looks, line.flip(-1), inside)[0, :, 0], rho)  # one above the other
+    slope = torch.stack([line[..., 0] * 0.6, line[..., 0] * 0.8], -1)  # as far apart, in a direction between
+    assert torch.equal(reading.share_of_places(looks, slope, inside)[0, :, 0], rho)
     inside[0, 6] = False  # padding is no second place
     assert (reading.share_of_places(looks, line, inside) == 0.25).all()
 

@@ -11,6 +11,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from segcompass.modeling_segcompass import SegCompassModel, SparseAutoencoder
 from segcompass.modeling_segcompass.checkpoints import UNQUANTIZED, spare_from_quantization
+from segcompass.trainers.optimization import segmentation_modules
 from tests.support.scripted import INSTRUCTIONS, lively_segcompass, noise_images
 from tests.support.tiny import BACKBONES
 
@@ -24,11 +25,12 @@ def masks_of(model, processor):
         return model.eval()(**inputs).pred_masks
 
 
-@pytest.fixture(scope="module", params=BACKBONES)
+@pytest.fixture(scope="module", params=[*((backbone, "feature") for backbone in BACKBONES), ("llava", "grounded")])
 def saved(request, tmp_path_factory):
     """A tiny model's folder, its processor and its masks."""
-    folder = tmp_path_factory.mktemp(request.param)
-    model, processor = lively_segcompass(request.param)
+    backbone, reading = request.param
+    folder = tmp_path_factory.mktemp(f"{backbone}-{reading}")
+    model, processor = lively_segcompass(backbone, concept_reading=reading)
     model.save_pretrained(folder)
     return folder, processor, masks_of(model, processor)
 
@@ -63,8 +65,8 @@ def test_device_map_auto_gives_the_same_masks(saved):
 
 def test_parts_offloaded_by_device_map_come_back_when_needed_except_the_sae(saved, tmp_path):
     folder, processor, masks = saved
-    places = dict.fromkeys(("mllm", "image_encoder", "sae", "query_codebook", "slot_mapper", "mask_decoder"), "cpu")
-    places["image_positions"] = "cpu"
+    learns = segmentation_modules(SegCompassModel.from_pretrained(folder))
+    places = dict.fromkeys(("mllm", "image_encoder", "sae", "image_positions", *learns), "cpu")
     model = SegCompassModel.from_pretrained(
         folder, device_map={**places, "image_encoder": "disk"}, offload_folder=tmp_path
     )
@@ -93,10 +95,8 @@ def test_quantisation_leaves_everything_but_the_mllm_alone(saved, make):
     linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     converted = {name for name in linear if should_convert_module(name, skipped)}
     assert converted and all(name.startswith("mllm.model.") for name in converted)
-    assert {name.split(".")[0] for name in linear} - {name.split(".")[0] for name in converted} >= {
-        "image_encoder",
-        "slot_mapper",
-    }
+    spared = {name.split(".")[0] for name in linear} - {name.split(".")[0] for name in converted}
+    assert spared >= {"image_encoder", "grounded_reading" if model.grounded else "slot_mapper"}
 
 
 def plain_torchao():
@@ -112,7 +112,7 @@ def test_quantised_model_still_segments(saved):
     model = SegCompassModel.from_pretrained(folder, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
     kinds = {type(module).__name__ for module in model.mllm.modules()}
     assert "Linear8bitLt" in kinds
-    spared = [model.image_encoder, model.sae, model.query_codebook, model.slot_mapper, model.mask_decoder]
+    spared = [model.image_encoder, model.sae, *(getattr(model, name) for name in segmentation_modules(model))]
     assert not any(type(module).__name__ == "Linear8bitLt" for part in spared for module in part.modules())
     low = masks_of(model, processor)
     assert low.isfinite().all() and not torch.equal(low, masks)
@@ -190,7 +190,7 @@ def test_a_peft_adapter_is_saved_beside_and_loaded_again(saved, tmp_path):
     folder, processor, masks = saved
     adapter = peft.LoraConfig(
         target_modules=r"mllm\..*language_model.*\.(q_proj|v_proj)",
-        modules_to_save=["query_codebook", "slot_mapper", "mask_decoder"],
+        modules_to_save=list(segmentation_modules(SegCompassModel.from_pretrained(folder))),
         r=4,
     )
     model = peft.get_peft_model(SegCompassModel.from_pretrained(folder), adapter)
@@ -203,9 +203,9 @@ def test_a_peft_adapter_is_saved_beside_and_loaded_again(saved, tmp_path):
     model.save_pretrained(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").stat().st_size < (folder / "model.safetensors").stat().st_size
     loaded = peft.PeftModel.from_pretrained(SegCompassModel.from_pretrained(folder), tmp_path)
-    torch.testing.assert_close(masks_of(loaded, processor), trained)
+    torch.testing.assert_close(masks_of(loaded, processor), trained, atol=1e-4, rtol=1e-4)  # through a sum of places
     merged = loaded.merge_and_unload()
     torch.testing.assert_close(masks_of(merged, processor), trained, atol=1e-3, rtol=1e-3)
     merged.save_pretrained(tmp_path / "merged")
     again = SegCompassModel.from_pretrained(tmp_path / "merged")
-    torch.testing.assert_close(masks_of(again, processor), masks_of(merged, processor))
+    torch.testing.assert_close(masks_of(again, processor), masks_of(merged, processor), atol=1e-4, rtol=1e-4)

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import SamVisionConfig
+from transformers import AutoConfig, SamVisionConfig
 
 from segcompass.modeling_segcompass import SegCompassConfig, SegCompassModel, SegCompassProcessor
-from segcompass.modeling_segcompass.old_names import OLD_FIELDS, OLD_PARTS, with_new_names
+from segcompass.modeling_segcompass.old_names import EARLIER_DEFAULTS, OLD_FIELDS, OLD_PARTS, with_new_names
 from tests.support.tiny import tiny_segcompass
 
 MINI = Path(__file__).parents[2] / "examples" / "checkpoints" / "mini"
@@ -39,6 +39,25 @@ def test_references_of_earlier_versions_name_todays_parts():
     where = {"repo_id": "a/b", "revision": "main"}
     assert SegCompassConfig(references={"sam": where}).references == {"image_encoder": where}
     assert SegCompassConfig.from_dict({"references": {"sam": where}}).references == {"image_encoder": where}
+
+
+def test_a_configuration_without_a_read_out_has_the_one_that_was_the_default(tmp_path):
+    assert (SegCompassConfig().concept_reading, SegCompassConfig().grounded_rank) == ("grounded", 64)
+    for config in (SegCompassConfig(), SegCompassConfig(concept_reading="feature", grounded_rank=0)):
+        config.save_pretrained(tmp_path)
+        written = json.loads((tmp_path / "config.json").read_text())
+        loaded = SegCompassConfig.from_pretrained(tmp_path)
+        assert {name: written[name] for name in EARLIER_DEFAULTS} == {
+            name: getattr(loaded, name) for name in EARLIER_DEFAULTS
+        }
+        assert loaded.concept_reading == config.concept_reading
+    earlier = {name: value for name, value in written.items() if name not in EARLIER_DEFAULTS}
+    (tmp_path / "config.json").write_text(json.dumps(earlier))
+    readers = (SegCompassConfig.from_pretrained, AutoConfig.from_pretrained, SegCompassConfig.from_json_file)
+    for read, path in zip(readers, (tmp_path, tmp_path, tmp_path / "config.json"), strict=True):
+        loaded = read(path)
+        assert (loaded.concept_reading, loaded.grounded_rank) == ("feature", 0)
+    assert SegCompassConfig.from_pretrained(tmp_path, concept_reading="token").concept_reading == "token"
 
 
 def test_every_old_name_has_a_new_one_that_is_not_old():

@@ -9,9 +9,13 @@ from trl import TrlParser
 
 from segcompass import memory_plan
 from segcompass.commands import plan_memory, train_grpo, train_sae, train_sft
+from segcompass.loaders import load_scenes
 from segcompass.modeling_segcompass import SegCompassConfig
 from segcompass.trainers import SegCompassGRPOConfig, SegCompassSFTConfig
+from segcompass.trainers.collator import SegCompassCollator
+from segcompass.trainers.grounded_losses import shared_slots
 from segcompass.trainers.optimization import parameter_groups, segmentation_modules
+from tests.support.tiny import tiny_segcompass
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "examples" / "recipes"
@@ -133,6 +137,22 @@ def test_grounded_models_are_planned():
     config.concept_reading = "grounded"
     grounded = memory_plan.plan(config, training)
     assert grounded["peak"] > plain["peak"] * 0.9 and "grounded_reading" in grounded["counts"]
+
+
+def test_a_grounded_model_plans_no_less_than_a_step_in_which_every_feature_shares_a_slot_keeps():
+    """Of a tiny one, whose numbers are scaled: what `ground` keeps for the backward pass, by features and patches."""
+    model, processor = tiny_segcompass("llava", concept_reading="grounded")
+    row = next(iter(load_scenes("train", seed=5, num_samples=1, size=64, streaming=True)))
+    inputs = SegCompassCollator(processor, 4 * model.config.key_grid)([row])
+    inputs.pop("mask_targets")
+    kept = {}
+    for soft in (False, True):
+        with shared_slots(model, soft), memory_plan.SavedBytes(model) as saved:
+            model.train()(**inputs)
+        kept[soft] = saved.bytes
+    features, slots = model.config.sae_config.d_sae, model.config.num_slots
+    patches, length = int((inputs["input_ids"] == model.config.image_token_id).sum()), inputs["input_ids"].shape[1]
+    assert kept[True] - kept[False] < 4 * features * (5 * patches + 4 * length + 12 * slots)
 
 
 @pytest.mark.parametrize(

@@ -43,10 +43,18 @@ def test_a_trace_says_what_is_there_and_which_it_is():
         assert "the left one" in text and "two dogs" in text and "leftmost dog" in text and "at the left" in text
         assert not re.search(r"\d", text) and reserved_token(text) is None
     assert any("left of the bench" in text for text in texts) and any("one bench" in text for text in texts)
+    # a grounded read-out reads the last sentence alone
+    assert all(
+        '"the left one"' in last and "leftmost dog" in last for last in (text.rsplit(". ", 1)[-1] for text in texts)
+    )
+    for instruction in ("Which dog barks?", "the dog. The left one", "dog no.5", 'he said "stop"', "a b " * 7):
+        for seed in range(9):
+            last = write_trace(row([None], instruction=instruction), things, seed).rsplit(". ", 1)[-1]
+            assert "leftmost dog" in last and "at the left" in last and instruction.strip(".?") not in last
     nothing = {write_trace(row([]), [Thing("dog", (0, 0, 9, 9), False)], seed) for seed in range(20)}
     assert len(nothing) > 3 and all("one dog" in text for text in nothing)
     several = write_trace(row([None] * 2), [Thing("dog", (0, 0, 9, 9), True), Thing("dog", (50, 0, 60, 9), True)])
-    assert "all two dogs are meant" in several
+    assert "all two dogs are meant: the tiny dog at the upper left, the tiny dog at the top." in several
     mixed = write_trace(row([None] * 2), [Thing("dog", (0, 0, 9, 9), True), Thing("cat", (50, 0, 60, 9), True)])
     assert "two things are meant: the tiny dog at the upper left, the tiny cat at the top" in mixed
     unnamed = write_trace(row([None]), [Thing(None, (60, 60, 90, 90), True)])

@@ -8,7 +8,7 @@ from pycocotools import mask as coco_mask
 
 from segcompass.trainers.grpo_config import SegCompassGRPOConfig
 from segcompass.trainers.grpo_trainer import SegCompassGRPOTrainer
-from tests.support.tiny import tiny_segcompass
+from tests.support.tiny import make_sure, tiny_segcompass
 
 SLOTS = 3
 SIZES = [(40, 40), (30, 44), (44, 28)]
@@ -102,7 +102,7 @@ def force_responses(model, processor):
 
 def make_trainer(folder, backbone="llava", rows=8, scripted=True, model_config=None, trainer_kwargs=None, **changes):
     model, processor = tiny_segcompass(backbone, num_slots=SLOTS, **(model_config or {}))
-    model.slot_mapper.conf_out.bias.data += 3.0  # untrained slots are unsure, and unsure slots earn no mask reward
+    make_sure(model)
     if scripted:
         script_responses(model, processor)
     return SegCompassGRPOTrainer(

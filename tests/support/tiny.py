@@ -151,8 +151,11 @@ def tiny_sam():
     )
 
 
-def tiny_segcompass(backbone, seed=0, num_slots=3, image_encoder=None, **config):
-    """A whole tiny SegCompass model on a real backbone class, and its processor. Same seed, same weights."""
+def tiny_segcompass(backbone, seed=0, num_slots=3, image_encoder=None, concept_reading="feature", **config):
+    """A whole tiny SegCompass model on a real backbone class, and its processor. Same seed, same weights.
+
+    Its read-out is the paper's unless another is named: it has more parts that can go wrong between MLLM and masks.
+    """
     torch.manual_seed(seed)
     processor = tiny_processor(backbone, num_slots)
     if image_encoder is not None:
@@ -167,9 +170,17 @@ def tiny_segcompass(backbone, seed=0, num_slots=3, image_encoder=None, **config)
         decoder_heads=4,
         decoder_mlp_dim=32,
         max_response_length=24,
+        concept_reading=concept_reading,
+        grounded_rank=8,
     )
     sam = image_encoder or tiny_sam()  # before the MLLM, so that a seed keeps giving the same weights
     model = SegCompassModel.from_backbones(
         tiny_mllm(backbone, processor), sam, processor=processor, **{**defaults, **config}
     )
     return model.eval(), processor
+
+
+def make_sure(model):
+    """Raise all confidences: untrained slots are unsure, and unsure slots earn no mask reward."""
+    bias = model.grounded_reading.confidence_bias if model.grounded else model.slot_mapper.conf_out.bias
+    bias.data += 3.0

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from tests.support.grpo import SLOTS, scenes, script_responses, settings
-from tests.support.tiny import tiny_segcompass
+from tests.support.tiny import make_sure, tiny_segcompass
 
 RESPONSES = 4
 
@@ -47,7 +47,7 @@ def complete_responses(model, processor):
     model.generate = lambda input_ids, **kwargs: torch.cat([input_ids, rows.repeat(len(input_ids) // len(rows), 1)], 1)
 
 
-def main(mode, output):
+def main(mode, output, reading):
     from segcompass.trainers.grpo_trainer import SegCompassGRPOTrainer
 
     torch.set_num_threads(1)
@@ -64,8 +64,8 @@ def main(mode, output):
     assert args.device.type == "cpu"
     if mode == "fsdp2":
         force_fsdp2()
-    model, processor = tiny_segcompass("llava", num_slots=SLOTS)
-    model.slot_mapper.conf_out.bias.data += 3.0
+    model, processor = tiny_segcompass("llava", num_slots=SLOTS, concept_reading=reading)
+    make_sure(model)
     complete_responses(model, processor)
     trainer = SegCompassGRPOTrainer(
         model, args=args, train_dataset=scenes(8, targets=(1, 2)), processing_class=processor

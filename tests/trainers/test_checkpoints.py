@@ -1,6 +1,7 @@
 """Checkpoints that are whole or not there: every state a crash can leave, for each of the three trainers."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,8 @@ from tests.support.tiny import tiny_segcompass
 QUIET = dict(save_strategy="steps", save_steps=1, report_to=[], disable_tqdm=True, use_cpu=True, seed=3)
 
 
-def sft(folder, eval_dataset=None, **changes):
-    model, processor = tiny_segcompass("llava", num_slots=3)
+def sft(folder, eval_dataset=None, concept_reading="feature", **changes):
+    model, processor = tiny_segcompass("llava", num_slots=3, concept_reading=concept_reading)
     rows = scenes(8).map(lambda row: {"reasoning": "a box"})
     args = SegCompassSFTConfig(
         **{**dict(output_dir=str(folder), max_steps=3, per_device_train_batch_size=2), **QUIET, **changes}
@@ -45,7 +46,7 @@ def sae(folder, **changes):
     return SparseAutoencoderTrainer(model, args, train_dataset=data)
 
 
-TRAINERS = {"sft": sft, "grpo": grpo, "sae": sae}
+TRAINERS = {"sft": sft, "sft grounded": partial(sft, concept_reading="grounded"), "grpo": grpo, "sae": sae}
 
 
 def state(trainer):

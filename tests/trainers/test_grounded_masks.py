@@ -1,5 +1,7 @@
 """Training of the grounded read-out on cached states: the cache is the model's own reading, and training resumes."""
 
+import math
+
 import pytest
 import torch
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
@@ -92,3 +94,38 @@ def test_other_parts_stay_as_they_are(cache, tmp_path):
     list(train_grounded(model, cache[0], tmp_path / "state.pt", GroundedMasksConfig(**SETTINGS)))
     changed = {name.split(".")[0] for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == {"grounded_reading", "mask_decoder"}
+
+
+def test_rows_of_several_ratios_that_name_nothing_train_too(tmp_path):
+    """Qwen2.5-VL sees each image in a grid of its own, and benchmarks have no phrases."""
+    model, processor = tiny_segcompass("qwen2_5_vl", concept_reading="grounded")
+    with torch.no_grad():
+        model.sae.mean_active_activation.fill_(0.5)
+    rows = [row for size in ((64, 64), (64, 128), (96, 64)) for row in load_scenes("train", 3, 2, size, True)]
+    rows = [{name: value for name, value in row.items() if name != "phrases"} for row in rows]
+    rows = [{**row, "image_id": f"{place}-{row['image_id']}"} for place, row in enumerate(rows)]
+    cache_states(model, processor, rows, tmp_path / "states")
+    cached = CachedStates(tmp_path / "states")
+    assert len({len(record["patch_mask"]) for record in cached.records}) > 1 and cached.detectors(())[0] == []
+    logged = list(train_grounded(model, tmp_path / "states", tmp_path / "state.pt", GroundedMasksConfig(**SETTINGS)))
+    assert all(math.isfinite(entry["loss"]) for entry in logged)
+
+
+def test_where_a_concept_is_at_home_is_measured_over_grids_of_any_shape(cache):
+    cached = CachedStates(cache[0])
+    kept = cached.records[0]
+
+    def seen(name, lines, columns):
+        """An image with one concept in its left half, one everywhere but in a corner, and one that never fires."""
+        down, across = torch.meshgrid(torch.arange(lines), torch.arange(columns), indexing="ij")
+        xy = torch.stack([(across.flatten() + 0.5) / columns, (down.flatten() + 0.5) / lines], -1)
+        codes = torch.zeros(lines * columns, 3)
+        codes[xy[:, 0] < 0.5, 0] = 1.0
+        codes[1:, 1] = 1.0
+        inside = torch.ones(lines * columns, dtype=torch.bool)
+        return {**kept, "image": name, "patch_codes": codes.to_sparse(), "patch_mask": inside, "patch_xy": xy}
+
+    cached.records = [seen("a", 8, 8), seen("b", 16, 8), seen("c", 8, 24)]
+    cached.images = [[0], [1], [2]]
+    spread, _ = cached.spread_and_start()
+    torch.testing.assert_close(spread, torch.tensor([0.5, 1.0, 1.0]), atol=0.03, rtol=0)

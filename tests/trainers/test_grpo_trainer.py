@@ -54,10 +54,10 @@ def half(batch):
 # -- joint steps ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("beta", [0.2, 0.0])
+@pytest.mark.parametrize(("beta", "reading"), [(0.2, "feature"), (0.0, "feature"), (0.2, "grounded")])
 @pytest.mark.parametrize("backbone", BACKBONES)
-def test_joint_steps_move_what_learns_and_nothing_else(tmp_path, backbone, beta):
-    trainer = make_trainer(tmp_path, backbone, beta=beta)
+def test_joint_steps_move_what_learns_and_nothing_else(tmp_path, backbone, beta, reading):
+    trainer = make_trainer(tmp_path, backbone, beta=beta, model_config={"concept_reading": reading})
     model, before = trainer.model, weights(trainer.model)
     vision = model.mllm.model.get_encoder("image")
     counted = Passes(mllm=model.mllm, backbone=model.mllm.model, image_encoder=model.image_encoder)
@@ -75,7 +75,8 @@ def test_joint_steps_move_what_learns_and_nothing_else(tmp_path, backbone, beta)
 
     moved = {name for name, value in weights(model).items() if not torch.equal(value, before[name])}
     upper_block = "mllm.model.language_model.layers.2"
-    for group in ("query_codebook", "slot_mapper", "mask_decoder", upper_block, "mllm.lm_head"):
+    between = {"feature": ("query_codebook", "slot_mapper"), "grounded": ("grounded_reading",)}
+    for group in (*between[reading], "mask_decoder", upper_block, "mllm.lm_head"):
         assert any(name.startswith(group) for name in moved), group
     layers = tuple(f"mllm.model.language_model.layers.{layer}." for layer in range(model.config.sae_config.layer))
     frozen = {id(p) for module in (model.sae, model.image_encoder, vision) for p in module.parameters()}
@@ -198,8 +199,9 @@ def test_a_checkpoint_holds_model_and_processor(tmp_path):
     assert "training_args.bin" in listed(tmp_path) and findings(tmp_path) == []
 
 
-def test_resuming_continues_as_if_never_stopped(tmp_path):
-    saving = dict(max_steps=3, save_strategy="steps", save_steps=2, rows=12)
+@pytest.mark.parametrize("reading", ["feature", "grounded"])
+def test_resuming_continues_as_if_never_stopped(tmp_path, reading):
+    saving = dict(max_steps=3, save_strategy="steps", save_steps=2, rows=12, model_config={"concept_reading": reading})
     whole = make_trainer(tmp_path, **saving)
     whole.train()
     resumed = make_trainer(tmp_path, **saving)
@@ -443,22 +445,30 @@ def test_the_papers_settings_are_the_defaults(tmp_path):
 # -- PEFT -------------------------------------------------------------------------------------------------------------
 
 
-def lora(**changes):
-    model, _ = tiny_segcompass("llava", num_slots=SLOTS)
+def lora(reading="feature", **changes):
+    model, _ = tiny_segcompass("llava", num_slots=SLOTS, concept_reading=reading)
     return lora_config(model, r=2, **changes)
 
 
-def test_adapters_train_with_the_segmentation_modules(tmp_path):
-    trainer = make_trainer(tmp_path, trainer_kwargs={"peft_config": lora()}, max_steps=2)
+@pytest.mark.parametrize(
+    ("reading", "factors"),
+    [
+        ("feature", {"query_codebook": 25, "slot_mapper": 80, "mask_decoder": 10}),
+        ("grounded", {"grounded_reading": 80, "mask_decoder": 10}),
+    ],
+)
+def test_adapters_train_with_the_segmentation_modules(tmp_path, reading, factors):
+    adapters, chosen = {"peft_config": lora(reading)}, {"concept_reading": reading}
+    trainer = make_trainer(tmp_path, trainer_kwargs=adapters, model_config=chosen, max_steps=2)
     before = weights(trainer.model)
     trainer.train()
     moved = {name for name, value in weights(trainer.model).items() if not torch.equal(value, before[name])}
-    for part in ("lora_B", "query_codebook", "slot_mapper", "mask_decoder", "lm_head", "trainable_tokens_delta"):
+    for part in ("lora_B", *factors, "lm_head", "trainable_tokens_delta"):
         assert any(part in name for name in moved), part
     assert not any("original_module" in name or ".sae." in name or "base_layer" in name for name in moved)
     assert trainer.ref_model is None and trainer.beta == 0.2
-    rates = sorted({round(group["initial_lr"] / 1e-3) for group in trainer.optimizer.param_groups})
-    assert rates == [1, 10, 25, 80]
+    rates = {round(group["initial_lr"] / 1e-3) for group in trainer.optimizer.param_groups}
+    assert rates == {1, *factors.values()}
 
 
 def test_adapters_that_leave_the_segmentation_frozen_are_refused(tmp_path):

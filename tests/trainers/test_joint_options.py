@@ -23,7 +23,7 @@ from segcompass.trainers.rewards import mask_scores
 from segcompass.trainers.vllm_policy import PolicyEngine
 from tests.support import grpo as support
 from tests.support.grpo import SLOTS, make_trainer, rollout, scenes, script_responses, settings
-from tests.support.tiny import tiny_segcompass
+from tests.support.tiny import make_sure, tiny_segcompass
 
 # -- what a response earns --------------------------------------------------------------------------------------------
 
@@ -76,7 +76,7 @@ def test_a_cut_response_is_supervised_but_gives_no_grpo_loss(tmp_path, cut_respo
 @pytest.mark.parametrize("beta", [0.0, 0.2])
 def test_rewards_of_a_model_with_its_own_adapter_come_from_the_policy(tmp_path, beta):
     model, processor = tiny_segcompass("llava", num_slots=SLOTS)
-    model.slot_mapper.conf_out.bias.data += 3.0
+    make_sure(model)
     script_responses(model, processor)  # no states of generation, as with vLLM
     trainer = SegCompassGRPOTrainer(
         get_peft_model(model, lora_config(model, r=2)),

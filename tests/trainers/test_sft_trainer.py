@@ -15,6 +15,7 @@ from segcompass.trainers import (
 )
 from segcompass.trainers.activations import ActivationDataset
 from segcompass.trainers.collator import SegCompassCollator
+from segcompass.trainers.policy import lora_config
 from tests.support.tiny import BACKBONES, tiny_segcompass
 
 
@@ -23,7 +24,7 @@ def rows():
     return list(load_scenes("train", seed=5, num_samples=8, size=64, streaming=True))
 
 
-def train(model, processor, rows, folder, **settings):
+def train(model, processor, rows, folder, trainer_kwargs=None, **settings):
     defaults = dict(
         output_dir=str(folder),
         max_steps=2,
@@ -35,7 +36,7 @@ def train(model, processor, rows, folder, **settings):
         disable_tqdm=True,
     )
     args = SegCompassSFTConfig(**{**defaults, **settings})
-    trainer = SegCompassSFTTrainer(model, args, processor, train_dataset=rows)
+    trainer = SegCompassSFTTrainer(model, args, processor, train_dataset=rows, **(trainer_kwargs or {}))
     trainer.train()
     return trainer
 
@@ -144,9 +145,11 @@ def test_token_dropout_hides_the_tokens_in_training_only():
 def test_grounded_read_out_trains_with_the_same_terms(rows, tmp_path):
     model, processor = tiny_segcompass("llava", concept_reading="grounded")
     before = snapshot(model)
-    trainer = train(model, processor, rows, tmp_path, num_erased_concepts=3, lambda_e=1.0)
+    trainer = train(model, processor, rows, tmp_path, num_erased_concepts=3, lambda_e=1.0, max_steps=4)
     logged = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert logged and all(math.isfinite(entry["loss"]) and "seg/still_there" in entry for entry in logged)
+    assert len(logged) == 4 and all(math.isfinite(entry["loss"]) for entry in logged)
+    # nothing is erased while all concepts share a slot
+    assert ["seg/still_there" in entry for entry in logged] == [False, False, True, True]
     for part in (
         "grounded_reading.slot_queries",
         "grounded_reading.upsampling",
@@ -155,6 +158,49 @@ def test_grounded_read_out_trains_with_the_same_terms(rows, tmp_path):
     ):
         assert moved(model, before, part), part
     assert torch.equal(model.grounded_reading.spread, torch.ones(128))  # measured, not learned
+
+
+@pytest.mark.parametrize("case", ["plain", "adapters", "accumulated epochs", "a trained read-out"])
+def test_every_concept_shares_a_new_grounded_slot_in_the_first_half_of_the_steps_alone(rows, tmp_path, case):
+    model, processor = tiny_segcompass("llava", concept_reading="grounded")
+    chosen, decode = [], type(model).decode_masks
+
+    def counted(core, *args, **kwargs):
+        outputs = decode(core, *args, **kwargs)
+        chosen.append((core.training and torch.is_grad_enabled(), (outputs.concept_weights > 0).sum(-1).max().item()))
+        return outputs
+
+    more, settings = {"eval_dataset": rows}, dict(max_steps=4, eval_strategy="steps", eval_steps=1, eval_masks=True)
+    if case == "adapters":
+        more["peft_config"] = lora_config(model, r=2)
+    elif case == "accumulated epochs":  # 8 rows, 4 a step of two halves
+        settings |= dict(max_steps=-1, num_train_epochs=2, per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    elif case == "a trained read-out":
+        train(model, processor, rows, tmp_path / "before")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(model), "decode_masks", counted)
+        train(model, processor, rows, tmp_path, more, **settings)
+    trained, half = [count for training, count in chosen if training], 4 if case == "accumulated epochs" else 2
+    assert len(trained) == 2 * half and max(trained[half:]) <= 5  # three looks and two places
+    assert max(trained[:half]) <= 5 if case == "a trained read-out" else min(trained[:half]) > 5
+    held_out = [count for training, count in chosen if not training]
+    assert held_out and max(held_out) <= 5
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"token_dropout": 0.3},
+        {"query_source": "tokens"},
+        {"query_codebook_lr_multiplier": 5},
+        {"slot_mapper_lr_multiplier": 5},
+    ],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_what_only_attention_has_is_refused_for_a_grounded_model(rows, tmp_path, setting):
+    model, processor = tiny_segcompass("llava", concept_reading="grounded")
+    with pytest.raises(ValueError, match=f"{next(iter(setting))}=.* is for the attention read-out"):
+        train(model, processor, rows, tmp_path, **setting)
 
 
 def test_rows_without_reasoning_and_another_number_of_slots_are_refused(rows, tmp_path):

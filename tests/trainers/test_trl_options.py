@@ -22,7 +22,7 @@ from segcompass.trainers import SegCompassGRPOConfig, SegCompassGRPOTrainer
 from segcompass.trainers.policy import freeze, lora_config
 from tests.support import grpo as support
 from tests.support.grpo import SLOTS, force_responses, make_trainer, scenes, script_responses, settings, weights
-from tests.support.tiny import tiny_segcompass
+from tests.support.tiny import make_sure, tiny_segcompass
 
 
 def options(cases, fast):
@@ -273,7 +273,7 @@ def test_an_option_trains_jointly(tmp_path, name):
     taken = {key: case.pop(key, None) for key in ("backbone", "forced", "reward_funcs", "train", "evals", "callbacks")}
     scripted = case.pop("scripted", True) and not taken["forced"]
     model, processor = tiny_segcompass(taken["backbone"] or "llava", num_slots=SLOTS)
-    model.slot_mapper.conf_out.bias.data += 3.0
+    make_sure(model)
     if taken["forced"]:
         force_responses(model, processor)
     elif scripted:

@@ -17,14 +17,14 @@ TOLERANCE = 2e-3  # relative; the same sums in another order, through three step
 KL_TOLERANCE = 2e-2  # it is made of weights' changes alone, and Adam moves a weight whose gradient is noise by the rate
 
 
-def launch(mode, processes, folder):
+def launch(mode, processes, folder, reading):
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
         command += ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT)}
     run = subprocess.run(
-        [*command, str(ROOT / "tests" / "support" / "two_processes.py"), mode, str(folder)],
+        [*command, str(ROOT / "tests" / "support" / "two_processes.py"), mode, str(folder), reading],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -35,16 +35,20 @@ def launch(mode, processes, folder):
     return json.loads((folder / f"{mode}.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
+@pytest.fixture(scope="module", params=["feature", "grounded"])
+def alone(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
-    return launch("alone", 1, folder), folder / "alone" / "final"
+    return launch("alone", 1, folder, request.param), folder / "alone" / "final", request.param
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
 def test_two_processes_follow_the_curve_of_one(alone, mode, tmp_path):
-    one, final = alone
-    two = launch(mode, 2, tmp_path)
+    one, final, reading = alone
+    if (mode, reading) == ("fsdp2", "grounded"):
+        with pytest.raises(AssertionError, match="weights that are single numbers, which FSDP cannot shard"):
+            launch(mode, 2, tmp_path, reading)
+        return
+    two = launch(mode, 2, tmp_path, reading)
     assert two["processes"] == 2 and one["processes"] == 1
     assert ("DTensor" in two["kinds"]) == (mode == "fsdp2")
     steps = [entry for entry in one["log"] if "loss" in entry]

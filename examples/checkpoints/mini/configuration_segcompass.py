@@ -6,7 +6,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from .image_encoder import DEFAULT_ENCODER, IMAGE_VIEWS, Frame, encoder_of
-from .old_names import with_new_names
+from .old_names import EARLIER_DEFAULTS, with_new_names
 from .sae_activations import SAE_ACTIVATIONS
 from .saved_folders import own_config
 
@@ -110,9 +110,10 @@ class SegCompassConfig(PreTrainedConfig):
         num_slots: K_s, the number of concentration tokens and of slots.
         d_c: width of the concept representations r_k.
         num_concepts: M, how many concepts of a sample become concept tokens.
-        concept_reading: "feature" makes one token of each selected SAE feature (Eq. 4); "token" makes one token of
-            each MLLM token, the sum of its features' codes. Both are the paper's attention path. "grounded" makes the
-            heatmap an exact sum of concepts' places, see `grounded_reading.py`.
+        concept_reading: "grounded", the default, makes the heatmap an exact sum of concepts' places, see
+            `grounded_reading.py`; the fields of query codebook and slot mapper are not used. "feature" makes one token
+            of each selected SAE feature (Eq. 4); "token" makes one token of each MLLM token, the sum of its features'
+            codes. These two are the paper's attention path.
         codebook_layers: depth of the query codebook's encoder.
         codebook_heads: attention heads of its blocks.
         slot_heads: N_h of the slot mapper (Eq. 5).
@@ -173,7 +174,7 @@ class SegCompassConfig(PreTrainedConfig):
         num_slots: int = 6,
         d_c: int = 512,
         num_concepts: int = 256,
-        concept_reading: str = "feature",
+        concept_reading: str = "grounded",
         codebook_layers: int = 2,
         codebook_heads: int = 8,
         slot_heads: int = 4,
@@ -187,7 +188,7 @@ class SegCompassConfig(PreTrainedConfig):
         special_token_ids: Sequence[int] = (),
         sentence_end_ids: Sequence[int] = (),
         image_view: str = "whole",
-        grounded_rank: int = 0,
+        grounded_rank: int = 64,
         grounded_map: str = "all",
         look_concepts: int = 3,
         place_concepts: int = 2,
@@ -271,9 +272,15 @@ class SegCompassConfig(PreTrainedConfig):
         return own_config(pretrained_model_name_or_path, fields, cls.model_type), kwargs
 
     @classmethod
+    def from_json_file(cls, json_file: Any) -> Any:
+        """As transformers', by `from_dict`."""
+        return cls.from_dict(cls._dict_from_json_file(json_file))
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As transformers', and reads what earlier versions saved."""
-        fields = {name: value for name, value in with_new_names(config_dict).items() if name != "tie_word_embeddings"}
+        fields = {**EARLIER_DEFAULTS, **with_new_names(config_dict)}
+        fields.pop("tie_word_embeddings", None)
         return super().from_dict(fields, **kwargs)  # the MLLM's own configuration says whether it is tied
 
     def to_dict(self) -> dict[str, Any]:

@@ -28,8 +28,8 @@ SLOT_KEY_WIDTH = 64
 GUIDE_WIDTH = 32
 MAX_ELEMENTS = 2**23  # about how many numbers the search over all concepts holds at once
 HIGHEST_PATCHES = 4  # whose mean the confidence reads
-THERE = 0.6  # of the greatest: from there on all looks of a slot count as there
-ONE_THING = 0.42  # of the frame's side, in x or in y: looks that are there over more than this are of several things
+THERE = 0.4  # of the greatest: from there on all looks of a slot count as there
+ONE_THING = 0.15  # of the frame's side: looks whose places scatter by more (standard deviation) are of several things
 ABSENT = 0.02  # strength, of a look's greatest, that counts as none
 LEAST = 1e-6  # of a map: what is equal everywhere leaves less by rounding
 
@@ -347,15 +347,18 @@ class GroundedReading(nn.Module):
             patch_mask: bool (B, P), the patches that lie on the image.
 
         Returns:
-            float (B, K, 1), `tied_place_share` where patches with L_k of at least 0.6 of its maximum lie more than 0.42
-            apart in x or in y, else `place_share`.
+            float (B, K, 1), `tied_place_share` where the patches with L_k of at least 0.4 of its maximum, weighted by
+            L_k, have a standard deviation above 0.15 in the direction in which they scatter most, else `place_share`.
         """
-        looks = looks * patch_mask[:, None]
-        there = (looks >= THERE * looks.amax(-1, keepdim=True)) & (looks > 0)  # (B, K, P)
-        xy, there = patch_xy[:, None].float(), there[..., None]
-        stretch = xy.masked_fill(~there, -1.0).amax(-2) - xy.masked_fill(~there, 2.0).amin(-2)  # (B, K, 2)
-        tied = stretch.amax(-1, keepdim=True) > ONE_THING
-        return torch.where(tied, self.tied_place_share, self.place_share).to(looks.dtype)
+        looks = (looks * patch_mask[:, None]).float()
+        looks = looks * (looks >= THERE * looks.amax(-1, keepdim=True))  # (B, K, P)
+        shares, xy = looks / looks.sum(-1, keepdim=True).clamp_min(LEAST), patch_xy.float()
+        middle = (shares[..., None] * xy[:, None]).sum(-2, keepdim=True)  # (B, K, 1, 2)
+        x, y = (xy[:, None] - middle).unbind(-1)  # (B, K, P)
+        xx, yy, xy = (shares * x * x).sum(-1), (shares * y * y).sum(-1), (shares * x * y).sum(-1)  # (B, K)
+        widest = (xx + yy) / 2 + torch.hypot((xx - yy) / 2, xy)  # the greater eigenvalue of the covariance
+        tied = widest[..., None] > ONE_THING**2
+        return torch.where(tied, self.tied_place_share, self.place_share)
 
     def _share(self, logits, allowed, count):
         logits = logits.float().masked_fill(~allowed, float("-inf"))
@@ -466,7 +469,7 @@ class GroundedReading(nn.Module):
         patch_xy: torch.Tensor,
         steering: Any = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """Read hidden states; of the patches' codes only the columns of concepts with a weight are held.
+        """Read hidden states; of the patches' codes only the columns of concepts with a weight are held: all if `soft`.
 
         Args:
             sae: the frozen SAE.
@@ -510,7 +513,11 @@ class GroundedReading(nn.Module):
         columns = indices[:, None]  # (B, 1, M)
         weights = weights.gather(2, columns.expand(-1, weights.shape[1], -1))  # (B, K, M)
 
-        patch_h = sae.encode_selected(patch_z, indices, smallest) * patch_mask[..., None]  # (B, P, M)
+        if self.soft:  # all of them: no copy of W_enc's columns is needed
+            patch_h = sae.encode(patch_z).gather(2, columns.expand(-1, patch_z.shape[1], -1))
+        else:
+            patch_h = sae.encode_selected(patch_z, indices, smallest)
+        patch_h = patch_h * patch_mask[..., None]  # (B, P, M)
         maps = self.concept_maps(patch_h / usual[columns], patch_mask)
         heatmaps = self.heat(weights, maps)
         confidences = self.confidence(strengths, heatmaps, patch_mask)
@@ -607,7 +614,7 @@ def concept_spread(mean_maps: torch.Tensor) -> torch.Tensor:
     """Over which share of the image each concept is at home: looks are wide, places narrow.
 
     Args:
-        mean_maps: float (P, d_sae), the mean of `centred` over many images whose patches lie alike.
+        mean_maps: float (P, d_sae), the mean of `centred` at P places of the frame, over many images.
 
     Returns:
         float (d_sae,) in (0, 1], exp(entropy) / P of each concept's map; 1 for a concept that never fired. It goes into
