@@ -213,7 +213,7 @@ def check_slots(config: Any, processor: Any) -> None:
         )
 
 
-def check_sharding(model: nn.Module, sharded: bool) -> None:
+def check_sharding(model: Any, sharded: bool) -> None:
     """Refuse FSDP for a grounded model.
 
     Args:
