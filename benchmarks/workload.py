@@ -40,7 +40,6 @@ def add_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="of the model; on a GPU seconds are the clock's, synchronised")
     parser.add_argument("--dtype", default="float32", help="of the MLLM and the image encoder")
     parser.add_argument("--full-encoders", action="store_true", help="CLIP ViT-L and SAM ViT-H in place of tiny ones")
-    parser.add_argument("--concept-reading", default="feature", help="the read-out; published figures are of this one")
     parser.add_argument("--threads", type=int, help="time by the clock with so many threads")
 
 
@@ -48,7 +47,6 @@ def sized_model(args: argparse.Namespace, **more) -> tuple[SegCompassModel, SegC
     """`benchmark_model` as the options of `add_size` say, and its threads."""
     torch.set_num_threads(args.threads or 1)
     size = dict(device=args.device, dtype=getattr(torch, args.dtype), full_encoders=args.full_encoders)
-    size["concept_reading"] = args.concept_reading
     return benchmark_model(args.hidden, args.layers, **size, **more)
 
 
@@ -79,7 +77,6 @@ def benchmark_model(
     device="cpu",
     dtype=torch.float32,
     full_encoders=False,
-    concept_reading="feature",
 ):
     """A SegCompass model around a LLaVA of the given size (27 M parameters by default), and the embedded processor.
 
@@ -128,7 +125,7 @@ def benchmark_model(
         sae_config=sae,
         num_slots=processor.num_slots,
         d_c=256,
-        concept_reading=concept_reading,
+        concept_reading="feature",  # what the published figures are of
         max_response_length=64,
         attn_implementation="sdpa",
         **processor.model_tokens(),

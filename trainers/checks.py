@@ -213,6 +213,32 @@ def check_slots(config: Any, processor: Any) -> None:
         )
 
 
+def check_read_out(model: Any, args: Any) -> None:
+    """Refuse, for a grounded model, what only the attention read-out has.
+
+    Args:
+        model: a SegCompassModel.
+        args: the cold start's settings.
+
+    Raises:
+        ValueError: one of them is set.
+    """
+    usual = {
+        "query_source": ("both", "concepts"),
+        "token_dropout": (0.0,),
+        "query_codebook_lr_multiplier": (1.0,),
+        "slot_mapper_lr_multiplier": (1.0,),
+    }
+    given = {name: getattr(args, name) for name, values in usual.items() if getattr(args, name) not in values}
+    if model.grounded and given:
+        raise ValueError(
+            f"{', '.join(f'{name}={value!r}' for name, value in given.items())} is for the attention read-out, but "
+            "this model's is grounded, which reads no concentration token and has no query codebook or slot mapper "
+            "(grounded_reading_lr_multiplier is its rate); leave it out, or build the model with "
+            "concept_reading='feature'."
+        )
+
+
 def check_sharding(model: Any, sharded: bool) -> None:
     """Refuse FSDP for a grounded model.
 
@@ -223,7 +249,7 @@ def check_sharding(model: Any, sharded: bool) -> None:
     Raises:
         ValueError: both.
     """
-    if sharded and model.config.concept_reading == "grounded":
+    if sharded and model.grounded:
         raise ValueError(
             "the grounded read-out has weights that are single numbers, which FSDP cannot shard; train with "
             "examples/accelerate/ddp.yaml (adapters make it fit) or zero2.yaml, or build the model with "

@@ -27,6 +27,7 @@ from .checks import (
     check_model,
     check_precision,
     check_quantization,
+    check_read_out,
     check_sharding,
 )
 from .collator import SegCompassCollator
@@ -42,31 +43,6 @@ from .policy import freeze
 SOFT_SHARE = 0.5
 """Share of the steps in which every concept that fires shares a slot of a new grounded read-out, before the heaviest
 few do. With these alone from the first step on, a slot keeps those it happens to begin with (dev/log.md)."""
-
-
-def refuse_attention_only(args: "SegCompassSFTConfig") -> None:
-    """Refuse, for a grounded model, what only the attention read-out has.
-
-    Args:
-        args: the settings.
-
-    Raises:
-        ValueError: one of them is set.
-    """
-    usual = {
-        "query_source": ("both", "concepts"),
-        "token_dropout": (0.0,),
-        "query_codebook_lr_multiplier": (1.0,),
-        "slot_mapper_lr_multiplier": (1.0,),
-    }
-    given = {name: getattr(args, name) for name, values in usual.items() if getattr(args, name) not in values}
-    if given:
-        raise ValueError(
-            f"{', '.join(f'{name}={value!r}' for name, value in given.items())} is for the attention read-out, but "
-            "this model's is grounded, which reads no concentration token and has no query codebook or slot mapper "
-            "(grounded_reading_lr_multiplier is its rate); leave it out, or build the model with "
-            "concept_reading='feature'."
-        )
 
 
 def response_logits(mllm: nn.Module, labels: Tensor) -> int:
@@ -196,8 +172,7 @@ class SegCompassSFTTrainer(WholeCheckpoints, HeldOutMasks, Trainer):
         check_model(model, processing_class)
         processing_class.check_fits(model.config)
         check_dataset(kwargs.get("train_dataset"))
-        if model.grounded:
-            refuse_attention_only(args)
+        check_read_out(model, args)
         model.config.token_dropout = args.token_dropout
         parts = ("train_below_sae_layer", "train_vision_tower", "train_image_encoder")
         learning = {name: getattr(args, name) for name in parts}

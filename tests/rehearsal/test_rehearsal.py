@@ -51,6 +51,9 @@ REAL_VOCABULARIES = bool(WANTED) and WANTED != "all"
 LONGER = "--max_steps 400 --save_steps 400 --eval_steps 400"
 # the few that share a grounded slot learn alone from half of the steps on
 LONGEST = "--max_steps 600 --save_steps 600 --eval_steps 600"
+OWN_RATES = (
+    "--query_codebook_lr_multiplier 1 --slot_mapper_lr_multiplier 1"  # it has neither, and refuses a rate of theirs
+)
 SMALLER = {
     "prepare-data": "",
     "write-traces": "",
@@ -111,7 +114,7 @@ def rehearse(world, line, mllm, extra="", reading="feature"):
     if mllm == QWEN_TIED and name == "train sft" and REAL_VOCABULARIES:
         words += LONGER.split()
     if reading == "grounded" and name == "train sft":
-        words += ["--model_config", json.dumps(GROUNDED), *LONGEST.split()]
+        words += ["--model_config", json.dumps(GROUNDED), *LONGEST.split(), *OWN_RATES.split()]
     log = world / f"{len(list(world.glob('*.log')))}.log"
     process = PROCESSES.Process(target=run_command, args=(world, words, log))
     process.start()
