@@ -147,7 +147,7 @@ class GuidedUpsampling(nn.Module):
         super().__init__()
         self.query = nn.Linear(config.key_channels, GUIDE_WIDTH)
         self.key = nn.Linear(config.key_channels, GUIDE_WIDTH)
-        self.log_sigma = nn.Parameter(torch.empty(()))
+        self.log_sigma = nn.Parameter(torch.empty(1))
 
     def forward(
         self, keys: torch.Tensor, patch_xy: torch.Tensor, patch_size: torch.Tensor, patch_mask: torch.Tensor
@@ -213,19 +213,20 @@ class GroundedReading(nn.Module):
         """what a slot's attention adds per log(1 + words that follow)."""
         self.reach = nn.Parameter(torch.empty(config.phrase_window))
         """κ: σ(κ_o) of what a word says is heard o words later."""
-        self.same_concept = nn.Parameter(torch.empty(()))  # γ
+        # single numbers are vectors of one: FSDP shards no scalars
+        self.same_concept = nn.Parameter(torch.empty(1))  # γ
         self.word_side: Any = nn.Parameter(torch.empty(d_sae, rank)) if rank else None  # U
         self.patch_side: Any = nn.Parameter(torch.empty(d_sae, rank)) if rank else None  # V
         self.concept_bias = nn.Parameter(torch.empty(d_sae))  # β
         self.slot_bias = nn.Parameter(torch.empty(slots, d_sae))  # B, read at places only
-        self.gain = nn.Parameter(torch.empty(()))  # a
-        self.offset = nn.Parameter(torch.empty(()))  # b
+        self.gain = nn.Parameter(torch.empty(1))  # a
+        self.offset = nn.Parameter(torch.empty(1))  # b
         self.confidence_concepts = nn.Parameter(torch.empty(d_sae))  # u
         self.confidence_map = nn.Parameter(torch.empty(2))  # v_1, v_2
-        self.confidence_bias = nn.Parameter(torch.empty(()))  # v_0
+        self.confidence_bias = nn.Parameter(torch.empty(1))  # v_0
         self.upsampling = GuidedUpsampling(config)
-        self.key_scale = nn.Parameter(torch.empty(()))
-        self.key_shift = nn.Parameter(torch.empty(()))
+        self.key_scale = nn.Parameter(torch.empty(1))
+        self.key_shift = nn.Parameter(torch.empty(1))
         self.register_buffer("spread", torch.ones(d_sae))
 
     @torch.no_grad()
@@ -527,9 +528,9 @@ class GroundedReading(nn.Module):
             maps=maps,
             patch_heatmaps=heatmaps,
             patch_mask=patch_mask,
-            offset=self.offset.float(),
-            key_scale=self.key_scale.float(),
-            key_shift=self.key_shift.float(),
+            offset=self.offset.float()[0],
+            key_scale=self.key_scale.float()[0],
+            key_shift=self.key_shift.float()[0],
             word_mask=word_mask,
             word_shares=words.shares,
             word_logits=self._word_logits(words, salience, indices),

@@ -239,24 +239,6 @@ def check_read_out(model: Any, args: Any) -> None:
         )
 
 
-def check_sharding(model: Any, sharded: bool) -> None:
-    """Refuse FSDP for a grounded model.
-
-    Args:
-        model: a SegCompassModel.
-        sharded: whether FSDP will shard its weights.
-
-    Raises:
-        ValueError: both.
-    """
-    if sharded and model.grounded:
-        raise ValueError(
-            "the grounded read-out has weights that are single numbers, which FSDP cannot shard; train with "
-            "examples/accelerate/ddp.yaml (adapters make it fit) or zero2.yaml, or build the model with "
-            "concept_reading='feature'."
-        )
-
-
 def check_quantization(model: nn.Module, with_adapters: bool) -> None:
     """Refuse to train a quantised MLLM whole.
 

@@ -52,7 +52,6 @@ from .checks import (
     check_loss,
     check_precision,
     check_rollout_policy,
-    check_sharding,
 )
 from .closing import closed_generation, closing
 from .grpo_config import SegCompassGRPOConfig
@@ -191,7 +190,6 @@ class SegCompassGRPOTrainer(WholeCheckpoints, HeldOutMasks, GRPOTrainer):
                 )
         finally:
             args.beta = beta
-        check_sharding(self.core, self.is_fsdp_enabled)
         if quantized:
             restore_masters(self.model, trained)
         if with_adapters:

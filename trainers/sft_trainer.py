@@ -28,7 +28,6 @@ from .checks import (
     check_precision,
     check_quantization,
     check_read_out,
-    check_sharding,
 )
 from .collator import SegCompassCollator
 from .constant_prefix import constant_prefix
@@ -210,7 +209,6 @@ class SegCompassSFTTrainer(WholeCheckpoints, HeldOutMasks, Trainer):
             kwargs[name] = leave_images_encoded(kwargs.get(name))
         check_precision(adapted)
         super().__init__(model=adapted, args=args, processing_class=processing_class, data_collator=collator, **kwargs)
-        check_sharding(model, self.is_fsdp_enabled)
         self.model_accepts_loss_kwargs = False
         self._parts: dict[str, list[Tensor]] = {}
         self.held_out_features = features
@@ -274,8 +272,10 @@ class SegCompassSFTTrainer(WholeCheckpoints, HeldOutMasks, Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Trainer's, with the mean of each part of the loss since the last time."""
+        """Trainer's, with the mean of each part of the loss since the last time, over all processes."""
         if "loss" in logs and self._parts:
-            logs |= {name: round(torch.stack(values).nanmean().item(), 4) for name, values in self._parts.items()}
+            means = torch.stack([torch.stack(values).nanmean() for values in self._parts.values()])  # (parts,)
+            means = self.accelerator.gather(means[None]).nanmean(0).tolist()
+            logs |= {name: round(mean, 4) for name, mean in zip(self._parts, means, strict=True)}
             self._parts = {}
         super().log(logs, *args, **kwargs)

@@ -6,7 +6,7 @@
         --image-encoder facebook/sam-vit-huge
 
 Prints the reasoning and the instances, and writes into the output folder
-    overlay.png   image, concept activations, heatmaps and masks side by side
+    overlay.jpg   image, concept activations, heatmaps and masks side by side
     masks.png     label image: 0 background, k + 1 = instance k
     result.json   instruction, text, no_target, instances, concepts, unknown_words
 and with --explain
@@ -19,7 +19,7 @@ the small model never learned, so that its answer is a guess; of other models th
 scene that ships with the package is segmented by the small model that does too.
 
 --route boxes needs no trained SegCompass model, and so is the one for photographs: an MLLM of the Hub writes boxes, SAM
-makes a mask of each. Then overlay.png has the boxes in place of concepts and heatmaps, and result.json also
+makes a mask of each. Then overlay.jpg has the boxes in place of concepts and heatmaps, and result.json also
     prompts    what the answer points at, in pixels, by slot
     left_out   how many boxes of the answer have no area or lie outside the image
     fault      why there is no mask though the MLLM did not say that nothing is there, or null

@@ -149,7 +149,7 @@ def test_heatmap_is_the_formula_computed_densely(grounded):
             heat = reading.offset + reading.gain.abs() * (maps * w).sum(-1)
             torch.testing.assert_close(outputs.grounding.patch_heatmaps[sample, slot], heat, atol=1e-4, rtol=1e-4)
             top = heat.topk(4).values
-            confidence = reading.confidence_concepts @ t[slot] + reading.confidence_bias
+            confidence = reading.confidence_concepts @ t[slot] + reading.confidence_bias[0]
             confidence += reading.confidence_map @ torch.stack([top[0], top.mean()])
             torch.testing.assert_close(outputs.pred_logits[sample, slot], confidence, atol=1e-4, rtol=1e-4)
 

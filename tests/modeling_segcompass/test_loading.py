@@ -63,7 +63,7 @@ def test_device_map_auto_gives_the_same_masks(saved):
     torch.testing.assert_close(masks_of(model.to("cpu"), processor), masks)
 
 
-def test_parts_offloaded_by_device_map_come_back_when_needed_except_the_sae(saved, tmp_path):
+def test_parts_offloaded_by_device_map_come_back_when_needed_except_what_is_read_without_a_forward(saved, tmp_path):
     folder, processor, masks = saved
     learns = segmentation_modules(SegCompassModel.from_pretrained(folder))
     places = dict.fromkeys(("mllm", "image_encoder", "sae", "image_positions", *learns), "cpu")
@@ -74,6 +74,10 @@ def test_parts_offloaded_by_device_map_come_back_when_needed_except_the_sae(save
     torch.testing.assert_close(masks_of(model, processor), masks)
     with pytest.raises(ValueError, match="device_map left no memory for the SAE"):
         SegCompassModel.from_pretrained(folder, device_map={**places, "sae": "disk"}, offload_folder=tmp_path)
+    if "grounded_reading" in learns:
+        places["grounded_reading"] = "disk"
+        with pytest.raises(ValueError, match="left no memory for the grounded read-out, which cannot be offloaded"):
+            SegCompassModel.from_pretrained(folder, device_map=places, offload_folder=tmp_path)
 
 
 @pytest.mark.parametrize(

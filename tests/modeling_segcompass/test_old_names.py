@@ -9,7 +9,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, SamVisionConfig
 
 from segcompass.modeling_segcompass import SegCompassConfig, SegCompassModel, SegCompassProcessor
-from segcompass.modeling_segcompass.old_names import EARLIER_DEFAULTS, OLD_FIELDS, OLD_PARTS, with_new_names
+from segcompass.modeling_segcompass.old_names import (
+    EARLIER_DEFAULTS,
+    OLD_FIELDS,
+    OLD_PARTS,
+    OLD_SCALARS,
+    with_new_names,
+)
 from tests.support.tiny import tiny_segcompass
 
 MINI = Path(__file__).parents[2] / "examples" / "checkpoints" / "mini"
@@ -95,3 +101,29 @@ def test_the_embedded_folder_loads(capfd):
     processor = SegCompassProcessor.from_pretrained(MINI)
     assert type(processor.encoder_image_processor).__name__ == "SamImageProcessorPil"
     assert "torchvision" not in capfd.readouterr().err
+
+
+def test_numbers_saved_as_scalars_are_read_as_vectors_of_one_in_silence(tmp_path, caplog):
+    """FSDP shards no scalars; the grounded read-out's were scalars in earlier versions, the small model's still are."""
+    model, _ = tiny_segcompass("llava", concept_reading="grounded")
+    with torch.no_grad():
+        for place, name in enumerate(OLD_SCALARS):
+            model.grounded_reading.get_parameter(name).fill_(place + 0.25)
+    assert all(weight.ndim for weight in model.parameters())
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    names = [f"grounded_reading.{name}" for name in OLD_SCALARS]
+    assert all(weights[name].shape == (1,) for name in names)
+    earlier = {**weights, **{name: weights[name].reshape(()) for name in names}}
+    save_file(earlier, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "manifest.json").unlink()
+    with caplog.at_level("WARNING"):
+        loaded, info = SegCompassModel.from_pretrained(tmp_path, output_loading_info=True)
+        given = SegCompassModel.from_pretrained(None, config=model.config, state_dict=earlier)
+    assert not any(info.values()) and "MISMATCH" not in caplog.text
+    for name in OLD_SCALARS:
+        for read in (loaded, given):
+            assert torch.equal(read.grounded_reading.get_parameter(name), model.grounded_reading.get_parameter(name))
+    shipped = SegCompassModel.from_pretrained(MINI).state_dict()
+    saved = {name: weight for path in MINI.glob("*.safetensors") for name, weight in load_file(path).items()}
+    assert all(torch.equal(shipped[name].flatten(), saved[name].flatten()) for name in names)

@@ -45,7 +45,7 @@ CPU = "--bf16 false --use_cpu true --report_to none --dataloader_num_workers 0"
 MODEL = {"d_c": 32, "num_concepts": 32, "codebook_heads": 4, "slot_heads": 4, "slot_head_dim": 8, "decoder_heads": 4}
 MODEL |= {"decoder_mlp_dim": 64, "max_response_length": 128, "concept_reading": "feature"}  # as the recipes say
 GROUNDED = {**MODEL, "concept_reading": "grounded"}
-STEPS, ROWS = (200, 150) if WANTED else (110, 60)
+STEPS, ROWS = (200, 150) if WANTED else (160, 60)
 REAL_VOCABULARIES = bool(WANTED) and WANTED != "all"
 # a tied head keeps its 152,000 random rows but three, and the states must find theirs among them
 LONGER = "--max_steps 400 --save_steps 400 --eval_steps 400"

@@ -147,7 +147,7 @@ def test_segment_writes_what_the_other_routes_write(world, photo, tmp_path, says
     assert set(instance) == {"slot", "score", "box", "segmentation"}
     mask = coco_mask.decode(instance["segmentation"])
     assert (np.asarray(Image.open(tmp_path / "out" / "masks.png")) == mask).all()
-    assert Image.open(tmp_path / "out" / "overlay.png").width == 1600
+    assert Image.open(tmp_path / "out" / "overlay.jpg").width == 1600
     printed = capsys.readouterr().out
     assert "1 instance, 1 of the answer's boxes left out" in printed and "note" not in printed
 

@@ -347,7 +347,7 @@ def test_grounded_overlay_and_page_show_names_places_words_and_losses(tmp_path, 
             assert share.endswith("of the slot") and lost.startswith("without it")
             assert phrase.split("“")[1].strip("”") in "a red ball"
     assert "read in the conclusion" in text and "without it the mask loses" in text
-    assert Image.open(tmp_path / "out" / "overlay.png").width == 1600
+    assert Image.open(tmp_path / "out" / "overlay.jpg").width == 1600
 
 
 @pytest.mark.parametrize("size", [(300, 100), (120, 80), (80, 80), (60, 120)])

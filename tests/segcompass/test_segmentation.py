@@ -58,7 +58,7 @@ def test_confident_slots_become_instances_in_every_file(saved, photo, tmp_path, 
     assert (shown == coco_mask.decode(result["instances"][best]["segmentation"])).all(), (
         "the most confident instance is on top"
     )
-    assert Image.open(tmp_path / "overlay.png").width == 1600
+    assert Image.open(tmp_path / "overlay.jpg").width == 1600
     printed = capsys.readouterr().out
     assert "a red ball" in printed and f"slot {result['instances'][0]['slot']}  score" in printed
 
@@ -72,10 +72,10 @@ def test_explanations_are_made_only_where_they_are_shown(saved, photo, tmp_path,
     )
     without = run(photo, folder, tmp_path / "without", "--threshold", "0")
     assert not explained, "the overlay of a read-out that is not grounded shows no explanation"
-    page = np.asarray(Image.open(tmp_path / "without" / "overlay.png"))
+    page = np.asarray(Image.open(tmp_path / "without" / "overlay.jpg"))
     assert without == run(photo, folder, tmp_path / "with", "--threshold", "0", "--explain")
     assert explained == [instance["slot"] for instance in without["instances"]]
-    assert (np.asarray(Image.open(tmp_path / "with" / "overlay.png")) == page).all()
+    assert (np.asarray(Image.open(tmp_path / "with" / "overlay.jpg")) == page).all()
 
 
 def test_no_confident_slot_is_said_to_be_no_target(saved, photo, tmp_path, writes, capsys):
@@ -85,7 +85,7 @@ def test_no_confident_slot_is_said_to_be_no_target(saved, photo, tmp_path, write
     assert result["no_target"] is True
     assert result["instances"] == result["concepts"] == []
     assert not np.asarray(Image.open(tmp_path / "masks.png")).any()
-    assert Image.open(tmp_path / "overlay.png").width == 1600
+    assert Image.open(tmp_path / "overlay.jpg").width == 1600
     assert "no target" in capsys.readouterr().out
 
 
@@ -95,7 +95,7 @@ def test_missing_concentration_tokens_are_named_and_give_no_mask(saved, photo, t
     result = run(photo, folder, tmp_path, "--threshold", "0")
     assert result["no_target"] is False, "the model did not say that there is nothing"
     assert result["instances"] == result["concepts"] == []
-    assert (tmp_path / "overlay.png").exists()
+    assert (tmp_path / "overlay.jpg").exists()
     assert "no mask: the response had no concentration tokens" in capsys.readouterr().out
 
 

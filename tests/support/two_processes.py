@@ -1,6 +1,6 @@
-"""Joint training as one process, as two DDP processes, or as two FSDP2 processes: torchrun runs this file.
+"""Training as one process, as two DDP processes, or as two FSDP2 processes: torchrun runs this file.
 
-    torchrun --nproc_per_node 2 tests/support/two_processes.py fsdp2 OUTPUT
+    torchrun --nproc_per_node 2 tests/support/two_processes.py fsdp2 OUTPUT grounded grpo
 
 Accelerate keeps FSDP for accelerators; `fsdp2` tells it that this machine's gloo processes are such.
 """
@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
+from segcompass.loaders import load_scenes
 from tests.support.grpo import SLOTS, scenes, script_responses, settings
 from tests.support.tiny import make_sure, tiny_segcompass
 
@@ -47,13 +48,11 @@ def complete_responses(model, processor):
     model.generate = lambda input_ids, **kwargs: torch.cat([input_ids, rows.repeat(len(input_ids) // len(rows), 1)], 1)
 
 
-def main(mode, output, reading):
+def joint(folder, processes):
     from segcompass.trainers.grpo_trainer import SegCompassGRPOTrainer
 
-    torch.set_num_threads(1)
-    processes = int(os.environ.get("WORLD_SIZE", 1))
     args = settings(
-        Path(output) / mode,
+        folder,
         per_device_train_batch_size=RESPONSES // processes,
         gradient_accumulation_steps=2,
         num_generations=RESPONSES,
@@ -61,15 +60,40 @@ def main(mode, output, reading):
         beta=0.2,
         shuffle_dataset=False,
     )
+    return SegCompassGRPOTrainer, args, scenes(8, targets=(1, 2))
+
+
+def cold(folder, processes):
+    from segcompass.trainers.sft_trainer import SegCompassSFTConfig, SegCompassSFTTrainer
+
+    args = SegCompassSFTConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=4 // processes,
+        max_steps=4,
+        learning_rate=1e-3,
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    found = load_scenes("train", seed=5, num_samples=50, size=64, streaming=True)
+    rows = [row for row in found if len(row["masks"]) == 1][:16]
+    words = {name: rows[0][name] for name in ("instruction", "reasoning", "phrases")}
+    return SegCompassSFTTrainer, args, [{**row, **words} for row in rows]  # each micro-batch then weighs the same
+
+
+def main(mode, output, reading, stage):
+    torch.set_num_threads(1)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    make, args, rows = {"grpo": joint, "sft": cold}[stage](Path(output) / mode, processes)
     assert args.device.type == "cpu"
     if mode == "fsdp2":
         force_fsdp2()
     model, processor = tiny_segcompass("llava", num_slots=SLOTS, concept_reading=reading)
-    make_sure(model)
-    complete_responses(model, processor)
-    trainer = SegCompassGRPOTrainer(
-        model, args=args, train_dataset=scenes(8, targets=(1, 2)), processing_class=processor
-    )
+    if stage == "grpo":
+        make_sure(model)
+        complete_responses(model, processor)
+    trainer = make(model, args=args, train_dataset=rows, processing_class=processor)
     trainer.train()
     kinds = {type(p).__name__ for p in trainer.model_wrapped.parameters()}
     trainer.save_model(str(Path(output) / mode / "final"))
