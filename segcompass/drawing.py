@@ -84,7 +84,7 @@ def label_image(masks: np.ndarray, scores: list[float], slots: list[int]) -> Ima
 
 
 def draw_overlay(
-    image: np.ndarray,
+    image: Image.Image,
     result: dict,
     reasoning: str,
     verdict: str,
@@ -98,7 +98,7 @@ def draw_overlay(
     concepts and the reasoning.
 
     Args:
-        image: uint8 (H, W, 3).
+        image: PIL image of mode "RGB" and size (W, H).
         result: has `instruction` and `instances`, each with `slot`, `score` and `box` (xyxy, pixels).
         reasoning: what the model wrote.
         verdict: one line, such as "2 instances" or "no target".
@@ -112,8 +112,8 @@ def draw_overlay(
     Returns:
         PIL image of mode "RGB", 1600 pixels wide.
     """
-    height, width = image.shape[:2]
-    shown_image = _shrink(Image.fromarray(image), Image.Resampling.LANCZOS)
+    width, height = image.size
+    shown_image = _shrink(image, Image.Resampling.LANCZOS)
     dark = _darkened(shown_image)
     behind = _resized(dark)  # of all panels and tiles, which have one size each
     instances = result["instances"]
@@ -129,7 +129,7 @@ def draw_overlay(
         title = f"slot {slot}, confidence {confidence:.2f}" + ("" if slot in kept else " (not kept)")
         panels.append(Panel(title, _glow(behind, heat), css_colour(slot_colour(slot)) if slot in kept else None))
     title = f"masks: {verdict}" if instances else "masks"
-    pictures = [_shrink(Image.fromarray(mask.astype(np.uint8) * 255), Image.Resampling.BOX) for mask in masks]
+    pictures = [_shrink(Image.fromarray(mask * np.uint8(255)), Image.Resampling.BOX) for mask in masks]
     outlines = partial(_show_masks, instances=instances, masks=pictures, verdict=verdict)
     panels.append(Panel(title, _tinted(shown_image, dark, instances, pictures), draw=outlines))
 
@@ -312,10 +312,12 @@ def _wrap(text: str, columns: int, lines: int) -> list[str]:
 
 
 def _shrink(image: Image.Image, resample: Image.Resampling) -> Image.Image:
+    """To the longest side that is shown, by a whole number first: all the way if `resample` is a mean anyhow."""
     scale = LONGEST_SIDE / max(image.size)
     if scale >= 1:
         return image
-    return image.resize([max(1, round(side * scale)) for side in image.size], resample)
+    size = [max(1, round(side * scale)) for side in image.size]
+    return image.resize(size, resample, reducing_gap=1.0 if resample == Image.Resampling.BOX else 2.0)
 
 
 def _darkened(image: Image.Image) -> Image.Image:

@@ -82,7 +82,7 @@ def segment_image(
     if grounded or explain:  # the overlay has room for the concepts of a grounded read-out, whose sum the heatmap is
         explanations = explain_slots(segcompass, processor, outputs, shown, labels, keys)
     tiles = {report.slot: concept_tiles(report) for report in explanations if grounded}
-    overlay = draw_overlay(np.asarray(image), result, reasoning, verdict, masks, heatmaps, concepts, tiles)
+    overlay = draw_overlay(image, result, reasoning, verdict, masks, heatmaps, concepts, tiles)
     write_results(output, result, label_image(masks, scores, slots), overlay)
     if explain:
         write_explanation(output, segcompass, processor, outputs, image, instruction, explanations)
@@ -129,7 +129,7 @@ def segment_image_by_boxes(
     verdict = verdict_of_answer(answer, len(result["instances"]), threshold)
     report(result, answer.text.strip(), verdict, "answer")
     masks, slots = instances["masks"].cpu().numpy(), instances["slots"].tolist()
-    overlay = draw_overlay(np.asarray(image), result, answer.text, verdict, masks, [], prompts=result["prompts"])
+    overlay = draw_overlay(image, result, answer.text, verdict, masks, [], prompts=result["prompts"])
     write_results(output, result, label_image(masks, instances["scores"].tolist(), slots), overlay)
     return result
 

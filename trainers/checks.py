@@ -6,6 +6,7 @@ Each check raises with what it is, what it must be, and what to do. Knows nothin
 import inspect
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -89,6 +90,7 @@ def check_before_training(
     check_rows(train_dataset, eval_dataset, args)
     check_reward_weights(rewards, args.reward_weights)
     check_quantization(model, with_adapters)
+    check_read_out(model, args)
     check_reference(args, ref_model, with_adapters)
 
 
@@ -217,19 +219,17 @@ def check_read_out(model: Any, args: Any) -> None:
     """Refuse, for a grounded model, what only the attention read-out has.
 
     Args:
-        model: a SegCompassModel.
-        args: the cold start's settings.
+        model: a SegCompassModel, or a PeftModel around one.
+        args: the trainer's settings.
 
     Raises:
-        ValueError: one of them is set.
+        ValueError: one of them is set to another value than its default.
     """
-    usual = {
-        "query_source": ("both", "concepts"),
-        "token_dropout": (0.0,),
-        "query_codebook_lr_multiplier": (1.0,),
-        "slot_mapper_lr_multiplier": (1.0,),
+    names = ("query_source", "token_dropout", "query_codebook_lr_multiplier", "slot_mapper_lr_multiplier")
+    usual = {field.name: field.default for field in fields(args) if field.name in names}
+    given = {
+        name: getattr(args, name) for name, value in usual.items() if getattr(args, name) not in (value, "concepts")
     }
-    given = {name: getattr(args, name) for name, values in usual.items() if getattr(args, name) not in values}
     if model.grounded and given:
         raise ValueError(
             f"{', '.join(f'{name}={value!r}' for name, value in given.items())} is for the attention read-out, but "

@@ -254,7 +254,7 @@ def test_long_lines_are_cut_where_they_say_least():
 
 def test_masks_are_outlined_where_they_are_and_nothing_is_drawn_beside_the_picture():
     """A square mask at the right edge: its outline, box and score, found in the picture of the masks by its colour."""
-    image, mask = np.full((200, 200, 3), 128, np.uint8), np.zeros((200, 200), bool)
+    image, mask = Image.new("RGB", (200, 200), "grey"), np.zeros((200, 200), bool)
     mask[80:160, 120:200] = True
     instance = {"slot": 0, "score": 0.9, "box": [120, 80, 200, 160]}
     result = {"instruction": "x", "instances": [instance]}
@@ -280,13 +280,13 @@ def test_a_mask_of_specks_is_outlined_too(monkeypatch):
     )
     specks = np.random.default_rng(0).random((1, 300, 300)) > 0.5
     result = {"instruction": "x", "instances": [{"slot": 0, "score": 0.9, "box": [0, 0, 300, 300]}]}
-    drawn = draw_overlay(np.zeros((300, 300, 3), np.uint8), result, "x", "1 instance", specks, [])
+    drawn = draw_overlay(Image.new("RGB", (300, 300)), result, "x", "1 instance", specks, [])
     assert len(joints) > 1000 and "curve" not in joints
     red = np.abs(np.asarray(drawn).astype(int) - np.array(drawing.slot_colour(0))).max(-1) < 12
     assert red.mean() > 0.1
     specks[:] = False
     specks[0, 100:200, 100:200] = True
-    draw_overlay(np.zeros((300, 300, 3), np.uint8), result, "x", "1 instance", specks, [])
+    draw_overlay(Image.new("RGB", (300, 300)), result, "x", "1 instance", specks, [])
     assert "curve" in joints
 
 
@@ -298,9 +298,7 @@ def test_images_as_narrow_as_a_line_are_drawn(size):
     result = {"instruction": "x", "instances": [{"slot": 0, "score": 1.0, "box": [0, 0, width, height]}]}
     prompts = [{"slot": 0, "box": [3 * width, 0, 4 * width, height], "point": [width, height]}]
     heatmaps = [(0, 1.0, np.ones((3, 3)))]
-    drawn = draw_overlay(
-        np.zeros((height, width, 3), np.uint8), result, "x", "y", mask, heatmaps, None, {0: [tile]}, prompts
-    )
+    drawn = draw_overlay(Image.new("RGB", size), result, "x", "y", mask, heatmaps, None, {0: [tile]}, prompts)
     assert drawn.width == 1600 and drawn.height < 2000
 
 
@@ -356,7 +354,7 @@ def test_what_a_mask_loses_without_a_concept_is_whole_beside_every_picture(size,
     width, height = size
     lines = ("100% of the slot", "by “the very long phrase that called it”", "without it −100%")
     tile = ConceptTile("concept 1023", lines, np.ones(1), np.array([[0.0, 0.0, 1.0, 1.0]]))
-    image = np.zeros((height, width, 3), np.uint8)
+    image = Image.new("RGB", size)
     heatmaps = [(0, 1.0, np.zeros((4, 4)))]
     result = {"instruction": "x", "instances": []}
     written, write = set(), drawing.Page.write
