@@ -226,10 +226,8 @@ def check_read_out(model: Any, args: Any) -> None:
         ValueError: one of them is set to another value than its default.
     """
     names = ("query_source", "token_dropout", "query_codebook_lr_multiplier", "slot_mapper_lr_multiplier")
-    usual = {field.name: field.default for field in fields(args) if field.name in names}
-    given = {
-        name: getattr(args, name) for name, value in usual.items() if getattr(args, name) not in (value, "concepts")
-    }
+    asked = {field.name: (getattr(args, field.name), field.default) for field in fields(args) if field.name in names}
+    given = {name: value for name, (value, usual) in asked.items() if value not in (usual, "concepts")}
     if model.grounded and given:
         raise ValueError(
             f"{', '.join(f'{name}={value!r}' for name, value in given.items())} is for the attention read-out, but "
