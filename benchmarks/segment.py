@@ -8,10 +8,11 @@ Calls of the two alternate; the ratio is of medians, at batch 1, 4 and 16. Secon
 which other work on the machine stretches less than the clock's; with --threads and on a GPU they are the clock's. Then
 `segcompass segment` is run on the shipped scene with the shipped model, loaded already: what share of its time is
 neither generation nor the image encoder's? The same with the sized model, which is dictated a response with all of its
-concentration tokens, and whose masks are discs: random weights draw specks, whose outlines take long.
+concentration tokens, and whose masks are discs: random weights draw specks, whose outlines take long. With --photograph
+the sized model is also given a JPEG of that size.
 
 Keys of RESULT: ratio (batch 1), ratio_4, ratio_16, command_outside (that share), command_seconds,
-command_outside_sized, command_seconds_sized, ...
+command_outside_sized, command_seconds_sized, command_outside_photograph, command_seconds_photograph, ...
 """
 
 import argparse
@@ -22,6 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from PIL import Image
 from workload import MINI, Dictation, add_size, benchmark_rows, clock_of, machine, scripted_ids, sized_model
 
 from segcompass import segmentation
@@ -37,6 +39,9 @@ def parse(argv):
     parser.add_argument("--response", type=int, default=64, help="tokens written")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--photograph", type=int, nargs=2, metavar=("WIDTH", "HEIGHT"), help="pixels, such as 4000 3000"
+    )
     return parser.parse_args(argv)
 
 
@@ -52,7 +57,15 @@ def alternate(calls, repeats, clock):
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def command_seconds(clock, model, processor, threshold=0.5):
+def photograph(path, width, height):
+    """Write a JPEG of smooth noise; returns its path."""
+    noise = torch.rand(1, 3, 48, 64, generator=torch.Generator().manual_seed(0))
+    pixels = torch.nn.functional.interpolate(noise, (height, width), mode="bilinear")[0].mul(255).byte()
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path, quality=92)
+    return path
+
+
+def command_seconds(clock, model, processor, threshold=0.5, scene=SCENE):
     """Seconds of `segcompass segment` after loading: (all, generation's and the encoder's); the second of two runs."""
     within = []
 
@@ -73,7 +86,7 @@ def command_seconds(clock, model, processor, threshold=0.5):
         began = clock()
         with tempfile.TemporaryDirectory() as folder:
             asked = "everything to the left of the blue star"
-            segmentation.segment_image(str(SCENE), asked, str(MINI), Path(folder), threshold)
+            segmentation.segment_image(str(scene), asked, str(MINI), Path(folder), threshold)
         whole = clock() - began
     return whole, sum(within)
 
@@ -121,7 +134,11 @@ def main(argv=None):
     dictated = scripted_ids(model, processor, args.response, 1)[0].tolist()
     model.segment = partial(model.segment, logits_processor=[Dictation(dictated)], **length)
     model.mask_decoder.register_forward_hook(discs)
-    for key, asked in (("", load(str(MINI), args.device)), ("_sized", (model, processor, 0.0))):
+    commands = {"": load(str(MINI), args.device), "_sized": (model, processor, 0.0)}
+    if args.photograph:
+        where = photograph(Path(tempfile.mkdtemp()) / "photograph.jpg", *args.photograph)
+        commands["_photograph"] = (model, processor, 0.0, where)
+    for key, asked in commands.items():
         whole, within = command_seconds(clock, *asked)
         result[f"command_outside{key}"], result[f"command_seconds{key}"] = round(1 - within / whole, 4), round(whole, 4)
         print(f"segcompass segment {whole:.3f} s, {within:.3f} s of them generation and image encoder")

@@ -25,7 +25,8 @@ CUT = "the answer ends before its reasoning does"
 REACH = 0.05
 """How far beyond an edge a number may lie, as a share of the whole range; further off it is another format's."""
 ROUNDING = 1e-6
-"""Pixels by which a point may lie beyond an edge, so that one on the edge is inside however its numbers are rounded."""
+"""Pixels by which a point may lie beyond an edge, so that one on the edge is inside however its numbers are rounded; and
+what a box beside the image may seem to have inside it."""
 NUMBER = r"""["']?(-?(?:\d+(?:\.\d*)?|\.\d+))["']?"""  # digits in one way alone: many of them take no longer
 QUADRUPLE = rf"\[\s*{NUMBER}\s*,\s*{NUMBER}\s*,\s*{NUMBER}\s*,\s*{NUMBER}\s*\]"
 CORNERS = rf"\(\s*{NUMBER}\s*,\s*{NUMBER}\s*\)\s*,?\s*\(\s*{NUMBER}\s*,\s*{NUMBER}\s*\)"
@@ -190,7 +191,7 @@ class BoxFormat:
             (x1, x2), (y1, y2) = sorted(box[::2]), sorted(box[1::2])
             placed = (*inside(x1, y1), *inside(x2, y2))
             too_small = min(x2 - x1, y2 - y1) < self.smallest
-            if too_small or placed[2] <= placed[0] or placed[3] <= placed[1]:
+            if too_small or min(placed[2] - placed[0], placed[3] - placed[1]) <= ROUNDING:
                 return None
         at = None if point is None else inside(*point)
         if placed is None and point is not None:

@@ -194,6 +194,19 @@ def test_llavas_boxes_lie_on_the_square_that_it_is_shown():
     assert read("[0.0, 0.1, 0.3, 0.5]", "llava", image.size).fault == UNUSABLE  # beside the image
 
 
+@pytest.mark.parametrize(
+    "name, size, shown, text",
+    [
+        ("qwen2_5_vl", (1, 1), (1372, 784), '[{"bbox_2d": [55, 784, 0, 815]}]'),  # 784 / 784 was read as 1 - 1e-16
+        ("qwen2_5_vl", (1999, 1124), (1260, 1260), '[{"bbox_2d": [1260, 0, 1300, 1255]}]'),
+        ("llava", (300, 1000), None, "[0.10, 0.2, 0.35, 0.9]"),  # the image begins at 0.35 of the square
+    ],
+)
+def test_a_box_that_only_touches_the_image_has_no_area_in_it_however_numbers_are_rounded(name, size, shown, text):
+    answer = FORMATS[name].read(text, size, shown)
+    assert not answer.regions and answer.left_out == 1
+
+
 def test_pixels_need_the_size_that_was_shown():
     with pytest.raises(ValueError, match="give shown"):
         FORMATS["qwen2_5_vl"].read("[1, 2, 30, 40]", WIDE)
