@@ -136,7 +136,8 @@ def main(argv=None):
     model.mask_decoder.register_forward_hook(discs)
     commands = {"": load(str(MINI), args.device), "_sized": (model, processor, 0.0)}
     if args.photograph:
-        where = photograph(Path(tempfile.mkdtemp()) / "photograph.jpg", *args.photograph)
+        folder = tempfile.TemporaryDirectory()
+        where = photograph(Path(folder.name) / "photograph.jpg", *args.photograph)
         commands["_photograph"] = (model, processor, 0.0, where)
     for key, asked in commands.items():
         whole, within = command_seconds(clock, *asked)

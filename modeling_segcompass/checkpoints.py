@@ -171,13 +171,13 @@ def load_whole(load: Callable, path: Any, args: tuple, output_loading_info: bool
         getattr(model, part).load_state_dict(loaded.state_dict())
         info["missing_keys"] = {key for key in info["missing_keys"] if not key.startswith(f"{part}.")}
     check_loaded(model, info, path)
-    held = {"the SAE": model.sae, "the grounded read-out": getattr(model, "grounded_reading", None)}
-    for name, part in held.items():  # their steps are methods, and only a forward pass brings weights back
+    unheld = {"sae": "the SAE", "grounded_reading": "the grounded read-out"}  # only a forward pass brings weights back
+    for attribute, name in unheld.items():
+        part = getattr(model, attribute, None)
         if part is not None and any(weight.is_meta for weight in part.parameters()):
-            attribute = "sae" if part is model.sae else "grounded_reading"
             raise ValueError(
-                f"device_map left no memory for {name}, which cannot be offloaded; name a device for it, as in "
-                f'device_map={{"{attribute}": "cpu", ...}}, or raise max_memory.'
+                f"device_map left no memory for {name}, which cannot be offloaded (its steps are methods); name a "
+                f'device for it, as in device_map={{"{attribute}": "cpu", ...}}, or raise max_memory.'
             )
     model.config.references = None  # it is whole now, and is saved whole
     model.freeze_encoders()

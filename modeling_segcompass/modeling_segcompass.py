@@ -32,6 +32,7 @@ from .image_encoder import check_keys, encoder_of
 from .interventions import QUERY_SOURCES, kept_sources, scale_vector, steer, without_heaviest
 from .mask_decoder import MaskDecoder
 from .modeling_sparse_autoencoder import SparseAutoencoder
+from .old_names import read_old_shapes
 from .outputs import SegCompassOutput
 from .patch_boxes import boxes_of_tokens, has_area
 from .query_codebook import Concepts, QueryCodebook
@@ -866,8 +867,10 @@ class SegCompassModel(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: the folder is not what was saved (see `manifest`), or another model's; it lacks weights of this
                 model or holds others, or numbers that are not finite; `device_map` or
-                `quantization_config` with a checkpoint that refers to its parts; a `device_map` that offloads the SAE.
+                `quantization_config` with a checkpoint that refers to its parts; a `device_map` that offloads the SAE
+                or the grounded read-out.
         """
+        read_old_shapes(cls)
         load = super().from_pretrained
         return load_whole(load, pretrained_model_name_or_path, args, output_loading_info, kwargs)
 

@@ -58,18 +58,37 @@ def with_new_names(fields: dict[str, Any], names: dict[str, str] = OLD_FIELDS) -
     return fields
 
 
-class _AsVector(ConversionOps):
-    """A tensor of one number as a vector; one that is a vector stays as it is."""
+def read_old_shapes(model_class: type) -> None:
+    """Let transformers read OLD_SCALARS from files of earlier versions; it looks conversions up by the class's name.
+
+    Args:
+        model_class: SegCompassModel, or a class made of it.
+    """
+    names = [f"grounded_reading.{name}" for name in OLD_SCALARS]
+    conversions: list[Any] = [WeightConverter(name, name, [_AsTheModelHasIt()]) for name in names]
+    register_checkpoint_conversion_mapping(model_class.__name__, conversions, overwrite=True)
+
+
+def with_vectors(state_dict: dict[str, Any], prefix: str) -> None:
+    """In place, OLD_SCALARS of a state dict as vectors of one number: adapters and states of earlier versions.
+
+    Args:
+        state_dict: tensors by name.
+        prefix: of the grounded read-out's names in it.
+    """
+    for name in OLD_SCALARS:
+        if (weight := state_dict.get(prefix + name)) is not None and not weight.ndim:
+            state_dict[prefix + name] = weight.reshape(1)
+
+
+class _AsTheModelHasIt(ConversionOps):
+    """A tensor of one number in the shape that it has in the model, which may be of an earlier version's code too."""
 
     def convert(
         self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
     ) -> dict[str, list[torch.Tensor]]:
         (read,) = input_dict.values()
-        return {target_patterns[0]: [(read[0] if isinstance(read, list) else read).reshape(1)]}
-
-
-register_checkpoint_conversion_mapping(
-    "SegCompassModel",
-    [WeightConverter(name, name, [_AsVector()]) for name in (f"grounded_reading.{scalar}" for scalar in OLD_SCALARS)],
-    overwrite=True,  # the model's code may be imported twice: from the package, and from a saved folder
-)
+        weight = read[0] if isinstance(read, list) else read
+        shape = kwargs["model"].get_parameter(kwargs["full_layer_name"]).shape
+        fits = weight.numel() == shape.numel() == 1  # others are refused by name, as all weights are
+        return {target_patterns[0]: [weight.reshape(shape) if fits else weight]}

@@ -25,8 +25,8 @@ CUT = "the answer ends before its reasoning does"
 REACH = 0.05
 """How far beyond an edge a number may lie, as a share of the whole range; further off it is another format's."""
 ROUNDING = 1e-6
-"""Pixels by which a point may lie beyond an edge, so that one on the edge is inside however its numbers are rounded; and
-what a box beside the image may seem to have inside it."""
+"""Pixels by which a point may lie beyond an edge, so that one on the edge is inside however its numbers are rounded,
+and which a box beside the image may seem to have inside it."""
 NUMBER = r"""["']?(-?(?:\d+(?:\.\d*)?|\.\d+))["']?"""  # digits in one way alone: many of them take no longer
 QUADRUPLE = rf"\[\s*{NUMBER}\s*,\s*{NUMBER}\s*,\s*{NUMBER}\s*,\s*{NUMBER}\s*\]"
 CORNERS = rf"\(\s*{NUMBER}\s*,\s*{NUMBER}\s*\)\s*,?\s*\(\s*{NUMBER}\s*,\s*{NUMBER}\s*\)"

@@ -312,7 +312,7 @@ def _wrap(text: str, columns: int, lines: int) -> list[str]:
 
 
 def _shrink(image: Image.Image, resample: Image.Resampling) -> Image.Image:
-    """To the longest side that is shown, by a whole number first: all the way if `resample` is a mean anyhow."""
+    """To the longest side that is shown, by a whole number first: as far as that goes if `resample` is a mean."""
     scale = LONGEST_SIDE / max(image.size)
     if scale >= 1:
         return image

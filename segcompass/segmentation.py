@@ -135,8 +135,10 @@ def segment_image_by_boxes(
 
 
 def write_results(output: Path, result: dict, labels: Image.Image, overlay: Image.Image) -> None:
-    """Write result.json, masks.png and overlay.jpg. Raises OSError."""
+    """Write result.json, masks.png and overlay.jpg; what an earlier answer left beside them goes. Raises OSError."""
     with folder_lock(output):
+        for name in ("explanation.html", "explanation.png", "overlay.png"):  # the last is an earlier version's
+            (output / name).unlink(missing_ok=True)
         write_whole(output / "result.json", json.dumps(result, indent=2) + "\n")
         write_whole(output / "masks.png", labels.save)
         # no difference to be seen from a PNG, which is twice as large and takes five times as long

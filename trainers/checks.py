@@ -220,10 +220,10 @@ def check_read_out(model: Any, args: Any) -> None:
 
     Args:
         model: a SegCompassModel, or a PeftModel around one.
-        args: the trainer's settings.
+        args: the settings of the cold start or of joint training.
 
     Raises:
-        ValueError: one of them is set to another value than its default.
+        ValueError: one of them is set to another value than its default (or, of `query_source`, "concepts").
     """
     names = ("query_source", "token_dropout", "query_codebook_lr_multiplier", "slot_mapper_lr_multiplier")
     asked = {field.name: (getattr(args, field.name), field.default) for field in fields(args) if field.name in names}

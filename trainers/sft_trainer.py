@@ -272,7 +272,7 @@ class SegCompassSFTTrainer(WholeCheckpoints, HeldOutMasks, Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Trainer's, with the mean of each part of the loss since the last time, over all processes."""
+        """Trainer's, with the mean of each part of the loss since the last time: of the processes' means."""
         if "loss" in logs and self._parts:
             means = torch.stack([torch.stack(values).nanmean() for values in self._parts.values()])  # (parts,)
             means = self.accelerator.gather(means[None]).nanmean(0).tolist()

@@ -1,5 +1,7 @@
 """F_enc's answers and its frame, against transformers' own encoder and image processor."""
 
+from enum import Enum
+
 import pytest
 import torch
 from transformers import BertConfig, BertModel, SiglipVisionConfig, SiglipVisionModel
@@ -32,6 +34,12 @@ def test_image_lies_in_the_frame_where_the_image_processor_puts_it(size):
     assert list(frame.reshaped_size(*size)) == torch.as_tensor(prepared["reshaped_input_sizes"])[0].tolist()
 
 
+class Interpolation(Enum):
+    """As torchvision's, which transformers' image processors take too."""
+
+    BICUBIC = "bicubic"
+
+
 @pytest.mark.parametrize(
     "images",
     [
@@ -44,8 +52,9 @@ def test_image_lies_in_the_frame_where_the_image_processor_puts_it(size):
         ),
         SamImageProcessorPil(size={"longest_edge": 32}, pad_size={"height": 32, "width": 32}, do_normalize=False),
         ViTImageProcessorPil(size={"height": 32, "width": 32}, resample=3, image_std=[0.2, 0.3, 1.7]),
+        ViTImageProcessorPil(size={"height": 32, "width": 32}, resample=Interpolation.BICUBIC),
     ],
-    ids=["padded", "own values", "not normalised", "stretched"],
+    ids=["padded", "own values", "not normalised", "stretched", "another library's"],
 )
 def test_pixels_are_the_image_processors_own_bit_for_bit(images):
     rows = [noise_image(*size) for size in SIZES]

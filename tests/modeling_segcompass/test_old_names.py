@@ -1,14 +1,17 @@
 """Names of earlier versions still load through one table: fields, keywords, weights. Both names at once are refused."""
 
 import json
+import shutil
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, SamVisionConfig
+from transformers import AutoConfig, AutoModel, SamVisionConfig
 
 from segcompass.modeling_segcompass import SegCompassConfig, SegCompassModel, SegCompassProcessor
+from segcompass.modeling_segcompass.grounded_reading import GroundedReading
 from segcompass.modeling_segcompass.old_names import (
     EARLIER_DEFAULTS,
     OLD_FIELDS,
@@ -16,6 +19,7 @@ from segcompass.modeling_segcompass.old_names import (
     OLD_SCALARS,
     with_new_names,
 )
+from segcompass.trainers.policy import lora_config
 from tests.support.tiny import tiny_segcompass
 
 MINI = Path(__file__).parents[2] / "examples" / "checkpoints" / "mini"
@@ -103,27 +107,95 @@ def test_the_embedded_folder_loads(capfd):
     assert "torchvision" not in capfd.readouterr().err
 
 
-def test_numbers_saved_as_scalars_are_read_as_vectors_of_one_in_silence(tmp_path, caplog):
-    """FSDP shards no scalars; the grounded read-out's were scalars in earlier versions, the small model's still are."""
+@pytest.fixture(scope="module")
+def scalars(tmp_path_factory):
+    """A grounded model, and its folder as an earlier version saved it: with scalars, which FSDP refuses."""
+    folder = tmp_path_factory.mktemp("scalars")
     model, _ = tiny_segcompass("llava", concept_reading="grounded")
     with torch.no_grad():
         for place, name in enumerate(OLD_SCALARS):
             model.grounded_reading.get_parameter(name).fill_(place + 0.25)
     assert all(weight.ndim for weight in model.parameters())
-    model.save_pretrained(tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    names = [f"grounded_reading.{name}" for name in OLD_SCALARS]
-    assert all(weights[name].shape == (1,) for name in names)
-    earlier = {**weights, **{name: weights[name].reshape(()) for name in names}}
-    save_file(earlier, tmp_path / "model.safetensors", {"format": "pt"})
-    (tmp_path / "manifest.json").unlink()
+    model.save_pretrained(folder)
+    as_scalars(folder / "model.safetensors")
+    return model, folder
+
+
+def as_scalars(path, shape=()):
+    """Give a file's single numbers another shape, and let the manifest go."""
+    weights = load_file(path)
+    names = [name for name in weights if name.endswith(OLD_SCALARS) and "grounded_reading" in name]
+    assert len(names) == len(OLD_SCALARS) and all(weights[name].numel() == 1 for name in names)
+    for name in names:
+        number = weights[name].flatten()[0]
+        weights[name] = number.expand(shape).clone() if shape else number.clone()
+    save_file(weights, path, {"format": "pt"})
+    (path.parent / "manifest.json").unlink(missing_ok=True)
+
+
+class Derived(SegCompassModel):
+    """A user's own class, which transformers knows by its name."""
+
+
+@pytest.mark.parametrize("read", [SegCompassModel, Derived, AutoModel])
+def test_numbers_saved_as_scalars_are_read_as_vectors_of_one_in_silence(scalars, read, caplog):
+    model, folder = scalars
     with caplog.at_level("WARNING"):
-        loaded, info = SegCompassModel.from_pretrained(tmp_path, output_loading_info=True)
-        given = SegCompassModel.from_pretrained(None, config=model.config, state_dict=earlier)
+        loaded, info = read.from_pretrained(folder, output_loading_info=True)
+        given = SegCompassModel.from_pretrained(
+            None, config=model.config, state_dict=load_file(folder / "model.safetensors")
+        )
     assert not any(info.values()) and "MISMATCH" not in caplog.text
     for name in OLD_SCALARS:
-        for read in (loaded, given):
-            assert torch.equal(read.grounded_reading.get_parameter(name), model.grounded_reading.get_parameter(name))
+        for found in (loaded, given):
+            assert torch.equal(found.grounded_reading.get_parameter(name), model.grounded_reading.get_parameter(name))
+
+
+def test_the_small_models_scalars_are_read_as_they_are():
     shipped = SegCompassModel.from_pretrained(MINI).state_dict()
     saved = {name: weight for path in MINI.glob("*.safetensors") for name, weight in load_file(path).items()}
-    assert all(torch.equal(shipped[name].flatten(), saved[name].flatten()) for name in names)
+    for name in OLD_SCALARS:
+        assert torch.equal(shipped[f"grounded_reading.{name}"], saved[f"grounded_reading.{name}"].reshape(1))
+
+
+def test_code_of_an_earlier_version_reads_its_scalars_beside_todays(scalars, monkeypatch):
+    """Two folders with code of their own, in one process: transformers keeps what is said for a class by its name."""
+    model, folder = scalars
+    SegCompassModel.from_pretrained(folder)
+    build = GroundedReading.__init__
+
+    def of_scalars(self, config):
+        build(self, config)
+        for name in OLD_SCALARS:
+            module, _, last = name.rpartition(".")
+            setattr(self.get_submodule(module), last, torch.nn.Parameter(torch.empty(())))
+
+    monkeypatch.setattr(GroundedReading, "__init__", of_scalars)
+    loaded = SegCompassModel.from_pretrained(folder)
+    assert loaded.grounded_reading.gain.shape == () and loaded.grounded_reading.gain == model.grounded_reading.gain
+
+
+@pytest.mark.parametrize("shape", [(3,), (0,)])
+def test_numbers_of_another_size_are_refused_by_name(scalars, tmp_path, shape):
+    folder = shutil.copytree(scalars[1], tmp_path / "wrong")
+    as_scalars(folder / "model.safetensors", shape)
+    with pytest.raises(
+        ValueError, match=r"model.safetensors\) does not match .*mismatched_keys: 7 \(.*grounded_reading"
+    ):
+        SegCompassModel.from_pretrained(folder)
+
+
+def test_adapters_of_an_earlier_version_go_on_their_model(tmp_path):
+    model, _ = tiny_segcompass("llava", concept_reading="grounded")
+    model.save_pretrained(tmp_path / "model")
+    adapted = peft.get_peft_model(model, lora_config(model))
+    with torch.no_grad():
+        for name, weight in adapted.named_parameters():
+            if "modules_to_save" in name and weight.shape == (1,):
+                weight.fill_(0.75)
+    adapted.save_pretrained(tmp_path / "adapters")
+    as_scalars(tmp_path / "adapters" / "adapter_model.safetensors")
+    merged = peft.PeftModel.from_pretrained(
+        SegCompassModel.from_pretrained(tmp_path / "model"), tmp_path / "adapters"
+    ).merge_and_unload()
+    assert all(merged.grounded_reading.get_parameter(name).tolist() == [0.75] for name in OLD_SCALARS)

@@ -78,6 +78,19 @@ def test_explanations_are_made_only_where_they_are_shown(saved, photo, tmp_path,
     assert (np.asarray(Image.open(tmp_path / "with" / "overlay.jpg")) == page).all()
 
 
+def test_nothing_of_an_earlier_answer_stays_beside_a_new_one(saved, photo, tmp_path, writes):
+    folder, processor = saved
+    writes(GOOD, processor)
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "overlay.png").write_bytes(b"of an earlier version")
+    (output / "notes.txt").write_text("the user's")
+    of_each = {"result.json", "masks.png", "overlay.jpg", "notes.txt"}
+    for options, more in ((["--explain"], {"explanation.html", "explanation.png"}), ([], set())):
+        run(photo, folder, output, "--threshold", "0", *options)
+        assert {path.name for path in output.iterdir() if not path.name.startswith(".")} == of_each | more
+
+
 def test_no_confident_slot_is_said_to_be_no_target(saved, photo, tmp_path, writes, capsys):
     folder, processor = saved
     writes(GOOD, processor)

@@ -267,7 +267,7 @@ def test_token_dropout_is_the_recipes_and_not_left_over_from_the_cold_start(tmp_
         assert trainer.core.config.token_dropout == asked.get("token_dropout", 0.0)
 
 
-@pytest.mark.parametrize("setting", [{"token_dropout": 0.3}, {"query_codebook_lr_multiplier": 5.0}], ids=str)
+@pytest.mark.parametrize("setting", [{"token_dropout": 0.3}, {"slot_mapper_lr_multiplier": 5.0}], ids=str)
 def test_what_only_attention_has_is_refused_for_a_grounded_model(tmp_path, setting):
     with pytest.raises(ValueError, match=f"{next(iter(setting))}=.* is for the attention read-out"):
         make_trainer(tmp_path, model_config={"concept_reading": "grounded"}, beta=0.0, **setting)

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .modeling_sparse_autoencoder import SparseAutoencoder
+from .old_names import with_vectors
 
 MAX_WORD_STRENGTH = 5.0  # ĥ of a word is cut here: one outlier must not outweigh the other words
 DECODER_CONFIDENCE = 3.0  # logit that the mask decoder is given: what a slot shows is its heatmap's affair alone
@@ -249,6 +250,10 @@ class GroundedReading(nn.Module):
         start = torch.tensor([3.0, 2.0, 1.5, 1.0])[: len(self.reach)]
         init.copy_(self.reach, torch.cat([start, torch.full((len(self.reach) - len(start),), -2.0)]))
         init.ones_(self.spread)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        with_vectors(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @property
     def is_place(self) -> torch.Tensor:

@@ -509,8 +509,9 @@ def prepare_pixels(image_processor: Any, images: Sequence[Any]) -> torch.Tensor:
     known = type(image_processor) in (SamImageProcessorPil, ViTImageProcessorPil)
     if not known or not (image_processor.do_rescale and image_processor.do_normalize):
         return image_processor(images, return_tensors="pt")["pixel_values"]
-    if image_processor.do_resize and image_processor.resample is not None:  # before Pillow's pixels become an array's
-        frame, resample = frame_of(image_processor), image_processor.resample
+    resample = image_processor.resample
+    if image_processor.do_resize and isinstance(resample, int):  # before Pillow's pixels become an array's
+        frame = frame_of(image_processor)
         sizes = [frame.reshaped_size(image.height, image.width) for image in images]
         images = [image.resize(size[::-1], resample) for image, size in zip(images, sizes, strict=True)]
     made = image_processor(images, return_tensors="np", do_rescale=False, do_normalize=False)
