@@ -61,6 +61,13 @@ def build_from_backbones(
         sae = SparseAutoencoder.from_pretrained(sae, dtype=dtype)
     origin = origin_of(mllm.config)
     if sae is not None:
+        given = config.get("sae_config") or {}
+        for name, value in (given if isinstance(given, dict) else {}).items():
+            if (trained := getattr(sae.config, name, None)) != value:
+                raise ValueError(
+                    f"sae_config has {name}={value!r}, but the SAE that is given has {trained!r}; leave sae_config "
+                    "out, or give the SAE that it describes."
+                )
         config["sae_config"] = sae.config
         check_origin(sae.config, origin)
         check_finite(sae, "the SAE")
@@ -73,6 +80,12 @@ def build_from_backbones(
             backbone_revision=origin.revision,
         )
     if processor is not None:
+        if config.get("num_slots", processor.num_slots) != processor.num_slots:
+            raise ValueError(
+                f"num_slots={config['num_slots']!r}, but the processor writes {processor.num_slots} concentration "
+                "tokens; leave it out, and make the processor with SegCompassProcessor.from_backbones(..., num_slots=) "
+                "(`train sft --processor_config '{\"num_slots\": 4}'`)."
+            )
         config = {**processor.model_tokens(), "num_slots": processor.num_slots, **config}
         give_rows(mllm, processor.tokenizer, processor.new_tokens)
     whole = SegCompassConfig(
@@ -172,16 +185,21 @@ def load_whole(load: Callable, path: Any, args: tuple, output_loading_info: bool
         info["missing_keys"] = {key for key in info["missing_keys"] if not key.startswith(f"{part}.")}
     check_loaded(model, info, path)
     unheld = {"sae": "the SAE", "grounded_reading": "the grounded read-out"}  # only a forward pass brings weights back
-    for attribute, name in unheld.items():
-        part = getattr(model, attribute, None)
-        if part is not None and any(weight.is_meta for weight in part.parameters()):
-            raise ValueError(
-                f"device_map left no memory for {name}, which cannot be offloaded (its steps are methods); name a "
-                f'device for it, as in device_map={{"{attribute}": "cpu", ...}}, or raise max_memory.'
-            )
+    away = [unheld[part] for part, held in model.named_children() if part in unheld and _is_away(held)]
+    if away:
+        kept = (*unheld, "image_positions")
+        places = {name: "cpu" if name in kept else "disk" for name, _ in model.named_children()}
+        raise ValueError(
+            f"device_map left no memory for {' and '.join(away)}, which cannot be offloaded (their steps are methods); "
+            f"raise max_memory, or name a device for each part, such as device_map={places}."
+        )
     model.config.references = None  # it is whole now, and is saved whole
     model.freeze_encoders()
     return (model, info) if output_loading_info else model
+
+
+def _is_away(part):
+    return any(weight.is_meta for weight in part.parameters())
 
 
 def load_submodel(config: Any, part: str, repo_id: str, **keywords: Any) -> Any:

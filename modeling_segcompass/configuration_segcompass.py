@@ -211,11 +211,20 @@ class SegCompassConfig(PreTrainedConfig):
         self.sae_config: Any = sae_config
         if concept_reading not in CONCEPT_READINGS:
             raise ValueError(f"concept_reading is {concept_reading!r}; choose one of {CONCEPT_READINGS}.")
-        if num_slots < 1:
-            raise ValueError(f"num_slots is {num_slots}; at least 1 slot is needed.")
         if image_view not in IMAGE_VIEWS:
             raise ValueError(f"image_view is {image_view!r}; choose one of {IMAGE_VIEWS}.")
         for name, count, least in (
+            ("num_slots", num_slots, 1),
+            ("d_c", d_c, 1),
+            ("num_concepts", num_concepts, 1),
+            ("codebook_layers", codebook_layers, 0),
+            ("codebook_heads", codebook_heads, 1),
+            ("slot_heads", slot_heads, 1),
+            ("slot_head_dim", slot_head_dim, 1),
+            ("decoder_layers", decoder_layers, 0),
+            ("decoder_heads", decoder_heads, 1),
+            ("decoder_mlp_dim", decoder_mlp_dim, 1),
+            ("max_response_length", max_response_length, 1),
             ("grounded_rank", grounded_rank, 0),
             ("look_concepts", look_concepts, 1),
             ("place_concepts", place_concepts, 0),

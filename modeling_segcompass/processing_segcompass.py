@@ -320,7 +320,10 @@ class SegCompassProcessor(ProcessorMixin):
     # -- prompts and responses ---------------------------------------------------------------------------------------
 
     def prompt_text(self, instruction: str) -> str:
-        """The text of the user turn for one instruction. Raises ValueError when it is empty or holds `<REF_POS>`."""
+        """The text of the user turn for one instruction, on one line with single spaces.
+
+        Raises ValueError when it is empty or holds `<REF_POS>`.
+        """
         if not isinstance(instruction, str) or not instruction.strip():
             raise ValueError(f"the instruction is {instruction!r}; say what to segment, like 'the mug by the sink'.")
         if any("\ud800" <= character <= "\udfff" for character in instruction):
@@ -328,7 +331,7 @@ class SegCompassProcessor(ProcessorMixin):
         token = reserved_in(self.tokenizer, instruction, self.image_token)
         if token is not None:
             raise ValueError(f"the instruction contains {token!r}, which is reserved; remove it.")
-        return self.prompt_template.format(instruction=instruction.strip(), num_slots=self.num_slots)
+        return self.prompt_template.format(instruction=" ".join(instruction.split()), num_slots=self.num_slots)
 
     def build_messages(self, instruction: str) -> list[dict[str, Any]]:
         """The conversation for one instruction, in the chat-template form with one image."""

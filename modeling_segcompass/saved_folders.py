@@ -61,7 +61,12 @@ def check_saved(
         check(folder, endings)
         return folder
     hub = {name: keywords[name] for name in HUB_KEYWORDS if keywords.get(name) is not None}
-    found = cached_file(source, anchor, revision=keywords.get("revision"), subfolder=subfolder, **hub)
+    try:
+        found = cached_file(source, anchor, revision=keywords.get("revision"), subfolder=subfolder, **hub)
+    except (OSError, ValueError) as error:
+        if str(source) and str(source) in str(error):
+            raise
+        raise OSError(f"{str(source)!r} is no folder here, and cannot be had from the Hub: {error}") from error
     assert found is not None  # it raises where there is none
     folder = Path(found).parent
     commit = re.search(r"snapshots[/\\]([0-9a-f]{40})", str(folder))

@@ -3,6 +3,7 @@
 The options are those of TRL's ModelConfig. Knows nothing about recipes or data.
 """
 
+import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from trl import ModelConfig, get_quantization_config
 
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
+from segcompass.modeling_segcompass.manifest import noted_files
 from segcompass.trainers.policy import lora_config
 
 LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora")
@@ -60,6 +62,36 @@ def load_for_training(path: str | Path, options: ModelConfig, bf16: bool) -> Seg
         quantization.bnb_4bit_compute_dtype = torch.bfloat16  # TRL takes the weights' dtype, which is float32 here
     model: Any = SegCompassModel.from_pretrained(path, dtype="float32", quantization_config=quantization)
     return model
+
+
+def check_base(adapters: Path, model: str) -> None:
+    """Refuse a model that adapters were not trained on: merged into other weights they give garbage.
+
+    Prints a line where it cannot be told, because the model that they name is not here.
+
+    Args:
+        adapters: their folder.
+        model: folder or Hub id.
+
+    Raises:
+        ValueError: the folder that the adapters name is here, and its weights are others.
+    """
+    trained_on = json.loads((adapters / "adapter_config.json").read_text()).get("base_model_name_or_path") or ""
+    if not trained_on or trained_on == model:
+        return
+    weights = [_weights(Path(folder)) for folder in (trained_on, model)]
+    if None in weights:
+        print(f"{adapters} were trained on {trained_on}; whether {model} has its weights cannot be told from here.")
+    elif weights[0] != weights[1]:
+        raise ValueError(
+            f"{adapters} were trained on {trained_on}, and {model} has other weights, into which they do not fit; pass "
+            f"--model {trained_on}."
+        )
+
+
+def _weights(folder):
+    """SHA-256 of a signed folder's weights by file; None where there is no such folder."""
+    return {name: file["sha256"] for name, file in noted_files(folder).items() if name.endswith(".safetensors")} or None
 
 
 def adapters_for(model: SegCompassModel, processor: SegCompassProcessor, options: ModelConfig) -> Any:

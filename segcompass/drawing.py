@@ -7,6 +7,7 @@ The page of an evaluation's samples is gallery.py's.
 """
 
 import textwrap
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
@@ -17,6 +18,7 @@ import matplotlib
 import numpy as np
 from contourpy import contour_generator
 from matplotlib import colormaps
+from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
 from segcompass.modeling_segcompass.palette import PAGE_COLOURS, css_colour, slot_colour
@@ -128,14 +130,17 @@ def draw_overlay(
     for slot, confidence, heat in heatmaps:
         title = f"slot {slot}, confidence {confidence:.2f}" + ("" if slot in kept else " (not kept)")
         panels.append(Panel(title, _glow(behind, heat), css_colour(slot_colour(slot)) if slot in kept else None))
-    title = f"masks: {verdict}" if instances else "masks"
+    title = f"masks: {verdict}"
+    widest = max(_font(TEXT, False).getlength(text) for text in (title, *(panel.title for panel in panels))) + 23
+    columns, panel_width, panel_height = _panel_size(len(panels) + 1, width / height, widest)
+    narrow = panel_width < widest / 2  # a word does not fit into the picture
+    title = title if instances or narrow else "masks"
     pictures = [_shrink(Image.fromarray(mask * np.uint8(255)), Image.Resampling.BOX) for mask in masks]
-    outlines = partial(_show_masks, instances=instances, masks=pictures, verdict=verdict)
+    outlines = partial(_show_masks, instances=instances, masks=pictures, verdict="" if narrow else verdict)
     panels.append(Panel(title, _tinted(shown_image, dark, instances, pictures), draw=outlines))
 
-    headlines = _wrap(f"“{result['instruction']}”", 92, MAX_HEADLINES)
-    lines = _wrap(reasoning, 154, MAX_LINES)
-    columns, panel_width, panel_height = _panel_size(len(panels), width / height)
+    headlines = _wrap(f"“{legible(result['instruction'])}”", 92, MAX_HEADLINES)
+    lines = _wrap(legible(reasoning), 154, MAX_LINES)
     rows = -(-len(panels) // columns)
     panels_top = MARGIN + len(headlines) * HEADLINE + 14
     tiles_top = panels_top + rows * (TITLE + panel_height + GAP)
@@ -146,8 +151,8 @@ def draw_overlay(
     for number, line in enumerate(headlines):
         page.write(MARGIN, MARGIN + number * HEADLINE, line, size=LARGE, bold=True)
     for number, panel in enumerate(panels):
-        row, column = divmod(number, columns)
-        left = MARGIN + column * (panel_width + GAP)
+        row, place = divmod(number, columns)
+        left = MARGIN + place * (max(panel_width, widest - GAP) + GAP)
         top = panels_top + row * (TITLE + panel_height + GAP)
         if panel.colour:
             page.square(left, top + 3, 15, panel.colour)
@@ -279,7 +284,7 @@ def _draw_tiles(page: Page, top: float, row: list[ConceptTile], behind: Picture,
         page.paste(left, top, width, height, _patches(behind, tile.heat, tile.boxes))
         for place, line in enumerate((tile.name, *tile.lines[:3])):
             style = (INK, True) if place == 0 else (SOFT, False)
-            page.write(left + width + 12, top + 8 + place * TILE_LINE, _cut(line, letters), SMALL, *style)
+            page.write(left + width + 12, top + 8 + place * TILE_LINE, _cut(legible(line), letters), SMALL, *style)
 
 
 def _cut(line: str, letters: int) -> str:
@@ -293,15 +298,36 @@ def _cut(line: str, letters: int) -> str:
     return line[: max(1, letters - 1)].rstrip() + "…"
 
 
-def _panel_size(count: int, aspect: float) -> tuple[int, float, float]:
-    """Columns, width and height of the panels: as few rows as leave them tall enough to read."""
+def _panel_size(count: int, aspect: float, widest: float) -> tuple[int, float, float]:
+    """Columns, width and height of the panels: as few rows as leave them tall enough to see, and titles room."""
     for rows in (1, 2, 3):
         columns = -(-count // rows)
         width = (PAGE - 2 * MARGIN - (columns - 1) * GAP) / columns
         height = min(width / aspect, MAX_PANEL)
-        if height >= MIN_PANEL:
+        if height >= MIN_PANEL and width + GAP >= widest:
             break
     return columns, height * aspect, height
+
+
+def legible(text: str) -> str:
+    """The text, or in its place that a picture cannot show it.
+
+    Args:
+        text: in any script.
+
+    Returns:
+        The text as it is, unless letters are missing from the font or are written from right to left.
+    """
+    missing = {ord(letter) for letter in text if not letter.isspace()} - _letters()
+    if missing or any(unicodedata.bidirectional(letter) in ("R", "AL") for letter in text):
+        return f"({len(text)} letters that this picture's font cannot show; result.json has them)"
+    return text
+
+
+@cache
+def _letters() -> set[int]:
+    """The code points that the font can show."""
+    return set(FT2Font(str(FONT / "DejaVuSans.ttf")).get_charmap())
 
 
 def _wrap(text: str, columns: int, lines: int) -> list[str]:

@@ -1,6 +1,7 @@
 """Segments one image and writes down everything that came out: the work of `segcompass segment`."""
 
 import json
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from PIL import Image
 
 from segcompass.box_formats import Answer
 from segcompass.boxes_route import BoxesRoute
-from segcompass.drawing import ConceptTile, draw_overlay, label_image
+from segcompass.drawing import ConceptTile, draw_overlay, label_image, legible
 from segcompass.loaders.folder_lock import folder_lock
 from segcompass.loaders.masks import encode_mask
 from segcompass.loading import load
@@ -348,6 +349,8 @@ def write_explanation(
     masks = (logits[slots] > 0).cpu().numpy()
     write_whole(folder / "explanation.html", render_html(explanations, image, masks, instruction))
     first = max(range(len(explanations)), key=lambda place: explanations[place].confidence)
-    figure = explanations[first].to_figure(image, masks[first], instruction)
-    write_whole(folder / "explanation.png", lambda part: figure.savefig(part, dpi=100))
+    figure = explanations[first].to_figure(image, masks[first], legible(instruction))
+    with warnings.catch_warnings():  # words of the response in other scripts; explanation.html has them all
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        write_whole(folder / "explanation.png", lambda part: figure.savefig(part, dpi=100))
     print(f"wrote explanation.html and explanation.png to {folder}")

@@ -10,7 +10,7 @@ from segcompass.modeling_segcompass.generation_options import refuse_not_followe
 
 from .checkpoints import check_pushing
 from .losses import LossWeights
-from .optimization import FINAL_DIV_FACTOR, RateMultipliers, check_warmup, rate_multiplier
+from .optimization import FINAL_DIV_FACTOR, RateMultipliers, check_fp16, check_warmup, rate_multiplier
 from .options import GRPO_OPTIONS, OPTIONS, refuse_generation_options, refuse_options
 from .rewards import find_rewards
 
@@ -144,6 +144,7 @@ class SegCompassGRPOConfig(LossWeights, RateMultipliers, GRPOConfig):
         super().__post_init__()
         check_pushing(self)
         check_warmup(self)
+        check_fp16(self)
         for name, choices in (("training_mode", TrainingMode), ("reward_mask_source", RewardMaskSource)):
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {get_args(choices)}.")
@@ -172,11 +173,6 @@ class SegCompassGRPOConfig(LossWeights, RateMultipliers, GRPOConfig):
             raise ValueError(
                 "use_vllm=True, but vLLM is not installed; pip install 'segcompass[vllm]' on a machine with a GPU, or "
                 "set use_vllm=False to generate with transformers."
-            )
-        if self.fp16 and self.use_cpu:
-            raise ValueError(
-                "fp16=True needs a GPU's gradient scaler, which is unavailable with use_cpu=True; set bf16=True, or "
-                "neither."
             )
 
     @property

@@ -166,6 +166,22 @@ def check_warmup(args: Any) -> None:
         )
 
 
+def check_fp16(args: Any) -> None:
+    """Refuse float16 where there is no gradient scaler: small gradients would be lost without a word.
+
+    Args:
+        args: transformers' TrainingArguments.
+
+    Raises:
+        ValueError: `fp16` with `use_cpu`.
+    """
+    if args.fp16 and args.use_cpu:
+        raise ValueError(
+            "fp16=True needs a GPU's gradient scaler, which is unavailable with use_cpu=True; set bf16=True, or "
+            "neither."
+        )
+
+
 class OneCycle(OneCycleLR):
     """torch's, but a state that is loaded brings its steps and not its length: resuming with more steps goes on.
 

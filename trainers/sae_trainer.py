@@ -26,7 +26,7 @@ from segcompass.modeling_segcompass.modeling_sparse_autoencoder import SparseAut
 from .activations import TOKEN_TYPES, keep_finite, split_batch, take_tokens
 from .checkpoints import WholeCheckpoints, check_pushing, whole_checkpoint
 from .checks import check_loss, check_precision
-from .optimization import check_warmup
+from .optimization import check_fp16, check_warmup
 from .options import SAE_OPTIONS, refuse_options
 from .sae_frame import Frame, put_back, tensors_in_frame
 from .sae_quality import (
@@ -103,6 +103,7 @@ class SparseAutoencoderTrainerConfig(TrainingArguments):
         refuse_options(self, SAE_OPTIONS)
         check_pushing(self)
         check_warmup(self)
+        check_fp16(self)
 
 
 class _Endless(IterableDataset):

@@ -35,7 +35,7 @@ from .grounded_losses import shared_slots
 from .held_out import HeldOutMasks
 from .image_features import open_image_features
 from .losses import LOG_PREFIX, LossWeights, erasure_loss, segmentation_loss
-from .optimization import RateMultipliers, check_warmup, component_optimizer
+from .optimization import RateMultipliers, check_fp16, check_warmup, component_optimizer
 from .options import OPTIONS, refuse_options
 from .policy import freeze
 
@@ -126,6 +126,7 @@ class SegCompassSFTConfig(LossWeights, RateMultipliers, TrainingArguments):
         super().__post_init__()
         check_pushing(self)
         check_warmup(self)
+        check_fp16(self)
         refuse_options(self, OPTIONS)
 
 

@@ -42,4 +42,13 @@ class SignedSaves:
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         check(resume_from_checkpoint, ("",))
-        super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]  # the Trainer's
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)  # type: ignore[misc]  # the Trainer's
+        except RuntimeError as error:
+            if "size mismatch" not in str(error) and "Missing key" not in str(error):
+                raise
+            raise ValueError(
+                f"{resume_from_checkpoint} is of a model of another shape than the one that is trained here, so this "
+                "training cannot go on from it; name another output_dir, or repeat the command that began it. "
+                f"({str(error).strip().splitlines()[-1].strip()[:300]})"
+            ) from error

@@ -14,6 +14,7 @@ WEIGHTS = "a5903a8431e12a8c827b96dc13a913bb49add260f449ab51d767f1f932e0a595"
 """Its `fingerprint`; another when another model ships."""
 PREFIX = 512
 """How many numbers of each parameter are looked at: training changes them all."""
+LONGEST_WORD = 30  # letters of a word that are shown
 SHAPES = ("ball", "box", "cone", "moon", "ring", "star")
 COLOURS = ("blue", "green", "purple", "red", "white", "yellow")
 TAUGHT = (
@@ -80,7 +81,8 @@ def unknown_words(tokenizer: Any, instruction: str) -> list[str]:
     words = getattr(getattr(tokenizer, "backend_tokenizer", None), "pre_tokenizer", None)
     if words is None:
         return []
-    text = instruction.encode("utf-8", "ignore").decode("utf-8").strip()  # half characters are refused elsewhere
+    text = instruction.encode("utf-8", "ignore").decode("utf-8")  # half characters are refused elsewhere
+    text = " ".join(text.split())  # as the prompt has it
     found = []
     for _, (start, end) in words.pre_tokenize_str(text):
         word = text[start:end]
@@ -93,5 +95,6 @@ def warning(unknown: list[str]) -> str:
     """What is said of an answer to words that the model never learned; "" where it knows them all."""
     if not unknown:
         return ""
-    named = " and ".join(filter(None, [", ".join(f"“{word}”" for word in unknown[:-1]), f"“{unknown[-1]}”"]))
+    words = [f"“{word}”" if len(word) <= LONGEST_WORD else f"“{word[:LONGEST_WORD]}…”" for word in unknown]
+    named = " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
     return f"It never learned {named} (as written), so its answer is a guess. {TAUGHT}"

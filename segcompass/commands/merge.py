@@ -31,8 +31,10 @@ def main(argv: list[str] | None = None) -> None:
         )
     from peft import PeftModel
 
+    from segcompass.adapters import check_base
     from segcompass.loading import load
 
+    check_base(args.adapters, args.model)
     model, processor = load(args.model, "cpu")
     merged = PeftModel.from_pretrained(model, str(args.adapters)).merge_and_unload()
     merged.save_pretrained(args.output)

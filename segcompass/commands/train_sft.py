@@ -9,6 +9,8 @@ A recipe is a YAML file, or a name that `segcompass recipes` lists; options repl
 resume an interrupted run from its last checkpoint.
 """
 
+import difflib
+import inspect
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +20,8 @@ from trl import ModelConfig
 
 from segcompass.adapters import adapters_for, check_model_options, load_for_training
 from segcompass.loading import load
-from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
+from segcompass.modeling_segcompass import SegCompassConfig, SegCompassModel, SegCompassProcessor
+from segcompass.modeling_segcompass.old_names import OLD_FIELDS
 from segcompass.recipes import parse_with_recipe
 from segcompass.trainers import SegCompassSFTConfig, SegCompassSFTTrainer
 from segcompass.trainers.checkpoints import alone_in_output, last_checkpoint
@@ -57,8 +60,23 @@ class SFTArguments:
 
 
 def build(arguments: SFTArguments) -> tuple[SegCompassModel, SegCompassProcessor]:
-    """The model and processor that a recipe names. Raises ValueError when it names none."""
+    """The model and processor that a recipe names.
+
+    Args:
+        arguments: the command's; what they say of building is not followed beside `model`, and named.
+
+    Returns:
+        both.
+
+    Raises:
+        ValueError: no model is named, or `model_config` has what is no field, or is said otherwise elsewhere.
+    """
     if arguments.model:
+        unused = [
+            name for name in ("mllm", "image_encoder", "model_config", "processor_config") if getattr(arguments, name)
+        ]
+        if unused:
+            print(f"training goes on from model={arguments.model!r} as it is; not followed: {', '.join(unused)}")
         return load(arguments.model, "cpu")
     if not (arguments.mllm and arguments.image_encoder):
         raise ValueError("name either model, or mllm and image_encoder, in the recipe or on the command line.")
@@ -66,9 +84,34 @@ def build(arguments: SFTArguments) -> tuple[SegCompassModel, SegCompassProcessor
         json.loads(given) if isinstance(given, str) else given or {}
         for given in (arguments.model_config, arguments.processor_config)
     )
+    check_fields(fields)
     processor = SegCompassProcessor.from_backbones(arguments.mllm, arguments.image_encoder, **settings)
     model = SegCompassModel.from_backbones(arguments.mllm, arguments.image_encoder, arguments.sae, processor, **fields)
     return model, processor
+
+
+def check_fields(given: dict) -> None:
+    """Refuse what is no field of SegCompassConfig, or is an option of the training.
+
+    Args:
+        given: `model_config`.
+
+    Raises:
+        ValueError: naming the field, and a like one.
+    """
+    known = set(inspect.signature(SegCompassConfig).parameters) - {"kwargs"} | set(OLD_FIELDS)
+    for name in given:
+        if name not in known:
+            like = difflib.get_close_matches(name, known, 1)
+            raise ValueError(
+                f"model_config has {name!r}, which is no field of SegCompassConfig"
+                f"{f'; {like[0]!r} is' if like else ', whose docstring lists them'}."
+            )
+    if given.get("token_dropout"):
+        raise ValueError(
+            f"model_config has token_dropout={given['token_dropout']!r}, but training sets it from the option of that "
+            "name; pass --token-dropout."
+        )
 
 
 def start(

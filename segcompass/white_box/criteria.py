@@ -270,9 +270,9 @@ def _mean(values: np.ndarray) -> float:
 
 
 def _mean_ratio(values: np.ndarray) -> float:
-    """Mean of the first column over the mean of the second, of the rows that have both."""
+    """Mean of the first column over the mean of the second, of the rows that have both; nan of nothing over nothing."""
     known = values[~np.isnan(values).any(1)]
-    if not len(known):
+    if not known.any():
         return float("nan")
     above, below = known.mean(0)
     return float(above / max(below, 1e-3))

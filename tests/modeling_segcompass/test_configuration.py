@@ -85,6 +85,9 @@ def test_sae_of_a_layer_the_mllm_lacks_is_refused():
     ("field", "value", "message"),
     [
         ("num_slots", 0, "num_slots is 0.*at least 1"),
+        ("num_slots", "four", "num_slots is 'four'; it must be an integer of at least 1"),
+        ("d_c", "wide", "d_c is 'wide'; it must be an integer"),
+        ("decoder_heads", 1.5, "decoder_heads is 1.5; it must be an integer"),
         ("concept_reading", "words", r"concept_reading is 'words'.*feature"),
         ("codebook_heads", 7, "d_c=512 is not divisible by codebook_heads=7"),
     ],

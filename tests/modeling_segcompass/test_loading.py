@@ -1,5 +1,6 @@
 """The keywords of from_pretrained that users rely on, parts kept elsewhere, and PEFT adapters beside the model."""
 
+import ast
 import json
 
 import peft
@@ -76,8 +77,11 @@ def test_parts_offloaded_by_device_map_come_back_when_needed_except_what_is_read
         SegCompassModel.from_pretrained(folder, device_map={**places, "sae": "disk"}, offload_folder=tmp_path)
     if "grounded_reading" in learns:
         places["grounded_reading"] = "disk"
-        with pytest.raises(ValueError, match="left no memory for the grounded read-out, which cannot be offloaded"):
+        with pytest.raises(ValueError, match="left no memory for the grounded read-out, which cannot be") as refused:
             SegCompassModel.from_pretrained(folder, device_map=places, offload_folder=tmp_path)
+        advice = ast.literal_eval(str(refused.value).partition("such as device_map=")[2].rstrip("."))
+        model = SegCompassModel.from_pretrained(folder, device_map=advice, offload_folder=tmp_path)
+        torch.testing.assert_close(masks_of(model, processor), masks)
 
 
 @pytest.mark.parametrize(
@@ -213,3 +217,13 @@ def test_a_peft_adapter_is_saved_beside_and_loaded_again(saved, tmp_path):
     merged.save_pretrained(tmp_path / "merged")
     again = SegCompassModel.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(masks_of(again, processor), masks_of(merged, processor), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("load", [SegCompassModel.from_pretrained, SparseAutoencoder.from_pretrained])
+def test_a_name_that_leads_nowhere_is_in_the_error(load, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for name in ("runs/nothere", "nothere"):
+        with pytest.raises(OSError, match=f"'{name}'.*"):
+            load(name)
+    with pytest.raises(OSError, match="'' is no folder here"):
+        load("")

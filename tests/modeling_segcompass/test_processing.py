@@ -91,6 +91,20 @@ def test_template_with_the_concentration_token_is_refused(processor):
         )
 
 
+def test_a_question_is_asked_on_one_line(processor):
+    """With a line break before it the small model knew no word."""
+    image = noise_image(40, 60)
+    one, other = (processor(images=image, text=text)["input_ids"] for text in ("the red box", " the\nred \t box\n"))
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 3), (1, 4), (4, 3)])
+def test_an_image_of_few_pixels_is_an_image(processor, size):
+    """Its places were measured by an array, in which colours could come first or last."""
+    inputs = processor(images=noise_image(*size), text="the box")
+    assert inputs["original_sizes"].tolist() == [list(size)] and inputs["patch_boxes"].isfinite().all()
+
+
 def test_image_too_narrow_for_the_frame_is_refused(processor):
     with pytest.raises(ValueError, match=r"row 0 .*: the image is 1 x 200 pixels; the limit is a ratio of 64,.*crop"):
         processor.encoder_inputs(noise_image(200, 1))

@@ -1,6 +1,7 @@
 """`segcompass merge` makes a model of adapters, and says what it needs."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -43,3 +44,26 @@ def test_a_folder_without_adapters_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["merge", str(tmp_path), "--model", "x", "--output", str(tmp_path / "out")])
     assert "holds no adapters (adapter_config.json)" in capsys.readouterr().err
+
+
+def test_adapters_go_into_the_weights_that_they_were_trained_on_and_no_others(tmp_path, monkeypatch, capsys):
+    """Merged into another training's model they wrote garbage, without a word."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "other"):
+        model, processor = tiny_segcompass("llava")
+        with torch.no_grad():
+            model.mask_decoder.mask_token.fill_(len(name))
+        model.save_pretrained(name)
+        processor.save_pretrained(name)
+    model = SegCompassModel.from_pretrained("base")
+    get_peft_model(model, lora_config(model, r=2)).save_pretrained("adapters")
+    with pytest.raises(ValueError, match="adapters were trained on base, and other has other weights.*--model base"):
+        merge.main(["adapters", "--model", "other", "--output", "merged"])
+    assert not (tmp_path / "merged").exists()
+    shutil.copytree("base", "copy")
+    for given in ("base", str(tmp_path / "base"), "copy"):
+        merge.main(["adapters", "--model", given, "--output", f"merged-{given.replace('/', '-')}"])
+        assert "cannot be told" not in capsys.readouterr().out
+    (tmp_path / "base").rename(tmp_path / "moved")
+    merge.main(["adapters", "--model", "moved", "--output", "merged-moved"])
+    assert "trained on base; whether moved has its weights cannot be told" in capsys.readouterr().out

@@ -302,6 +302,39 @@ def test_images_as_narrow_as_a_line_are_drawn(size):
     assert drawn.width == 1600 and drawn.height < 2000
 
 
+@pytest.mark.parametrize(("width", "count"), [(50, 1), (50, 6), (300, 6)])
+def test_titles_of_narrow_pictures_stand_beside_one_another(width, count, monkeypatch):
+    """They were written over one another, and what became of the question was cut off by the picture's sides."""
+    written, write = [], drawing.Page.write
+    monkeypatch.setattr(
+        drawing.Page,
+        "write",
+        lambda page, left, top, text, *a, **k: (
+            written.append((text, left, top)) or write(page, left, top, text, *a, **k)
+        ),
+    )
+    heatmaps = [(slot, 0.5, np.zeros((4, 4))) for slot in range(count)]
+    masks = np.zeros((0, 4000, width), bool)
+    result = {"instruction": "x", "instances": []}
+    draw_overlay(Image.new("RGB", (width, 4000)), result, "x", "no target", masks, heatmaps)
+    font = drawing._font(drawing.TEXT, False)
+    titles = [entry for entry in written if entry[0] == "image" or entry[0].startswith(("slot", "masks"))]
+    assert len(titles) == count + 2 and titles[-1][0] == "masks: no target"
+    for (text, left, top), (_, following, below) in zip(titles, titles[1:], strict=False):
+        assert below > top or left + font.getlength(text) < following
+    assert all(left + font.getlength(text) < drawing.PAGE for text, left, _ in titles)
+
+
+def test_what_the_font_cannot_show_is_said_to_be_so():
+    """Arabic was drawn from left to right, Japanese as empty boxes."""
+    for text in ("the müg № 3, “left” → right", "Ποιο είναι; какой?", "✓ π_θ\n"):
+        assert drawing.legible(text) == text
+    for text in ("كل شيء", "青い星", "the 星", "🦄"):
+        assert (
+            drawing.legible(text) == f"({len(text)} letters that this picture's font cannot show; result.json has them)"
+        )
+
+
 def test_heat_has_the_colours_of_its_scale():
     """Clear where it is 0; at its greatest nine tenths of inferno's lightest colour."""
     from matplotlib import colormaps

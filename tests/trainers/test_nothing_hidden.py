@@ -24,11 +24,11 @@ LANGUAGE = {"lambda_s": 0.0, "lambda_c": 0.0}
 """Without masks nothing but the loss itself is looked at."""
 
 
-def cold_start(folder, **settings):
-    model, processor = tiny_segcompass("llava")
+def cold_start(folder, num_slots=3, **settings):
+    model, processor = tiny_segcompass("llava", num_slots=num_slots)
     rows = scenes(8).map(lambda row: {"reasoning": "a box"})
     quiet = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1}
-    args = SegCompassSFTConfig(str(folder), per_device_train_batch_size=2, **quiet, **settings)
+    args = SegCompassSFTConfig(str(folder), per_device_train_batch_size=2, **{**quiet, **settings})
     return SegCompassSFTTrainer(model, args, processor, train_dataset=rows)
 
 
@@ -100,6 +100,12 @@ def test_fp16s_gradient_scaler_leaves_steps_out_and_training_goes_on(tmp_path, m
 
 
 @pytest.mark.parametrize("config", [SegCompassSFTConfig, SegCompassGRPOConfig, SparseAutoencoderTrainerConfig])
+def test_float16_without_a_gradient_scaler_is_refused(config, tmp_path):
+    with pytest.raises(ValueError, match="fp16=True needs a GPU's gradient scaler"):
+        config(str(tmp_path), fp16=True, bf16=False, use_cpu=True, report_to=[])
+
+
+@pytest.mark.parametrize("config", [SegCompassSFTConfig, SegCompassGRPOConfig, SparseAutoencoderTrainerConfig])
 def test_pushing_during_training_is_refused(config, tmp_path):
     quiet = {"use_cpu": True, "report_to": []} | ({"bf16": False} if config is SegCompassGRPOConfig else {})
     for strategy in ("every_save", "checkpoint", "all_checkpoints"):
@@ -148,3 +154,10 @@ def test_the_cold_start_refuses_the_processor_of_another_model(tmp_path):
     args = SegCompassSFTConfig(str(tmp_path), use_cpu=True, report_to=[])
     with pytest.raises(ValueError, match="id of <REF_POS> is .* load both from one folder"):
         SegCompassSFTTrainer(model, args, processor, train_dataset=scenes(4))
+
+
+def test_a_checkpoint_of_another_shape_is_refused_by_name(tmp_path):
+    """torch's own words, a page of tensors, said neither which folder nor what to do."""
+    cold_start(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    with pytest.raises(ValueError, match=r"checkpoint-1 is of a model of another shape.*another output_dir"):
+        cold_start(tmp_path, num_slots=2, max_steps=2).train(str(tmp_path / "checkpoint-1"))

@@ -436,9 +436,9 @@ def describe_answer(model: Any, processor: Any, question: Question, outputs: Any
 
 
 def reasoning_of(text: str) -> str:
-    """What stands in a response's think tags, or the whole text when they are missing."""
+    """What stands in a response's think tags, or the whole text without markers when they are missing."""
     thought = re.search(r"<think>(.*?)</think>", text, re.DOTALL)
-    return (thought[1] if thought else text).strip()
+    return (thought[1] if thought else re.sub(r"</?think>|<REF_POS>", " ", text)).strip()
 
 
 def verdict_of(count: int) -> str:

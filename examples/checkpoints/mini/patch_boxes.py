@@ -15,8 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .images import read_image
-
 Box = tuple[float, float, float, float]
 
 
@@ -217,7 +215,9 @@ class Views:
 
     def _pictures(self, pixels, options):
         """float64 (N, 3, h, w)."""
-        made = self.image_processor([[read_image(pixels)]], return_tensors="pt", **options)["pixel_values"]
+        from PIL import Image
+
+        made = self.image_processor([[Image.fromarray(pixels)]], return_tensors="pt", **options)["pixel_values"]
         if isinstance(made, (list, tuple)):
             made = torch.stack([torch.as_tensor(each) for each in made])
         if made.dim() < 4 or made.shape[-3] != 3:

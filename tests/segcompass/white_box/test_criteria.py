@@ -160,6 +160,9 @@ def test_ratios_are_ratios_of_means_with_groups_drawn_together():
     slots = [{"own": 0.2, "others": 0.1}, {"own": 0.6, "others": 0.1}, {"own": 0.5, "others": None}]
     result = summarise_criteria(slots, ["a", "a", "b"])
     assert result["selectivity"][0] == pytest.approx(4), "the slot without others is left out"
+    nothing = summarise_criteria([{"own": 0.0, "others": 0.0}], ["a"])
+    assert nothing["selectivity"] is None, "nothing over nothing is no ratio"
+    assert summarise_criteria([{"own": 0.0, "others": 0.1}], ["a"])["selectivity"][0] == 0
     moves = [{"move": 1.0, "move_control": 0.0}, {"move": 0.0, "move_control": 1.0}]
     same, apart = (summarise_criteria([], [], moves, groups)["move"] for groups in (["a", "a"], ["a", "b"]))
     assert same == [0.5, 0.5, 0.5] and apart == [0.5, 0, 1]
