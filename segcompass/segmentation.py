@@ -27,6 +27,9 @@ from segcompass.modeling_segcompass.whole_files import write_whole
 from segcompass.routes import QUERY_SOURCES, check_route
 from segcompass.shipped import notes_on
 
+LARGEST_EXPLAINED = 1600
+"""Longest side of the image in explanation.html, pixels: whole, a photograph's took half a minute and gigabytes."""
+
 
 def segment_image(
     source: str,
@@ -345,6 +348,9 @@ def write_explanation(
         print("nothing to explain: the response had no concentration tokens")
         return
     slots = [explanation.slot for explanation in explanations]
+    if max(image.size) > LARGEST_EXPLAINED:
+        image = image.copy()
+        image.thumbnail((LARGEST_EXPLAINED, LARGEST_EXPLAINED))
     logits = processor.post_process_masks(outputs.pred_masks, [(image.height, image.width)])[0]  # (K, H, W)
     masks = (logits[slots] > 0).cpu().numpy()
     write_whole(folder / "explanation.html", render_html(explanations, image, masks, instruction))

@@ -264,6 +264,8 @@ def report(metrics: dict[str, Any], source: str) -> str:
     Returns:
         Markdown.
     """
+    from segcompass.white_box.criteria_page import caution
+
     labels = metrics["labels"]
     held_out = f" of split {labels['held-out split']}" if labels["held-out split"] else ""
     nameless = ", ".join(labels["looks without a name"]) or "none"
@@ -271,7 +273,8 @@ def report(metrics: dict[str, Any], source: str) -> str:
         "# Does the white box mean what it shows?",
         "",
         f"{source}: {metrics['masks']} right masks in {metrics['scenes_with_masks']} of {metrics['scenes']} images, "
-        f"{metrics['pairs']} exchanges between two questions. Mean [95 % interval over images].",
+        f"{metrics['pairs']} exchanges between two questions. Mean [95 % interval over images]. "
+        f"{caution(metrics['scenes_with_masks'])}".rstrip(),
         "",
         "| criterion | measured | control | the control is | bar |",
         "|---|---|---|---|---|",

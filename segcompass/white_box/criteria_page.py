@@ -55,6 +55,8 @@ QUESTIONS = {
 }
 """Criterion -> (what it asks, {measure: what it is})."""
 LOGARITHMIC = ("selectivity",)
+FEW = 20
+"""Images with a right mask, below which figures are said to say little."""
 LATER = ("energy", "twins", "write_swap", "write_off")
 """Measures that RESULT, or the metrics of an earlier version, may lack."""
 STYLE = """
@@ -103,7 +105,20 @@ def criteria_page(metrics: Mapping[str, Any], source: str, bars: Mapping[str, st
 def _counted(metrics: Mapping[str, Any]) -> str:
     if not {"masks", "scenes", "scenes_with_masks"} <= metrics.keys():
         return ""
-    return f"{metrics['masks']} right masks in {metrics['scenes_with_masks']} of {metrics['scenes']} scenes. "
+    counted = f"{metrics['masks']} right masks in {metrics['scenes_with_masks']} of {metrics['scenes']} scenes. "
+    return counted + caution(metrics["scenes_with_masks"])
+
+
+def caution(scenes: int) -> str:
+    """What to say of a measurement of few images.
+
+    Args:
+        scenes: how many had a right mask.
+
+    Returns:
+        A sentence and a space; "" from `FEW` on.
+    """
+    return f"Of fewer than {FEW} images the figures say little, and their intervals are too narrow. " * (scenes < FEW)
 
 
 def _number(metrics: Mapping[str, Any], name: str) -> Interval | float | None:

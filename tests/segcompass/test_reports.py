@@ -185,6 +185,8 @@ def test_criteria_page_judges_by_the_worse_end():
     bars = {"name": "≥ .60", "name_look": "≥ .70", "steer_others": "≤ .05", "content": "≥ .60", "sum_error": "≤ 1e-5"}
     text = Reader(criteria_page(metrics(content=[0.6, 0.55, 0.9]), "the model", bars, {"name": "chance"})).text
     assert "3 of 5 measures meet their bar" in text and "9 right masks in 7 of 8 scenes" in text
+    few = "Of fewer than 20 images the figures say little"
+    assert few in text and few not in criteria_page(metrics(scenes=30, scenes_with_masks=20), "the model", bars, {})
     assert text.count("not met") == 2 and "control 0.200 [0.100, 0.300]: chance" in text
 
 

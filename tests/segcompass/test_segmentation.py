@@ -91,6 +91,16 @@ def test_nothing_of_an_earlier_answer_stays_beside_a_new_one(saved, photo, tmp_p
         assert {path.name for path in output.iterdir() if not path.name.startswith(".")} == of_each | more
 
 
+def test_a_large_photographs_explanation_is_no_larger_than_a_screen(saved, tmp_path, writes):
+    folder, processor = saved
+    writes(GOOD, processor)
+    Image.new("RGB", (4000, 1000), "grey").save(tmp_path / "large.png")
+    result = run(tmp_path / "large.png", folder, tmp_path / "out", "--threshold", "0", "--explain")
+    assert result["instances"][0]["segmentation"]["size"] == [1000, 4000], "masks are of the photograph's own size"
+    page = (tmp_path / "out" / "explanation.html").read_text()
+    assert 'width="1600" height="400"' in page and "4000" not in page.partition("<svg")[2][:200]
+
+
 def test_no_confident_slot_is_said_to_be_no_target(saved, photo, tmp_path, writes, capsys):
     folder, processor = saved
     writes(GOOD, processor)
