@@ -106,6 +106,13 @@ class WholeCheckpoints(SignedSaves):
 
     def _run_epoch(self, *args, **kwargs):
         if self.state.global_step >= self.state.max_steps:  # a finished training is repeated
+            if self.args.should_log:
+                logger.warning(
+                    "the training in %s is finished (%d steps), so no step is made, and options that are others now "
+                    "are not followed; raise max_steps or num_train_epochs to go on, or name another output_dir.",
+                    self.args.output_dir,
+                    self.state.global_step,
+                )
             self.control.should_training_stop = True  # type: ignore[attr-defined]
             return None
         return super()._run_epoch(*args, **kwargs)  # type: ignore[misc]

@@ -161,3 +161,13 @@ def test_a_checkpoint_of_another_shape_is_refused_by_name(tmp_path):
     cold_start(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
     with pytest.raises(ValueError, match=r"checkpoint-1 is of a model of another shape.*another output_dir"):
         cold_start(tmp_path, num_slots=2, max_steps=2).train(str(tmp_path / "checkpoint-1"))
+
+
+def test_repeating_a_finished_training_says_that_it_makes_no_step(tmp_path, caplog):
+    cold_start(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    assert "is finished" not in caplog.text
+    again = cold_start(tmp_path, max_steps=1, save_strategy="steps", save_steps=1, learning_rate=1.0)
+    again.train(str(tmp_path / "checkpoint-1"))
+    assert "is finished (1 steps), so no step is made, and options that are others now" in caplog.text
+    cold_start(tmp_path, max_steps=2, save_strategy="no").train(str(tmp_path / "checkpoint-1"))
+    assert caplog.text.count("is finished") == 1
