@@ -105,10 +105,10 @@ def attacks() -> Iterator[Attack]:
     }.items():
 
         def plain(folder, text=text):
-            """What is asked is what is read, character by character."""
+            """What is asked is what is read, character by character, on one line: a line end begins no turn."""
             processor = tiny_processor("llava")
             prompt = processor.apply_chat_template(processor.build_messages(text), tokenize=False)
-            return text.strip() in prompt
+            return " ".join(text.split()) in prompt
 
         yield Attack(f"{name} in an instruction", plain)
 
