@@ -62,9 +62,9 @@ def segment_image(
     segcompass, processor = load(model)
     check_route(segcompass, route)
     labels = segcompass.concept_labels  # read with the model, {} without a dictionary
+    inputs = processor(images=image, text=instruction).to(segcompass.device)
     unknown, notes = notes_on(segcompass, processor.tokenizer, source, instruction)
     print(*notes, sep="\n", end="\n" * bool(notes))
-    inputs = processor(images=image, text=instruction).to(segcompass.device)
     with torch.no_grad():  # once, for the masks and for what they lose without a concept
         keys = segcompass.get_image_embeddings(inputs.pop("encoder_pixel_values"))
     outputs: Any = segcompass.segment(**inputs, image_embeddings=keys, query_source=QUERY_SOURCES[route])
