@@ -3,7 +3,6 @@
 The options are those of TRL's ModelConfig. Knows nothing about recipes or data.
 """
 
-import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from trl import ModelConfig, get_quantization_config
 
 from segcompass.modeling_segcompass import SegCompassModel, SegCompassProcessor
-from segcompass.modeling_segcompass.manifest import noted_files
+from segcompass.trainers.adapter_base import trained_on, weights_of
 from segcompass.trainers.policy import lora_config
 
 LORA = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora")
@@ -67,31 +66,25 @@ def load_for_training(path: str | Path, options: ModelConfig, bf16: bool) -> Seg
 def check_base(adapters: Path, model: str) -> None:
     """Refuse a model that adapters were not trained on: merged into other weights they give garbage.
 
-    Prints a line where it cannot be told, because the model that they name is not here.
+    Prints a line where it cannot be told, because nobody noted the weights, or these are not of a signed folder.
 
     Args:
         adapters: their folder.
         model: folder or Hub id.
 
     Raises:
-        ValueError: the folder that the adapters name is here, and its weights are others.
+        ValueError: its weights are others than those that the adapters were trained on.
     """
-    trained_on = json.loads((adapters / "adapter_config.json").read_text()).get("base_model_name_or_path") or ""
-    if not trained_on or trained_on == model:
-        return
-    weights = [_weights(Path(folder)) for folder in (trained_on, model)]
-    if None in weights:
-        print(f"{adapters} were trained on {trained_on}; whether {model} has its weights cannot be told from here.")
-    elif weights[0] != weights[1]:
+    name, weights = trained_on(adapters)
+    given = weights_of(model)
+    if weights is None or given is None:
+        if name != model:
+            print(f"{adapters} were trained on {name or 'an unnamed model'}; whether {model} is that one is not known.")
+    elif weights != given:
         raise ValueError(
-            f"{adapters} were trained on {trained_on}, and {model} has other weights, into which they do not fit; pass "
-            f"--model {trained_on}."
+            f"{adapters} were trained on {name} as it was then, and {model} has other weights, into which they do not "
+            "fit; pass --model with the folder that the training began from."
         )
-
-
-def _weights(folder):
-    """SHA-256 of a signed folder's weights by file; None where there is no such folder."""
-    return {name: file["sha256"] for name, file in noted_files(folder).items() if name.endswith(".safetensors")} or None
 
 
 def adapters_for(model: SegCompassModel, processor: SegCompassProcessor, options: ModelConfig) -> Any:

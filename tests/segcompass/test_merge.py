@@ -10,6 +10,7 @@ from peft import get_peft_model
 from segcompass import SegCompassModel
 from segcompass.cli import main
 from segcompass.commands import merge
+from segcompass.trainers.adapter_base import note_base
 from segcompass.trainers.policy import lora_config
 from tests.support.scripted import noise_image
 from tests.support.tiny import tiny_segcompass
@@ -49,21 +50,35 @@ def test_a_folder_without_adapters_is_refused(tmp_path, capsys):
 def test_adapters_go_into_the_weights_that_they_were_trained_on_and_no_others(tmp_path, monkeypatch, capsys):
     """Merged into another training's model they wrote garbage, without a word."""
     monkeypatch.chdir(tmp_path)
-    for name in ("base", "other"):
+
+    def saved(name, number):
         model, processor = tiny_segcompass("llava")
         with torch.no_grad():
-            model.mask_decoder.mask_token.fill_(len(name))
+            model.mask_decoder.mask_token.fill_(number)
         model.save_pretrained(name)
         processor.save_pretrained(name)
+
+    def merged(model, adapters="adapters"):
+        capsys.readouterr()
+        merge.main([adapters, "--model", model, "--output", f"merged-{len(list(tmp_path.glob('merged-*')))}"])
+        return "is not known" not in capsys.readouterr().out
+
+    saved("base", 1)
+    saved("other", 2)
     model = SegCompassModel.from_pretrained("base")
-    get_peft_model(model, lora_config(model, r=2)).save_pretrained("adapters")
-    with pytest.raises(ValueError, match="adapters were trained on base, and other has other weights.*--model base"):
-        merge.main(["adapters", "--model", "other", "--output", "merged"])
-    assert not (tmp_path / "merged").exists()
+    adapted = get_peft_model(model, lora_config(model, r=2))
+    adapted.save_pretrained("adapters")
+    adapted.save_pretrained("noted")
+    note_base(adapted, "noted")  # as our trainers do, see test_a_checkpoint_notes_what_its_adapters_were_trained_on
+    for adapters in ("adapters", "noted"):
+        with pytest.raises(ValueError, match=f"{adapters} were trained on base .*, and other has other weights"):
+            merged("other", adapters)
+    assert not list(tmp_path.glob("merged-*"))
     shutil.copytree("base", "copy")
-    for given in ("base", str(tmp_path / "base"), "copy"):
-        merge.main(["adapters", "--model", given, "--output", f"merged-{given.replace('/', '-')}"])
-        assert "cannot be told" not in capsys.readouterr().out
-    (tmp_path / "base").rename(tmp_path / "moved")
-    merge.main(["adapters", "--model", "moved", "--output", "merged-moved"])
-    assert "trained on base; whether moved has its weights cannot be told" in capsys.readouterr().out
+    assert all(merged(name) for name in ("base", str(tmp_path / "base"), "copy"))
+    (tmp_path / "base").rename("moved")
+    assert not merged("moved"), "nobody knows what base was"
+    assert merged("moved", "noted")
+    saved("base", 3)  # trained anew
+    with pytest.raises(ValueError, match="trained on base as it was then, and base has other weights"):
+        merged("base", "noted")

@@ -7,7 +7,8 @@ import torch
 from accelerate.state import AcceleratorState
 
 from segcompass.loaders.image_text import image_text
-from segcompass.modeling_segcompass import SparseAutoencoder, SparseAutoencoderConfig
+from segcompass.modeling_segcompass import SegCompassModel, SparseAutoencoder, SparseAutoencoderConfig
+from segcompass.modeling_segcompass.manifest import listed
 from segcompass.trainers import (
     SegCompassGRPOConfig,
     SegCompassSFTConfig,
@@ -15,7 +16,9 @@ from segcompass.trainers import (
     SparseAutoencoderTrainer,
     SparseAutoencoderTrainerConfig,
 )
+from segcompass.trainers.adapter_base import trained_on, weights_of
 from segcompass.trainers.collator import ImageTextCollator, SegCompassCollator
+from segcompass.trainers.policy import lora_config
 from segcompass.trainers.sae_quality import evaluate_sae
 from tests.support.grpo import make_trainer, scenes
 from tests.support.tiny import tiny_segcompass
@@ -171,3 +174,18 @@ def test_repeating_a_finished_training_says_that_it_makes_no_step(tmp_path, capl
     assert "is finished (1 steps), so no step is made, and options that are others now" in caplog.text
     cold_start(tmp_path, max_steps=2, save_strategy="no").train(str(tmp_path / "checkpoint-1"))
     assert caplog.text.count("is finished") == 1
+
+
+def test_a_checkpoint_notes_what_its_adapters_were_trained_on(tmp_path):
+    model, processor = tiny_segcompass("llava")
+    model.save_pretrained(tmp_path / "base")
+    model = SegCompassModel.from_pretrained(tmp_path / "base")
+    rows = scenes(8).map(lambda row: {"reasoning": "a box"})
+    quiet = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "max_steps": 1, "save_steps": 1}
+    args = SegCompassSFTConfig(str(tmp_path / "run"), per_device_train_batch_size=2, **quiet)
+    trainer = SegCompassSFTTrainer(model, args, processor, train_dataset=rows, peft_config=lora_config(model, r=2))
+    trainer.train()
+    trainer.save_model()
+    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-1"):
+        assert trained_on(folder) == (str(tmp_path / "base"), weights_of(tmp_path / "base"))
+        assert "base_model.json" in listed(folder)
