@@ -316,10 +316,11 @@ def legible(text: str) -> str:
         text: in any script.
 
     Returns:
-        The text as it is, unless letters are missing from the font or are written from right to left.
+        The text as it is, unless more than a tenth of its letters are missing from the font, which draws a box for
+        each, or some are written from right to left.
     """
-    missing = {ord(letter) for letter in text if not letter.isspace()} - _letters()
-    if missing or any(unicodedata.bidirectional(letter) in ("R", "AL") for letter in text):
+    missing = sum(ord(letter) not in _letters() for letter in text if not letter.isspace())
+    if missing > len(text) / 10 or any(unicodedata.bidirectional(letter) in ("R", "AL") for letter in text):
         return f"({len(text)} letters that this picture's font cannot show; result.json has them)"
     return text
 

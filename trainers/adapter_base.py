@@ -3,31 +3,41 @@
 Knows nothing about training; weights are known by the SHA-256 in a folder's manifest.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 
 from segcompass.modeling_segcompass.manifest import noted_files
-from segcompass.modeling_segcompass.whole_files import write_whole
+from segcompass.modeling_segcompass.whole_files import read_signed_json, signed_json, write_whole
 
 BASE = "base_model.json"
 
 
-def note_base(model: Any, folder: str | Path) -> None:
-    """Write which weights the adapters of a model belong to, where these lie signed on this machine.
+def base_of(model: Any) -> dict[str, Any] | None:
+    """Which weights the adapters of a model belong to.
 
     Args:
-        model: what is trained; without adapters nothing is written.
-        folder: where the adapters are saved.
+        model: what is trained.
+
+    Returns:
+        {"model": its name, "weights": see `weights_of`}; None without adapters, or where nobody can tell.
     """
     if not isinstance(model, PeftModel):
-        return
+        return None
     name = next(iter(model.peft_config.values())).base_model_name_or_path
     weights = weights_of(name) if name else None
-    if weights:
-        write_whole(Path(folder) / BASE, json.dumps({"model": name, "weights": weights}, indent=2) + "\n")
+    return {"model": name, "weights": weights} if weights else None
+
+
+def note_base(base: dict[str, Any], folder: str | Path) -> None:
+    """Write what `base_of` returned beside adapters.
+
+    Args:
+        base: not None.
+        folder: where the adapters are saved.
+    """
+    write_whole(Path(folder) / BASE, signed_json(base) + "\n")
 
 
 def trained_on(adapters: Path) -> tuple[str, dict[str, str] | None]:
@@ -38,12 +48,16 @@ def trained_on(adapters: Path) -> tuple[str, dict[str, str] | None]:
 
     Returns:
         The model's name, "" where none is noted; and its weights as `weights_of` has them, None where nobody knows.
+
+    Raises:
+        ValueError: a file is damaged; it is named.
     """
     if (adapters / BASE).is_file():
-        noted = json.loads((adapters / BASE).read_text(encoding="utf-8"))
+        noted = read_signed_json(adapters / BASE)
+        if set(noted) != {"model", "weights"}:
+            raise ValueError(f"{adapters / BASE} has {sorted(noted)}, not model and weights; fetch the folder again.")
         return noted["model"], noted["weights"]
-    config = json.loads((adapters / "adapter_config.json").read_text(encoding="utf-8"))
-    name = config.get("base_model_name_or_path") or ""
+    name = read_signed_json(adapters / "adapter_config.json").get("base_model_name_or_path") or ""
     return name, weights_of(name) if name else None
 
 

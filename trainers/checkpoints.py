@@ -19,9 +19,10 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy, rotate_checkpoints
 
 from segcompass.loaders.folder_lock import folder_lock
-from segcompass.modeling_segcompass.manifest import HASH_BELOW, MANIFEST, check, findings
+from segcompass.modeling_segcompass.manifest import HASH_BELOW, MANIFEST, check, findings, signing
 from segcompass.modeling_segcompass.whole_files import flush
 
+from .adapter_base import base_of, note_base
 from .signed_saves import SignedSaves
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,9 @@ class WholeCheckpoints(SignedSaves):
                 torch.save(self.more, folder / "more.pt")
     """
 
+    model: Any
     _writing: Path | None = None
+    _base: dict[str, Any] | None = None
 
     def train(
         self,
@@ -102,6 +105,7 @@ class WholeCheckpoints(SignedSaves):
         """
         with alone_in_output(self.args):
             start = whole_checkpoint(resume_from_checkpoint, self.args.output_dir)
+            self._base = base_of(self.model)  # as it is before the first step; somebody may write there meanwhile
             return super().train(start, trial, ignore_keys_for_eval)  # type: ignore[misc]  # the Trainer's
 
     def _run_epoch(self, *args, **kwargs):
@@ -116,6 +120,13 @@ class WholeCheckpoints(SignedSaves):
             self.control.should_training_stop = True  # type: ignore[attr-defined]
             return None
         return super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
+
+    def _save(self, output_dir=None, state_dict=None):
+        folder = output_dir or self.args.output_dir
+        with signing(folder) if self.args.should_save else nullcontext():
+            super()._save(output_dir, state_dict)
+            if self._base is not None:
+                note_base(self._base, folder)
 
     def _get_output_dir(self, trial):
         run = super()._get_output_dir(trial=trial)  # type: ignore[misc]

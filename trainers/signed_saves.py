@@ -9,8 +9,6 @@ from typing import Any
 
 from segcompass.modeling_segcompass.manifest import check, signing
 
-from .adapter_base import note_base
-
 
 class SignedSaves:
     """Signs every folder that the trainer saves, once, after the last file of it; see `manifest.signing`.
@@ -24,7 +22,6 @@ class SignedSaves:
     """
 
     args: Any
-    model: Any
     accelerator: Any
     state: Any
 
@@ -32,10 +29,8 @@ class SignedSaves:
         """Write what else belongs to a checkpoint; called in every process, the folder being there."""
 
     def _save(self, output_dir=None, state_dict=None):
-        folder = output_dir or self.args.output_dir
-        with signing(folder) if self.args.should_save else nullcontext():
+        with signing(output_dir or self.args.output_dir) if self.args.should_save else nullcontext():
             super()._save(output_dir, state_dict)  # type: ignore[misc]  # the Trainer's
-            note_base(self.model, folder)
 
     def _save_checkpoint(self, model, trial):
         run = self._get_output_dir(trial=trial)  # type: ignore[attr-defined]  # the Trainer's

@@ -63,7 +63,7 @@ def build(arguments: SFTArguments) -> tuple[SegCompassModel, SegCompassProcessor
     """The model and processor that a recipe names.
 
     Args:
-        arguments: the command's; what they say of building is not followed beside `model`, and named.
+        arguments: the command's.
 
     Returns:
         both.
@@ -72,11 +72,6 @@ def build(arguments: SFTArguments) -> tuple[SegCompassModel, SegCompassProcessor
         ValueError: no model is named, or `model_config` has what is no field, or is said otherwise elsewhere.
     """
     if arguments.model:
-        unused = [
-            name for name in ("mllm", "image_encoder", "model_config", "processor_config") if getattr(arguments, name)
-        ]
-        if unused:
-            print(f"training goes on from model={arguments.model!r} as it is; not followed: {', '.join(unused)}")
         return load(arguments.model, "cpu")
     if not (arguments.mllm and arguments.image_encoder):
         raise ValueError("name either model, or mllm and image_encoder, in the recipe or on the command line.")
@@ -129,11 +124,21 @@ def start(
         weights, of which some are random; a resumed training goes on from there.
 
     Raises:
-        ValueError: neither a model nor backbones are named, or a quantised MLLM is to be trained without adapters.
+        ValueError: neither a model nor backbones are named, a quantised MLLM is to be trained without adapters, or
+            adapters with another SAE than the model's.
     """
     output = Path(training.output_dir or "")
     path, quantized = arguments.model, extra.load_in_4bit or extra.load_in_8bit
     check_model_options(extra)
+    if path:
+        building = ("mllm", "image_encoder", "model_config", "processor_config")
+        if unused := [name for name in building if getattr(arguments, name)]:
+            print(f"training goes on from model={path!r} as it is; not followed: {', '.join(unused)}")
+    if path and arguments.sae and extra.use_peft:
+        raise ValueError(
+            f"sae={arguments.sae!r} would go into model={path!r} while adapters are trained, but they are merged into "
+            "that model as it is saved, with its own SAE; leave sae out, or save the model with that SAE first."
+        )
     if extra.use_peft and not path:
         path = str(output / "base")
         state = PartialState()

@@ -10,7 +10,7 @@ from peft import get_peft_model
 from segcompass import SegCompassModel
 from segcompass.cli import main
 from segcompass.commands import merge
-from segcompass.trainers.adapter_base import note_base
+from segcompass.trainers.adapter_base import base_of, note_base
 from segcompass.trainers.policy import lora_config
 from tests.support.scripted import noise_image
 from tests.support.tiny import tiny_segcompass
@@ -69,7 +69,7 @@ def test_adapters_go_into_the_weights_that_they_were_trained_on_and_no_others(tm
     adapted = get_peft_model(model, lora_config(model, r=2))
     adapted.save_pretrained("adapters")
     adapted.save_pretrained("noted")
-    note_base(adapted, "noted")  # as our trainers do, see test_a_checkpoint_notes_what_its_adapters_were_trained_on
+    note_base(base_of(adapted), "noted")  # as our trainers do: tests/trainers/test_nothing_hidden.py
     for adapters in ("adapters", "noted"):
         with pytest.raises(ValueError, match=f"{adapters} were trained on base .*, and other has other weights"):
             merged("other", adapters)
@@ -82,3 +82,7 @@ def test_adapters_go_into_the_weights_that_they_were_trained_on_and_no_others(tm
     saved("base", 3)  # trained anew
     with pytest.raises(ValueError, match="trained on base as it was then, and base has other weights"):
         merged("base", "noted")
+    path = tmp_path / "noted" / "base_model.json"
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(ValueError, match="base_model.json cannot be read"):
+        merged("moved", "noted")

@@ -329,7 +329,7 @@ def test_titles_of_narrow_pictures_stand_beside_one_another(width, count, monkey
 
 def test_what_the_font_cannot_show_is_said_to_be_so():
     """Arabic was drawn from left to right, Japanese as empty boxes."""
-    for text in ("the müg № 3, “left” → right", "Ποιο είναι; какой?", "✓ π_θ\n"):
+    for text in ("the müg № 3, “left” → right", "Ποιο είναι; какой?", "✓ π_θ\n", "a long answer with one 🦄 in it"):
         assert drawing.legible(text) == text
     for text in ("كل شيء", "青い星", "the 星", "🦄"):
         assert (

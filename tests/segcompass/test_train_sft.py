@@ -3,9 +3,11 @@
 import json
 
 import pytest
+from trl import ModelConfig
 
-from segcompass.commands.train_sft import SFTArguments, build, check_fields
+from segcompass.commands.train_sft import SFTArguments, check_fields, start
 from segcompass.modeling_segcompass import SegCompassModel
+from segcompass.trainers import SegCompassSFTConfig
 from tests.support.tiny import tiny_segcompass
 
 
@@ -27,12 +29,15 @@ def test_what_is_said_of_building_beside_a_model_is_named(tmp_path, capsys):
     model, processor = tiny_segcompass("llava", concept_reading="grounded")
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
+    training, plain = SegCompassSFTConfig(str(tmp_path / "run"), use_cpu=True), ModelConfig()
     options = {"mllm": "nowhere/x", "model_config": json.dumps({"concept_reading": "feature"})}
-    loaded, _ = build(SFTArguments(model=str(tmp_path), **options))
+    loaded, _ = start(SFTArguments(model=str(tmp_path), **options), training, plain)
     assert loaded.grounded
     assert "goes on from model=" in (said := capsys.readouterr().out) and "not followed: mllm, model_config" in said
-    build(SFTArguments(model=str(tmp_path)))
+    start(SFTArguments(model=str(tmp_path)), training, plain)
     assert "not followed" not in capsys.readouterr().out
+    with pytest.raises(ValueError, match="merged into that model as it is saved, with its own SAE; leave sae out"):
+        start(SFTArguments(model=str(tmp_path), sae="runs/sae"), training, ModelConfig(use_peft=True))
 
 
 def test_an_sae_of_another_shape_than_the_configuration_says_is_refused():
