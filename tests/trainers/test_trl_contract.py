@@ -66,6 +66,7 @@ PRIVATE = {
     rollout_rows: set(),
 }
 OURS = {
+    "_base",
     "_core",
     "_make_reference",
     "_overlays",
